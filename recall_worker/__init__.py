@@ -1,0 +1,1 @@
+"""recall-worker: keeps an AI agent's promises to come back."""

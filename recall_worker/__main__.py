@@ -1,0 +1,5 @@
+"""`python -m recall_worker`."""
+
+from .cli import main
+
+main()

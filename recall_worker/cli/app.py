@@ -1,0 +1,153 @@
+"""The commands and their options. What a command does stands in its own file and is imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="recall-worker",
+    help="Keeps an AI agent's promises to come back: calls what is due in PostgreSQL, on time, and accounts for it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Dsn = Annotated[str | None, typer.Option(help="PostgreSQL (else RECALL_DSN).", metavar="DSN", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"recall-worker {version('recall-worker')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None: ...
+
+
+@app.command()
+def migrate(
+    dsn: Dsn = None,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 where something is to be done.")] = False,
+    json: Json = False,
+) -> None:
+    """Adopt the application's table, or create it, and bring the schema up to date."""
+    from .migrate import migrate
+
+    migrate(dsn, check=check, as_json=json)
+
+
+@app.command()
+def run(
+    dsn: Dsn = None,
+    listen_dsn: Annotated[str | None, typer.Option(help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN")] = None,
+    run_url: Annotated[str | None, typer.Option(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")] = None,
+    ca_file: Annotated[str | None, typer.Option(help="Certificate authority of a private endpoint (else RECALL_CA_FILE).", metavar="FILE")] = None,
+    protocol: Annotated[str | None, typer.Option(help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Runs at once (else RECALL_CONCURRENCY, 3).", metavar="N")] = None,
+    lease: Annotated[str | None, typer.Option(help="Seconds of a lease (else RECALL_LEASE, 60).", metavar="S")] = None,
+    drain_timeout: Annotated[str | None, typer.Option(help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL")] = None,
+    log_format: Annotated[str | None, typer.Option(help="auto, json, console (else RECALL_LOG_FORMAT, auto).", metavar="FORMAT")] = None,
+    embedded: Annotated[bool, typer.Option("--embedded", help="Use a PostgreSQL that pip installed, and migrate it.")] = False,
+    data: Annotated[str | None, typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR")] = None,
+) -> None:
+    """Be a worker: claim what is due, call the agent, settle. SIGTERM drains; a second one stops at once.
+
+    All settings are RECALL_* variables; these options win over them. Secrets come from RECALL_RUN_TOKEN, RECALL_SIGNING_SECRET, their
+    _FILE forms, or systemd credentials of these names, and never from options.
+    """
+    from .run import run
+
+    flags = {
+        "dsn": dsn, "listen_dsn": listen_dsn, "run_url": run_url, "ca_file": ca_file, "protocol": protocol, "concurrency": concurrency,
+        "lease": lease, "drain_timeout": drain_timeout, "log_level": log_level, "log_format": log_format,
+    }  # fmt: skip
+    run(flags, embedded=embedded, data=data)
+
+
+@app.command()
+def schedule(
+    session: Annotated[str, typer.Argument(help="The session to come back to.", metavar="SESSION")],
+    message: Annotated[str, typer.Argument(help="What the agent is told then.", metavar="MESSAGE")],
+    after: Annotated[str | None, typer.Option("--in", help="Once, after this long: 90s, 5m, 1h30m.", metavar="DURATION")] = None,
+    at: Annotated[str | None, typer.Option(help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO")] = None,
+    every: Annotated[str | None, typer.Option(help="Again and again, this long after each run; first after one interval.", metavar="DURATION")] = None,
+    comment: Annotated[str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")] = None,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Promise to come back to a session; at once where no time is given."""
+    from .recalls import schedule
+
+    schedule(dsn, session, message, after=after, at=at, every=every, comment=comment, as_json=json)
+
+
+@app.command("list")
+def list_recalls(
+    session: Annotated[str | None, typer.Option(help="Of this session only.", metavar="ID")] = None,
+    user: Annotated[str | None, typer.Option(help="Of sessions that this user owns.", metavar="ID")] = None,
+    status: Annotated[list[str] | None, typer.Option(help="In this status only; may be repeated.", metavar="STATUS")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1)] = 50,
+    offset: Annotated[int, typer.Option(help="Leave out this many first.", min=0)] = 0,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Recalls, newest trigger first."""
+    from .recalls import list_recalls
+
+    list_recalls(dsn, session=session, user=user, statuses=status, limit=limit, offset=offset, as_json=json)
+
+
+@app.command()
+def show(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
+    """One recall, with its calls."""
+    from .recalls import show
+
+    show(dsn, id, as_json=json)
+
+
+@app.command()
+def cancel(
+    ids: Annotated[list[str] | None, typer.Argument(help="The recalls.", metavar="ID")] = None,
+    session: Annotated[str | None, typer.Option(help="All live recalls of this session.", metavar="ID")] = None,
+    yes: Yes = False,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Cancel recalls, also in mid-run: the call is aborted at once, and nothing fires again."""
+    from .recalls import cancel
+
+    cancel(dsn, ids or [], session=session, yes=yes, as_json=json)
+
+
+@app.command("reference-api")
+def reference_api(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8090,
+    seconds: Annotated[float, typer.Option("--run-seconds", help="How long its agent runs.", min=0)] = 0.5,
+    token: Annotated[str | None, typer.Option(envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True)] = None,
+) -> None:
+    """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
+    from .reference_api import serve
+
+    serve(host, port, seconds=seconds, token=token)
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave database and log behind, and say where.")] = False,
+) -> None:
+    """The whole story in a minute: a database, an API, the real daemon, and promises kept before your eyes."""
+    from .demo import demo
+
+    demo(keep=keep)

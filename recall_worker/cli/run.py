@@ -1,0 +1,53 @@
+"""`run`: the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+from .. import events, settings
+from .talk import UNREACHABLE, Trouble, tell
+
+
+def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
+    from ..worker.process import SchemaRefused, serve
+
+    with contextlib.ExitStack() as stack:
+        found = settings.read(**flags)
+        if embedded:
+            found.needed("run_url")
+            if found.dsn is not None:
+                raise Trouble("--embedded and RECALL_DSN are both given", "keep one of them", status=2)
+            flags = flags | {"dsn": stack.enter_context(_embedded(data))}
+        chosen = settings.read(**flags).needed("dsn", "run_url")
+        events.configure(chosen.log_level, chosen.log_format)
+        for name in settings.ignored():
+            tell(f"Note: {name} is not a setting of recall-worker and is ignored.")
+        # What was imported stays: not walking through it again keeps the collector's pauses out of the lag.
+        gc.freeze()
+        try:
+            asyncio.run(serve(chosen))
+        except SchemaRefused as refused:
+            raise Trouble(str(refused), refused.hint) from None
+
+
+@contextlib.contextmanager
+def _embedded(data: str | None) -> Any:
+    from .. import schema
+    from .embedded import EmbeddedError, EmbeddedServer
+
+    directory = Path(data) if data else Path.home() / ".local" / "share" / "recall-worker" / "postgresql"
+    try:
+        server = EmbeddedServer(directory).start()
+    except EmbeddedError as error:
+        raise Trouble(str(error), getattr(error, "hint", "see the server's log beside its data"), status=UNREACHABLE) from None
+    try:
+        dsn = server.dsn("postgres")
+        tell(f"PostgreSQL for others: RECALL_DSN='{dsn}'")
+        schema.migrate(dsn, tell)
+        yield dsn
+    finally:
+        server.stop()

@@ -1,0 +1,315 @@
+"""The nouns: what a recall is while the worker holds it, how a call can end, and what the row can become.
+
+Owns the words (DESIGN's glossary) and their shapes. Everything here is frozen data: no clock, no SQL, no HTTP.
+`Outcome` and `Verdict` are closed unions; whoever takes one apart ends with `assert_never`, so a new ending cannot be forgotten.
+
+Never here: rules. What an outcome means is the judge's; when the next occurrence falls is cadence's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeAlias
+from uuid import UUID
+
+CALL_TYPES = ("once", "recurring", "immediate")
+LIVE = ("pending", "running")
+FINAL = ("fired", "cancelled", "failed")
+STATUSES = LIVE + FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One occurrence of one recall, held under a lease.
+
+    Ages and distances are seconds by PostgreSQL's clock at the moment of the claim; what passes afterwards is added from the
+    host's monotonic clock by whoever needs it. Dates are clamped to years 1 to 9998, as psycopg loads no others.
+    """
+
+    id: str
+    session_id: str
+    call_type: str
+    message: str
+    interval: int | None
+    """`interval_seconds` as it stands in the row: seconds, possibly absurd."""
+    occurrence: int
+    """Number of the occurrence, from 1."""
+    rekey: int
+    """How many times this occurrence was given a new idempotency key, 0 at first."""
+    attempt: int
+    """The attempt this claim may spend, from 1: counted when claimed, given back on defer and release."""
+    deferrals: int
+    """Calls of this occurrence in a row that cost no attempt."""
+    scheduled_for: datetime
+    """The occurrence's nominal time."""
+    missed: int
+    """Due moments after `scheduled_for` that this run stands for too, fixed at the first claim of the occurrence."""
+    begun_age: float | None
+    """Seconds since the occurrence's first call, or None where it has had none."""
+    lag: float
+    """Seconds from due to the start of the claim."""
+    lateness: float
+    """Seconds from `scheduled_for` to the start of the claim."""
+    lease: UUID
+    trigger: str
+    """`trigger_at` as text, to the microsecond and with its offset: the settle's proof that nobody moved it meanwhile."""
+    trigger_at: datetime
+    planned_at: datetime
+    """`trigger_at` as the worker (or the insert) last wrote it. Another `trigger_at` means that the application moved it."""
+    due: bool
+    """Whether `trigger_at` has come: False only where a lease ended on a row that was moved into the future meanwhile."""
+    taken_from: str | None
+    """The worker whose lease had ended when this claim took the row up, if any."""
+
+    @property
+    def key(self) -> str:
+        """The idempotency key: `<recall id>:<occurrence>`, with `.<rekey>` behind it where it was renewed."""
+        return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
+
+    @property
+    def moved(self) -> bool:
+        return self.trigger_at != self.planned_at
+
+    @property
+    def recurring(self) -> bool:
+        return self.call_type == "recurring"
+
+
+# --- outcomes: how a call ended -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The agent ran and the API said so."""
+
+    http_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The API took the run and will say later how it ended."""
+
+    reference: str
+    http_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Somebody is in the session; nothing was started."""
+
+    http_status: int
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The API names the session as one that does not exist."""
+
+    http_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Misconfigured:
+    """Our fault, not the recall's: a wrong address, a wrong token, a web page in place of the API."""
+
+    reason: str
+    http_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Nothing was started: no connection, or an answer that says "later"."""
+
+    reason: str
+    http_status: int | None = None
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The request was sent and no trustworthy answer came: it may have run."""
+
+    reason: str
+    http_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The API itself says that the run failed."""
+
+    reason: str
+    http_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The API will never take this request as it is."""
+
+    reason: str
+    http_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """We stopped, or the recall was taken from us, before anything was sent."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """The row itself can't be run: nothing was sent."""
+
+    reason: str
+
+
+Outcome: TypeAlias = (
+    Answered | Accepted | Busy | Gone | Misconfigured | Unavailable | Unknown | Failed | Refused | Unsent | Malformed
+)
+
+
+def name_of(outcome: Outcome) -> str:
+    """The outcome's name as it stands in the table of attempts and in the logs: its class in lower case."""
+    return type(outcome).__name__.lower()
+
+
+def reason_of(outcome: Outcome) -> str | None:
+    """One sentence on how the call ended, where the outcome carries one."""
+    match outcome:
+        case Busy(status, _):
+            return f"the session is busy (HTTP {status})"
+        case Gone(status):
+            return f"the API says that the session does not exist (HTTP {status})"
+        case Answered() | Accepted():
+            return None
+        case _:
+            return outcome.reason
+
+
+def http_status_of(outcome: Outcome) -> int | None:
+    return getattr(outcome, "http_status", None)
+
+
+# --- verdicts: what the row becomes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A due time relative to the end of the call, in seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AsMoved:
+    """A due time that stands in the row already, because the application put it there."""
+
+
+When: TypeAlias = After | AsMoved
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The recall is over: `fired`, `cancelled` or `failed`."""
+
+    status: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """This occurrence is over; another one waits."""
+
+    occurrence: int
+    when: When
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The same occurrence again; the attempt is spent. With a new key where the API would only replay the old ending."""
+
+    when: After
+    rekey: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """The same occurrence again, same key; the attempt is given back."""
+
+    when: After
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Given back as it was, due at once: somebody else may run it."""
+
+    reason: str
+
+
+Verdict: TypeAlias = Finish | Next | Retry | Defer | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A call that has ended: what there is to judge and then to settle.
+
+    `called_after` and `ended_after` are seconds of the host's monotonic clock since the claim was asked for; `called_after` is
+    None where nothing was sent. `ended_at` is the monotonic instant of the end: a settle that waits out an outage of
+    PostgreSQL still knows how long ago the run ended.
+    """
+
+    claim: Claim
+    outcome: Outcome
+    called_after: float | None
+    ended_after: float
+    ended_at: float
+    breaker_closed: bool = True
+
+
+# --- settle: how the row answered ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Written; the recall is now in `status`."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Not written: the application moved `trigger_at` in mid-run. Judge again."""
+
+    trigger: str
+    trigger_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """Not written: the application holds the row locked. Ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The application ended the recall in mid-run (cancelled, marked, or deleted): the run's end changes nothing."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """The lease ended and another worker took the row: ours to forget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """Not written: PostgreSQL refuses this one row. Its lease will end, and somebody will take it up."""
+
+    reason: str
+
+
+Settlement: TypeAlias = Settled | Moved | Locked | Ended | LeaseLost | Stranded

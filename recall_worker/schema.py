@@ -1,0 +1,284 @@
+"""Migrations: adopt the application's table in place, or create it, without holding the application up.
+
+Owns the order in which `sql/migrations/` is applied, the patience with which locks are asked for, and the foreign key to
+`sessions`, which is added by whichever `migrate` first sees that table. Each migration runs in a transaction of its own together
+with its row in `recall_schema`; one with the header `-- transaction: none` runs outside, statement by statement, and may be repeated.
+
+No lock that stops the application is waited for longer than `LOCK_PATIENCE_MS`: an ALTER that waits behind an open reader makes every
+insert queue behind it, so we let go and try again. Two `migrate`s at once meet at an advisory lock, which is polled and never waited
+for, as a waiting statement's snapshot would hold up `create index concurrently` for ever.
+
+Forward only. The schema records the oldest code that can work with it, so that replicas can be upgraded one by one.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import errors, sql
+
+from . import statements
+from .ledger import CONNECT_DEADLINE
+
+LOCK_PATIENCE_MS = 400
+INDEX_PATIENCE_MS = 5_000
+LOCK_ID = 0x7265_6361_6C6C
+"""The advisory lock at which two migrators meet: "recall" in ASCII."""
+
+_WORKS_WITH = re.compile(r"^-- works with code from: (\d+)$", re.MULTILINE)
+_OUTSIDE = re.compile(r"^-- transaction: none$", re.MULTILINE)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    version: int
+    name: str
+    text: str
+
+    @property
+    def oldest_code(self) -> int:
+        found = _WORKS_WITH.search(self.text)
+        if found is None:
+            raise ValueError(f"migration {self.name} does not say which code works with it")
+        return int(found[1])
+
+    @property
+    def in_transaction(self) -> bool:
+        return _OUTSIDE.search(self.text) is None
+
+
+class SchemaError(Exception):
+    """The schema can't be brought up to date. `hint` says what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def migrations() -> list[Migration]:
+    """All migrations that this code carries, in order."""
+    return [_read(path) for path in statements.migrations()]
+
+
+def _read(path: Path) -> Migration:
+    number, _, name = path.stem.partition("_")
+    return Migration(int(number), name, path.read_text(encoding="utf-8"))
+
+
+GENERATION = statements.generation()
+
+
+def pending(dsn: str) -> list[str]:
+    """What `migrate` would do, in words; empty where there is nothing to do. Raises psycopg.Error, SchemaError."""
+    with _connected(dsn) as conn:
+        done = _applied(conn)
+        _refuse_newer(conn)
+        said = [f"{m.version:04} {m.name}" for m in migrations() if m.version not in done]
+        if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
+            said.append("foreign key to sessions")
+        return said
+
+
+def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0) -> list[str]:
+    """Bring the schema up to date; returns what was done. Repeated and concurrent calls are safe.
+
+    `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError.
+    """
+    until = time.monotonic() + patience
+    with _connected(dsn) as conn:
+        _refuse_standby(conn)
+        _meet(conn, say, until)
+        # The functions keep the schema in which the table stands, whatever search_path the application comes with.
+        conn.execute("select set_config('search_path', quote_ident(coalesce(n.nspname, current_schema())) || ', pg_temp', false) "
+                     "from (select 1) one left join pg_class c on c.oid = to_regclass('session_recalls') "
+                     "left join pg_namespace n on n.oid = c.relnamespace")  # fmt: skip
+        _refuse_newer(conn)
+        _refuse_strange_table(conn)
+        _create_record(conn)
+        done = []
+        for migration in migrations():
+            if migration.version not in _applied(conn):
+                say(f"{migration.version:04} {migration.name}")
+                _patiently(conn, say, until, lambda m=migration: _apply(conn, m))  # type: ignore[misc]
+                done.append(f"{migration.version:04} {migration.name}")
+        if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
+            say("foreign key to sessions")
+            _patiently(conn, say, until, lambda: _add_foreign_key(conn))
+            _validate_foreign_key(conn, say)
+            done.append("foreign key to sessions")
+        return done
+
+
+def _connected(dsn: str) -> psycopg.Connection[tuple[object, ...]]:
+    return psycopg.connect(
+        dsn, application_name="recall-worker migrate", autocommit=True, connect_timeout=int(CONNECT_DEADLINE), prepare_threshold=None
+    )
+
+
+def _applied(conn: psycopg.Connection[tuple[object, ...]]) -> set[object]:
+    if conn.execute("select to_regclass('recall_schema')").fetchone() == (None,):
+        return set()
+    return {row[0] for row in conn.execute("select version from recall_schema")}
+
+
+def _create_record(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    conn.execute(
+        "create table if not exists recall_schema (version integer primary key, name text not null, "
+        "oldest_code integer not null, applied_at timestamptz not null default now())"
+    )
+
+
+def _meet(conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float) -> None:
+    told = False
+    while conn.execute("select pg_try_advisory_lock(%s)", (LOCK_ID,)).fetchone() != (True,):
+        if not told:
+            say("another migrate is at work; waiting for it")
+            told = True
+        if time.monotonic() > until:
+            raise SchemaError("another migrate holds the lock", "see who: select pid from pg_locks where locktype = 'advisory'")
+        time.sleep(random.uniform(0.05, 0.2))
+
+
+def _patiently(conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float, act: Callable[[], None]) -> None:
+    pause = 0.2
+    while True:
+        try:
+            return act()
+        except (errors.LockNotAvailable, errors.DeadlockDetected):
+            if time.monotonic() > until:
+                raise SchemaError(
+                    "a lock on session_recalls could not be had: a transaction has been open all the time",
+                    "find it in pg_stat_activity (state 'idle in transaction', oldest xact_start), end it, and migrate again",
+                ) from None
+            say("the table is in use by a longer transaction; trying again")
+            # In the meantime whatever queued behind us goes on.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(5.0, pause * 2)
+
+
+def _apply(conn: psycopg.Connection[tuple[object, ...]], migration: Migration) -> None:
+    record = "insert into recall_schema (version, name, oldest_code) values (%s, %s, %s)"
+    row = (migration.version, migration.name, migration.oldest_code)
+    if migration.in_transaction:
+        with conn.transaction():
+            conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")  # type: ignore[arg-type]
+            conn.execute(migration.text.encode())
+            conn.execute(record, row)
+        return
+    _drop_invalid_indexes(conn)
+    conn.execute(f"set lock_timeout = {INDEX_PATIENCE_MS}")  # type: ignore[arg-type]
+    try:
+        for statement in re.split(r";\s*(?:\n|$)", migration.text):
+            if re.sub(r"--.*", "", statement).strip():
+                conn.execute(statement.encode())
+        conn.execute(record, row)
+    except errors.LockNotAvailable:
+        _drop_invalid_indexes(conn)
+        raise
+    finally:
+        conn.execute("set lock_timeout = 0")
+
+
+def _drop_invalid_indexes(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    """What a `create index concurrently` that was interrupted leaves behind: an index that costs writes and serves nobody."""
+    left = conn.execute(
+        "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid "
+        "where i.indrelid = to_regclass('session_recalls') and not i.indisvalid and c.relname like 'idx\\_recalls\\_%'"
+    ).fetchall()
+    for (name,) in left:
+        conn.execute(sql.SQL("drop index concurrently if exists {}").format(sql.Identifier(str(name))))
+
+
+def _refuse_standby(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    if conn.execute("select pg_is_in_recovery()").fetchone() == (True,):
+        raise SchemaError("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
+
+
+def _refuse_newer(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    if not _applied(conn):
+        return
+    row = conn.execute("select max(version), max(oldest_code) from recall_schema").fetchone()
+    assert row is not None
+    if int(str(row[1])) > GENERATION:
+        raise SchemaError(
+            f"the schema is at version {row[0]} and works with code from generation {row[1]} on; this is {GENERATION}",
+            "upgrade recall-worker on this host",
+        )
+
+
+_EXPECTED = {
+    "id": "text",
+    "session_id": "text",
+    "call_type": "text",
+    "trigger_at": "timestamp with time zone",
+    "interval_seconds": "integer",
+    "internal_comment": "text",
+    "additional_context_message": "text",
+    "status": "text",
+    "created_at": "timestamp with time zone",
+    "updated_at": "timestamp with time zone",
+}
+
+
+def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    rows = conn.execute(
+        "select attname, format_type(atttypid, atttypmod) from pg_attribute "
+        "where attrelid = to_regclass('session_recalls') and attnum > 0 and not attisdropped"
+    ).fetchall()
+    if not rows:
+        return
+    found = {str(name): str(kind) for name, kind in rows}
+    # varchar serves as well as text, and a wider integer as well as a narrow one.
+    wrong = [
+        f"{name} {kind} (found: {found.get(name, 'nothing')})"
+        for name, kind in _EXPECTED.items()
+        if found.get(name) != kind
+        and not (kind == "text" and found.get(name, "").startswith("character varying"))
+        and not (kind == "integer" and found.get(name) == "bigint")
+    ]
+    if wrong:
+        raise SchemaError(
+            "the table session_recalls is not the one that recall-worker knows; it expects " + ", ".join(wrong),
+            "check that RECALL_DSN names the right database and search_path",
+        )
+
+
+def _foreign_key_wanted(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
+    """Whether there is a sessions table whose id can be referred to."""
+    return conn.execute(
+        "select exists (select from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attname = 'id' "
+        "where i.indrelid = to_regclass('sessions') and i.indisunique and i.indisvalid and i.indpred is null "
+        "and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)"
+    ).fetchone() == (True,)
+
+
+def _foreign_key_there(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
+    return conn.execute(
+        "select exists (select from pg_constraint where conrelid = to_regclass('session_recalls') "
+        "and confrelid = to_regclass('sessions') and contype = 'f')"
+    ).fetchone() == (True,)
+
+
+def _add_foreign_key(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    with conn.transaction():
+        conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")  # type: ignore[arg-type]
+        conn.execute("lock table session_recalls in share row exclusive mode")
+        conn.execute(
+            "alter table session_recalls add constraint session_recalls_session_id_fkey "
+            "foreign key (session_id) references sessions (id) on delete cascade not valid"
+        )
+
+
+def _validate_foreign_key(conn: psycopg.Connection[tuple[object, ...]], say: Say) -> None:
+    try:
+        conn.execute("alter table session_recalls validate constraint session_recalls_session_id_fkey")
+    except errors.ForeignKeyViolation:
+        say("some old recalls belong to no session: the foreign key holds for new rows only, until they are deleted")

@@ -1,0 +1,202 @@
+"""Settings: frozen, read once, from `RECALL_*` in the environment and then from flags. The only reader of the environment.
+
+Secrets may also come from `<NAME>_FILE` or from a systemd credential of the same name. All problems are reported at once.
+Durations are seconds. Secrets are kept out of `repr`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HORIZON = 60.0
+"""Seconds ahead within which the table's trigger rings; written into the trigger by migration 0001."""
+
+PROTOCOLS = ("native",)
+LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("auto", "json", "console")
+
+
+class SettingsError(Exception):
+    """The settings can't be used. `problems` holds one sentence each, naming the variable and what to do."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _setting(default: Any, says: str, *, secret: bool = False, least: float | None = None, most: float | None = None) -> Any:
+    return field(default=default, repr=not secret, metadata={"says": says, "secret": secret, "least": least, "most": most})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set. Field `x` is the variable `RECALL_X`."""
+
+    dsn: str | None = _setting(None, "PostgreSQL, as a URL or key=value pairs", secret=True)
+    listen_dsn: str | None = _setting(
+        None, "PostgreSQL for LISTEN, where RECALL_DSN goes through a transaction pooler (which passes no LISTEN)", secret=True
+    )
+    run_url: str | None = _setting(None, "the run endpoint; `{session_id}` in it is replaced, percent-encoded")
+    run_token: str | None = _setting(None, "bearer token for the run endpoint", secret=True)
+    signing_secret: str | None = _setting(None, "secret for Standard Webhooks signatures", secret=True)
+    ca_file: str | None = _setting(None, "PEM file with the certificate authority of a private endpoint")
+    protocol: str = _setting("native", "how the agent server speaks: " + ", ".join(PROTOCOLS))
+    concurrency: int = _setting(3, "slots: runs at once in this worker", least=1, most=100_000)
+    busy_delay: float = _setting(60.0, "seconds until a busy session is tried again, where it does not say", least=0.05)
+    lease: float = _setting(60.0, "seconds after which a silent worker's runs are taken up by another", least=1, most=86_400)
+    run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
+    max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)
+    give_up: float = _setting(86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0)
+    poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
+    drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
+    log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))
+    log_format: str = _setting("auto", "log format: " + ", ".join(FORMATS) + " (auto: console on a terminal, else json)")
+
+    def needed(self, *names: str) -> Settings:
+        """These settings, or SettingsError naming all of `names` that are not set."""
+        problems = [
+            f"{variable(name)} is not set: {_field(name).metadata['says']}" for name in names if getattr(self, name) is None
+        ]
+        if problems:
+            raise SettingsError(problems)
+        return self
+
+    def shown(self) -> dict[str, Any]:
+        """The settings for people: secrets as `set` or null."""
+        return {
+            f.name: (None if getattr(self, f.name) is None else "set") if f.metadata["secret"] else getattr(self, f.name)
+            for f in dataclasses.fields(self)
+        }
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return "RECALL_" + name.upper()
+
+
+def read(environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
+    """The settings from the environment, then from `flags` (those that are not None).
+
+    Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions.
+    """
+    environ = os.environ if environ is None else environ
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(Settings):
+        given = flags.get(f.name)
+        raw = given if given is not None else _raw(f, environ, problems)
+        if raw is not None:
+            try:
+                values[f.name] = _converted(f, raw)
+            except ValueError as error:
+                problems.append(f"{variable(f.name)} {error}")
+    settings = Settings(**values)
+    problems += _contradictions(settings)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def ignored(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that look like settings and are none: a typing error that would otherwise go unseen."""
+    fields = {variable(f.name): f for f in dataclasses.fields(Settings)}
+    known = set(fields) | {name + "_FILE" for name, f in fields.items() if f.metadata["secret"]}
+    names = os.environ if environ is None else environ
+    return sorted(n for n in names if n.startswith("RECALL_") and n not in known and not n.startswith("RECALL_TEST_"))
+
+
+def _field(name: str) -> dataclasses.Field[Any]:
+    return next(f for f in dataclasses.fields(Settings) if f.name == name)
+
+
+def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[str]) -> str | None:
+    name = variable(f.name)
+    direct = environ.get(name) or None
+    if not f.metadata["secret"]:
+        return direct
+    files = {}
+    if environ.get(name + "_FILE"):
+        files[name + "_FILE"] = Path(environ[name + "_FILE"])
+    elif environ.get("CREDENTIALS_DIRECTORY") and (Path(environ["CREDENTIALS_DIRECTORY"]) / name).exists():
+        files["the credential " + name] = Path(environ["CREDENTIALS_DIRECTORY"]) / name
+    if direct is not None and name + "_FILE" in files:
+        problems.append(f"{name} and {name}_FILE are both set: keep one")
+        return direct
+    for said, path in files.items():
+        if direct is None:
+            try:
+                return path.read_text(encoding="utf-8").strip() or None
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{said} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+    return direct
+
+
+def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
+    kind = str(f.type)
+    if kind.startswith("str"):
+        text = str(raw)
+        if any(ord(c) < 32 or ord(c) == 127 for c in text):
+            raise ValueError("holds a control character (a line break?): remove it")
+        return text
+    try:
+        number = int(raw) if kind == "int" else float(raw)
+    except ValueError:
+        raise ValueError(f"is {raw!r}: give a {'whole number' if kind == 'int' else 'number of seconds'}") from None
+    least, most = f.metadata["least"], f.metadata["most"]
+    if number != number or (least is not None and number < least) or (most is not None and number > most):
+        bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+        raise ValueError(f"is {raw}: give a number {bounds}")
+    return number
+
+
+def _contradictions(s: Settings) -> list[str]:
+    problems = []
+    for name, value, allowed in (
+        ("protocol", s.protocol, PROTOCOLS),
+        ("log_level", s.log_level, LEVELS),
+        ("log_format", s.log_format, FORMATS),
+    ):
+        if value not in allowed:
+            problems.append(f"{variable(name)} is {value!r}: give one of {', '.join(allowed)}")
+    if s.run_url is not None:
+        problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
+    if s.run_token is not None and not s.run_token.isascii():
+        problems.append("RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII")
+    if s.signing_secret is not None and s.signing_secret.startswith("whsec_"):
+        try:
+            base64.b64decode(s.signing_secret.removeprefix("whsec_"), validate=True)
+        except ValueError:
+            problems.append("RECALL_SIGNING_SECRET starts with whsec_ but is not base64 behind it: copy it again")
+    if s.ca_file is not None and not os.access(s.ca_file, os.R_OK):
+        problems.append(f"RECALL_CA_FILE is {s.ca_file!r}, which can't be read: give a PEM file")
+    return problems
+
+
+def _url_problems(url: str) -> list[str]:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        port_is_right = parts.port is None or 0 < parts.port < 65536
+    except ValueError as error:
+        return [f"is no address: {error}"]
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_right:
+        return ["is no address: give http://… or https://…"]
+    problems = []
+    if re.search(r"\s", url):
+        problems.append("holds a blank: write it as %20")
+    if parts.username or parts.password:
+        problems.append("holds a user name or password: give the token in RECALL_RUN_TOKEN")
+    strange = set(re.findall(r"\{[^}]*\}?", url)) - {"{session_id}"}
+    if strange:
+        problems.append(f"holds {', '.join(sorted(strange))}: the one placeholder is {{session_id}}")
+    if "{session_id}" in parts.netloc:
+        problems.append("names the session in the host: put {session_id} in the path")
+    return problems

@@ -1,0 +1,40 @@
+"""Finds `sql/` and splits its files into named statements.
+
+A file is a sequence of `-- name: <name>` headers, each followed by one statement. Comments are for the reader of the file and
+are dropped here, as psycopg would read a `%` in one as a placeholder.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_NAME = re.compile(r"^-- name: (\w+)\s*$", re.MULTILINE)
+_COMMENT = re.compile(r"^\s*--.*$|\s--\s.*$", re.MULTILINE)
+
+
+def folder() -> Path:
+    """The folder `sql/`: beside the modules in an installed wheel, beside the package in a checkout."""
+    for candidate in (_HERE / "sql", _HERE.parent / "sql"):
+        if (candidate / "ledger.sql").is_file():
+            return candidate
+    raise FileNotFoundError("recall_worker is installed without its sql/ folder; install the wheel again")
+
+
+@cache
+def load(file: str) -> dict[str, str]:
+    """The named statements of `sql/<file>.sql`, without comments, in the file's order."""
+    parts = _NAME.split((folder() / f"{file}.sql").read_text(encoding="utf-8"))
+    return {name: _COMMENT.sub("", body).strip().rstrip(";") for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def migrations() -> list[Path]:
+    """The migrations' files, in order."""
+    return sorted((folder() / "migrations").glob("[0-9][0-9][0-9][0-9]_*.sql"))
+
+
+def generation() -> int:
+    """The schema version that this code was written for: the number of its last migration."""
+    return int(migrations()[-1].name[:4])

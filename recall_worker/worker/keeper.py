@@ -1,0 +1,94 @@
+"""Keeps the leases of the runs in hand, and lets go of those that are no longer ours.
+
+All leases are renewed at once at a third of their length; also those of runs that have ended and wait to be settled. When the bell
+rings, a look tells whether somebody ended a recall that is being run: its call is aborted at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+from uuid import UUID
+
+from ..ledger import Ledger, Outage, Refusal
+from .reach import Reach
+
+CHUNK = 2000
+LOCKED_PAUSE = 1.0
+OUTAGE_PAUSE = (0.1, 0.5)
+LOOK_PAUSE = 0.1
+"""Seconds between two looks at least; a look that takes long is waited for twenty times as long."""
+
+
+class Keeper:
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: float,
+        reach: Reach,
+        held: Callable[[], Mapping[str, UUID]],
+        let_go: Callable[[str, UUID, str], None],
+    ) -> None:
+        """`held()`: the leases in hand, id → lease. `let_go(id, lease, state)` is told of each that is no longer ours."""
+        self._ledger = ledger
+        self._lease = lease
+        self._reach = reach
+        self._held = held
+        self._let_go = let_go
+        self._renew_now = asyncio.Event()
+        self._rung = asyncio.Event()
+        reach.on_return(self._renew_now.set)
+
+    def ring(self) -> None:
+        """The bell rang: somebody may have ended what is being run."""
+        self._rung.set()
+
+    async def renew(self) -> None:
+        """Renew for ever. Returns only by cancellation."""
+        pause = self._lease / 3
+        while True:
+            try:
+                async with asyncio.timeout(pause):
+                    await self._renew_now.wait()
+            except TimeoutError:
+                pass
+            self._renew_now.clear()
+            pause = self._lease / 3
+            leases = dict(self._held())
+            ids = list(leases)
+            try:
+                for start in range(0, len(ids), CHUNK):
+                    chunk = {id: leases[id] for id in ids[start : start + CHUNK]}
+                    states = await self._ledger.renew(chunk)
+                    self._reach.found()
+                    if "locked" in states.values():
+                        pause = min(LOCKED_PAUSE, pause / 4)
+                    self._part(chunk, states)
+            except Outage as outage:
+                self._reach.lost(outage.reason)
+                pause = min(self._lease / 12, random.uniform(*OUTAGE_PAUSE))
+            except Refusal as refusal:
+                self._reach.lost(refusal.reason)
+                pause = min(self._lease / 12, 1.0)
+
+    async def look(self) -> None:
+        """Look at each ring whether the runs in hand are still ours. Returns only by cancellation."""
+        while True:
+            await self._rung.wait()
+            self._rung.clear()
+            leases = dict(self._held())
+            if not leases:
+                continue
+            began = time.monotonic()
+            try:
+                self._part(leases, await self._ledger.look(leases))
+            except (Outage, Refusal):
+                continue  # The renewal says so, and looks itself.
+            await asyncio.sleep(max(LOOK_PAUSE, 20 * (time.monotonic() - began)))
+
+    def _part(self, leases: Mapping[str, UUID], states: Mapping[str, str]) -> None:
+        for id, state in states.items():
+            if state not in ("renewed", "locked"):
+                self._let_go(id, leases[id], state)

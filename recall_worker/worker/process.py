@@ -1,0 +1,121 @@
+"""The daemon as a process: signals, systemd's notifications, limits of the operating system.
+
+SIGTERM and SIGINT drain; the same again releases at once. systemd is told READY when the loop turns, with or without PostgreSQL,
+and is fed by the loop that does the work: a worker whose claim loop stands still is not fed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import time
+from uuid import uuid4
+
+from ..events import Events
+from ..ledger import CONNECT_DEADLINE, STATEMENT_DEADLINE, Ledger, Outage
+from ..protocols import create
+from ..settings import Settings
+from ..statements import generation
+from .worker import Worker
+
+STANDSTILL = STATEMENT_DEADLINE + 2 * CONNECT_DEADLINE + 30.0
+"""Seconds that one turn of the claim loop can take at the very most, with the longest poll behind it."""
+
+
+class SchemaRefused(Exception):
+    """The schema and this code can't work together. `hint` says what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def name_worker() -> str:
+    """A name for this replica: host, pid, and four random letters, as a container's pid is always the same."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:4]}"
+
+
+async def serve(settings: Settings) -> None:
+    """Be a worker until stopped by a signal.
+
+    Raises SchemaRefused where the schema is not for this code, ExceptionGroup where a defect ended a loop.
+    """
+    name = name_worker()
+    events = Events(worker=name)
+    _raise_open_files()
+    worker = Worker(settings, create(settings), events, name)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, worker)
+    await _check_schema(settings, name)
+    work = asyncio.create_task(worker.run())
+    events.tell("worker.ready")
+    notify("READY=1")
+    feeding = asyncio.create_task(_feed(worker))
+    try:
+        await work
+    finally:
+        feeding.cancel()
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens where no systemd asks."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), address)
+        except OSError:
+            pass  # A manager that is gone is no reason to stop working.
+
+
+def _stop(worker: Worker) -> None:
+    notify("STOPPING=1")
+    worker.stop()
+
+
+async def _feed(worker: Worker) -> None:
+    every = float(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 3
+    mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    while every > 0 and mine:
+        if time.monotonic() - worker.turned_at < STANDSTILL:
+            notify("WATCHDOG=1")
+        await asyncio.sleep(every)
+
+
+async def _check_schema(settings: Settings, name: str) -> None:
+    """Refuse to work on a schema that is too old or too new. A database that is away is waited for elsewhere."""
+    assert settings.dsn is not None
+    ledger = Ledger(settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None)
+    try:
+        async with asyncio.timeout(5):
+            version, oldest_code = await ledger.schema()
+    except (Outage, TimeoutError):
+        return
+    finally:
+        await ledger.close()
+    needed = generation()
+    if version == 0:
+        raise SchemaRefused("the database has no recall-worker schema yet", "recall-worker migrate")
+    if oldest_code > needed:
+        raise SchemaRefused(
+            f"the schema is at version {version} and works with code from generation {oldest_code} on; this is {needed}",
+            "upgrade recall-worker on this host",
+        )
+    if version < needed:
+        raise SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
+
+
+def _raise_open_files() -> None:
+    """As many open files as the system lets us: each open run is a socket."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        pass

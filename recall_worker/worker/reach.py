@@ -1,0 +1,52 @@
+"""Whether PostgreSQL answers: every loop reports here, so that an outage is told once, at its beginning and at its end.
+
+After an outage, however long, living owners come first: expired leases of others are left alone for a third of a lease, in
+which those who still run them settle and renew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..events import Events
+
+
+class Reach:
+    def __init__(self, events: Events, lease: float) -> None:
+        self._events = events
+        self._lease = lease
+        self._lost_at: float | None = None
+        self._courteous_until = 0.0
+        self._on_return: list[Callable[[], None]] = []
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost_at is not None
+
+    @property
+    def may_take_expired(self) -> bool:
+        return time.monotonic() >= self._courteous_until
+
+    @property
+    def courtesy_left(self) -> float:
+        """Seconds until expired leases may be taken again."""
+        return max(0.0, self._courteous_until - time.monotonic())
+
+    def on_return(self, act: Callable[[], None]) -> None:
+        """Have `act()` called when PostgreSQL answers again."""
+        self._on_return.append(act)
+
+    def lost(self, reason: str) -> None:
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+            self._events.tell("database.lost", reason=reason)
+
+    def found(self) -> None:
+        if self._lost_at is not None:
+            seconds = time.monotonic() - self._lost_at
+            self._lost_at = None
+            self._courteous_until = time.monotonic() + self._lease / 3
+            self._events.tell("database.found", after_s=round(seconds, 3))
+            for act in self._on_return:
+                act()

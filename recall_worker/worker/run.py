@@ -1,0 +1,29 @@
+"""A run: one claimed occurrence in a slot, from the claim until it is settled."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from ..protocols import Call
+from ..recall import Claim
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    call: Call
+    task: asyncio.Task[None] | None = field(default=None)
+    aborted: str | None = None
+    """Why the call was broken off by us, if it was."""
+
+    @property
+    def claim(self) -> Claim:
+        return self.call.claim
+
+    def abort(self, reason: str) -> bool:
+        """Break the call off; what has ended already stays as it ended. Returns whether there was anything to break off."""
+        if self.task is None or self.task.done() or self.aborted is not None:
+            return False
+        self.aborted = reason
+        self.task.cancel()
+        return True

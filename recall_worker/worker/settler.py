@@ -1,0 +1,127 @@
+"""Endings become verdicts and are written.
+
+While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under load, and nothing waits when
+idle. A row that the application moved in mid-run is judged again with what stands there now; one that it holds locked is asked
+for again, while its lease goes on being renewed. In an outage endings wait here, with their runs' slots, until PostgreSQL is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+from ..events import Events
+from ..judge import Dice, Policy, judge
+from ..ledger import Ledger, Outage
+from ..recall import (
+    Ended,
+    Ending,
+    LeaseLost,
+    Locked,
+    Moved,
+    Settled,
+    Settlement,
+    Stranded,
+    Unsent,
+    Verdict,
+    http_status_of,
+    name_of,
+    reason_of,
+)
+from .reach import Reach
+from .run import Run
+
+BATCH_MOST = 500
+LOCKED_FIRST = 0.05
+LOCKED_MOST = 1.0
+OUTAGE_PAUSE = (0.1, 0.5)
+
+
+class Settler:
+    def __init__(
+        self, ledger: Ledger, policy: Policy, events: Events, reach: Reach, free: Callable[[Run], None], dice: Dice = random.random
+    ) -> None:
+        """`free(run)` is called when a run is settled, one way or the other: its slot is free then."""
+        self._ledger = ledger
+        self._policy = policy
+        self._events = events
+        self._reach = reach
+        self._free = free
+        self._dice = dice
+        self._waiting: list[tuple[Run, Ending, float]] = []
+        self._some = asyncio.Event()
+
+    def put(self, run: Run, ending: Ending) -> None:
+        """Have this ending judged and written."""
+        self._again(run, ending, LOCKED_FIRST)
+
+    async def run(self) -> None:
+        """Write endings as they come. Returns only by cancellation."""
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting[:BATCH_MOST], self._waiting[BATCH_MOST:]
+                judged = [(ending, judge(ending, self._policy, self._dice)) for _, ending, _ in batch]
+                try:
+                    answers = await self._ledger.settle(judged)
+                except Outage as outage:
+                    self._waiting = batch + self._waiting
+                    self._reach.lost(outage.reason)
+                    await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
+                    continue
+                self._reach.found()
+                for (run, ending, pause), (_, verdict), answer in zip(batch, judged, answers, strict=True):
+                    self._conclude(run, ending, verdict, answer, pause)
+
+    def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
+        match answer:
+            case Moved(trigger, trigger_at):
+                claim = dataclasses.replace(ending.claim, trigger=trigger, trigger_at=trigger_at)
+                self._again(run, dataclasses.replace(ending, claim=claim), pause)
+                return
+            case Locked():
+                longer = min(LOCKED_MOST, pause * 2)
+                asyncio.get_running_loop().call_later(pause, self._again, run, ending, longer)
+                return
+            case Settled(status):
+                self._tell("recall.settled", ending, verdict=type(verdict).__name__.lower(), status=status)
+            case Ended(status):
+                self._tell("recall.ended", ending, status=status)
+            case LeaseLost():
+                self._tell("lease.lost", ending)
+            case Stranded(reason):
+                self._tell("recall.stranded", ending, error=reason)
+            case never:
+                assert_never(never)
+        self._free(run)
+
+    def _again(self, run: Run, ending: Ending, pause: float) -> None:
+        self._waiting.append((run, ending, pause))
+        self._some.set()
+
+    def _tell(self, event: str, ending: Ending, **more: object) -> None:
+        claim, outcome, called = ending.claim, ending.outcome, ending.called_after
+        facts: dict[str, object] = {
+            "recall": claim.id,
+            "session": claim.session_id,
+            "occurrence": claim.occurrence,
+            "attempt": claim.attempt,
+            "outcome": None if isinstance(outcome, Unsent) else name_of(outcome),
+            **more,
+        }
+        if called is not None:
+            facts["lag_ms"] = round((claim.lag + called) * 1000, 1)
+            facts["lateness_ms"] = round((claim.lateness + called) * 1000, 1)
+            facts["duration_ms"] = round((ending.ended_after - called) * 1000, 1)
+            facts["settled_ms"] = round((time.monotonic() - ending.ended_at) * 1000, 1)
+        status, reason = http_status_of(outcome), reason_of(outcome)
+        if status is not None:
+            facts["http_status"] = status
+        if reason is not None:
+            facts["reason"] = reason[:300]
+        self._events.tell(event, **facts)

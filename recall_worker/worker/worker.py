@@ -1,0 +1,278 @@
+"""The worker: wakes, claims never more than its free slots, makes the calls, and hands every ending to the settler.
+
+All its loops are supervised together: one that ends by a defect ends the worker, loudly, after its runs were given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from uuid import UUID
+
+from .. import judge as judging
+from ..bell import Bell
+from ..events import Events
+from ..ledger import Claimed, Ledger, Outage, Refusal
+from ..protocols import Call, Protocol
+from ..recall import Claim, Ending, Misconfigured, Outcome, Unknown, Unsent
+from ..settings import Settings
+from .breaker import Breaker
+from .keeper import Keeper
+from .reach import Reach
+from .run import Run
+from .settler import Settler
+
+FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
+"""Seconds between two looks at something due that can't be claimed: doubling from the first to the most."""
+OUTAGE_PAUSE = (0.1, 0.5)
+BEAT_EVERY = 60.0
+SETTLE_PATIENCE = 10.0
+"""Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
+
+
+class Worker:
+    """One replica. `run()` works until `stop()` is called (drain) and, if need be, called again (release now)."""
+
+    def __init__(self, settings: Settings, protocol: Protocol, events: Events, name: str) -> None:
+        assert settings.dsn is not None
+        self.name = name
+        self._settings = settings
+        self._protocol = protocol
+        self._events = events
+        self._policy = judging.Policy(
+            busy_delay=settings.busy_delay, max_attempts=settings.max_attempts, give_up=settings.give_up
+        )
+        self._ledger = Ledger(settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None)
+        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, events)
+        self._reach = Reach(events, settings.lease)
+        self._settler = Settler(self._ledger, self._policy, events, self._reach, self._free)
+        self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
+        self._breaker = Breaker()
+        self._runs: dict[UUID, Run] = {}
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._floor = FLOOR_FIRST
+        self.turned_at = time.monotonic()
+        """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
+        self._reach.on_return(self._wake.set)
+
+    # --- from outside --------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Claim no more and let the runs end, at most RECALL_DRAIN_TIMEOUT; called again: give them back now."""
+        if self._stop.is_set():
+            if not self._hurry.is_set():
+                self._events.tell("worker.hurried", runs=len(self._runs))
+            self._hurry.set()
+        else:
+            self._events.tell("worker.draining", runs=len(self._runs), timeout_s=self._settings.drain_timeout)
+            self._stop.set()
+            self._wake.set()
+
+    @property
+    def bell_is_listening(self) -> bool:
+        return self._bell.listening
+
+    async def run(self) -> None:
+        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back."""
+        self._events.tell("worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None})
+        try:
+            async with asyncio.TaskGroup() as loops:
+                helpers = [
+                    loops.create_task(work, name=name)
+                    for name, work in (
+                        ("bell", self._bell.run()),
+                        ("settler", self._settler.run()),
+                        ("renewals", self._keeper.renew()),
+                        ("looks", self._keeper.look()),
+                        ("beats", self._beat()),
+                    )
+                ]
+                await self._claim_until_stopped()
+                await self._drain()
+                for helper in helpers:
+                    helper.cancel()
+        finally:
+            for run in self._runs.values():
+                run.abort("the worker broke")
+            await self._protocol.close()
+            await self._say_goodbye()
+            await self._ledger.close()
+        self._events.tell("worker.stopped")
+
+    # --- waking and claiming -------------------------------------------------------------------------------------
+
+    def _ring(self) -> None:
+        self._floor = FLOOR_FIRST
+        self._wake.set()
+        if self._runs:
+            self._keeper.ring()
+
+    async def _claim_until_stopped(self) -> None:
+        while not self._stop.is_set():
+            # Cleared before the look, never after: what rings meanwhile is heard.
+            self._wake.clear()
+            wait = await self._look()
+            self.turned_at = time.monotonic()
+            if wait > 0:
+                try:
+                    async with asyncio.timeout(wait):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+
+    async def _look(self) -> float:
+        """Claim what is due and start it. Returns seconds until the next look, unless something wakes us before."""
+        most = self._settings.poll_interval
+        was_open = self._breaker.is_open
+        allowed, changes_in = self._breaker.allowance(time.monotonic())
+        if was_open and not self._breaker.is_open:
+            self._events.tell("breaker.closed", reason="the probe was taken and is being run")
+        slots = self._settings.concurrency - len(self._runs)
+        if allowed is not None:
+            slots = min(slots, allowed)
+        if slots <= 0:
+            return min(most, changes_in) if allowed is not None else most
+        try:
+            claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired)
+            self._reach.found()
+            await self._start(claimed, probing=allowed is not None)
+        except Outage as outage:
+            self._reach.lost(outage.reason)
+            return random.uniform(*OUTAGE_PAUSE)
+        except Refusal as refusal:
+            self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
+            return random.uniform(1, 5)
+        return self._until_next(claimed, slots, most)
+
+    def _until_next(self, claimed: Claimed, slots: int, most: float) -> float:
+        if len(claimed.claims) >= slots:
+            return most  # A settle (or the breaker, which allowed but one) wakes us.
+        if claimed.waiting:
+            self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
+            most = min(most, wait)
+        else:
+            self._floor = FLOOR_FIRST
+        if claimed.next_in is None:
+            return most
+        # The instant on our clock at which the row is due. PostgreSQL read its clock a little after we asked: should the
+        # timer be early by that much, the next look says so and names the rest.
+        return min(most, max(0.0005, claimed.asked_at + claimed.next_in - time.monotonic()))
+
+    async def _start(self, claimed: Claimed, *, probing: bool) -> None:
+        moved = [(claim, occurrence) for claim in claimed.claims if (occurrence := judging.honour(claim)) is not None]
+        placed: dict[UUID, Claim] = {}
+        if moved:
+            placed = await self._place(moved)
+        for claim in claimed.claims:
+            call = Call(placed.get(claim.lease, claim), claimed.asked_at)
+            run = Run(call)
+            self._runs[claim.lease] = run
+            self._idle.clear()
+            if claim.taken_from is not None:
+                self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
+            unsent = "moved by the application" if call.claim.moved else "stopping" if self._stop.is_set() else None
+            if unsent is not None:
+                self._end(run, Unsent(unsent))
+                continue
+            if probing:
+                self._breaker.probing(call)
+            run.task = asyncio.create_task(self._run(run))
+
+    async def _place(self, moved: list[tuple[Claim, int]]) -> dict[UUID, Claim]:
+        """Those of the moved claims that are to run now, as they stand after the move; the others go back as moved."""
+        try:
+            placed = await self._ledger.place([(claim, occurrence) for claim, occurrence in moved if claim.due])
+        except (Outage, Refusal):
+            return {}  # Put back unsent: the settle honours the move.
+        for claim in placed:
+            self._events.tell("recall.placed", recall=claim.id, session=claim.session_id, occurrence=claim.occurrence)
+        return {claim.lease: claim for claim in placed}
+
+    # --- runs ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, run: Run) -> None:
+        outcome: Outcome
+        try:
+            outcome = judging.before_call(run.claim, self._policy.max_attempts) or await self._protocol.call(run.call)
+        except asyncio.CancelledError:
+            outcome = self._broken_off(run, run.aborted or "the worker broke")
+        except Exception as error:
+            self._events.tell("worker.stumbled", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
+            outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
+        self._end(run, outcome)
+
+    @staticmethod
+    def _broken_off(run: Run, reason: str) -> Outcome:
+        return Unsent(reason) if run.call.sent_at is None else Unknown(reason)
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        now, call = time.monotonic(), run.call
+        breaker_closed = not self._breaker.is_open
+        event = self._breaker.note(call, outcome, now)
+        called_after = None if call.sent_at is None else call.sent_at - call.asked_at
+        if event is not None:
+            reason = getattr(outcome, "reason", None)
+            self._events.tell(event, session=call.claim.session_id, **({"reason": reason} if reason else {}))
+            self._wake.set()
+        if isinstance(outcome, Misconfigured):
+            self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
+        self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
+
+    def _free(self, run: Run) -> None:
+        self._runs.pop(run.claim.lease, None)
+        if not self._runs:
+            self._idle.set()
+        self._wake.set()
+
+    def _held(self) -> Mapping[str, UUID]:
+        return {run.claim.id: run.claim.lease for run in self._runs.values()}
+
+    def _let_go(self, id: str, lease: UUID, state: str) -> None:
+        run = self._runs.get(lease)
+        if run is not None and run.abort(state):
+            self._events.tell("recall.aborted", recall=id, session=run.claim.session_id, because=state)
+
+    # --- stopping ------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        hurry = asyncio.create_task(self._hurry.wait())
+        idle = asyncio.create_task(self._idle.wait())
+        await asyncio.wait((hurry, idle), timeout=self._settings.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        if self._runs:
+            released = sum(run.abort("the worker stopped in mid-run") for run in list(self._runs.values()))
+            self._events.tell("worker.released", runs=released)
+            await asyncio.wait((idle,), timeout=SETTLE_PATIENCE)
+        for task in (hurry, idle):
+            task.cancel()
+
+    async def _say_goodbye(self) -> None:
+        try:
+            async with asyncio.timeout(2):
+                await self._ledger.leave()
+        except (Outage, Refusal, TimeoutError):
+            pass
+
+    async def _beat(self) -> None:
+        facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": version("recall-worker"),
+            "slots": self._settings.concurrency,
+        }
+        while True:
+            try:
+                now = {"running": len(self._runs), "breaker": self._breaker.state}
+                await self._ledger.beat(facts | now, self._settings.shown())
+                pause = BEAT_EVERY
+            except (Outage, Refusal):
+                pause = BEAT_EVERY / 12
+            await asyncio.sleep(pause)

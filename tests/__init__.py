@@ -1,0 +1,1 @@
+"""The tests mirror the house: test_judge, test_ledger and so on; `house/` is for the daemon as a process."""

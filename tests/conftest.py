@@ -1,0 +1,87 @@
+"""What every test may ask for: a database of its own, a scripted endpoint on a raw socket, daemons as real processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from recall_worker import schema
+
+from . import postgres
+from .application import CREATE_TABLES, Application
+from .daemon import Daemons
+from .endpoint import Endpoint
+
+Connection = psycopg.AsyncConnection[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The maintenance DSN of the session's PostgreSQL."""
+    with postgres.server() as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """A database with the application's tables, adopted; copied for each test that asks for `database`."""
+    with postgres.database(server) as dsn:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute(CREATE_TABLES.encode())
+        schema.migrate(dsn)
+        yield dsn
+
+
+@pytest.fixture
+def database(server: str, template: str) -> Iterator[str]:
+    """The DSN of a database of the test's own: the application's tables, migrated, no rows."""
+    with postgres.database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def empty_database(server: str) -> Iterator[str]:
+    """The DSN of a database with nothing in it."""
+    with postgres.database(server) as dsn:
+        yield dsn
+
+
+@contextlib.asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[Connection]:
+    conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True, row_factory=dict_row)
+    async with conn:
+        yield conn
+
+
+@pytest.fixture
+async def db(database: str) -> AsyncIterator[Connection]:
+    """A connection for looking at the test's database."""
+    async with connected(database) as conn:
+        yield conn
+
+
+@pytest.fixture
+async def app(database: str) -> AsyncIterator[Application]:
+    """The agent application, on its own asyncpg connection."""
+    application = await Application.connect(database)
+    yield application
+    await application.close()
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[Endpoint]:
+    """An API on a raw socket that counts requests and answers by script."""
+    async with Endpoint() as api:
+        yield api
+
+
+@pytest.fixture
+async def daemons(database: str, endpoint: Endpoint) -> AsyncIterator[Daemons]:
+    """Starts daemons on the test's database and endpoint; whatever still runs at the end is killed."""
+    async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url}) as started:
+        yield started
