@@ -37,9 +37,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 ANSWER_BODY = json.dumps({"run_id": "run_0123456789abcdef", "status": "completed"}).encode()
-ANSWER = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER_BODY) + ANSWER_BODY
-)
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER_BODY) + ANSWER_BODY
 WARM_UP = 0.3  # seconds before counting starts: connections open, caches fill
 GRACE = 1.0  # seconds an open call may take to end once counting is over
 HOPELESS = 100  # below so many requests a second no higher level is tried: it would only hold up the rest
@@ -113,9 +111,7 @@ async def httpx_slots(slots: int) -> AsyncIterator[Post]:
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE)
     async with AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(
-                httpx.AsyncClient(limits=limits, timeout=30, trust_env=False, verify=verify)
-            )
+            await stack.enter_async_context(httpx.AsyncClient(limits=limits, timeout=30, trust_env=False, verify=verify))
             for _ in range(slots)
         ]
 
@@ -305,9 +301,7 @@ async def nouns(slots: int) -> AsyncIterator[Post]:
                 headers=request.headers,
                 allow_redirects=False,
             )
-            return httpx.Response(
-                response.status, headers=response.raw_headers, stream=Stream(response), request=request
-            )
+            return httpx.Response(response.status, headers=response.raw_headers, stream=Stream(response), request=request)
 
     async with aiohttp_session() as session:
         transport = Transport(session)
@@ -345,9 +339,7 @@ async def raw(slots: int) -> AsyncIterator[Post]:
         pipe.waiting = loop.create_future()
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         path = "/" + url.split("/", 3)[3]
-        pipe.transport.write(
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{head}\r\n".encode() + body
-        )
+        pipe.transport.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{head}\r\n".encode() + body)
         return json.loads((await pipe.waiting).partition(b"\r\n\r\n")[2])
 
     try:
@@ -554,9 +546,7 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         imported = statistics.median(run["imported"] for run in runs)
         took = statistics.median(run["import"] for run in runs)
         print(f"{line}{peak:>9.0f}{imported:>13.0f}{took:>10.2f}")
-    failures = {
-        (name, why) for name, runs in results.items() for run in runs for at in run["levels"] for why in at["failures"]
-    }
+    failures = {(name, why) for name, runs in results.items() for run in runs for at in run["levels"] for why in at["failures"]}
     for name, why in sorted(failures):
         print(f"failed calls, {name}: {why}")
     for name, packages in skipped.items():

@@ -10,11 +10,16 @@ from datetime import timedelta
 
 from .recall import After, Claim
 
+LONGEST = 2_147_483_647
+"""Seconds of the longest interval, 68 years: as much as `interval_seconds` holds, but in a table that was made with a wider column."""
+
 
 def problem(claim: Claim) -> str | None:
     """Why this row can never have a next occurrence, in a sentence; None where it can (or needs none)."""
     if claim.recurring and (claim.interval is None or claim.interval < 1):
         return f"a recurring recall needs interval_seconds of at least 1, not {_said(claim.interval)}"
+    if claim.recurring and claim.interval is not None and claim.interval > LONGEST:
+        return f"a recurring recall needs interval_seconds of at most {LONGEST}, not {claim.interval}"
     return None
 
 
@@ -23,7 +28,7 @@ def skipped(claim: Claim) -> int:
 
     0 for any other move: that one names a time of its own.
     """
-    if not claim.recurring or claim.interval is None or claim.interval < 1:
+    if not claim.recurring or claim.interval is None or problem(claim) is not None:
         return 0
     times, rest = divmod(claim.trigger_at - claim.planned_at, timedelta(seconds=claim.interval))
     return times if times > 0 and not rest else 0

@@ -8,6 +8,7 @@ Never here: secrets, messages of recalls, internal comments.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,11 @@ class Events:
         self._listeners.append(listener)
 
     def tell(self, event: str, **facts: Any) -> None:
-        self._say[event](event, **facts)
+        say = self._say[event]
+        try:
+            say(event, **facts)
+        except OSError:
+            pass  # Whoever read the log has gone. The work goes on.
         for listener in self._listeners:
             listener(event, facts)
 
@@ -68,20 +73,27 @@ def configure(level: str, format: str) -> None:
     renderer: Any = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer(default=str)
     )
+    facts: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    shown: list[Any] = [_harmless if console else _finite, renderer]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            _harmless if console else _asis,
-            renderer,
-        ],
+        processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # psycopg and others speak through the standard library: only what is wrong, and in one line.
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s")
+    # psycopg and others speak through the standard library: only what is wrong, and in lines like ours.
+    others = logging.StreamHandler(sys.stderr)
+    others.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *facts],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *shown],
+        )
+    )
+    logging.basicConfig(level=logging.ERROR, handlers=[others])
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)
 
 
@@ -91,8 +103,14 @@ def harmless(text: str) -> str:
 
 
 def _harmless(_: Any, __: str, facts: Any) -> Any:
-    return {k: harmless(v) if isinstance(v, str) and k != "exception" else v for k, v in facts.items()}
+    # A traceback keeps its lines; what stands in them may quote anything.
+    return {k: "\n".join(map(harmless, v.split("\n"))) if k == "exception" else _shown(v) for k, v in facts.items()}
 
 
-def _asis(_: Any, __: str, facts: Any) -> Any:
-    return facts
+def _shown(value: Any) -> Any:
+    return harmless(value) if isinstance(value, str) else value
+
+
+def _finite(_: Any, __: str, facts: Any) -> Any:
+    # JSON knows neither infinity nor NaN, though Python would write them.
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}

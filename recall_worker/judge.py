@@ -33,6 +33,7 @@ from .recall import (
     Unknown,
     Unsent,
     Verdict,
+    When,
     reason_of,
 )
 
@@ -43,6 +44,11 @@ BACKOFF_FIRST = 5.0
 BACKOFF_FACTOR = 4.0
 BACKOFF_MOST = 300.0
 RETRY_AFTER_MOST = 86_400.0
+
+LAST = 2_147_483_647
+"""The largest number that an occurrence can have: as much as the table's counters hold."""
+ID_MOST = 2000
+"""Bytes of the longest id that is called: what fits an index beside a call's mark, and a header that servers take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class Policy:
 
 def backoff(n: int, dice: Dice) -> float:
     """Seconds before call n + 2 of an occurrence: 5 s × 4ⁿ, at most 300 s, full jitter."""
-    return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** min(n, 10))
+    return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** max(0, min(n, 10)))
 
 
 def before_call(claim: Claim, max_attempts: int) -> Malformed | Unknown | None:
@@ -66,6 +72,8 @@ def before_call(claim: Claim, max_attempts: int) -> Malformed | Unknown | None:
         reason = f"call_type is {claim.call_type!r}, which nobody here knows"
     if reason is None and claim.session_id in ("", ".", ".."):
         reason = f"session_id is {claim.session_id!r}, which can't be named in an address"
+    if reason is None and len(claim.id.encode()) > ID_MOST:
+        reason = f"id is {len(claim.id.encode())} bytes long: at most {ID_MOST} make an idempotency key"
     if reason is not None:
         return Malformed(reason)
     if claim.taken_from is not None and claim.attempt > max_attempts:
@@ -82,7 +90,7 @@ def honour(claim: Claim) -> int | None:
     if not claim.moved:
         return None
     begun = claim.begun_age is not None or claim.taken_from is not None
-    return claim.occurrence + (cadence.skipped(claim) or (1 if begun else 0))
+    return min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if begun else 0)))
 
 
 def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
@@ -121,16 +129,22 @@ def _over(claim: Claim, reason: str | None, *, succeeded: bool) -> Verdict:
     if claim.recurring:
         skip = cadence.skipped(claim)
         if claim.moved and not skip:
-            return Next(claim.occurrence + 1, AsMoved(), reason)
-        return Next(claim.occurrence + 1 + skip, cadence.following(claim, skip), reason)
+            return _next(claim.occurrence + 1, AsMoved(), reason)
+        return _next(claim.occurrence + 1 + skip, cadence.following(claim, skip), reason)
     if claim.moved:
-        return Next(claim.occurrence + 1, AsMoved(), reason)
+        return _next(claim.occurrence + 1, AsMoved(), reason)
     return Finish("fired" if succeeded else "failed", reason)
 
 
 def _moved(claim: Claim, reason: str | None) -> Verdict:
     """Between two calls of one occurrence the application named another time: that begins the next one, with its own key."""
-    return Next(claim.occurrence + (cadence.skipped(claim) or 1), AsMoved(), reason)
+    return _next(claim.occurrence + (cadence.skipped(claim) or 1), AsMoved(), reason)
+
+
+def _next(occurrence: int, when: When, reason: str | None) -> Verdict:
+    if occurrence > LAST:
+        return Finish("failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}")
+    return Next(occurrence, when, reason)
 
 
 def _defer(ending: Ending, policy: Policy, delay: float, reason: str) -> Verdict:

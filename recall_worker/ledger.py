@@ -15,19 +15,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, assert_never
 from uuid import UUID
 
 import psycopg
 from psycopg import errors
+from psycopg.abc import Buffer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
+from psycopg.types.datetime import TimestamptzLoader
 
 from . import statements
 from .events import harmless
+from .judge import LAST
 from .recall import (
     After,
     AsMoved,
@@ -57,8 +62,12 @@ STATEMENT_DEADLINE = 15.0
 CONNECT_DEADLINE = 10.0
 LOCK_PATIENCE_MS = 1000
 """Milliseconds a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
+EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
 REASON_MOST = 500
 """Characters of a reason that are kept."""
+ASIDE = 60.0
+"""Seconds for which a row that PostgreSQL won't let us claim is passed over."""
+_NONE_ASIDE = "r.id <> all ('{}')"
 
 _CLAIM_FIELDS = tuple(f.name for f in dataclasses.fields(Claim))
 
@@ -79,6 +88,24 @@ class Refusal(Exception):
         self.reason = reason
         self.sqlstate = sqlstate
 
+    @property
+    def of_a_row(self) -> bool:
+        """Whether it is about a row's values (data, constraints, limits, what a trigger raised), and not about the statement."""
+        return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
+
+
+class Dates(TimestamptzLoader):
+    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest."""
+
+    def load(self, data: Buffer) -> datetime:
+        text = bytes(data)
+        if text.startswith(b"-") or text.endswith(b"BC"):
+            return EARLIEST
+        try:
+            return min(LATEST, max(EARLIEST, super().load(data)))
+        except (errors.DataError, ValueError, OverflowError):
+            return LATEST
+
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
@@ -91,6 +118,8 @@ class Claimed:
     """Whether something is due that could not be claimed: locked, or behind a run of its session."""
     asked_at: float
     """Monotonic instant at which the claim was asked for."""
+    stranded: Sequence[tuple[str, str]] = ()
+    """Rows that PostgreSQL refuses to have claimed, with its reason: passed over for a while, as they must not hold up the others."""
 
 
 def connection_info(dsn: str, name: str) -> dict[str, Any]:
@@ -104,36 +133,69 @@ def connection_info(dsn: str, name: str) -> dict[str, Any]:
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
+        "client_encoding": "utf8",
         "autocommit": True,
     }
 
 
 def _bounded(dsn: str) -> str:
-    """The DSN with a bound on waiting for locks, as an insert that the application keeps open can hold up an index entry."""
+    """The DSN with settings of our own, whatever the database or the account has for others.
+
+    A bound on waiting for locks, as an insert that the application keeps open can hold up an index entry; dates in the one style that
+    psycopg reads; no other isolation, and no shorter deadlines, than our statements are made for.
+    """
     options = conninfo_to_dict(dsn).get("options") or ""
-    return make_conninfo(dsn, options=f"{options} -c lock_timeout={LOCK_PATIENCE_MS}".strip())
+    ours = {
+        "lock_timeout": LOCK_PATIENCE_MS,
+        "datestyle": "ISO",
+        "default_transaction_isolation": r"read\ committed",
+        "statement_timeout": int(STATEMENT_DEADLINE * 1000),
+        "idle_session_timeout": 0,
+    }
+    return make_conninfo(dsn, options=" ".join([str(options), *(f"-c {name}={value}" for name, value in ours.items())]).strip())
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error's text, without what could be a secret: libpq's messages name hosts and users, never passwords."""
+    """The first line of an error's text, without what could be a secret.
+
+    libpq never names a password; but of a DSN that it can't take apart it quotes pieces, and with them pieces of a password that has a
+    blank, a slash or an @ in it.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    line = lines[0].strip() if lines else type(error).__name__
+    if _OF_A_DSN.search(line):
+        line = re.sub(r'".*"', '"…"', line)
+    line = re.sub(r"(['\"])[^'\"]*@", r"\1…@", line)
+    if isinstance(error, errors.ReadOnlySqlTransaction):
+        return f"this PostgreSQL takes no writes, as a standby does: {line}"
+    return line
+
+
+_OF_A_DSN = re.compile(r"connection (?:option|info)|URI|percent-encoded|port number")
 
 
 def _is_refusal(error: psycopg.Error) -> bool:
     """Whether it is the values or the schema that PostgreSQL won't have, and not the moment or the connection."""
     if error.sqlstate is None:
         return not isinstance(error, errors.OperationalError | errors.InterfaceError)
-    # 08 connection, 25 a standby after a failover, 26 a forgotten plan, 40 a deadlock, 53 no resources, 57 shut down, 58 disk.
-    return error.sqlstate[:2] not in ("08", "25", "26", "40", "53", "57", "58", "XX")
+    # 08 connection, 0A a plan from before a column changed its type, 25 a standby after a failover, 26 a forgotten plan,
+    # 40 a deadlock, 53 no resources, 57 shut down, 58 disk.
+    return error.sqlstate[:2] not in ("08", "0A", "25", "26", "40", "53", "57", "58", "XX")
 
 
 class _Line:
-    """One connection, opened when needed, one statement at a time."""
+    """One connection, opened when needed, one statement at a time.
 
-    def __init__(self, dsn: str, name: str, prepare: bool) -> None:
+    Where one breaks its siblings open theirs anew before their next statement: most often they broke too, which an idle
+    connection shows only when it is used, and then the same outage would be told again.
+    """
+
+    def __init__(self, dsn: str, name: str, prepare: bool, siblings: list[_Line]) -> None:
         self._info = connection_info(dsn, name)
         self._prepare = prepare
+        self._siblings = siblings
+        self._siblings.append(self)
+        self._suspect = False
         self._conn: psycopg.AsyncConnection[dict[str, Any]] | None = None
         self._turn = asyncio.Lock()
 
@@ -145,15 +207,18 @@ class _Line:
                     cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
-                await self._drop()
+                await self._break()
                 raise Outage("no answer within the deadline") from None
             except psycopg.Error as error:
                 if _is_refusal(error):
                     raise Refusal(said(error), error.sqlstate) from error
-                await self._drop()
+                await self._break()
                 raise Outage(said(error)) from error
-            except OSError as error:
+            except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 await self._drop()
+                raise Refusal(f"a text that is not UTF-8: {error.reason}", errors.CharacterNotInRepertoire.sqlstate) from error
+            except OSError as error:
+                await self._break()
                 raise Outage(said(error)) from error
             except BaseException:
                 # Cancelled in mid-statement: what the connection would say next belongs to nobody.
@@ -161,11 +226,19 @@ class _Line:
                 raise
 
     async def _connected(self) -> psycopg.AsyncConnection[dict[str, Any]]:
+        if self._suspect:
+            await self._drop()
+            self._suspect = False
         if self._conn is None or self._conn.closed:
             self._conn = await psycopg.AsyncConnection.connect(**self._info, row_factory=dict_row)
             if not self._prepare:
                 self._conn.prepare_threshold = None
         return self._conn
+
+    async def _break(self) -> None:
+        for line in self._siblings:
+            line._suspect = True
+        await self._drop()
 
     async def _drop(self) -> None:
         conn, self._conn = self._conn, None
@@ -188,11 +261,13 @@ class Ledger:
             dsn = _bounded(dsn)
         self._worker = worker
         self._lease = lease
-        self._claims, self._settles, self._renewals = (_Line(dsn, name, not pooled) for _ in range(3))
+        self._lines: list[_Line] = []
+        self._claims, self._settles, self._renewals = (_Line(dsn, name, not pooled, self._lines) for _ in range(3))
         self._sql = statements.load("ledger")
+        self._aside: dict[str, float] = {}
 
     async def close(self) -> None:
-        for line in (self._claims, self._settles, self._renewals):
+        for line in self._lines:
             await line.close()
 
     async def schema(self) -> tuple[int, int]:
@@ -208,17 +283,40 @@ class Ledger:
     async def claim(self, slots: int, *, take_expired: bool) -> Claimed:
         """Take at most `slots` due rows under leases of their own, oldest due first, and learn when the next one is due."""
         asked_at = time.monotonic()
-        values = {"slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired}
+        values: dict[str, Any] = {"slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired}
+        self._aside = {id: until for id, until in self._aside.items() if until > asked_at}
+        statement = self._sql["claim"]
+        if self._aside:
+            statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
         try:
-            rows = await self._claims.ask(self._sql["claim"], values)
+            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)})
         except Refusal as refusal:
-            if refusal.sqlstate != errors.UniqueViolation.sqlstate:
-                raise
-            # Another worker took a row of the same session in the same instant; a new look will see its lease.
-            return Claimed([], None, True, asked_at)
-        first = rows[0]
-        claims = [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows if row["id"] is not None]
-        return Claimed(claims, first["next_in"], first["waiting"], asked_at)
+            if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+                # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
+                # holds the whole table, as DDL does.
+                return Claimed([], None, True, asked_at)
+            if refusal.of_a_row:
+                return await self._claim_one_by_one(values, asked_at)
+            raise
+        return Claimed(_claims_in(rows), rows[0]["next_in"], rows[0]["waiting"], asked_at)
+
+    async def _claim_one_by_one(self, values: dict[str, Any], asked_at: float) -> Claimed:
+        """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside."""
+        statement = self._sql["claim"].replace(_NONE_ASIDE, "r.id = %(only)s")
+        claims: list[Claim] = []
+        stranded: list[tuple[str, str]] = []
+        for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
+            try:
+                claims += _claims_in(await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}))
+            except Refusal as refusal:
+                if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
+                    self._aside[row["id"]] = asked_at + ASIDE
+                    stranded.append((row["id"], refusal.reason))
+            except Outage:
+                break  # What was claimed before it is ours.
+            if len(claims) >= values["slots"]:
+                break
+        return Claimed(claims, None, True, asked_at, stranded)
 
     async def place(self, claims: Sequence[tuple[Claim, int]]) -> list[Claim]:
         """Write the occurrences that follow from moves of `trigger_at`, before they are called.
@@ -237,7 +335,8 @@ class Ledger:
         missed = {row["id"]: row["missed"] for row in rows}
         return [
             dataclasses.replace(
-                c, occurrence=occurrence, rekey=0, attempt=1, deferrals=0, begun_age=None, taken_from=None, missed=missed[c.id],
+                c, occurrence=occurrence, rekey=c.rekey if occurrence == c.occurrence else 0, attempt=1, deferrals=0,
+                begun_age=None, taken_from=None, missed=missed[c.id],
                 lateness=c.lateness + (c.scheduled_for - c.trigger_at).total_seconds(),
                 scheduled_for=c.trigger_at, planned_at=c.trigger_at,
             )
@@ -248,7 +347,16 @@ class Ledger:
     async def renew(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Extend these leases (id → lease). Says of each: renewed, locked (ask again soon), lost, deleted, or its final status."""
         values = {"ids": list(leases), "leases": list(leases.values()), "lease": self._lease}
-        return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["renew"], values)}
+        try:
+            return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["renew"], values)}
+        except Refusal as refusal:
+            if not refusal.of_a_row:
+                raise
+        # One row that can't be written does not cost the others their leases.
+        if len(leases) == 1:
+            return dict.fromkeys(leases, "locked")
+        half, rows = len(leases) // 2, list(leases.items())
+        return await self.renew(dict(rows[:half])) | await self.renew(dict(rows[half:]))
 
     async def look(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Of these leases, those that are no longer ours to finish: lost, deleted, or the recall's final status."""
@@ -265,21 +373,29 @@ class Ledger:
         except Refusal as refusal:
             if len(batch) > 1:
                 return [(await self.settle([one]))[0] for one in batch]
-            if refusal.sqlstate not in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+            # A reason quotes what a server said; a database that does not keep Unicode gets it in ASCII.
+            plain = refusal.sqlstate == errors.UntranslatableCharacter.sqlstate
+            if not plain and refusal.sqlstate not in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 return [Stranded(refusal.reason)]
         # The session's slot was taken (or is being taken) between look and write: put back outside of it.
         try:
-            return await self._settle(batch, outside=True)
+            return await self._settle(batch, outside=not plain, plain=plain)
         except Refusal as refusal:
-            return [Stranded(refusal.reason)]
+            # It was no slot: somebody holds the whole table, as DDL does.
+            return [Locked() if refusal.sqlstate == errors.LockNotAvailable.sqlstate else Stranded(refusal.reason)]
 
-    async def _settle(self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False) -> list[Settlement]:
+    async def _settle(
+        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False
+    ) -> list[Settlement]:
         now = time.monotonic()
         rows = [_row(ending, verdict, now, "running" if outside else "pending") for ending, verdict in batch]
+        if plain:
+            for row in rows:
+                row["reasons"] = row["reasons"] and row["reasons"].encode("ascii", "backslashreplace").decode()
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         answers = await self._settles.ask(self._sql["settle"], columns | {"worker": self._worker})
-        by_id = {row["id"]: row for row in answers}
-        return [_settlement(by_id[ending.claim.id]) for ending, _ in batch]
+        by_lease = {(row["id"], row["lease"]): row for row in answers}
+        return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
     async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Tell people that this worker is about."""
@@ -290,18 +406,26 @@ class Ledger:
         await self._claims.ask(self._sql["leave"], {"worker": self._worker})
 
 
+def _claims_in(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    return [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows if row["id"] is not None]
+
+
 def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str, Any]:
     """One verdict as the settle statement takes it: the row's next state, and the call's mark."""
     claim, outcome = ending.claim, ending.outcome
     ended_ago = now - ending.ended_at
     called_ago = None if ending.called_after is None else ended_ago + ending.ended_after - ending.called_after
     status, occurrence, rekey, attempt, deferrals = waiting, claim.occurrence, claim.rekey, claim.attempt, claim.deferrals
-    fresh, delay = False, None
+    fresh = False
+    delay: float | None = None
     match verdict:
         case Finish():
             status = verdict.status
+            attempt -= 0 if called_ago is not None else 1
         case Next(occurrence, when):
-            rekey, attempt, deferrals, fresh = 0, 0, 0, True
+            # An occurrence that keeps its number keeps the key that an operator gave it.
+            rekey = claim.rekey if occurrence == claim.occurrence else 0
+            attempt, deferrals, fresh = 0, 0, True
             match when:
                 case After(delay):
                     pass
@@ -310,9 +434,9 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
                 case never:
                     assert_never(never)
         case Retry(After(delay), anew):
-            rekey, deferrals = rekey + (1 if anew else 0), 0
+            rekey, deferrals = min(LAST, rekey + (1 if anew else 0)), 0
         case Defer(After(delay)):
-            attempt, deferrals = attempt - 1, deferrals + 1
+            attempt, deferrals = attempt - 1, min(LAST, deferrals + 1)
         case Release():
             attempt -= 1
         case never_either:

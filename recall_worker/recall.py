@@ -20,6 +20,34 @@ STATUSES = LIVE + FINAL
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """The standing promise: one row, as its owner sees it. Dates are aware, clamped to years 1 to 9998."""
+
+    id: str
+    session_id: str
+    call_type: str
+    """once, recurring, immediate."""
+    trigger_at: datetime
+    """When it is next due (while it is not being run)."""
+    interval_seconds: int | None
+    internal_comment: str | None
+    additional_context_message: str
+    status: str
+    """pending, running, fired, cancelled, failed."""
+    created_at: datetime
+    updated_at: datetime
+    occurrence: int
+    """Number of the occurrence that waits or runs, from 1."""
+    attempt: int
+    last_outcome: str | None
+    reason: str | None
+    """Why it waits, or why it ended, in a sentence."""
+    leased_by: str | None
+    ended_at: datetime | None
+    paused_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """One occurrence of one recall, held under a lease.
 

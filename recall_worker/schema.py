@@ -94,6 +94,8 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0) -> lis
     """
     until = time.monotonic() + patience
     with _connected(dsn) as conn:
+        # An index that waits for open transactions takes its time, however short the application's own statements are kept.
+        conn.execute("set statement_timeout = 0")
         _refuse_standby(conn)
         _meet(conn, say, until)
         # The functions keep the schema in which the table stands, whatever search_path the application comes with.
@@ -119,7 +121,12 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0) -> lis
 
 def _connected(dsn: str) -> psycopg.Connection[tuple[object, ...]]:
     return psycopg.connect(
-        dsn, application_name="recall-worker migrate", autocommit=True, connect_timeout=int(CONNECT_DEADLINE), prepare_threshold=None
+        dsn,
+        application_name="recall-worker migrate",
+        client_encoding="utf8",
+        autocommit=True,
+        connect_timeout=int(CONNECT_DEADLINE),
+        prepare_threshold=None,
     )
 
 
@@ -169,20 +176,17 @@ def _apply(conn: psycopg.Connection[tuple[object, ...]], migration: Migration) -
     row = (migration.version, migration.name, migration.oldest_code)
     if migration.in_transaction:
         with conn.transaction():
-            conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")  # type: ignore[arg-type]
+            conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")
             conn.execute(migration.text.encode())
             conn.execute(record, row)
         return
-    _drop_invalid_indexes(conn)
-    conn.execute(f"set lock_timeout = {INDEX_PATIENCE_MS}")  # type: ignore[arg-type]
+    conn.execute(f"set lock_timeout = {INDEX_PATIENCE_MS}")
     try:
+        _drop_invalid_indexes(conn)
         for statement in re.split(r";\s*(?:\n|$)", migration.text):
             if re.sub(r"--.*", "", statement).strip():
                 conn.execute(statement.encode())
         conn.execute(record, row)
-    except errors.LockNotAvailable:
-        _drop_invalid_indexes(conn)
-        raise
     finally:
         conn.execute("set lock_timeout = 0")
 
@@ -244,6 +248,8 @@ def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
         and not (kind == "text" and found.get(name, "").startswith("character varying"))
         and not (kind == "integer" and found.get(name) == "bigint")
     ]
+    if conn.execute("select relkind::text from pg_class where oid = to_regclass('session_recalls')").fetchone() != ("r",):
+        wrong.append("an ordinary table (found: a view, or a partitioned or foreign table)")
     if wrong:
         raise SchemaError(
             "the table session_recalls is not the one that recall-worker knows; it expects " + ", ".join(wrong),
@@ -252,11 +258,11 @@ def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def _foreign_key_wanted(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
-    """Whether there is a sessions table whose id can be referred to."""
+    """Whether there is a sessions table whose id can be referred to: one with ids of another kind belongs to something else."""
     return conn.execute(
         "select exists (select from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attname = 'id' "
         "where i.indrelid = to_regclass('sessions') and i.indisunique and i.indisvalid and i.indpred is null "
-        "and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)"
+        "and i.indnkeyatts = 1 and i.indkey[0] = a.attnum and a.atttypid in ('text'::regtype, 'varchar'::regtype))"
     ).fetchone() == (True,)
 
 
@@ -269,7 +275,7 @@ def _foreign_key_there(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
 
 def _add_foreign_key(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     with conn.transaction():
-        conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")  # type: ignore[arg-type]
+        conn.execute(f"set local lock_timeout = {LOCK_PATIENCE_MS}")
         conn.execute("lock table session_recalls in share row exclusive mode")
         conn.execute(
             "alter table session_recalls add constraint session_recalls_session_id_fkey "

@@ -18,6 +18,9 @@ from typing import Any
 HORIZON = 60.0
 """Seconds ahead within which the table's trigger rings; written into the trigger by migration 0001."""
 
+LONGEST = 1e9
+"""Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""
+
 PROTOCOLS = ("native",)
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "console")
@@ -124,7 +127,7 @@ def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[s
     files = {}
     if environ.get(name + "_FILE"):
         files[name + "_FILE"] = Path(environ[name + "_FILE"])
-    elif environ.get("CREDENTIALS_DIRECTORY") and (Path(environ["CREDENTIALS_DIRECTORY"]) / name).exists():
+    elif environ.get("CREDENTIALS_DIRECTORY"):
         files["the credential " + name] = Path(environ["CREDENTIALS_DIRECTORY"]) / name
     if direct is not None and name + "_FILE" in files:
         problems.append(f"{name} and {name}_FILE are both set: keep one")
@@ -132,7 +135,12 @@ def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[s
     for said, path in files.items():
         if direct is None:
             try:
-                return path.read_text(encoding="utf-8").strip() or None
+                if text := path.read_text(encoding="utf-8").strip():
+                    return text
+                problems.append(f"{said} is empty: write the secret into it, or leave it out")
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if not said.startswith("the credential"):  # Nobody has to give one.
+                    problems.append(f"{said} can't be read: {error.strerror}")
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{said} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}")
     return direct
@@ -153,6 +161,8 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
     if number != number or (least is not None and number < least) or (most is not None and number > most):
         bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
         raise ValueError(f"is {raw}: give a number {bounds}")
+    if number > LONGEST:
+        raise ValueError(f"is {raw}: give a number of at most {LONGEST:g}")
     return number
 
 
@@ -165,6 +175,8 @@ def _contradictions(s: Settings) -> list[str]:
     ):
         if value not in allowed:
             problems.append(f"{variable(name)} is {value!r}: give one of {', '.join(allowed)}")
+    for name, dsn in (("dsn", s.dsn), ("listen_dsn", s.listen_dsn)):
+        problems += [f"{variable(name)} {said}" for said in _dsn_problems(dsn or "")]
     if s.run_url is not None:
         problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
     if s.run_token is not None and not s.run_token.isascii():
@@ -179,14 +191,25 @@ def _contradictions(s: Settings) -> list[str]:
     return problems
 
 
+def _dsn_problems(dsn: str) -> list[str]:
+    """libpq takes what follows a stray @ or / for a host or a port, and would quote that part of a password in its complaint."""
+    scheme, found, rest = dsn.partition("://")
+    if not found or scheme not in ("postgresql", "postgres"):
+        return []
+    authority, _, path = rest.partition("/")
+    if authority.count("@") > 1 or "@" in path.partition("?")[0]:
+        return ["holds @ or / in its user or password: write %40 and %2F"]
+    return []
+
+
 def _url_problems(url: str) -> list[str]:
     from urllib.parse import urlsplit
 
     try:
         parts = urlsplit(url)
         port_is_right = parts.port is None or 0 < parts.port < 65536
-    except ValueError as error:
-        return [f"is no address: {error}"]
+    except ValueError:  # Its text may quote a password.
+        return ["is no address: give http://… or https://…"]
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_right:
         return ["is no address: give http://… or https://…"]
     problems = []

@@ -1,4 +1,6 @@
--- The application's side of the table, as `Recalls` and the command line use it: the same plain SQL that any application may write.
+-- The application's side of the table, as `Recalls` and the command line use it: plain SQL that any application may write.
+-- What `Recalls` does by session acts on the pending recall, as the application's own SQL does; the command line acts by id, and reaches
+-- the one that runs outside its session's slot, too.
 
 -- name: schedule
 -- Exactly the ten columns of the contract; all else has defaults. The trigger frees the session's slot where the recall in it is
@@ -12,8 +14,44 @@ values (
 )
 returning *;
 
+-- name: cancel_pending
+update session_recalls
+set status = 'cancelled', updated_at = now()
+where session_id = %(session_id)s and status = 'pending'
+returning id;
+
+-- name: skip_pending
+update session_recalls
+set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()
+where session_id = %(session_id)s and status = 'pending' and call_type = 'recurring' and interval_seconds > 0
+returning *;
+
+-- name: due
+-- What is due and waits: neither leased nor paused. Oldest first.
+select * from session_recalls
+where status in ('pending', 'running') and paused_at is null and lease is null and coalesce(lease_until, trigger_at) <= now()
+order by coalesce(lease_until, trigger_at)
+limit %(limit)s;
+
+-- name: next_trigger
+-- The nearest time at which anything that waits is due, be it past; none where nothing waits.
+select trigger_at as next_trigger from session_recalls
+where status in ('pending', 'running') and paused_at is null and lease is null
+order by coalesce(lease_until, trigger_at)
+limit 1;
+
+-- name: mark
+update session_recalls
+set status = %(status)s, updated_at = now()
+where id = %(id)s and status in ('pending', 'running')
+returning id;
+
+-- name: sessions_with_pending
+select distinct session_id from session_recalls
+where session_id = any (%(session_ids)s::text[]) and status = 'pending';
+
 -- name: cancel
--- By id, in whatever live state: also the one that runs outside its session's slot. Its call is aborted at once.
+-- In whatever live state. Its call is aborted at once.
 update session_recalls
 set status = 'cancelled', reason = %(reason)s, ended_at = now(), updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('pending', 'running')
@@ -25,6 +63,112 @@ set status = 'cancelled', reason = %(reason)s, ended_at = now(), updated_at = no
 where session_id = %(session_id)s and status in ('pending', 'running')
 returning *;
 
+-- name: skip
+update session_recalls
+set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()
+where id = any (%(ids)s::text[]) and status in ('pending', 'running') and call_type = 'recurring' and interval_seconds > 0
+returning *;
+
+-- name: reschedule
+-- In mid-run the new time stands for what comes after the run.
+update session_recalls
+set trigger_at = coalesce(%(at)s::timestamptz, now() + coalesce(%(after)s::float8, 0) * interval '1 second'), updated_at = now()
+where id = any (%(ids)s::text[]) and status in ('pending', 'running')
+returning *;
+
+-- name: pause
+-- A run that is open ends as it ends; what follows waits. Pausing again changes nothing.
+update session_recalls
+set paused_at = coalesce(paused_at, now()), updated_at = now()
+where id = any (%(ids)s::text[]) and status in ('pending', 'running')
+returning *;
+
+-- name: resume
+-- One that is not paused is left as it is; `resumed` tells.
+with held as materialized (
+    select id, paused_at is not null as paused from session_recalls
+    where id = any (%(ids)s::text[]) and status in ('pending', 'running')
+    for update
+),
+written as (
+    update session_recalls r
+    set paused_at = null, updated_at = now()
+    where r.id = any (array(select id from held where paused))
+    returning r.*
+)
+select *, true as resumed from written
+union all
+select *, false as resumed from session_recalls where id = any (array(select id from held where not paused));
+
+-- name: fire
+-- The occurrence that waits, now. One that was called already keeps its key and its nominal time; one that is early has its own
+-- time moved to now, and nobody takes that for a move by the application. A move that the application had made itself (a skip, or
+-- another time) stays one: planned_at moves along, and the claim honours it. What is due already is left as it is.
+update session_recalls
+set trigger_at = least(trigger_at, now()),
+    planned_at = case
+        when trigger_at <= now() then planned_at
+        when coalesce(planned_at, trigger_at) = trigger_at then now()
+        when greatest(trigger_at, planned_at) < '4000-01-01' and planned_at > '0001-01-01'
+        then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
+        else now() - interval '1 microsecond'
+    end,
+    scheduled_for = least(coalesce(scheduled_for, trigger_at), now()), updated_at = now()
+where id = any (%(ids)s::text[]) and status in ('pending', 'running') and lease is null and paused_at is null
+returning *;
+
+-- name: retry
+-- The occurrence that failed or was cancelled, again, under a new key and with all its attempts; not while an aborted call is still
+-- open. What the application had moved before stays moved, as with fire.
+update session_recalls
+set status = 'pending', lease = null, lease_until = null, leased_at = null, leased_by = null, trigger_at = now(),
+    planned_at = case
+        when coalesce(planned_at, trigger_at) = trigger_at then now()
+        when greatest(trigger_at, planned_at) < '4000-01-01' and least(trigger_at, planned_at) > '0001-01-01'
+        then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
+        else now() - interval '1 microsecond'
+    end,
+    scheduled_for = least(coalesce(scheduled_for, trigger_at), now()),
+    rekey = rekey + 1, attempt = 0, deferrals = 0, begun_at = null, reason = null, ended_at = null, paused_at = null, updated_at = now()
+where id = any (%(ids)s::text[]) and status in ('failed', 'cancelled') and (lease is null or lease_until < now())
+returning *;
+
 -- name: states
--- What became of these ids, for saying why nothing was done to them.
-select id, status from session_recalls where id = any (%(ids)s::text[]);
+-- What stands in the way of an operation on these.
+select id, session_id, status, call_type, interval_seconds, paused_at, lease is not null as leased, leased_by
+from session_recalls
+where id = any (%(ids)s::text[]);
+
+-- name: prune
+-- One batch: the final rows among the next ones by id, ended before the cutoff; `last` is where the following batch begins.
+with page as materialized (
+    select id from session_recalls
+    where id > %(after)s
+    order by id
+    limit %(batch)s
+),
+gone as (
+    delete from session_recalls r
+    where r.id = any (array(select id from page))
+        and r.status = any (%(statuses)s::text[]) and coalesce(r.ended_at, r.updated_at) < now() - %(older_than)s * interval '1 second'
+        and (r.lease_until is null or r.lease_until < now())
+    returning 1
+)
+select (select max(id) from page) as last, (select count(*) from gone) as deleted;
+
+-- name: prune_attempts
+-- One batch, a stretch of the table's pages (they lie in the order of time, more or less): the marks in it that are older than the
+-- cutoff, of occurrences that are over. `more` tells whether the table goes on behind it.
+with gone as (
+    delete from recall_attempts a
+    where a.ctid >= ('(' || %(first)s::bigint || ',0)')::tid and a.ctid < ('(' || %(first)s::bigint + %(pages)s::bigint || ',0)')::tid
+        and a.ended_at < now() - %(older_than)s * interval '1 second'
+        -- Looked up one by one by their primary keys: a `not exists` may be answered by hashing the whole table.
+        and (
+            select true from session_recalls r
+            where r.id = a.recall_id and r.status in ('pending', 'running') and r.occurrence = a.occurrence
+        ) is not true
+    returning 1
+)
+select (select count(*) from gone) as deleted,
+    pg_relation_size('recall_attempts') > (%(first)s::bigint + %(pages)s::bigint) * current_setting('block_size')::bigint as more;

@@ -12,18 +12,24 @@ with candidate as materialized (
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
         and coalesce(r.lease_until, r.trigger_at) <= now()
+        and r.id <> all ('{}') -- In this place the ledger leaves out rows that can't be claimed, or asks for one alone.
         -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
-        and (r.lease is null or (%(take_expired)s and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'))
+        and (r.lease is null or (%(take_expired)s and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+            -- Our own are in hand, and being renewed; unless the answer to their claim was lost.
+            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s * interval '1 second')))
         and (r.lease is not null or not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
+                -- num_nulls() and not `is null`: the planner must not come to think that idx_recalls_due, read from end to end,
+                -- could help to find the rows of one session. Where its statistics know of no live rows, it would.
                 and (o.lease is not null
-                    or (o.paused_at is null and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
+                    or (num_nulls(o.paused_at) = 1 and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
         ))
         and not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
-                and o.lease_until > now()
+                -- Nobody holds a lease for longer than a day: one that would end later is no worker's.
+                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
     order by coalesce(r.lease_until, r.trigger_at)
     limit %(slots)s
@@ -35,11 +41,13 @@ claimed as (
         lease_until = now() + %(lease)s * interval '1 second',
         leased_at = now(),
         leased_by = %(worker)s,
-        attempt = r.attempt + 1,
+        -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
+        attempt = least(greatest(r.attempt, 0), 2147483646) + 1,
         scheduled_for = coalesce(r.scheduled_for, r.trigger_at),
         planned_at = coalesce(r.planned_at, r.trigger_at),
         -- A lease that ended on its own was a call that may have been made.
-        begun_at = case when r.lease is null then r.begun_at else coalesce(r.begun_at, r.leased_at) end,
+        begun_at = case when r.lease is null and r.begun_at is null then null
+            else least(coalesce(r.begun_at, r.leased_at), now()) end,
         missed = case
             when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null
             then least(2147483647, greatest(0, floor(
@@ -54,11 +62,12 @@ taken as (
     insert into recall_attempts as a
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
         ended_at, reason, settled)
-    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, c.leased_by, c.lease,
+    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, coalesce(c.leased_by, 'unknown'), c.lease,
         coalesce(c.scheduled_for, c.trigger_at), c.leased_at, c.leased_at,
         c.due_at, 'the worker was not heard of again: its lease ended', 'taken'
     from candidate c
-    where c.lease is not null
+    -- An id that is too long for an index is not called by anybody: see judge.
+    where c.lease is not null and octet_length(c.id) <= 2000
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
             last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
@@ -72,18 +81,24 @@ ahead as (
             limit 1
         ) as next_in,
         -- Due and not ours to claim: locked by the application, or behind a run of its session. The worker comes back for it.
-        (select count(*) from candidate) < %(slots)s and exists (
-            select from session_recalls r
+        -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
+        -- read the whole table for an `exists`.
+        (select count(*) from candidate) < %(slots)s and (
+            select r.id
+            from session_recalls r
             where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+                and r.id <> all ('{}')
                 and r.id <> all (array(select id from candidate))
-        ) as waiting
+            order by coalesce(r.lease_until, r.trigger_at)
+            limit 1
+        ) is not null as waiting
 )
 select ahead.next_in, ahead.waiting,
     c.id, c.session_id, c.call_type, c.additional_context_message as message, c.interval_seconds as interval, c.occurrence, c.rekey,
     c.attempt, c.deferrals,
     least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
     c.missed,
-    extract(epoch from now() - c.begun_at)::float8 as begun_age,
+    case when c.begun_at is not null then extract(epoch from now() - greatest(c.begun_at, '0001-01-02'::timestamptz))::float8 end as begun_age,
     extract(epoch from now() - greatest(k.due_at, '0001-01-02'::timestamptz))::float8 as lag,
     extract(epoch from now()
         - least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz))::float8 as lateness,
@@ -91,10 +106,19 @@ select ahead.next_in, ahead.waiting,
     least(greatest(c.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
     least(greatest(c.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
     c.trigger_at <= now() as due,
-    case when k.lease is not null then k.leased_by end as taken_from
+    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from
 from ahead
 left join (claimed c join candidate k on k.id = c.id) on true
 order by k.due_at;
+
+-- name: suspects
+-- Where PostgreSQL refuses a claim because of one row: what is due, oldest first, to be claimed one by one.
+select r.id
+from session_recalls r
+where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+    and r.id <> all (%(aside)s::text[])
+order by coalesce(r.lease_until, r.trigger_at)
+limit 1000;
 
 -- name: place
 -- The application moved trigger_at: the occurrence that follows from it is written before it is called, so that whoever comes
@@ -105,7 +129,8 @@ with told as (
         as t (id, lease, trigger, occurrence)
 )
 update session_recalls r
-set occurrence = t.occurrence, rekey = 0, attempt = 1, deferrals = 0, begun_at = null,
+set occurrence = t.occurrence, rekey = case when r.occurrence = t.occurrence then r.rekey else 0 end,
+    attempt = 1, deferrals = 0, begun_at = null,
     scheduled_for = r.trigger_at, planned_at = r.trigger_at,
     missed = case
         when r.call_type = 'recurring' and r.interval_seconds > 0
@@ -180,14 +205,16 @@ held as materialized (
     for update of r skip locked
 ),
 state as materialized (
-    select t.id, h.status as status_before, h.trigger_at,
+    select t.id, t.lease, h.status as status_before, h.trigger_at,
         case
-            when h.id is null and exists (select from session_recalls r where r.id = t.id) then 'locked'
+            -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
+            when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'
             -- Written before, by a settle whose answer was lost with the connection.
-            when h.lease is distinct from t.lease and exists (
-                select from recall_attempts a
+            when h.lease is distinct from t.lease and (
+                select a.lease = t.lease and a.settled <> 'taken'
+                from recall_attempts a
                 where a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey
-                    and a.attempt = t.call_attempt and a.outcome = t.outcome and a.lease = t.lease and a.settled <> 'taken'
+                    and a.attempt = t.call_attempt and a.outcome = t.outcome
             ) then 'again'
             when h.id is null then 'deleted'
             when h.lease is distinct from t.lease then 'lost'
@@ -217,14 +244,16 @@ written as (
             else now() + (t.delay - t.ended_ago) * interval '1 second' end,
         scheduled_for = case when t.fresh then null else r.scheduled_for end,
         begun_at = case when t.fresh then null
-            else coalesce(r.begun_at, now() - t.called_ago * interval '1 second') end,
+            -- A call that found no connection begins the occurrence, too: how long it waits is counted from there.
+            else coalesce(r.begun_at, now() - coalesce(t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end)
+                * interval '1 second') end,
         missed = case when t.fresh then 0 else r.missed end,
         last_outcome = coalesce(t.outcome, r.last_outcome),
         reason = t.reason,
         ended_at = case when t.status in ('pending', 'running') then null else now() end,
         updated_at = now()
     from told t
-    where r.id = t.id and r.id = any (array(select id from state where state = 'settled'))
+    where r.id = t.id and r.lease = t.lease and r.id = any (array(select id from state where state = 'settled'))
     returning r.id, r.status
 ),
 freed as (
@@ -241,22 +270,40 @@ marked as (
         now() - t.called_ago * interval '1 second', now() - t.called_ago * interval '1 second',
         now() - t.ended_ago * interval '1 second', t.http_status, t.reason, coalesce(w.status, s.state)
     from told t
-    join state s on s.id = t.id
-    left join written w on w.id = t.id
-    where s.state not in ('moved', 'locked', 'again') and t.outcome is not null and t.called_ago is not null
+    join state s on s.id = t.id and s.lease = t.lease
+    left join written w on w.id = t.id and s.state = 'settled'
+    where s.state not in ('moved', 'locked', 'again') and (t.called_ago is not null or t.outcome = 'unavailable')
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         -- The same lease is the same call: its mark may have been left already by whoever took the row up.
-        set calls = a.calls + (a.lease <> excluded.lease)::integer, last_called_at = excluded.last_called_at,
+        set calls = a.calls + (a.lease <> excluded.lease)::integer, called_at = coalesce(a.called_at, excluded.called_at),
+            last_called_at = coalesce(excluded.last_called_at, a.last_called_at),
             ended_at = excluded.ended_at, worker = excluded.worker, lease = excluded.lease, http_status = excluded.http_status,
             reason = excluded.reason, settled = excluded.settled
 )
-select s.id, s.state, coalesce(w.status, s.status_before) as status, s.trigger_at::text as trigger,
+select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.trigger_at::text as trigger,
     least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at
 from state s
-left join written w on w.id = s.id;
+left join written w on w.id = s.id and s.state = 'settled';
 
 -- name: beat
--- That this worker is about, for people to read.
+-- That this worker is about, for people to read. Whoever died without a word is forgotten after a day.
+with forgotten as (
+    delete from recall_workers where seen_at < now() - interval '1 day' and worker <> %(worker)s
+),
+endless as (
+    -- A lease without an end, or with one that lies further off than any worker's (a day), would hold its session for ever: a row
+    -- restored from elsewhere, a clock that was wrong for an hour, a hand. It ends now. Ordered, so that the index of leases is read.
+    update session_recalls
+    set lease_until = now()
+    where id = any (array(
+        select id from session_recalls
+        where lease is not null and status in ('pending', 'running')
+            and (lease_until is null or lease_until > now() + interval '25 hours')
+        order by session_id
+        limit 100
+        for update skip locked
+    ))
+)
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(settings)s::jsonb)
 on conflict (worker) do update

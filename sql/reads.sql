@@ -17,16 +17,119 @@ order by trigger_at desc, id
 limit %(limit)s offset %(offset)s;
 
 -- name: list_session
+-- Ids and times first: left alone, the planner likes to walk the whole table by time until the session has filled a page.
+with mine as materialized (
+    select id, trigger_at from session_recalls
+    where session_id = %(session_id)s and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
+),
+page as materialized (
+    select id from mine order by trigger_at desc, id limit %(limit)s offset %(offset)s
+)
 select * from session_recalls
-where session_id = %(session_id)s and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
-order by trigger_at desc, id
-limit %(limit)s offset %(offset)s;
+where id = any (array(select id from page))
+order by trigger_at desc, id;
 
 -- name: list_user
--- The owner is the application's: its table sessions says whose a session is.
-select r.* from session_recalls r
-join sessions s on s.id = r.session_id
-where s.user_id = %(user_id)s and (%(statuses)s::text[] is null or r.status = any (%(statuses)s::text[]))
-    and (%(session_id)s::text is null or r.session_id = %(session_id)s)
-order by r.trigger_at desc, r.id
-limit %(limit)s offset %(offset)s;
+-- The owner is the application's: its table sessions says whose a session is. (An index on sessions (user_id) is worth having there.)
+with mine as materialized (
+    select id, trigger_at from session_recalls
+    where session_id = any (array(
+            select s.id from sessions s
+            where s.user_id = %(user_id)s and (%(session_id)s::text is null or s.id = %(session_id)s)
+        ))
+        and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
+),
+page as materialized (
+    select id from mine order by trigger_at desc, id limit %(limit)s offset %(offset)s
+)
+select * from session_recalls
+where id = any (array(select id from page))
+order by trigger_at desc, id;
+
+-- name: why
+-- The evidence on one recall, in one look.
+select r.*, now() as now, coalesce(r.lease_until, r.trigger_at) as due_at,
+    coalesce(r.planned_at, r.trigger_at) <> r.trigger_at as moved,
+    o.id as ahead, o.status as ahead_status, o.leased_by as ahead_leased_by, o.leased_at as ahead_leased_at,
+    o.lease_until as ahead_lease_until, o.paused_at as ahead_paused_at,
+    w.alive, w.breakers, w.slots, l.leases, h.seen_at as holder_seen_at,
+    a.outcomes as deferred_as, a.calls as deferred_calls, a.called_at as deferred_since, a.last_called_at as deferred_last
+from session_recalls r
+left join lateral (
+    -- What this recall's session must be done with first: one that is being run, one whose aborted call is open, one that is due longer.
+    select * from (
+        select * from session_recalls x
+        where x.session_id = r.session_id and x.lease is not null and x.status in ('pending', 'running')
+        union all
+        select * from session_recalls x
+        where x.session_id = r.session_id and x.lease is not null and x.status not in ('pending', 'running') and x.lease_until > now()
+        union all
+        select * from session_recalls x
+        where x.session_id = r.session_id and x.lease is null and x.status in ('pending', 'running') and x.paused_at is null
+            and x.trigger_at <= now() and (x.trigger_at, x.id) < (r.trigger_at, r.id)
+    ) y
+    where y.id <> r.id
+    limit 1
+) o on true
+cross join (
+    select count(*) as alive, count(*) filter (where breaker = 'open') as breakers, coalesce(sum(slots), 0) as slots
+    from recall_workers
+    where seen_at > now() - %(silence)s * interval '1 second'
+) w
+cross join (
+    select count(*) as leases from session_recalls where lease is not null and status in ('pending', 'running')
+) l
+left join recall_workers h on h.worker = r.leased_by
+left join lateral (
+    select jsonb_object_agg(m.outcome, m.calls) as outcomes, sum(m.calls) as calls, min(m.called_at) as called_at,
+        max(m.last_called_at) as last_called_at
+    from recall_attempts m
+    where m.recall_id = r.id and m.occurrence = r.occurrence and m.rekey = r.rekey
+        -- The attempt of a deferral is given back.
+        and m.attempt = r.attempt + case when r.lease is null then 1 else 0 end
+        and m.outcome in ('busy', 'unavailable', 'misconfigured')
+) a on true
+where r.id = %(id)s;
+
+-- name: workers
+-- Who is about, and how many runs each has in hand: that is what the leases say, not the last beat.
+select w.*, w.seen_at > now() - %(silence)s * interval '1 second' as alive, coalesce(l.leases, 0) as leases, now() as now
+from recall_workers w
+left join (
+    select leased_by, count(*) as leases from session_recalls
+    where lease is not null and status in ('pending', 'running')
+    group by leased_by
+) l on l.leased_by = w.worker
+order by w.started_at, w.worker;
+
+-- name: stats_recalls
+-- Everything is counted, in one pass.
+select status, count(*) as recalls,
+    count(*) filter (where lease is null and paused_at is null) as waiting,
+    count(*) filter (where lease is null and paused_at is not null) as paused,
+    count(*) filter (where lease is not null) as leased,
+    count(*) filter (where lease is null and paused_at is null and trigger_at <= now()) as overdue,
+    count(*) filter (where lease is null and paused_at is null and deferrals > 0) as deferred,
+    min(trigger_at) filter (where lease is null and paused_at is null) as next_due
+from session_recalls
+group by status;
+
+-- name: stats_calls
+-- What the calls of the last while came to.
+select outcome, sum(calls)::bigint as calls from recall_attempts
+where ended_at > now() - %(window)s * interval '1 second'
+group by outcome
+order by calls desc, outcome;
+
+-- name: stats_lateness
+-- How late the occurrences of the last while were, in seconds: from the nominal time to the first call.
+select count(*) as occurrences,
+    percentile_disc(0.5) within group (order by late) as p50,
+    percentile_disc(0.99) within group (order by late) as p99,
+    max(late) as most
+from (
+    select extract(epoch from min(called_at) - min(greatest(scheduled_for, '0001-01-02'::timestamptz)))::float8 as late
+    from recall_attempts
+    where ended_at > now() - %(window)s * interval '1 second' and called_at is not null
+    group by recall_id, occurrence
+) first;

@@ -57,7 +57,9 @@ class Daemon:
             async with asyncio.timeout(within), self._changed:
                 await self._changed.wait_for(condition)
         except TimeoutError:
-            raise TimeoutError(f"not within {within} s: {what}\n" + "\n".join(map(str, self.events[-30:] + self.talk))) from None
+            raise TimeoutError(
+                f"not within {within} s: {what}\n" + "\n".join([*map(str, self.events[-30:]), *self.talk])
+            ) from None
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

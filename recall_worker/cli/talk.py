@@ -6,10 +6,15 @@ Every text that comes from a row is made harmless before a terminal sees it.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -52,15 +57,33 @@ def explain(error: BaseException) -> Trouble | None:
         case errors.ReadOnlySqlTransaction():
             return Trouble("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
         case errors.ProgrammingError() if error.sqlstate is None:
-            return Trouble(f"RECALL_DSN can't be read: {said(error)}", "postgresql://user@host/database", status=USAGE)
+            # What libpq quotes from a DSN that it can't read may be a part of the password.
+            what = re.sub(r'"[^"]*"', "…", said(error))
+            return Trouble(f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE)
         case errors.OperationalError() | Outage():
             return Trouble(
                 f"PostgreSQL can't be reached: {said(error)}", "check RECALL_DSN, and that the server runs", status=UNREACHABLE
             )
+        case errors.DataError():
+            return Trouble(
+                f"PostgreSQL can't take that: {said(error)}", "a nearer time, or text without NUL characters", status=USAGE
+            )
         case psycopg.Error() | Refusal():
-            return Trouble(f"PostgreSQL refuses it: {said(error)}")
+            return Trouble(f"PostgreSQL refuses it: {said(error)}", "its log says more")
+        case UnicodeEncodeError():
+            return Trouble("an argument is no text: it holds bytes that are not UTF-8", "the same in UTF-8", status=USAGE)
+        case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(error, "format_message"):
+            # A usage error of the command line's own library, which is click or what typer made of it.
+            what = str(getattr(error, "format_message")()).strip().removesuffix(".")  # noqa: B009 - typer tells no types of it
+            return Trouble(what, f"{usage.command_path} --help", status=USAGE)
         case _:
             return None
+
+
+def command(*words: str) -> str:
+    """A command line to try, as a shell takes it."""
+    guard = ["--"] if len(words) == 2 and words[1].startswith("-") else []
+    return " ".join(["recall-worker", words[0], *guard, *map(shlex.quote, words[1:])])
 
 
 def tell(text: str) -> None:
@@ -68,10 +91,20 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def confirmed(question: str) -> bool:
+    """Whether a person at the terminal says yes; nobody there is a no."""
+    print(f"{harmless(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        print(file=sys.stderr)
+        return False
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     json.dump(document, sys.stdout, default=_jsonable, ensure_ascii=not _utf8(), indent=2 if sys.stdout.isatty() else None)
-    print()
+    print(flush=True)
 
 
 def _utf8() -> bool:
@@ -84,6 +117,8 @@ def _jsonable(value: Any) -> Any:
             return rfc3339(value)
         case UUID():
             return str(value)
+        case Decimal():
+            return float(value)
         case timedelta():
             return value.total_seconds()
         case _:
@@ -95,13 +130,14 @@ def rfc3339(when: datetime) -> str:
 
 
 def local(when: datetime | None) -> str:
-    """A date for a person: local time, to the second."""
+    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL writes it; `--at` takes it back."""
     if when is None:
         return ""
     try:
-        return when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        here = when.astimezone()
     except (OverflowError, ValueError):
-        return rfc3339(when)
+        here = when.astimezone(UTC)
+    return here.isoformat(sep=" ", timespec="seconds").removesuffix(":00")
 
 
 def relative(when: datetime | None, now: datetime) -> str:
@@ -111,47 +147,151 @@ def relative(when: datetime | None, now: datetime) -> str:
     seconds = (when - now).total_seconds()
     size = abs(seconds)
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if size >= length * (2 if unit != "s" else 1):
+        if size >= length * (1.5 if unit != "s" else 1):
             return f"in {size / length:.0f} {unit}" if seconds > 0 else f"{size / length:.0f} {unit} ago"
     return "now"
 
 
+def span(seconds: float | Decimal | None) -> str:
+    """A length of time for a person."""
+    if seconds is None:
+        return ""
+    took = float(seconds)
+    return f"{took * 1000:.1f} ms" if abs(took) < 1 else f"{took:.1f} s" if abs(took) < 600 else str(timedelta(seconds=int(took)))
+
+
+def length(seconds: int) -> str:
+    """A whole number of seconds as `seconds` reads it: `1h30m`."""
+    parts, left = [], max(0, seconds)
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        times, left = divmod(left, size)
+        if times:
+            parts.append(f"{times}{unit}")
+    return "".join(parts) or f"{seconds}s"
+
+
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)?")
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_PART = re.compile(rf"({_NUMBER})\s*(s|min|m|h|d|w)\s*")
+_PARTS = re.compile(rf"({_NUMBER}|(?:{_PART.pattern})+)")
 
 
 def seconds(text: str, option: str) -> float:
     """A duration as people write it: `90s`, `5m`, `1h30m`, `2d`, or plain seconds. Raises Trouble."""
-    total, at = 0.0, 0
-    text = text.strip().lower()
-    for part in _PART.finditer(text):
-        if part.start() != at:
-            break
-        total += float(part[1]) * _UNITS[part[2] or "s"]
-        at = part.end()
-    if not text or at != len(text):
+    said = text.strip().lower()
+    if not _PARTS.fullmatch(said):
         raise Trouble(f"{option} {text!r} is no duration", f"{option} 90s, 5m, 1h30m or 2d", status=USAGE)
-    return total
+    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(said)) if said[-1].isalpha() else float(said)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, wide: str | None = None) -> None:
-    """A table on stdout that fits the terminal; the column `wide` gives way first. Piped, it is as wide as its data."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()) -> None:
+    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of `yields`, each down to so many cells, or
+    altogether for 0. Piped, it is as wide as its data, and plain. A column whose name begins with `>` is set to the right.
+    """
+    names = [name.removeprefix(">") for name in columns]
+    cells = [[harmless(cell) for cell in row] for row in rows]
+    natural = [max(map(_width, column)) for column in zip(names, *cells, strict=True)]
+    widths = _fitted(names, natural, yields) if sys.stdout.isatty() else natural
+    for row, colour in [(names, _bold), *((row, _coloured) for row in cells)]:
+        parts = []
+        for text, column, width in zip(row, columns, widths, strict=True):
+            if width:
+                cut = _cut(text, width)
+                blank = " " * (width - _width(cut))
+                parts.append(blank + colour(cut) if column.startswith(">") else colour(cut) + blank)
+        print("  ".join(parts).rstrip())
+    sys.stdout.flush()
 
-    terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if terminal else 10_000, soft_wrap=False)
-    table = Table(box=None, pad_edge=False, header_style="bold" if terminal else "", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="ellipsis", no_wrap=True, ratio=None, min_width=None if column != wide else 12)
-    for row in rows:
-        table.add_row(*(Text(harmless(cell), style=_STYLES.get(cell, "") if terminal else "") for cell in row))
-    console.print(table)
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Names and values, a line each; on a terminal a long value goes on under its beginning."""
+    left = max(_width(name) for name, _ in facts) + 2
+    for name, value in facts:
+        first, *rest = wrapped(harmless(value), left)
+        print(f"{name}{' ' * (left - _width(name))}{_coloured(first)}".rstrip())
+        for line in rest:
+            print(" " * left + line)
+    sys.stdout.flush()
 
 
-_STYLES = {"pending": "cyan", "running": "yellow", "fired": "green", "failed": "red", "cancelled": "dim"}
+def wrapped(text: str, indent: int = 0) -> list[str]:
+    """`text` in lines that fit the terminal behind so many cells; in one where there is no terminal."""
+    if not sys.stdout.isatty():
+        return [text]
+    room = max(20, shutil.get_terminal_size().columns - indent)
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if _width(longer) <= room:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        while _width(word) > room:
+            head = _taken(word, room)
+            lines[-1:] = [head, ""]
+            word = word[len(head) :]
+        lines[-1] = word
+    return lines
 
 
-def columns(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: row[name] for name in names}
+def _fitted(names: Sequence[str], natural: Sequence[int], yields: Sequence[tuple[str, int]]) -> list[int]:
+    """Widths that fit the terminal; 0 for a column that is left out."""
+    room = shutil.get_terminal_size().columns
+    widths = list(natural)
+
+    def spare() -> int:
+        return room - sum(widths) - 2 * (sum(width > 0 for width in widths) - 1)
+
+    for name, least in [*yields, *((name, 4) for name in reversed(names))]:
+        if spare() < 0:
+            at = names.index(name)
+            widths[at] = min(widths[at], max(least, widths[at] + spare())) if least else 0
+    for name, _ in yields:
+        at = names.index(name)
+        if widths[at]:
+            widths[at] = min(natural[at], widths[at] + max(0, spare()))
+    return widths
+
+
+def _width(text: str) -> int:
+    """How many cells of a terminal a text takes."""
+    return len(text) if text.isascii() else sum(_cells(c) for c in text)
+
+
+def _cells(c: str) -> int:
+    return 0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def _taken(text: str, width: int) -> str:
+    """As much of the beginning of a text as fits."""
+    taken = 0
+    for at, c in enumerate(text):
+        taken += _cells(c)
+        if taken > width:
+            return text[:at]
+    return text
+
+
+def _cut(text: str, width: int) -> str:
+    return text if _width(text) <= width else _taken(text, width - 1) + "…"
+
+
+def _coloured(text: str) -> str:
+    code = _COLOURS.get(text)
+    return f"\x1b[{code}m{text}\x1b[0m" if code and _has_colours() else text
+
+
+def _bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if text and _has_colours() else text
+
+
+def _has_colours() -> bool:
+    """Whether a person looks at a terminal that has colours, and wants them (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+_COLOURS = {
+    "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
+    "cancelled": "2",
+}  # fmt: skip

@@ -223,5 +223,5 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         # Against the server's own clock where it tells, as the host's may be wrong.
         since = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
         return min(max(0.0, (then - since).total_seconds()), RETRY_AFTER_MOST)
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None

@@ -24,6 +24,8 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from ..settings import SettingsError
+
 LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
 KEEP_ALIVE = 4.0
@@ -50,8 +52,11 @@ class Wire:
     """Connections to the endpoint. Needs a running event loop."""
 
     def __init__(self, ca_file: str | None = None) -> None:
-        """`ca_file`: a PEM file with the authority to trust instead of the system's."""
-        context = ssl.create_default_context(cafile=ca_file)
+        """`ca_file`: a PEM file with the authority to trust instead of the system's. Raises SettingsError where it holds none."""
+        try:
+            context = ssl.create_default_context(cafile=ca_file)
+        except OSError:
+            raise SettingsError([f"RECALL_CA_FILE is {ca_file!r}, which holds no certificate: give a PEM file"]) from None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -161,4 +166,3 @@ def _reason(error: BaseException, sent: bool) -> str:
         case _:
             said = str(error) or type(error).__name__
             return f"the connection broke off after the request was sent: {said}" if sent else f"nothing was sent: {said}"
-

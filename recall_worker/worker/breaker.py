@@ -47,9 +47,9 @@ class Breaker:
 
     def allowance(self, now: float) -> tuple[int | None, float]:
         """How many rows may be claimed now (None: no bound), and seconds until that may change."""
-        if self.is_open and self._probe is not None and self._probe.sent_at is not None:
-            if now - self._probe.sent_at >= PATIENCE:
-                self._close()
+        sent_at = self._probe.sent_at if self._probe is not None else None
+        if self.is_open and sent_at is not None and now - sent_at >= PATIENCE:
+            self._close()
         if not self.is_open:
             return None, 0.0
         if self._probe is not None:

@@ -46,11 +46,18 @@ async def serve(settings: Settings) -> None:
     name = name_worker()
     events = Events(worker=name)
     _raise_open_files()
-    worker = Worker(settings, create(settings), events, name)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, worker)
-    await _check_schema(settings, name)
+    protocol = create(settings)
+    try:
+        worker = Worker(settings, protocol, events, name)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _stop, worker)
+        await _check_schema(settings, name)
+    except BaseException as error:
+        await protocol.close()
+        if isinstance(error, SchemaRefused):
+            events.tell("schema.refused", reason=str(error), hint=error.hint)
+        raise
     work = asyncio.create_task(worker.run())
     events.tell("worker.ready")
     notify("READY=1")

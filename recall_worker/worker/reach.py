@@ -37,6 +37,11 @@ class Reach:
         """Have `act()` called when PostgreSQL answers again."""
         self._on_return.append(act)
 
+    def woke(self, late: float) -> None:
+        """The process slept this much longer than it meant to, in seconds: it may have been stopped while its leases ran out."""
+        if late > self._lease / 3:
+            self._return()
+
     def lost(self, reason: str) -> None:
         if self._lost_at is None:
             self._lost_at = time.monotonic()
@@ -46,7 +51,10 @@ class Reach:
         if self._lost_at is not None:
             seconds = time.monotonic() - self._lost_at
             self._lost_at = None
-            self._courteous_until = time.monotonic() + self._lease / 3
             self._events.tell("database.found", after_s=round(seconds, 3))
-            for act in self._on_return:
-                act()
+            self._return()
+
+    def _return(self) -> None:
+        self._courteous_until = time.monotonic() + self._lease / 3
+        for act in self._on_return:
+            act()

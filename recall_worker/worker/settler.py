@@ -43,7 +43,13 @@ OUTAGE_PAUSE = (0.1, 0.5)
 
 class Settler:
     def __init__(
-        self, ledger: Ledger, policy: Policy, events: Events, reach: Reach, free: Callable[[Run], None], dice: Dice = random.random
+        self,
+        ledger: Ledger,
+        policy: Policy,
+        events: Events,
+        reach: Reach,
+        free: Callable[[Run], None],
+        dice: Dice = random.random,
     ) -> None:
         """`free(run)` is called when a run is settled, one way or the other: its slot is free then."""
         self._ledger = ledger

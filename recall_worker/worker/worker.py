@@ -59,6 +59,7 @@ class Worker:
         self._idle.set()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._beat_now = asyncio.Event()
         self._floor = FLOOR_FIRST
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
@@ -128,6 +129,8 @@ class Worker:
                         await self._wake.wait()
                 except TimeoutError:
                     pass
+                self._reach.woke(time.monotonic() - self.turned_at - wait)
+                self.turned_at = time.monotonic()
 
     async def _look(self) -> float:
         """Claim what is due and start it. Returns seconds until the next look, unless something wakes us before."""
@@ -144,6 +147,8 @@ class Worker:
         try:
             claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired)
             self._reach.found()
+            for id, reason in claimed.stranded:
+                self._events.tell("recall.stranded", recall=id, error=reason)
             await self._start(claimed, probing=allowed is not None)
         except Outage as outage:
             self._reach.lost(outage.reason)
@@ -155,7 +160,8 @@ class Worker:
 
     def _until_next(self, claimed: Claimed, slots: int, most: float) -> float:
         if len(claimed.claims) >= slots:
-            return most  # A settle (or the breaker, which allowed but one) wakes us.
+            # A settle wakes us. A probe that is being run is looked after, as its silence may close the breaker.
+            return min(most, 1.0) if self._breaker.is_open else most
         if claimed.waiting:
             self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
             most = min(most, wait)
@@ -177,7 +183,9 @@ class Worker:
             run = Run(call)
             self._runs[claim.lease] = run
             self._idle.clear()
+            self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
             if claim.taken_from is not None:
+                self._forget(claim)
                 self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
             unsent = "moved by the application" if call.claim.moved else "stopping" if self._stop.is_set() else None
             if unsent is not None:
@@ -186,6 +194,11 @@ class Worker:
             if probing:
                 self._breaker.probing(call)
             run.task = asyncio.create_task(self._run(run))
+
+    def _forget(self, claim: Claim) -> None:
+        """Should the row have been ours before, the lease of that time is gone with this claim."""
+        for run in [run for run in self._runs.values() if run.claim.id == claim.id]:
+            run.abort("lost")
 
     async def _place(self, moved: list[tuple[Claim, int]]) -> dict[UUID, Claim]:
         """Those of the moved claims that are to run now, as they stand after the move; the others go back as moved."""
@@ -223,6 +236,7 @@ class Worker:
             reason = getattr(outcome, "reason", None)
             self._events.tell(event, session=call.claim.session_id, **({"reason": reason} if reason else {}))
             self._wake.set()
+            self._beat_now.set()
         if isinstance(outcome, Misconfigured):
             self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
         self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
@@ -246,7 +260,10 @@ class Worker:
     async def _drain(self) -> None:
         hurry = asyncio.create_task(self._hurry.wait())
         idle = asyncio.create_task(self._idle.wait())
-        await asyncio.wait((hurry, idle), timeout=self._settings.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        until = time.monotonic() + self._settings.drain_timeout
+        while (left := until - time.monotonic()) > 0 and not (hurry.done() or idle.done()):
+            await asyncio.wait((hurry, idle), timeout=min(1.0, left), return_when=asyncio.FIRST_COMPLETED)
+            self.turned_at = time.monotonic()
         if self._runs:
             released = sum(run.abort("the worker stopped in mid-run") for run in list(self._runs.values()))
             self._events.tell("worker.released", runs=released)
@@ -275,4 +292,9 @@ class Worker:
                 pause = BEAT_EVERY
             except (Outage, Refusal):
                 pause = BEAT_EVERY / 12
-            await asyncio.sleep(pause)
+            self._beat_now.clear()
+            try:
+                async with asyncio.timeout(pause):
+                    await self._beat_now.wait()
+            except TimeoutError:
+                pass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
-from ..endpoint import Endpoint
+from ..endpoint import Endpoint, Raw, Request, reply
 
 
 def soon(seconds: float) -> datetime:
@@ -40,10 +41,11 @@ async def test_one_of_each_type(app: Application, db: Connection, endpoint: Endp
     assert await daemon.stop() == 0
 
 
-async def test_a_chain_scheduled_from_inside_its_runs(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_chain_scheduled_from_inside_its_runs(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Each run inserts its session's next recall before it answers; ten links follow at once, one after the other."""
     await app.create_session("chain", "ann")
-    from ..endpoint import Raw, Request, reply
 
     async def agent(request: Request) -> Raw:
         if len(endpoint.of("chain")) < 10:
@@ -55,8 +57,8 @@ async def test_a_chain_scheduled_from_inside_its_runs(app: Application, db: Conn
     await app.schedule("chain", "immediate", soon(0), "the first link")
     await daemon.hears("recall.settled", times=10)
     runs = endpoint.of("chain")
-    assert len(runs) == len(set(r.key for r in runs)) == 10
-    for earlier, later in zip(runs, runs[1:], strict=False):
+    assert len(runs) == len({r.key for r in runs}) == 10
+    for earlier, later in pairwise(runs):
         assert earlier.ended_at is not None and later.at > earlier.ended_at
     left = await (await db.execute("select status, count(*) as n from session_recalls group by 1")).fetchall()
     assert left == [{"status": "fired", "n": 10}]

@@ -1,0 +1,330 @@
+"""`reference-api`: a run endpoint as recall-worker wants one, small enough to be read whole. Write yours like `ReferenceAPI.run`.
+
+What it promises to a caller of `POST /sessions/{id}/run`:
+- In one atomic step (here: nothing is awaited in it; with a database: one transaction) it looks whether anybody is in the session,
+  takes it for the run, and stores the system message under the key. A taken session is 409 `session_busy`, with Retry-After.
+- `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): while that run goes on it is 409
+  `run_in_progress`; afterwards it gets that run's answer again, however it ended; with another body it is 422 `key_reused`.
+- A caller who hangs up does not end the run: it may be a worker that died, whose successor asks again under the same key. An
+  agent that would rather stop then (the recall may have been cancelled) looks at `Run.left`.
+- A session that does not exist is 404 and says so in a code, as any other 404 reads as a wrong address. A run that failed is an
+  answer: 200 with `"status": "failed"`. One that we broke off ourselves is a 500: nobody can say how far it came.
+
+Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory, and gone at the end.
+
+Around it, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person comes in, goes out), `GET` and
+`DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import hmac
+import json
+import signal
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from aiohttp import web
+
+from ..events import harmless
+from .talk import Trouble, rfc3339, tell
+
+Agent = Callable[[str, str, Mapping[str, Any]], Awaitable[str]]
+"""The agent: session id, user message, and the recall as it stands in the request, to what the agent says."""
+
+KEYS_KEPT = timedelta(days=2)
+"""How long an answer stays known under its key: longer than any worker goes on asking (RECALL_GIVE_UP, a day)."""
+BODY_MOST = 16 << 20
+TEXTS = ("session_id", "user_message", "system_message")
+
+
+@dataclass(slots=True)
+class Call:
+    """One request to the run endpoint."""
+
+    at: datetime
+    """When its head had arrived."""
+    session_id: str
+    key: str
+    attempt: str
+    http_status: int | None = None
+    """None while it is open, and where the caller left before it was answered."""
+    code: str | None = None
+    left_at: datetime | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """The agent's work under one key."""
+
+    call: Call
+    user_message: str
+    recall: Mapping[str, Any]
+    fingerprint: bytes
+    status: str = "running"
+    said: str | None = None
+    ended_at: datetime | None = None
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the caller has hung up."""
+    task: asyncio.Task[None] | None = None
+
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        if self.status not in ("completed", "failed"):
+            return 500, {"code": "interrupted", "message": "the API ended in mid-run"}
+        return 200, {"status": self.status, "output" if self.status == "completed" else "error": self.said}
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "key": self.call.key, "session_id": self.call.session_id, "status": self.status, "attempt": self.call.attempt,
+            "user_message": self.user_message, "said": self.said, "recall": self.recall,
+            "called_at": rfc3339(self.call.at), "ended_at": self.ended_at and rfc3339(self.ended_at),
+        }  # fmt: skip
+
+
+class _Refusal(Exception):
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class ReferenceAPI:
+    """The API around `agent`.
+
+    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy session. `watch(call)` is called when
+    a request to the run endpoint has been answered, or its caller has left.
+    """
+
+    def __init__(
+        self, agent: Agent, *, token: str | None = None, retry_after: int = 2, watch: Callable[[Call], None] = lambda _: None
+    ) -> None:
+        self.calls: deque[Call] = deque(maxlen=100_000)
+        self.runs: dict[str, Run] = {}
+        """By key, oldest first."""
+        self.inside: dict[str, Run | None] = {}
+        """The sessions that are taken: by a run, or (None) by a person."""
+        self.messages: dict[str, list[dict[str, str]]] = {}
+        self._agent, self._watch, self._retry_after = agent, watch, retry_after
+        self._token = token.encode() if token else None
+        self._deleted: set[str] = set()
+        self._runner: web.AppRunner | None = None
+
+    # --- the run endpoint ----------------------------------------------------------------------------------------
+
+    async def run(self, request: web.Request) -> web.Response:
+        """POST /sessions/{id}/run"""
+        key, session_id = request.headers.get("Idempotency-Key", ""), request.match_info["id"]
+        call = Call(datetime.now(UTC), session_id, key, request.headers.get("Recall-Attempt", ""))
+        self.calls.append(call)
+        run = None
+        try:
+            self._authorize(request)
+            body = await request.read()
+            run = self._started_or_known(call, _checked(body, session_id, key), hashlib.sha256(body).digest())
+            if run.call is call and run.task is not None:
+                # Waited for, not awaited: where our caller leaves, only the waiting ends.
+                await asyncio.wait({run.task})
+            call.http_status, answer = run.answer()
+            return _json(answer, call.http_status, {} if run.call is call else {"Idempotent-Replayed": "true"})
+        except asyncio.CancelledError:
+            call.left_at = datetime.now(UTC)
+            if run is not None:
+                run.left.set()
+            raise
+        except _Refusal as refusal:
+            call.http_status, call.code = refusal.status, refusal.code
+            raise
+        finally:
+            self._watch(call)
+
+    def _started_or_known(self, call: Call, document: Mapping[str, Any], fingerprint: bytes) -> Run:
+        """A new run, started; or the one that this key stands for, ended. The atomic step: no await in here."""
+        self._must_exist(call.session_id)
+        if (run := self.runs.get(call.key)) is not None:
+            if run.fingerprint != fingerprint:
+                raise _Refusal(422, "key_reused", "this Idempotency-Key stands for another request")
+            if run.status == "running":
+                raise self._later("run_in_progress", "the run under this key goes on")
+            return run
+        if call.session_id in self.inside:
+            raise self._later("session_busy", "somebody is in this session")
+        run = Run(call, document["user_message"], document["recall"], fingerprint)
+        self._forget_old_keys()
+        self.runs[call.key] = self.inside[call.session_id] = run
+        self._say(call.session_id, "system", document["system_message"])
+        run.task = asyncio.create_task(self._work(run))
+        return run
+
+    async def _work(self, run: Run) -> None:
+        session_id = run.call.session_id
+        try:
+            self._say(session_id, "user", run.user_message)
+            run.said = await self._agent(session_id, run.user_message, run.recall)
+            self._say(session_id, "assistant", run.said)
+            run.status = "completed"
+        except asyncio.CancelledError:
+            run.status = "interrupted"
+            raise
+        except Exception as error:
+            run.status, run.said = "failed", f"{type(error).__name__}: {error}"
+        finally:
+            run.ended_at = datetime.now(UTC)
+            del self.inside[session_id]
+
+    def _say(self, session_id: str, role: str, content: str) -> None:
+        if session_id not in self._deleted:
+            self.messages.setdefault(session_id, []).append({"role": role, "content": content})
+
+    def _forget_old_keys(self) -> None:
+        old = datetime.now(UTC) - KEYS_KEPT
+        while self.runs and (first := next(iter(self.runs.values()))).ended_at is not None and first.ended_at < old:
+            del self.runs[first.call.key]
+
+    # --- around it -----------------------------------------------------------------------------------------------
+
+    def enter(self, session_id: str) -> None:
+        """A person comes into the session, where nobody else is. Raises an error that HTTP callers see as 404 or 409."""
+        self._must_exist(session_id)
+        if self.inside.setdefault(session_id, None) is not None:
+            raise self._later("session_busy", "the agent is at work in this session")
+
+    def leave(self, session_id: str) -> None:
+        """The person goes out."""
+        if self.inside.get(session_id, self) is None:
+            del self.inside[session_id]
+
+    def _must_exist(self, session_id: str) -> None:
+        if session_id.startswith("missing") or session_id in self._deleted:
+            raise _Refusal(404, "session_not_found", "there is no such session")
+
+    def _later(self, code: str, message: str) -> _Refusal:
+        return _Refusal(409, code, message, Retry_After=str(self._retry_after))
+
+    def _authorize(self, request: web.Request) -> None:
+        if self._token is None:
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode("utf-8", "surrogateescape")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._token):
+            raise _Refusal(401, "unauthorized", "another bearer token is wanted", WWW_Authenticate="Bearer")
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        (self.enter if request.method == "PUT" else self.leave)(request.match_info["id"])
+        return web.Response(status=204)
+
+    async def _session(self, request: web.Request) -> web.Response:
+        session_id = request.match_info["id"]
+        self._must_exist(session_id)
+        if request.method == "DELETE":
+            self._deleted.add(session_id)
+            self.messages.pop(session_id, None)
+            return web.Response(status=204)
+        return _json({"busy": session_id in self.inside, "messages": self.messages.get(session_id, [])})
+
+    async def _runs(self, _: web.Request) -> web.Response:
+        return _json([run.shown() for run in self.runs.values()])
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    @web.middleware
+    async def _door(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            # The run endpoint does that itself: also a call with a wrong token is a call.
+            if request.match_info.route.name not in ("run", "healthz"):
+                self._authorize(request)
+            return await handler(request)
+        except _Refusal as refusal:
+            return _json({"code": refusal.code, "message": str(refusal)}, refusal.status, refusal.headers)
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError where that can't be."""
+        app = web.Application(middlewares=[self._door], client_max_size=BODY_MOST)
+        app.router.add_post("/sessions/{id}/run", self.run, name="run")
+        for method in ("PUT", "DELETE"):
+            app.router.add_route(method, "/sessions/{id}/chat", self._chat)
+        for method in ("GET", "DELETE"):
+            app.router.add_route(method, "/sessions/{id}", self._session)
+        app.router.add_get("/runs", self._runs)
+        app.router.add_get("/healthz", self._healthz, name="healthz")
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except BaseException:
+            await self.stop()
+            raise
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- nothing is bound here
+        where = f"[{reached}]" if ":" in reached else reached
+        return f"http://{where}:{self._runner.addresses[0][1]}/sessions/{{session_id}}/run"
+
+    async def stop(self) -> None:
+        """Break the runs off, answer those who wait for them, and stop listening."""
+        tasks = [run.task for run in self.runs.values() if run.task is not None and not run.task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+
+def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
+    """The request's document, where it is one that can be run."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise _Refusal(400, "malformed", "the body is no JSON") from None
+    if not key:
+        raise _Refusal(400, "key_missing", "a run needs an Idempotency-Key")
+    told = document if isinstance(document, dict) else {}
+    if not isinstance(told.get("recall"), dict) or any(not isinstance(told.get(name), str) for name in TEXTS):
+        raise _Refusal(422, "invalid", f"wanted: an object with {', '.join(TEXTS)} (texts) and recall (an object)")
+    if told["session_id"] != session_id:
+        raise _Refusal(422, "invalid", "the body names another session than the address")
+    return told
+
+
+def _json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.json_response(document, status=status, headers=headers)
+
+
+def serve(host: str, port: int, *, seconds: float, token: str | None) -> None:
+    """Serve until SIGTERM or SIGINT, with an agent that waits for `seconds` and says so."""
+    asyncio.run(_serve(host, port, seconds, token))
+
+
+async def _serve(host: str, port: int, seconds: float, token: str | None) -> None:
+    async def agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
+        await asyncio.sleep(seconds)
+        return f"looked after, for {seconds:g} s: {user_message}"
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    api = ReferenceAPI(agent, token=token, watch=_show)
+    try:
+        url = await api.start(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Trouble(f"port {port} on {host} is in use", "recall-worker reference-api --port 0 (a free one)") from None
+        raise Trouble(f"can't listen on {host}, port {port}: {error.strerror or error}", "--host 127.0.0.1 --port 8090") from None
+    tell(f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes {seconds:g} s. For the worker:")
+    tell(f"  export RECALL_RUN_URL='{url}'")
+    if token:
+        tell("  and the same RECALL_RUN_TOKEN as here.")
+    await stop.wait()
+    await api.stop()
+
+
+def _show(call: Call) -> None:
+    became = "the caller left" if call.http_status is None else f"{call.http_status} {call.code or ''}".strip()
+    tell(harmless(f"{call.at.astimezone():%H:%M:%S} {call.session_id} {call.key}: {became}"))

@@ -1,0 +1,177 @@
+"""`Recalls`: the application's side of the table, for applications in Python. For all others the same is plain SQL (docs/application.md).
+
+Every method takes `conn=`, an async psycopg connection: it then works inside the caller's own transaction, so that the recall exists
+exactly if the message that asked for it does. Without it a connection of the pool is used, and each call is a transaction of its own.
+An error inside the caller's transaction is confined to a savepoint: the caller goes on.
+
+Never here: leases, occurrences, verdicts. Those are the worker's.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from psycopg import AsyncConnection, errors
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from . import statements
+from .ledger import Dates
+from .recall import STATUSES, Recall
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Recall))
+
+Connection = AsyncConnection[Any]
+
+
+class RecallExists(Exception):
+    """The session has a pending recall already; a session holds one at a time. Cancel it first, or leave it."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session {session_id} has a pending recall already")
+        self.session_id = session_id
+
+
+class Recalls:
+    """Schedules, cancels, skips, moves and lists recalls."""
+
+    def __init__(self, pool: AsyncConnectionPool[Any] | None = None) -> None:
+        """`pool`: an open psycopg pool; without one, every call needs `conn=`."""
+        self._pool = pool
+        self._sql = statements.load("client")
+        self._reads = statements.load("reads")
+
+    async def schedule(
+        self,
+        session_id: str,
+        message: str,
+        *,
+        at: datetime | None = None,
+        after: timedelta | None = None,
+        every: timedelta | None = None,
+        comment: str | None = None,
+        id: str | None = None,
+        conn: Connection | None = None,
+    ) -> Recall:
+        """Promise to come back to `session_id` with `message`.
+
+        `at` (aware) or `after`: once. `every`: again and again, this long after the end of each run; the first falls one interval from now,
+        or at `at` or `after`. None of them: at once. `comment` never leaves the database. `id`: any text, a random UUID if not given.
+
+        A time that is past means at once.
+
+        Raises RecallExists where the session has a pending recall, ValueError for times and sessions that make no sense, and psycopg's
+        errors, such as ForeignKeyViolation for a session that does not exist and DataError for text with NUL characters.
+        """
+        if at is not None and after is not None:
+            raise ValueError("give `at` or `after`, not both")
+        if at is not None and at.tzinfo is None:
+            raise ValueError("`at` has no time zone: give an aware datetime, as in datetime.now(UTC)")
+        if session_id in ("", ".", ".."):
+            raise ValueError(f"{session_id!r} can't be a session's id: an address can't name it")
+        interval = None
+        if every is not None:
+            interval = int(every.total_seconds())
+            if interval != every.total_seconds() or not 1 <= interval < 2**31:
+                raise ValueError("`every` is a whole number of seconds, at least one")
+        values = {
+            "id": str(uuid4()) if id is None else id,
+            "session_id": session_id,
+            "call_type": "recurring" if every is not None else "immediate" if at is None and after is None else "once",
+            "at": at,
+            "after": after.total_seconds() if after is not None else interval if at is None else None,
+            "interval": interval,
+            "comment": comment,
+            "message": message,
+        }
+        try:
+            rows = await self._ask(self._sql["schedule"], values, conn)
+        except errors.UniqueViolation as error:
+            if error.diag.constraint_name != "idx_recalls_active_pending":
+                raise
+            raise RecallExists(session_id) from None
+        return recall(rows[0])
+
+    async def cancel(self, session_id: str, *, conn: Connection | None = None) -> int:
+        """Cancel the session's pending recall, also in mid-run: its call is aborted, nothing fires again. Returns how many: 0 or 1."""
+        return len(await self._ask(self._sql["cancel_pending"], {"session_id": session_id}, conn))
+
+    async def skip_next(self, session_id: str, *, conn: Connection | None = None) -> bool:
+        """Leave out one occurrence of the session's recurring recall. False where it has none."""
+        return bool(await self._ask(self._sql["skip_pending"], {"session_id": session_id}, conn))
+
+    async def list(
+        self,
+        *,
+        session_id: str | None = None,
+        user_id: str | None = None,
+        statuses: Sequence[str] | None = None,
+        limit: int = 50,
+        offset: int = 0,
+        conn: Connection | None = None,
+    ) -> builtins.list[Recall]:
+        """Recalls, newest trigger first: of one session, of the sessions that a user owns (`sessions.user_id`), or all."""
+        unknown = set(statuses or ()) - set(STATUSES)
+        if unknown:
+            raise ValueError(f"there is no status {', '.join(sorted(unknown))}: there are {', '.join(STATUSES)}")
+        name = "list_user" if user_id is not None else "list_session" if session_id is not None else "list"
+        values = {"session_id": session_id, "user_id": user_id, "statuses": list(statuses) if statuses else None}
+        rows = await self._ask(self._reads[name], {**values, "limit": limit, "offset": offset}, conn)
+        return [recall(row) for row in rows]
+
+    async def due(self, limit: int = 100, *, conn: Connection | None = None) -> builtins.list[Recall]:
+        """What is due and waits for a worker, oldest first."""
+        return [recall(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
+
+    async def next_trigger_at(self, *, conn: Connection | None = None) -> datetime | None:
+        """The nearest time at which a recall that waits is due, be it past; None where nothing waits."""
+        rows = await self._ask(self._sql["next_trigger"], {}, conn)
+        return rows[0]["next_trigger"] if rows else None
+
+    async def mark_fired(self, id: str, *, conn: Connection | None = None) -> bool:
+        """Settle a recall as fired by hand. False where it is none, or is final already."""
+        return bool(await self._ask(self._sql["mark"], {"id": id, "status": "fired"}, conn))
+
+    async def mark_cancelled(self, id: str, *, conn: Connection | None = None) -> bool:
+        """Cancel one recall. False where it is none, or is final already."""
+        return bool(await self._ask(self._sql["mark"], {"id": id, "status": "cancelled"}, conn))
+
+    async def reschedule(self, id: str, at: datetime, *, conn: Connection | None = None) -> bool:
+        """Move a recall to `at` (aware); in mid-run, what comes after the run. False where it is none, or is final already."""
+        if at.tzinfo is None:
+            raise ValueError("`at` has no time zone: give an aware datetime, as in datetime.now(UTC)")
+        return bool(await self._ask(self._sql["reschedule"], {"ids": [id], "at": at, "after": None}, conn))
+
+    async def sessions_with_pending(self, session_ids: Iterable[str], *, conn: Connection | None = None) -> set[str]:
+        """Which of these sessions have a pending recall."""
+        rows = await self._ask(self._sql["sessions_with_pending"], {"session_ids": [*session_ids]}, conn)
+        return {row["session_id"] for row in rows}
+
+    async def _ask(self, statement: str, values: Mapping[str, Any], conn: Connection | None) -> Sequence[dict[str, Any]]:
+        async with self._connection(conn) as connection:
+            cursor = connection.cursor(row_factory=dict_row)
+            cursor.adapters.register_loader("timestamptz", Dates)
+            await cursor.execute(statement.encode(), values)
+            return await cursor.fetchall()
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, conn: Connection | None) -> AsyncIterator[Connection]:
+        if conn is not None:
+            async with conn.transaction():
+                yield conn
+        elif self._pool is not None:
+            async with self._pool.connection() as pooled:
+                yield pooled
+        else:
+            raise ValueError("Recalls has no pool: give one, or `conn=`")
+
+
+def recall(row: Mapping[str, Any]) -> Recall:
+    """The noun from a row."""
+    return Recall(**{name: row[name] for name in _FIELDS})

@@ -1,0 +1,119 @@
+"""Waking: due instants are kept to the moment, and PostgreSQL's clock alone decides when that is."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ..application import Application
+from ..conftest import Connection, connected
+from ..daemon import Daemons
+from ..endpoint import Endpoint, Raw, Request, reply
+from .test_lease import rows
+
+STEP = timedelta(milliseconds=200)
+
+
+async def schedule_in_steps(app: Application, db: Connection, count: int) -> dict[str, datetime]:
+    """One recall a session at distinct instants, inserted in no order; when each is due, the first in a second."""
+    [start] = await rows(db, "select clock_timestamp() + interval '1 second' as at")
+    due = {f"s{n}": start["at"] + n * STEP for n in range(count)}
+    for session in due:
+        await app.create_session(session, "ann")
+    for session in random.sample(list(due), count):
+        await app.schedule(session, "once", due[session], "now")
+    return due
+
+
+async def asked_at(database: str, endpoint: Endpoint) -> dict[str, datetime]:
+    """From now on, when each session was first requested by PostgreSQL's clock."""
+    asked: dict[str, datetime] = {}
+
+    async def run(request: Request) -> Raw:
+        async with connected(database) as clock:
+            [now] = await rows(clock, "select clock_timestamp() as now")
+        asked.setdefault(request.session, now["now"])
+        return reply()
+
+    endpoint.default = run
+    return asked
+
+
+async def test_distinct_instants_are_kept(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Twenty recalls 200 ms apart: none is requested before its time, and none as late as the next look by poll would be."""
+    asked = await asked_at(database, endpoint)
+    daemon = await daemons.start(poll_interval=30)
+    due = await schedule_in_steps(app, db, 20)
+    await daemon.hears("recall.settled", times=20)
+    late = {session: (asked[session] - at).total_seconds() for session, at in due.items()}
+    assert all(0 <= seconds < 2 for seconds in late.values()), late
+    assert sum(seconds < 0.5 for seconds in late.values()) >= 15, late
+    assert len(endpoint.requests) == 20
+
+
+async def test_many_at_one_instant(app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+    """More recalls than slots due at one instant: all are called, one after the other, the slots never idle until a poll."""
+    daemon = await daemons.start(poll_interval=30, concurrency=2)
+    [start] = await rows(db, "select clock_timestamp() + interval '0.5 seconds' as at")
+    for n in range(12):
+        await app.create_session(f"s{n}", "ann")
+        await app.schedule(f"s{n}", "once", start["at"], "now")
+    await daemon.hears("recall.settled", times=12)
+    [late] = await rows(db, "select max(extract(epoch from called_at - scheduled_for))::float8 as most from recall_attempts")
+    assert 0 <= late["most"] < 10
+
+
+@pytest.fixture
+def faketime() -> str:
+    """What to preload, so that a process takes its clock from a file of ours."""
+    command = shutil.which("faketime")
+    if command is None:
+        pytest.skip("faketime is not installed")
+    return subprocess.run(
+        [command, "-f", "+1h", "printenv", "LD_PRELOAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("hours", ["+7h", "-7h", "jumps"])
+async def test_a_wrong_clock_of_the_host(
+    hours: str,
+    faketime: str,
+    tmp_path: Path,
+    app: Application,
+    database: str,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+) -> None:
+    """A host whose clock is hours off, or is set in mid-work, calls at the same instants; its log alone is wrong."""
+    offset = tmp_path / "offset"
+    offset.write_text("+7h\n" if hours == "jumps" else f"{hours}\n")
+    asked = await asked_at(database, endpoint)
+    daemons.environ |= {
+        "LD_PRELOAD": faketime,
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    daemon = await daemons.start(poll_interval=30, lease=3)
+    told = datetime.fromisoformat(daemon.events[0]["timestamp"])
+    assert abs(told - datetime.now(UTC)) > timedelta(hours=6), "the clock is wrong indeed"
+    due = await schedule_in_steps(app, db, 5)
+    if hours == "jumps":
+        await daemon.hears("recall.settled", times=2)
+        offset.write_text("-7h\n")
+    await daemon.hears("recall.settled", times=5)
+    late = {session: (asked[session] - at).total_seconds() for session, at in due.items()}
+    assert all(0 <= seconds < 5 for seconds in late.values()), late
+    told_late = [float(r.headers["recall-lateness"]) for r in endpoint.requests]
+    assert all(0 <= seconds < 5 for seconds in told_late), told_late
+    assert len(endpoint.requests) == 5
+    assert await daemon.stop() == 0

@@ -1,0 +1,208 @@
+"""The breaker: pure state. When it opens, which calls it lets through meanwhile, and what closes it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recall_worker.protocols import Call
+from recall_worker.recall import (
+    Accepted,
+    Answered,
+    Busy,
+    Failed,
+    Gone,
+    Malformed,
+    Misconfigured,
+    Outcome,
+    Refused,
+    Unavailable,
+    Unknown,
+    Unsent,
+)
+from recall_worker.worker.breaker import PATIENCE, PROBE_FIRST, PROBE_MOST, Breaker
+
+from .test_recall import claim_with
+
+REFUSED_CONNECTION = Unavailable("no connection: connection refused")
+LATER = Unavailable("the API says later (HTTP 503)", 503)
+WRONG_TOKEN = Misconfigured("the API wants another token", 401)
+TROUBLE: list[Outcome] = [REFUSED_CONNECTION, LATER, WRONG_TOKEN]
+ANSWERS: list[Outcome] = [
+    Answered(200),
+    Accepted("run-1", 202),
+    Busy(409),
+    Gone(404),
+    Failed("failed", 200),
+    Refused("no", 422),
+    Unknown("the API broke (HTTP 500)", 500),
+]
+SILENCE: list[Outcome] = [Unknown("no answer within 5 s"), Unsent("stopping"), Malformed("no interval")]
+
+
+def call_of(session: str, sent_at: float | None = 0.0) -> Call:
+    return Call(claim_with(id=session, session_id=session), asked_at=0.0, sent_at=sent_at)
+
+
+def opened(at: float = 100.0) -> Breaker:
+    """A breaker that two sessions have opened."""
+    breaker = Breaker()
+    assert breaker.note(call_of("a", at), REFUSED_CONNECTION, at) is None
+    assert breaker.note(call_of("b", at), REFUSED_CONNECTION, at) == "breaker.opened"
+    return breaker
+
+
+def probed(breaker: Breaker, now: float, outcome: Outcome, session: str = "c") -> str | None:
+    """The breaker's word on a probe that it allows at `now` and that ends at once."""
+    assert breaker.allowance(now) == (1, 0.0)
+    call = call_of(session, now)
+    breaker.probing(call)
+    return breaker.note(call, outcome, now)
+
+
+def test_closed_at_first() -> None:
+    """A new breaker bounds nothing."""
+    assert Breaker().allowance(0.0) == (None, 0.0)
+    assert Breaker().state == "closed"
+
+
+@pytest.mark.parametrize("second", TROUBLE, ids=repr)
+@pytest.mark.parametrize("first", TROUBLE, ids=repr)
+def test_two_sessions_in_a_row_open_it(first: Outcome, second: Outcome) -> None:
+    """Trouble in one session, then in another, with no answer between, opens it, whatever kinds of trouble they are."""
+    breaker = Breaker()
+    assert breaker.note(call_of("a"), first, 1.0) is None
+    assert breaker.allowance(1.0) == (None, 0.0)
+    assert breaker.note(call_of("b"), second, 2.0) == "breaker.opened"
+    assert breaker.state == "open"
+    assert breaker.allowance(2.0) == (0, PROBE_FIRST)
+
+
+@pytest.mark.parametrize("outcome", TROUBLE, ids=repr)
+def test_one_session_never_opens_it(outcome: Outcome) -> None:
+    """One session's trouble, however often, never stops the others."""
+    breaker = Breaker()
+    for now in range(50):
+        assert breaker.note(call_of("a", now), outcome, now) is None
+    assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+def test_an_answer_between_keeps_it_closed(answer: Outcome) -> None:
+    """Any answer, also a bad one, shows that the endpoint is worth calling: the count begins anew."""
+    breaker = Breaker()
+    for session in "abcdef":
+        assert breaker.note(call_of(session), LATER, 1.0) is None
+        assert breaker.note(call_of("calm"), answer, 1.0) is None
+    assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("silence", SILENCE, ids=repr)
+def test_silence_between_says_nothing(silence: Outcome) -> None:
+    """A call without an answer neither opens the breaker nor counts as an answer between two troubles."""
+    breaker = Breaker()
+    for session in "abc":
+        assert breaker.note(call_of(session), silence, 1.0) is None
+    assert breaker.note(call_of("d"), LATER, 1.0) is None
+    assert breaker.note(call_of("e"), silence, 1.0) is None
+    assert breaker.note(call_of("f"), LATER, 1.0) == "breaker.opened"
+
+
+def test_probes_double_to_a_bound() -> None:
+    """Probes that meet trouble are 1 s apart at first, then twice as long each time, to 30 s, with jitter that shortens only."""
+    now = 100.0
+    breaker = opened(now)
+    longest = PROBE_FIRST
+    for turn in range(9):
+        allowed, wait = breaker.allowance(now)
+        assert allowed == 0
+        assert 0.8 * longest <= wait <= longest or (turn == 0 and wait == PROBE_FIRST)
+        now += wait
+        assert probed(breaker, now, TROUBLE[turn % 3], session=f"s{turn}") == "breaker.probed"
+        longest = min(PROBE_MOST, longest * 2)
+    assert longest == PROBE_MOST
+
+
+def test_one_probe_at_a_time() -> None:
+    """While a probe is out nothing else is claimed."""
+    breaker = opened(100.0)
+    breaker.probing(call_of("c", None))
+    assert breaker.allowance(150.0) == (0, 1.0)
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+def test_an_answered_probe_closes_it(answer: Outcome) -> None:
+    """Any answer to a probe closes it, and trouble has to be met twice again."""
+    breaker = opened(100.0)
+    assert probed(breaker, 101.0, answer) == "breaker.closed"
+    assert breaker.allowance(101.0) == (None, 0.0)
+    assert breaker.note(call_of("a"), LATER, 102.0) is None
+    assert breaker.note(call_of("b"), LATER, 103.0) == "breaker.opened"
+    assert breaker.allowance(103.0) == (0, PROBE_FIRST)
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+def test_an_answer_to_a_call_sent_before_does_not_close_it(answer: Outcome) -> None:
+    """A run that began while all was well says nothing of now; one that was sent since then does."""
+    breaker = opened(100.0)
+    assert breaker.note(call_of("long", 99.0), answer, 160.0) is None
+    assert breaker.state == "open"
+    assert breaker.note(call_of("late", 100.5), answer, 160.0) == "breaker.closed"
+
+
+def test_trouble_of_others_while_open_changes_nothing() -> None:
+    """Calls that were out when it opened, and meet the same trouble, neither put the probe off nor tell anything."""
+    breaker = opened(100.0)
+    for session in "cdef":
+        assert breaker.note(call_of(session, 99.5), LATER, 100.2) is None
+    allowed, wait = breaker.allowance(100.2)
+    assert allowed == 0 and wait == pytest.approx(PROBE_FIRST - 0.2)
+
+
+def test_a_probe_that_meets_silence_waits_longer() -> None:
+    """A probe that was sent and broke off without an answer is no sign of health."""
+    breaker = opened(100.0)
+    assert probed(breaker, 101.0, Unknown("the connection broke off")) == "breaker.probed"
+    allowed, wait = breaker.allowance(101.0)
+    assert allowed == 0 and 1.6 <= wait <= 2.0
+
+
+@pytest.mark.parametrize("outcome", [Unsent("cancelled by the application"), Malformed("no interval")], ids=repr)
+def test_a_probe_that_was_never_sent_is_made_again(outcome: Outcome) -> None:
+    """A probe that came to nothing for reasons of its own costs no time."""
+    breaker = opened(100.0)
+    assert probed(breaker, 101.0, outcome) is None
+    assert breaker.allowance(101.0) == (1, 0.0)
+
+
+def test_a_probe_that_runs_for_a_while_closes_it() -> None:
+    """Trouble is quick to show: a probe that was sent and is still being run after a while is a run. One not sent is not."""
+    breaker = opened(100.0)
+    probe = call_of("c", None)
+    breaker.probing(probe)
+    assert breaker.allowance(101.0 + 10 * PATIENCE) == (0, 1.0)
+    probe.sent_at = 101.0
+    assert breaker.allowance(101.0 + PATIENCE - 0.1) == (0, 1.0)
+    assert breaker.allowance(101.0 + PATIENCE) == (None, 0.0)
+    assert breaker.state == "closed"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(TROUBLE + ANSWERS + SILENCE)), max_size=40))
+@settings(deadline=None)
+def test_what_is_told_is_what_happened(story: list[tuple[str, Outcome]]) -> None:
+    """In any story, `opened` is told exactly when it opens and `closed` when it closes; probes are told only while it is open."""
+    breaker, now = Breaker(), 100.0
+    for session, outcome in story:
+        allowed, wait = breaker.allowance(now)
+        now += wait + 0.001
+        was_open = breaker.is_open
+        call = call_of(session, now)
+        if allowed is not None:
+            assert breaker.allowance(now) == (1, 0.0)
+            breaker.probing(call)
+        event = breaker.note(call, outcome, now)
+        assert (event == "breaker.opened") == (not was_open and breaker.is_open)
+        assert (event == "breaker.closed") == (was_open and not breaker.is_open)
+        if was_open and outcome in TROUBLE:
+            assert event == "breaker.probed"

@@ -1,0 +1,92 @@
+"""Pure time: how far apart occurrences are, and what it means that the application moved one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recall_worker import cadence
+from recall_worker.recall import After
+
+from .test_recall import NOON, claim_with
+
+INTERVALS = st.integers(1, 2**31 - 1)
+
+
+@pytest.mark.parametrize("interval", [None, 0, -1, -(2**31)], ids=str)
+def test_an_interval_that_would_make_a_hot_loop(interval: int | None) -> None:
+    """A recurring recall without an interval of at least a second can't go on, and the reason names what stands there."""
+    reason = cadence.problem(claim_with(call_type="recurring", interval=interval))
+    assert reason is not None and "interval_seconds" in reason
+    assert ("null" if interval is None else str(interval)) in reason
+
+
+@pytest.mark.parametrize("interval", [1, 60, 2**31 - 1], ids=str)
+def test_an_interval_that_will_do(interval: int) -> None:
+    """An interval of a second or more is no problem."""
+    assert cadence.problem(claim_with(call_type="recurring", interval=interval)) is None
+
+
+@pytest.mark.parametrize("call_type", ["once", "immediate"])
+@pytest.mark.parametrize("interval", [None, 0, -5, 60], ids=str)
+def test_a_one_shot_needs_no_interval(call_type: str, interval: int | None) -> None:
+    """Whatever stands in the interval of a one-shot, nobody asks."""
+    claim = claim_with(call_type=call_type, interval=interval, trigger_at=NOON + timedelta(seconds=120))
+    assert cadence.problem(claim) is None
+    assert cadence.skipped(claim) == 0
+
+
+@pytest.mark.parametrize(
+    ("moved_by", "skipped"),
+    [
+        (timedelta(0), 0),
+        (timedelta(seconds=60), 1),
+        (timedelta(seconds=120), 2),
+        (timedelta(days=1), 1440),
+        (timedelta(seconds=61), 0),
+        (timedelta(seconds=30), 0),
+        (timedelta(seconds=60, microseconds=1), 0),
+        (timedelta(seconds=60, microseconds=-1), 0),
+        (timedelta(seconds=-60), 0),
+        (timedelta(seconds=-61), 0),
+    ],
+    ids=str,
+)
+def test_skipped(moved_by: timedelta, skipped: int) -> None:
+    """Whole intervals onwards are skips; any other move, also one backwards, names a time of its own."""
+    assert cadence.skipped(claim_with(call_type="recurring", interval=60, trigger_at=NOON + moved_by)) == skipped
+
+
+@pytest.mark.parametrize("interval", [None, 0, -60], ids=str)
+def test_nothing_is_skipped_by_an_absurd_interval(interval: int | None) -> None:
+    """An interval that is none divides nothing."""
+    claim = claim_with(call_type="recurring", interval=interval, trigger_at=NOON + timedelta(seconds=60))
+    assert cadence.skipped(claim) == 0
+
+
+@given(interval=st.integers(1, 10_000_000), times=st.integers(0, 200))
+@settings(deadline=None)
+def test_skipping_times_intervals_is_seen_as_times_skips(interval: int, times: int) -> None:
+    """As often as the application adds the interval, so many skips are seen, for any interval."""
+    moved = NOON + timedelta(seconds=interval) * times
+    assert cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=moved)) == times
+
+
+@given(interval=st.integers(2, 10_000_000), times=st.integers(0, 200), rest=st.integers(1, 10_000_000 * 10**6))
+@settings(deadline=None)
+def test_any_other_move_is_no_skip(interval: int, times: int, rest: int) -> None:
+    """A move that is off the whole intervals by as little as a microsecond is a time of its own."""
+    by = timedelta(seconds=interval) * times + timedelta(microseconds=rest % (interval * 10**6 - 1) + 1)
+    assert cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=NOON + by)) == 0
+
+
+@given(interval=INTERVALS, skip=st.integers(0, 1000))
+@settings(deadline=None)
+def test_following(interval: int, skip: int) -> None:
+    """The next occurrence falls one interval after the run ended, and one more for each that is passed over."""
+    claim = claim_with(call_type="recurring", interval=interval)
+    assert cadence.following(claim) == After(float(interval))
+    assert cadence.following(claim, skip) == After(float(interval) * (1 + skip))

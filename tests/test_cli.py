@@ -1,0 +1,689 @@
+"""The command line as a stranger meets it: documents, exit statuses, errors with hints, tables on a terminal and in a pipe.
+
+Most commands are run in this process, through the console script's own entry; what only a process or a terminal shows, in one of theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from unittest import mock
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+from typer.main import get_command
+
+from recall_worker import schema
+from recall_worker.cli import main
+from recall_worker.cli.app import app as commands
+from recall_worker.cli.talk import Trouble, length, local, relative, seconds, span
+
+from . import postgres
+from .application import COLUMNS, Application
+
+NOWHERE = "postgresql://u:sekret@127.0.0.1:1/x"
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout; strict, so that no NaN passes."""
+
+        def never(name: str) -> None:
+            raise ValueError(f"{name} is no JSON")
+
+        return json.loads(self.out, parse_constant=never)
+
+
+class Screen(io.StringIO):
+    """A standard output that believes to be a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def operate(
+    dsn: str | None, *words: str, stdin: str = "", environ: Mapping[str, str] | None = None, columns: int | None = None
+) -> Said:
+    """`recall-worker <words>` in this process, with nothing but RECALL_DSN set; on a terminal of so many columns, if told."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+    kept |= (
+        ({} if dsn is None else {"RECALL_DSN": dsn})
+        | ({} if columns is None else {"COLUMNS": str(columns)})
+        | dict(environ or {})
+    )
+    out, err = io.StringIO() if columns is None else Screen(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, kept, clear=True))
+        stack.enter_context(mock.patch.object(sys, "argv", ["recall-worker", *words]))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(stdin)))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    return Said(status, out.getvalue(), err.getvalue())
+
+
+def process(
+    dsn: str | None, *words: str, environ: Mapping[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """The same as a process of its own, its output piped."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+    kept |= ({} if dsn is None else {"RECALL_DSN": dsn}) | dict(environ or {})
+    return subprocess.run(
+        [sys.executable, "-m", "recall_worker", *words],
+        env=kept,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def terminal(dsn: str, *words: str, columns: int = 80, environ: Mapping[str, str] | None = None) -> str:
+    """What the same shows on a terminal of so many columns."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_") and k not in ("COLUMNS", "NO_COLOR")}
+    kept |= {"RECALL_DSN": dsn, "TERM": "xterm-256color", "LINES": "24", "PYTHONUTF8": "1"} | dict(environ or {})
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "recall_worker", *words], env=kept, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 1 << 16):
+            seen += chunk
+    os.close(ours)
+    assert child.wait(60) == 0
+    return seen.decode().replace("\r\n", "\n")
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def rows_of(dsn: str) -> list[dict[str, Any]]:
+    with psycopg.connect(dsn, row_factory=dict_row) as conn:
+        return conn.execute("select * from session_recalls order by id").fetchall()
+
+
+@pytest.fixture(scope="module")
+def calm(server: str, template: str) -> Iterator[str]:
+    """The DSN of a database for all that changes nothing: sessions `s`, with a recall `r` that waits, and `t`, without."""
+    with postgres.database(server, template) as dsn:
+        with psycopg.connect(dsn) as conn:
+            conn.execute("insert into sessions values ('s', 'ann'), ('t', 'ann')")
+            conn.execute(
+                """insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at,
+                   updated_at) values ('r', 's', 'once', now() + interval '1 hour', 'Look again.', 'pending', now(), now())"""
+            )
+        yield dsn
+
+
+@pytest.fixture(scope="module")
+def bare(server: str) -> Iterator[str]:
+    """The DSN of a database that was never migrated."""
+    with postgres.database(server) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def waiting(app: Application, database: str) -> str:
+    """A recall that waits in the session `s` of `ann`: `r`, due in an hour."""
+    await app.create_session("s", "ann")
+    await app.schedule("s", "once", datetime.now(UTC) + timedelta(hours=1), "Look at the build again.", id="r")
+    return database
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+DATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+SHOWING = [
+    ("schedule", ["schedule", "t", "hello", "--in", "1h"], dict),
+    ("list", ["list"], list),
+    ("show", ["show", "r"], dict),
+    ("why", ["why", "r"], dict),
+    ("skip", ["skip", "again"], list),
+    ("pause", ["pause", "r"], list),
+    ("resume", ["resume", "r"], list),
+    ("fire", ["fire", "r"], list),
+    ("reschedule", ["reschedule", "r", "--in", "2h"], list),
+    ("cancel", ["cancel", "r"], list),
+    ("retry", ["retry", "over"], list),
+    ("workers", ["workers"], list),
+    ("stats", ["stats"], dict),
+    ("prune", ["prune", "--older-than", "30d", "--yes"], dict),
+    ("migrate", ["migrate"], dict),
+    ("migrate --check", ["migrate", "--check"], dict),
+]
+
+
+@pytest.mark.parametrize(("words", "kind"), [case[1:] for case in SHOWING], ids=[case[0] for case in SHOWING])
+async def test_json_is_one_document(words: list[str], kind: type, app: Application, waiting: str) -> None:
+    """Every command that shows data takes --json: one document on stdout and nothing else, its dates RFC 3339 in UTC."""
+    for session in ("t", "u", "v"):
+        await app.create_session(session, "ann")
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    await app.schedule("u", "recurring", soon, "again", interval_seconds=3600, id="again")
+    await app.schedule("v", "once", soon, "over", id="over")
+    await app.mark_cancelled("over")
+    said = operate(waiting, *words, "--json")
+    assert said.status == 0, said.err
+    document: Any = said.document
+    assert kind is (list if isinstance(document, list) else dict)
+    assert said.out.count("\n") == 1
+    dates = [value for name, value in _pairs(document) if name.endswith(("_at", "_until", "next_due")) and value is not None]
+    assert all(DATED.fullmatch(date) for date in dates)
+    if words[0] in ("schedule", "list", "show", "skip", "pause", "resume", "fire", "reschedule", "cancel", "retry"):
+        assert dates
+        recalls = document if isinstance(document, list) else [document.get("recall", document)]
+        assert recalls and all(set(map(str.strip, COLUMNS.split(","))) <= set(recall) for recall in recalls)
+
+
+def _pairs(document: Any) -> list[tuple[str, Any]]:
+    if isinstance(document, dict):
+        return [
+            pair
+            for name, value in document.items()
+            for pair in ([(name, value)] if not isinstance(value, dict | list) else _pairs(value))
+        ]
+    return [pair for value in document for pair in _pairs(value)] if isinstance(document, list) else []
+
+
+def test_json_of_nothing_is_an_empty_array(database: str) -> None:
+    """Nothing to show is still a document."""
+    assert operate(database, "list", "--json").document == []
+    assert operate(database, "workers", "--json").document == []
+
+
+async def test_talk_goes_to_stderr(waiting: str) -> None:
+    """Data on stdout, talk on stderr: a script that schedules reads an id and nothing else."""
+    said = operate(waiting, "reschedule", "r", "--in", "2h")
+    assert (said.status, said.out) == (0, "r\n")
+    assert said.err.startswith("r: due ")
+
+
+# --- exit statuses ---------------------------------------------------------------------------------------------------
+
+NEEDING = [
+    ["schedule", "s", "m"], ["list"], ["show", "r"], ["why", "r"], ["cancel", "r"], ["skip", "r"], ["pause", "r"], ["resume", "r"],
+    ["retry", "r"], ["fire", "r"], ["reschedule", "r", "--in", "1h"], ["workers"], ["stats"], ["prune", "--older-than", "1d", "--yes"],
+    ["migrate"], ["migrate", "--check"], ["run", "--run-url", "http://127.0.0.1:9/"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NEEDING, ids=" ".join)
+def test_without_a_dsn(words: list[str]) -> None:
+    """No command guesses a database: exit status 2, naming the variable."""
+    assert "RECALL_DSN is not set" in trouble(operate(None, *words), 2)
+
+
+@pytest.mark.parametrize("words", NEEDING[:-1], ids=" ".join)
+def test_an_unreachable_database(words: list[str]) -> None:
+    """A database that can't be reached is exit status 3, and its password is not told. (`run` waits for it instead.)"""
+    said = operate(NOWHERE, *words)
+    assert "can't be reached" in trouble(said, 3)
+    assert "sekret" not in said.out + said.err
+
+
+@pytest.mark.parametrize("words", NEEDING[:-3], ids=" ".join)
+def test_a_database_without_the_schema(words: list[str], bare: str) -> None:
+    """A database that was never migrated is said to be one, and how to change that."""
+    said = operate(bare, *words)
+    assert "no (or an old) recall-worker schema" in trouble(said, 1)
+    assert said.err.endswith("\nTry: recall-worker migrate\n")
+
+
+REFUSED = [
+    ("nobody's recall", ["show", "nope"], "there is no recall nope"),
+    ("why of nothing", ["why", "nope"], "there is no recall nope"),
+    ("cancel of nothing", ["cancel", "nope"], "there is no recall nope"),
+    ("cancel of an empty session", ["cancel", "--session", "t", "--yes"], "session t has no live recall"),
+    ("skip of a one-shot", ["skip", "r"], "r is once: it has no next occurrence"),
+    ("skip in an empty session", ["skip", "--session", "t"], "session t has no recurring recall that waits"),
+    ("pause of nothing", ["pause", "nope"], "there is no recall nope"),
+    ("resume of nothing", ["resume", "nope"], "there is no recall nope"),
+    ("retry of what waits", ["retry", "r"], "r is pending: it waits or runs already"),
+    ("fire of nothing", ["fire", "nope"], "there is no recall nope"),
+    ("reschedule of nothing", ["reschedule", "nope", "--in", "1h"], "there is no recall nope"),
+    ("a second recall", ["schedule", "s", "again"], "session s has a pending recall already"),
+    ("nobody's session", ["schedule", "nobody", "hello"], "there is no session nobody"),
+    ("cancel, asked and refused", ["cancel", "--session", "s"], "nothing was done"),
+    ("prune, asked and refused", ["prune", "--older-than", "30d"], "nothing was done"),
+    ("several", ["pause", "nope", "neither"], "there is no recall nope; there is no recall neither"),
+]
+
+
+@pytest.mark.parametrize(("words", "what"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refused_or_not_found(words: list[str], what: str, calm: str) -> None:
+    """What can't be done to what is there is exit status 1: the reason, and what to do instead; nothing is changed."""
+    before = rows_of(calm)
+    assert what in trouble(operate(calm, *words), 1)
+    assert rows_of(calm) == before
+
+
+WRONG = [
+    ("no such command", ["nope"]),
+    ("no such option", ["list", "--nope"]),
+    ("no id", ["show"]),
+    ("two ids for show", ["show", "a", "b"]),
+    ("a limit that is no number", ["list", "--limit", "many"]),
+    ("a limit of nothing", ["list", "--limit", "0"]),
+    ("a negative offset", ["list", "--offset", "-1"]),
+    ("a status that is none", ["list", "--status", "done"]),
+    ("prune of a live status", ["prune", "--older-than", "1d", "--status", "pending", "--yes"]),
+    ("prune without an age", ["prune"]),
+    ("an age that is none", ["prune", "--older-than", "soon"]),
+    ("two times", ["schedule", "s", "m", "--in", "1h", "--every", "1h"]),
+    ("a time that is none", ["schedule", "s", "m", "--at", "tomorrow"]),
+    ("a duration that is none", ["schedule", "s", "m", "--in", "1 fortnight"]),
+    ("an interval of nothing", ["schedule", "s", "m", "--every", "0s"]),
+    ("half an interval", ["schedule", "s", "m", "--every", "0.5s"]),
+    ("an interval without end", ["schedule", "s", "m", "--every", "99999d"]),
+    ("a time without end", ["schedule", "s", "m", "--in", "999999999d"]),
+    ("a session that no address names", ["schedule", "..", "m"]),
+    ("no time to move to", ["reschedule", "r"]),
+    ("two times to move to", ["reschedule", "r", "--in", "1h", "--at", "2030-01-01"]),
+    ("a move without end", ["reschedule", "r", "--in", "999999999d"]),
+    ("cancel of nothing in particular", ["cancel"]),
+    ("cancel of both", ["cancel", "r", "--session", "s"]),
+    ("skip of both", ["skip", "r", "--session", "s"]),
+    ("text with a NUL", ["schedule", "s", "a\0b"]),
+    ("an id with a NUL", ["show", "a\0b"]),
+    ("an id that is no text", ["cancel", "a\udcff"]),
+    ("a message that is no text", ["schedule", "s", "a\udcff"]),
+]
+
+
+@pytest.mark.parametrize("words", [case[1] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_usage(words: list[str], calm: str) -> None:
+    """What can't be meant is exit status 2, with a hint, and changes nothing."""
+    before = rows_of(calm)
+    trouble(operate(calm, *words), 2)
+    assert rows_of(calm) == before
+
+
+def trouble(said: Said, status: int) -> str:
+    """A command's trouble: `Error: …`, then `Try: …`, nothing else on stderr but talk of what was done, no traceback."""
+    assert said.status == status, said
+    lines = said.err.splitlines()
+    at = next(n for n, line in enumerate(lines) if "Error: " in line)
+    assert lines[at + 1 :] and all(line.startswith("Try: ") and len(line) > 5 for line in lines[at + 1 :]), said.err
+    assert "Traceback" not in said.err and "Usage:" not in said.err
+    return lines[at].partition("Error: ")[2]
+
+
+def test_a_partial_success_does_what_it_can(waiting: str) -> None:
+    """Of several recalls those that can be are paused, and said; the others are the trouble."""
+    said = operate(waiting, "pause", "nope", "r")
+    trouble(said, 1)
+    assert said.out == "r\n"
+    assert [row["paused_at"] is not None for row in rows_of(waiting)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"), [("y\n", "cancelled"), ("yes\n", "cancelled"), ("n\n", "pending"), ("\n", "pending")]
+)
+async def test_a_bulk_cancel_asks(answer: str, status: str, waiting: str) -> None:
+    """Cancelling a session asks the person at the terminal; anything but a yes is a no."""
+    said = operate(waiting, "cancel", "--session", "s", stdin=answer)
+    assert "Cancel every live recall of session s? [y/N]" in said.err
+    assert said.status == (0 if status == "cancelled" else 1)
+    assert [row["status"] for row in rows_of(waiting)] == [status]
+
+
+UNREADABLE = [
+    "postgresql://u:se/kret@127.0.0.1:1/x", "postgresql://u:p@sekret@127.0.0.1:1/x", "postgresql://u:se%kret@h/x",
+    "postgresql://u:sekret@127.0.0.1:1/x?passw=sekret", "host=x password=sekret foo=bar", "user=u password=two sekret",
+    "password='sekret host=h", "sekret",
+]  # fmt: skip
+UNREACHABLE = [
+    "postgresql://u:sekret@127.0.0.1:1/x",
+    "postgresql://u:sekret@127.0.0.1:port/x",
+    "host=127.0.0.1 port=1 password=sekret",
+]
+SECRETS = [
+    (words, dsn, status)
+    for words in (["list"], ["migrate"], ["run", "--run-url", "http://127.0.0.1:9/"])
+    for dsns, status in ((UNREADABLE, 2), (UNREACHABLE, 3))
+    for dsn in dsns
+    if words[0] != "run" or status == 2  # It waits for a database that is away.
+]
+
+
+@pytest.mark.parametrize(("words", "dsn", "status"), SECRETS, ids=[f"{words[0]}-{dsn}" for words, dsn, _ in SECRETS])
+def test_a_password_is_never_told(words: list[str], dsn: str, status: int) -> None:
+    """However a DSN is misspelt, no part of its password is quoted back."""
+    said = operate(dsn, *words)
+    trouble(said, status)
+    assert "kret" not in said.out + said.err
+
+
+def test_a_pipe_that_closes_early(waiting: str) -> None:
+    """`recall-worker list | head -0` says nothing of a broken pipe."""
+    command = f"{sys.executable} -m recall_worker list | true"
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"RECALL_DSN": waiting}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
+
+
+def test_as_a_process(waiting: str) -> None:
+    """The exit statuses are those of the process, too."""
+    assert process(waiting, "show", "r").returncode == 0
+    assert process(waiting, "show", "nope").returncode == 1
+    assert process(waiting, "show").returncode == 2
+    done = process(NOWHERE, "show", "r")
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[0][:7]) == (3, "", "Error: ")
+    assert process(None, "--version").stdout.startswith("recall-worker ")
+
+
+# --- help and completion ---------------------------------------------------------------------------------------------
+
+OF = getattr(get_command(commands), "commands")  # noqa: B009 - a Group, which typer's types don't tell
+NAMES = sorted(OF)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_every_command(name: str) -> None:
+    """`--help` and `-h` tell what a command does and explain each of its options, without a database."""
+    said = operate(None, name, "--help")
+    assert said.status == 0 and said.err == ""
+    assert said.out.startswith("Usage: recall-worker " + name)
+    assert operate(None, name, "-h") == said
+    parameters = OF[name].params
+    assert all(getattr(parameter, "help", None) for parameter in parameters)
+    assert all(option in said.out for parameter in parameters for option in parameter.opts if option.startswith("--"))
+
+
+def test_help_without_a_command() -> None:
+    """`recall-worker` alone shows every command, and is no success."""
+    said = operate(None)
+    assert said.status == 2
+    assert all(re.search(rf"^  {name} ", said.err, re.MULTILINE) for name in NAMES)
+
+
+@pytest.mark.parametrize(("shell", "mark"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")])
+def test_completion(shell: str, mark: str) -> None:
+    """Each shell gets its completion script, and the script's question is answered with the commands."""
+    environ = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = process(None, "--show-completion", shell, environ=environ)
+    assert script.returncode == 0 and mark in script.stdout and "recall-worker" in script.stdout
+    question = {
+        "_RECALL_WORKER_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "recall-worker re", "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "recall-worker re", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }  # fmt: skip
+    command = "import sys; sys.argv[0] = 'recall-worker'; from recall_worker.cli import main; main()"
+    answer = subprocess.run(
+        [sys.executable, "-c", command], env=os.environ | question, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert {"resume", "retry", "reschedule"} <= set(re.findall(r"[a-z]+", answer.stdout)), answer
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+LONG = "Read the inbox and tell me what is new since yesterday evening, in three sentences at most. " * 3
+UUID = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+
+
+@pytest.fixture
+async def populated(app: Application, database: str) -> str:
+    """Recalls and calls with long ids, long messages, wide characters, in several states; a worker that is about."""
+    await app.create_session("a-session-with-a-long-name-0123456789-0123456789", "ann")
+    await app.create_session("会話", "ann")
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    await app.schedule("a-session-with-a-long-name-0123456789-0123456789", "recurring", soon, LONG, 5400, id=UUID)
+    await app.schedule("会話", "once", soon, "もう一度ビルドを見てください。" * 10, id="短い")
+    await app.mark_fired("短い")
+    with psycopg.connect(database) as conn:
+        conn.execute(
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, calls, scheduled_for,
+               called_at, last_called_at, ended_at, http_status, reason, settled)
+               select %s, n, 1, 2, 'misconfigured', 's', 'a-worker-with-a-long-name-12345-abcd', gen_random_uuid(), 12345, now(), now(), now(),
+               now() + interval '700 s', 404, repeat('no such address ', 10), 'pending' from generate_series(1, 3) n""",
+            (UUID,),
+        )
+        conn.execute(
+            """insert into recall_workers (worker, host, pid, version, slots, settings)
+               values ('a-worker-with-a-long-name-12345-abcd', 'h', 1, '0.1.0', 1000, '{"lease": 60, "poll_interval": 30}')"""
+        )
+    return database
+
+
+WIDE = [["list"], ["show", UUID], ["why", UUID], ["workers"], ["stats"], ["show", "短い"]]
+
+
+def _cells(line: str) -> int:
+    from unicodedata import east_asian_width
+
+    return sum(2 if east_asian_width(c) in "WF" else 1 for c in line)
+
+
+@pytest.mark.parametrize("words", WIDE, ids=" ".join)
+async def test_nothing_wraps_on_a_terminal(words: list[str], populated: str) -> None:
+    """However wide the terminal is, no line is wider, none ends in blanks, and a recall's id stands there whole from 80 columns on."""
+    for columns in (40, 80, 81, 100, 120, 200):
+        shown = operate(populated, *words, columns=columns).out
+        lines = plain(shown).splitlines()
+        assert lines and max(map(_cells, lines)) <= columns
+        assert all(line == line.rstrip() for line in lines)
+        if words == ["list"]:
+            assert columns < 80 or UUID in shown
+            assert columns < 200 or all(word in shown for word in ("MESSAGE", "TYPE", "every 1h30m", "DUE", "OCC"))
+
+
+async def test_a_real_terminal(populated: str) -> None:
+    """The width is the terminal's own."""
+    for columns in (80, 120):
+        lines = plain(terminal(populated, "list", columns=columns)).splitlines()
+        assert max(map(_cells, lines)) <= columns
+        assert ("MESSAGE" in lines[0]) == (columns == 120)
+
+
+async def test_colours_on_a_terminal_only(populated: str) -> None:
+    """Colours help a person at a terminal; a pipe, NO_COLOR and a dumb terminal get none."""
+    assert "\x1b[36mpending\x1b[0m" in terminal(populated, "list")
+    xterm = {"TERM": "xterm"}
+    for words in WIDE:
+        assert "\x1b" not in operate(populated, *words, environ=xterm).out
+        assert "\x1b" not in operate(populated, *words, columns=80, environ=xterm | {"NO_COLOR": "1"}).out
+        assert "\x1b" not in operate(populated, *words, columns=80, environ={"TERM": "dumb"}).out
+    assert "\x1b[1mID" in operate(populated, "list", columns=80, environ=xterm).out
+
+
+async def test_a_pipe_gets_everything(populated: str) -> None:
+    """Piped, a table has all its columns, uncut, and aligned."""
+    out = process(populated, "list", environ={"COLUMNS": "40", "PYTHONUTF8": "1"}).stdout
+    head, *lines = out.splitlines()
+    assert head.split() == ["ID", "SESSION", "TYPE", "STATUS", "WHEN", "DUE", "OCC", "MESSAGE"]
+    assert "…" not in out.replace("… (", "") and len(lines) == 2
+    assert "a-session-with-a-long-name-0123456789-0123456789" in out
+    at = head.index("STATUS")
+    pending = next(line for line in lines if line.startswith(UUID))
+    assert pending[at:].startswith("pending  ") and pending[head.index("MESSAGE") :].startswith("Read the inbox")
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+async def test_local_time_says_so(waiting: str) -> None:
+    """Times for people are local and carry their distance from UTC, in a form that --at takes back; --json has UTC."""
+    zone = {"TZ": "Asia/Kolkata"}
+    due = rows_of(waiting)[0]["trigger_at"]
+    shown = process(waiting, "show", "r", environ=zone).stdout
+    found = re.search(r"^due +(\S+ \S+) \(in 60 min\)$", shown, re.MULTILINE)
+    assert found and found[1].endswith("+05:30")
+    assert datetime.fromisoformat(found[1]) == due.replace(microsecond=0)
+    assert process(waiting, "reschedule", "r", "--at", found[1], environ=zone).returncode == 0
+    assert rows_of(waiting)[0]["trigger_at"] == due.replace(microsecond=0)
+    assert json.loads(process(waiting, "show", "r", "--json", environ=zone).stdout)["recall"]["trigger_at"].endswith("Z")
+    assert process(waiting, "reschedule", "r", "--at", "2030-06-01T09:00", environ=zone).returncode == 0
+    assert rows_of(waiting)[0]["trigger_at"] == datetime(2030, 6, 1, 3, 30, tzinfo=UTC), (
+        "without an offset the wall's clock is meant"
+    )
+
+
+# --- hostile texts ---------------------------------------------------------------------------------------------------
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07\n\rb\t\u202egnihton\u2066\u200b\x9b2J\u2028\x7f"
+HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["list"], ["list", "--session", HOSTILE], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE], ["resume", HOSTILE], ["fire", HOSTILE],
+        ["reschedule", HOSTILE, "--in", "1h"], ["skip", HOSTILE], ["cancel", HOSTILE], ["retry", HOSTILE], ["show", HOSTILE + "no"],
+        ["cancel", "--session", HOSTILE, "--yes"], ["cancel", "--session", HOSTILE + "no", "--yes"], ["cancel", "--session", HOSTILE],
+        ["schedule", HOSTILE, "again"], ["schedule", HOSTILE + "no", "m"], ["schedule", "s", "m", "--in", HOSTILE], ["list", "--status", HOSTILE],
+        [HOSTILE], ["list", HOSTILE], ["list", "--limit", HOSTILE], ["workers"],
+    ],
+    ids=lambda words: " ".join(words).encode("unicode_escape").decode()[:40],
+)  # fmt: skip
+async def test_hostile_texts_come_out_harmless(words: list[str], app: Application, database: str) -> None:
+    """Nothing that a row or an argument holds steers a terminal: not in tables, sentences, errors or hints; lines stay lines."""
+    await app.create_session(HOSTILE, "ann")
+    await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, comment=HOSTILE, id=HOSTILE)
+    with psycopg.connect(database) as conn:
+        conn.execute("update session_recalls set reason = %s, last_outcome = 'refused', leased_by = %s", (HOSTILE, HOSTILE))
+        conn.execute(
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+               called_at, last_called_at, ended_at, reason, settled)
+               values (%s, 1, 0, 1, 'refused', 's', %s, gen_random_uuid(), now(), now(), now(), now(), %s, '')""",
+            (HOSTILE, HOSTILE, HOSTILE),
+        )
+        conn.execute(
+            """insert into recall_workers (worker, host, pid, version, slots, settings)
+               values (%s, 'h', 1, '0.1.0', 3, '{"lease": 60}'), ('other', 'h', 1, '0.1.0', 3, '{"lease": "\\u001b[31m"}')""",
+            (HOSTILE,),
+        )
+    if words[0] == "workers":
+        with psycopg.connect(database) as conn:
+            conn.execute(
+                "update recall_workers set settings = jsonb_build_object('lease', 5, 'run_url', %s::text) where worker = 'other'",
+                (HOSTILE,),
+            )
+    said = operate(database, *words)
+    assert not HARMFUL.search(said.out + said.err), repr(said.out + said.err)
+    assert "Traceback" not in said.err
+    if said.status:
+        trouble(said, said.status)
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE]], ids=lambda words: words[0])
+async def test_hostile_texts_are_whole_in_json(words: list[str], app: Application, database: str) -> None:
+    """--json keeps every character as it is, in a valid document; on a terminal, escaped."""
+    await app.create_session(HOSTILE, "ann")
+    await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, id=HOSTILE)
+    document = operate(database, *words, "--json").document
+    assert HOSTILE in [value for _, value in _pairs(document)]
+    shown = operate(database, *words, "--json", columns=80).out
+    assert not HARMFUL.search(shown) and HOSTILE in [value for _, value in _pairs(json.loads(shown))]
+
+
+# --- how people write and read times -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("90s", 90),
+        ("90", 90),
+        ("5m", 300),
+        ("5min", 300),
+        ("1h30m", 5400),
+        ("2d", 172_800),
+        ("1w", 604_800),
+        ("1.5h", 5400),
+        (" 1H ", 3600),
+        ("1h 5m", 3900),
+    ],
+)
+def test_durations(text: str, value: float) -> None:
+    """A duration as people write it."""
+    assert seconds(text, "--in") == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h", "1x", "-5s", "5s-", "1h?", "nan", "inf", "1e3", "1,5h", "1 000", "90 5m", "5m 90", "١h"]
+)
+def test_no_durations(text: str) -> None:
+    """What is no duration is said to be none."""
+    with pytest.raises(Trouble, match="no duration"):
+        seconds(text, "--in")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1s"), (60, "1m"), (3600, "1h"), (5400, "1h30m"), (86_400, "1d"), (90_061, "1d1h1m1s"), (0, "0s"), (-5, "-5s")],
+)
+def test_lengths(value: int, text: str) -> None:
+    """An interval reads as it can be written."""
+    assert length(value) == text
+    if value > 0:
+        assert seconds(text, "--every") == value
+
+
+@pytest.mark.parametrize(
+    ("off", "text"),
+    [
+        (0.2, "now"),
+        (5, "in 5 s"),
+        (-5, "5 s ago"),
+        (89, "in 89 s"),
+        (90, "in 2 min"),
+        (5399, "in 90 min"),
+        (7199, "in 2 h"),
+        (-90_000, "25 h ago"),
+        (259_200, "in 3 d"),
+    ],
+)
+def test_distances(off: float, text: str) -> None:
+    """How far off a date is, in the unit that says it best."""
+    now = datetime(2026, 7, 1, tzinfo=UTC)
+    assert relative(now + timedelta(seconds=off), now) == text
+
+
+def test_dates_at_the_ends_of_time() -> None:
+    """The first and the last date that Python holds can be shown anywhere; no date is nothing."""
+    assert local(None) == relative(None, datetime.now(UTC)) == span(None) == ""
+    with mock.patch.dict(os.environ, {"TZ": "Pacific/Kiritimati"}):
+        assert local(datetime(9999, 12, 31, 23, tzinfo=UTC)).startswith("9999") or local(
+            datetime(9999, 12, 31, 23, tzinfo=UTC)
+        ).startswith("10")
+    assert local(datetime(1, 1, 1, tzinfo=UTC)).startswith("0001")
+
+
+def test_migrate_check_tells(empty_database: str) -> None:
+    """`migrate --check` changes nothing, exits with 1 while there is something to do, and says what in --json."""
+    said = operate(empty_database, "migrate", "--check", "--json")
+    assert said.status == 1 and said.document["up_to_date"] is False and said.document["pending"]
+    assert schema.pending(empty_database)
+    assert operate(empty_database, "migrate").status == 0
+    assert operate(empty_database, "migrate", "--check", "--json").document == {"up_to_date": True, "pending": []}

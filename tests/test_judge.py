@@ -1,0 +1,469 @@
+"""The judge: every outcome, for every call type, moved or not, with attempts left or not; and what holds for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, assert_never
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recall_worker.judge import BACKOFF_MOST, ID_MOST, LAST, RETRY_AFTER_MOST, Policy, backoff, before_call, honour, judge
+from recall_worker.recall import (
+    Accepted,
+    After,
+    Answered,
+    AsMoved,
+    Busy,
+    Claim,
+    Defer,
+    Ending,
+    Failed,
+    Finish,
+    Gone,
+    Malformed,
+    Misconfigured,
+    Next,
+    Outcome,
+    Refused,
+    Release,
+    Retry,
+    Unavailable,
+    Unknown,
+    Unsent,
+    Verdict,
+    name_of,
+    reason_of,
+)
+
+from .test_recall import NOON, OUTCOMES, claim_with
+
+POLICY = Policy(busy_delay=60.0, max_attempts=3, give_up=86_400.0)
+CALL_TYPES = ("once", "immediate", "recurring")
+INTERVAL = 600
+MOVES = {
+    "unmoved": timedelta(0),
+    "skipped once": timedelta(seconds=INTERVAL),
+    "skipped twice": timedelta(seconds=2 * INTERVAL),
+    "rescheduled": timedelta(seconds=INTERVAL + 7),
+    "rescheduled earlier": timedelta(seconds=-7),
+}
+
+
+def half() -> float:
+    """Dice that show the middle."""
+    return 0.5
+
+
+def claimed(call_type: str = "once", move: str = "unmoved", **changes: Any) -> Claim:
+    interval = INTERVAL if call_type == "recurring" else None
+    return claim_with(call_type=call_type, interval=interval, trigger_at=NOON + MOVES[move], occurrence=5, **changes)
+
+
+def ended(claim: Claim, outcome: Outcome, *, after: float = 1.0, breaker_closed: bool = True) -> Ending:
+    called_after = None if isinstance(outcome, Unsent | Malformed) else 0.001
+    return Ending(claim, outcome, called_after, after, 1000.0, breaker_closed)
+
+
+def verdict_on(claim: Claim, outcome: Outcome, **more: Any) -> Verdict:
+    return judge(ended(claim, outcome, **more), POLICY, half)
+
+
+# --- one row a case: the outcome table ------------------------------------------------------------------------------
+
+
+BACKOFF_OF_FIRST = After(2.5)
+"""Half of 5 s: what `half` makes of the first backoff."""
+
+UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
+    (Answered(200), Finish("fired", None), Next(6, After(600.0))),
+    (Accepted("run-1", 202), Finish("fired", None), Next(6, After(600.0))),
+    (Busy(409), Defer(After(60.0), "the session is busy (HTTP 409)"), Defer(After(60.0), "the session is busy (HTTP 409)")),
+    (Busy(423, 7.0), Defer(After(7.0), "the session is busy (HTTP 423)"), Defer(After(7.0), "the session is busy (HTTP 423)")),
+    (
+        Gone(404),
+        Finish("cancelled", "the API says that the session does not exist (HTTP 404)"),
+        Finish("cancelled", "the API says that the session does not exist (HTTP 404)"),
+    ),
+    (Misconfigured("a web page", 200), Defer(BACKOFF_OF_FIRST, "a web page"), Defer(BACKOFF_OF_FIRST, "a web page")),
+    (Unavailable("refused"), Defer(BACKOFF_OF_FIRST, "refused"), Defer(BACKOFF_OF_FIRST, "refused")),
+    (Unavailable("later", 503, 9.0), Defer(After(9.0), "later"), Defer(After(9.0), "later")),
+    (Unknown("broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off")),
+    (Failed("failed", 200), Retry(BACKOFF_OF_FIRST, True, "failed"), Retry(BACKOFF_OF_FIRST, True, "failed")),
+    (Refused("no", 422), Finish("failed", "no"), Next(6, After(600.0), "no")),
+    (Unsent("stopping"), Release("stopping"), Release("stopping")),
+    (Malformed("no interval"), Finish("failed", "no interval"), Finish("failed", "no interval")),
+]
+"""outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody moved the recall."""
+
+
+def test_the_table_is_whole() -> None:
+    """Every outcome has its row."""
+    assert {type(outcome) for outcome, _, _ in UNMOVED} == {type(outcome) for outcome in OUTCOMES}
+
+
+@pytest.mark.parametrize(("outcome", "one_shot", "recurring"), UNMOVED, ids=[repr(row[0]) for row in UNMOVED])
+def test_first_attempt(outcome: Outcome, one_shot: Verdict, recurring: Verdict) -> None:
+    """What the row becomes after a first call that nobody interfered with: DESIGN's outcome table."""
+    assert verdict_on(claimed("once"), outcome) == one_shot
+    assert verdict_on(claimed("immediate"), outcome) == one_shot
+    assert verdict_on(claimed("recurring"), outcome) == recurring
+
+
+@pytest.mark.parametrize("outcome", [Unknown("broke off"), Failed("failed", 200)], ids=name_of)
+@pytest.mark.parametrize("attempt", [3, 4, 1000])
+def test_no_attempts_left(outcome: Outcome, attempt: int) -> None:
+    """After the last attempt a one-shot has failed, and a recurring recall waits for its next occurrence; both say why."""
+    reason = reason_of(outcome)
+    assert verdict_on(claimed("once", attempt=attempt), outcome) == Finish("failed", reason)
+    assert verdict_on(claimed("immediate", attempt=attempt), outcome) == Finish("failed", reason)
+    assert verdict_on(claimed("recurring", attempt=attempt), outcome) == Next(6, After(600.0), reason)
+
+
+@pytest.mark.parametrize("outcome", [Answered(200), Busy(409), Misconfigured("x"), Unavailable("x"), Gone(404)], ids=name_of)
+def test_attempts_do_not_matter_elsewhere(outcome: Outcome) -> None:
+    """Only Unknown and Failed look at how many attempts are left."""
+    for call_type in CALL_TYPES:
+        assert verdict_on(claimed(call_type, attempt=3), outcome) == verdict_on(claimed(call_type, attempt=1), outcome)
+
+
+@pytest.mark.parametrize("move", [name for name in MOVES if name != "unmoved"])
+@pytest.mark.parametrize("call_type", CALL_TYPES)
+@pytest.mark.parametrize("attempt", [1, 3], ids=["attempts left", "none left"])
+@pytest.mark.parametrize("outcome", OUTCOMES, ids=name_of)
+def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: str) -> None:
+    """The application's move is honoured by every ending that leaves the recall live, and costs k numbers for k intervals.
+
+    An occurrence that is over gives way to the one that the move names: after a skip, an interval after the run and one more for
+    each skipped; after any other move, the new time as it stands, also for a one-shot. One that is not over gives way, too, as
+    its key stands for one due moment only.
+    """
+    claim = claimed(call_type, move, attempt=attempt, begun_age=0.5)
+    skips = {"skipped once": 1, "skipped twice": 2}.get(move, 0) if call_type == "recurring" else 0
+    verdict = verdict_on(claim, outcome)
+    match outcome:
+        case Gone():
+            assert verdict == Finish("cancelled", reason_of(outcome))
+            return
+        case Malformed(why):
+            assert verdict == Finish("failed", why)
+            return
+        case Answered() | Accepted() | Refused():
+            over = True
+        case Unknown() | Failed():
+            over = attempt == 3
+        case Busy() | Misconfigured() | Unavailable() | Unsent():
+            over = False
+        case never:
+            assert_never(never)
+    reason = None if isinstance(outcome, Answered | Accepted | Unsent) else reason_of(outcome)
+    if over and skips:
+        assert verdict == Next(6 + skips, After(600.0 * (1 + skips)), reason)
+    else:
+        assert verdict == Next(6 if over or not skips else 5 + skips, AsMoved(), reason)
+
+
+def test_a_move_before_the_first_call_keeps_the_number() -> None:
+    """A recall that was moved after its claim, and given back unsent, has not begun: its occurrence keeps its number."""
+    assert verdict_on(claimed("once", "rescheduled"), Unsent("moved")) == Next(5, AsMoved())
+    assert verdict_on(claimed("recurring", "rescheduled"), Unsent("moved")) == Next(5, AsMoved())
+    assert verdict_on(claimed("recurring", "skipped twice"), Unsent("moved")) == Next(7, AsMoved())
+
+
+# --- waiting and giving up ------------------------------------------------------------------------------------------
+
+
+GIVES_UP: list[Outcome] = [Busy(409), Busy(409, 5.0), Unavailable("refused"), Unavailable("later", 503, 5.0)]
+
+
+@pytest.mark.parametrize("outcome", GIVES_UP, ids=repr)
+@pytest.mark.parametrize(
+    ("begun_age", "after", "breaker_closed", "gives_up"),
+    [
+        (None, 90_000.0, True, False),
+        (0.0, 1.0, True, False),
+        (86_399.0, 1.0, True, False),
+        (86_399.0, 1.5, True, True),
+        (90_000.0, 1.0, True, True),
+        (90_000.0, 1.0, False, False),
+    ],
+    ids=["the first call", "just begun", "at the limit", "past the limit", "long past", "long past, the breaker open"],
+)
+def test_give_up(outcome: Outcome, begun_age: float | None, after: float, breaker_closed: bool, gives_up: bool) -> None:
+    """Waiting ends past RECALL_GIVE_UP, counted from the occurrence's first call, and only by calls under a closed breaker."""
+    for call_type in CALL_TYPES:
+        verdict = verdict_on(claimed(call_type, begun_age=begun_age), outcome, after=after, breaker_closed=breaker_closed)
+        if not gives_up:
+            assert isinstance(verdict, Defer)
+        elif call_type == "recurring":
+            assert isinstance(verdict, Next) and (verdict.occurrence, verdict.when) == (6, After(600.0))
+            assert verdict.reason and "given up" in verdict.reason and str(reason_of(outcome)) in verdict.reason
+        else:
+            assert isinstance(verdict, Finish) and verdict.status == "failed"
+            assert verdict.reason and "given up" in verdict.reason and str(reason_of(outcome)) in verdict.reason
+
+
+@pytest.mark.parametrize("call_type", CALL_TYPES)
+def test_misconfigured_never_gives_up(call_type: str) -> None:
+    """What is our fault is waited out however long it takes."""
+    verdict = verdict_on(claimed(call_type, begun_age=1e9, deferrals=10_000, attempt=3), Misconfigured("a web page"))
+    assert verdict == Defer(After(150.0), "a web page")
+
+
+@pytest.mark.parametrize("retry_after", [0.0, 1.0, 86_400.0, 86_401.0, 1e12])
+def test_retry_after_is_honoured_up_to_a_day(retry_after: float) -> None:
+    """What the API asks for is done, in seconds, but for more than a day."""
+    waits = After(min(retry_after, RETRY_AFTER_MOST))
+    assert verdict_on(claimed(), Busy(409, retry_after)) == Defer(waits, "the session is busy (HTTP 409)")
+    assert verdict_on(claimed(), Unavailable("later", 503, retry_after)) == Defer(waits, "later")
+
+
+@pytest.mark.parametrize(("n", "most"), [(-1, 5), (0, 5), (1, 20), (2, 80), (3, 300), (4, 300), (10**9, 300)])
+def test_backoff_steps(n: int, most: float) -> None:
+    """5 s × 4ⁿ, at most 300 s, with full jitter: the dice choose between nothing and all of it."""
+    assert backoff(n, lambda: 0.0) == 0.0
+    assert backoff(n, half) == most / 2
+    assert backoff(n, lambda: 0.999) == pytest.approx(most * 0.999)
+
+
+@given(n=st.integers(0, 10**12), chance=st.floats(0, 1, exclude_max=True))
+@settings(deadline=None)
+def test_backoff_bounds(n: int, chance: float) -> None:
+    """Whatever the dice show and however often it was tried, the wait is between 0 and 300 s."""
+    assert 0 <= backoff(n, lambda: chance) <= BACKOFF_MOST
+
+
+@pytest.mark.parametrize(
+    ("outcome", "changes", "n"),
+    [
+        (Unknown("x"), {"attempt": 1}, 0),
+        (Unknown("x"), {"attempt": 2, "deferrals": 7}, 1),
+        (Failed("x"), {"attempt": 2, "rekey": 1}, 1),
+        (Unavailable("x"), {"deferrals": 0}, 0),
+        (Unavailable("x"), {"deferrals": 2, "attempt": 2}, 2),
+        (Misconfigured("x"), {"deferrals": 9}, 9),
+    ],
+    ids=["first attempt", "second attempt", "failed twice", "first deferral", "third deferral", "tenth deferral"],
+)
+def test_what_the_backoff_counts(outcome: Outcome, changes: dict[str, Any], n: int) -> None:
+    """Retries grow with the attempts, deferrals with the deferrals; one does not feed the other."""
+    verdict = verdict_on(claimed(**changes), outcome)
+    assert isinstance(verdict, Retry | Defer)
+    assert verdict.when == After(backoff(n, half))
+
+
+# --- before a call --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"call_type": "recurring", "interval": None}, "interval_seconds"),
+        ({"call_type": "recurring", "interval": 0}, "interval_seconds"),
+        ({"call_type": "recurring", "interval": -9}, "interval_seconds"),
+        ({"call_type": "sometimes"}, "'sometimes'"),
+        ({"session_id": ""}, "''"),
+        ({"session_id": "."}, "'.'"),
+        ({"session_id": ".."}, "'..'"),
+        ({"id": "x" * (ID_MOST + 1)}, f"{ID_MOST + 1} bytes"),
+        ({"id": "é" * (ID_MOST // 2 + 1)}, f"{ID_MOST + 2} bytes"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_what_can_not_be_called(changes: dict[str, Any], says: str) -> None:
+    """A row that can't be run is malformed before anything is sent, and the reason names what is wrong with it."""
+    outcome = before_call(claim_with(**changes), max_attempts=3)
+    assert isinstance(outcome, Malformed) and says in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "buried"),
+    [
+        ({"attempt": 3, "taken_from": "w1"}, False),
+        ({"attempt": 4, "taken_from": "w1"}, True),
+        ({"attempt": 4, "taken_from": None}, False),
+        ({"attempt": 1}, False),
+        ({"session_id": "..."}, False),
+        ({"id": "é" * (ID_MOST // 2)}, False),
+        ({"session_id": "a/../b"}, False),
+        ({"call_type": "recurring", "interval": 1}, False),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_recall_that_kills_its_workers_is_buried(changes: dict[str, Any], buried: bool) -> None:
+    """Only a claim that takes up a dead worker's last attempt is Unknown without a call; all others are called."""
+    outcome = before_call(claim_with(**changes), max_attempts=3)
+    assert isinstance(outcome, Unknown) if buried else outcome is None
+
+
+# --- what a move means for a claimed row ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call_type", "move", "changes", "occurrence"),
+    [
+        ("once", "unmoved", {}, None),
+        ("recurring", "unmoved", {"begun_age": 3.0}, None),
+        ("once", "rescheduled", {}, 5),
+        ("once", "rescheduled", {"begun_age": 3.0}, 6),
+        ("once", "rescheduled", {"taken_from": "w1"}, 6),
+        ("once", "skipped once", {}, 5),
+        ("recurring", "rescheduled", {}, 5),
+        ("recurring", "rescheduled earlier", {"begun_age": 3.0}, 6),
+        ("recurring", "skipped once", {}, 6),
+        ("recurring", "skipped twice", {}, 7),
+        ("recurring", "skipped twice", {"begun_age": 3.0}, 7),
+    ],
+    ids=str,
+)
+def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: int | None) -> None:
+    """A skip consumes a number for each interval; any other move keeps the number of what was never called."""
+    assert honour(claimed(call_type, move, **changes)) == occurrence
+
+
+@given(interval=st.integers(1, 100_000), k=st.integers(1, 500), occurrence=st.integers(1, 10**6), attempt=st.integers(1, 3))
+@settings(deadline=None)
+def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, occurrence: int, attempt: int) -> None:
+    """However a recall is met by a skip of k (waiting, between two calls, in mid-run), exactly k numbers are left out."""
+    claim = claim_with(
+        call_type="recurring", interval=interval, occurrence=occurrence, attempt=attempt,
+        trigger_at=NOON + timedelta(seconds=interval) * k,
+    )  # fmt: skip
+    begun = dataclasses.replace(claim, begun_age=1.0)
+    assert honour(claim) == honour(begun) == occurrence + k
+    after_a_run = verdict_on(begun, Answered(200))
+    assert after_a_run == Next(occurrence + 1 + k, After(float(interval) * (1 + k)))
+    between_calls = verdict_on(begun, Busy(409))
+    assert isinstance(between_calls, Next) and between_calls.occurrence == occurrence + k
+
+
+@pytest.mark.parametrize("outcome", [Answered(200), Refused("no", 422)], ids=name_of)
+@pytest.mark.parametrize(("move", "left"), [("unmoved", 1), ("skipped once", 2), ("skipped twice", 3), ("rescheduled", 1)])
+def test_the_last_number(outcome: Outcome, move: str, left: int) -> None:
+    """A recall whose numbers are used up has failed and says so; the last of them is still used."""
+    claim = claimed("recurring", move)
+    used_up = verdict_on(dataclasses.replace(claim, occurrence=LAST - left + 1), outcome)
+    assert isinstance(used_up, Finish) and used_up.status == "failed"
+    assert used_up.reason is not None and "no number is left" in used_up.reason
+    still = verdict_on(dataclasses.replace(claim, occurrence=LAST - left), outcome)
+    assert isinstance(still, Next) and still.occurrence == LAST
+
+
+@pytest.mark.parametrize("move", ["skipped once", "rescheduled"])
+def test_honouring_never_passes_the_last_number(move: str) -> None:
+    """A column of four bytes holds what a move makes of the number."""
+    claim = dataclasses.replace(claimed("recurring", move, begun_age=1.0), occurrence=LAST)
+    assert honour(claim) == LAST
+
+
+# --- what holds whatever happens ------------------------------------------------------------------------------------
+
+
+RUNS = st.one_of(
+    st.builds(Busy, st.sampled_from([409, 423]), st.none() | st.floats(0, 1e7)),
+    st.builds(Unavailable, st.just("away"), st.none() | st.just(503), st.none() | st.floats(0, 1e7)),
+    st.builds(Unknown, st.just("broke off")),
+    st.builds(Failed, st.just("failed")),
+    st.builds(Misconfigured, st.just("a web page")),
+    st.builds(Unsent, st.just("stopping")),
+)
+"""The outcomes after which a one-shot may be called again."""
+
+
+def settled(claim: Claim, ending: Ending, verdict: Verdict) -> Claim | None:
+    """The claim that follows from a verdict on an unmoved recall; None where the recall is over."""
+    waited = (claim.begun_age or 0.0) + ending.ended_after
+    match verdict:
+        case Finish():
+            return None
+        case Retry(After(seconds), rekey, _):
+            return dataclasses.replace(
+                claim, attempt=claim.attempt + 1, rekey=claim.rekey + rekey, deferrals=0, begun_age=waited + seconds
+            )
+        case Defer(After(seconds), _):
+            return dataclasses.replace(claim, deferrals=claim.deferrals + 1, begun_age=waited + seconds)
+        case Release():
+            return claim
+        case _:
+            raise AssertionError(f"an unmoved one-shot has no next occurrence: {verdict}")
+
+
+@given(outcomes=st.lists(RUNS, max_size=60), chance=st.floats(0, 1, exclude_max=True), most=st.integers(1, 5))
+@settings(deadline=None)
+def test_a_one_shot_spends_no_more_than_its_attempts(outcomes: list[Outcome], chance: float, most: int) -> None:
+    """Whatever order of outcomes it meets, a one-shot is over at the latest with its last attempt; deferrals spend none."""
+    policy = Policy(busy_delay=60.0, max_attempts=most, give_up=86_400.0)
+    claim: Claim | None = claim_with()
+    spent, keys = 0, set()
+    for outcome in outcomes:
+        assert claim is not None and claim.attempt == spent + 1 <= most
+        keys.add(claim.key)
+        spent += isinstance(outcome, Unknown | Failed)
+        ending = ended(claim, outcome)
+        claim = settled(claim, ending, judge(ending, policy, lambda: chance))
+        assert spent < most or claim is None
+        if claim is None:
+            break
+    assert len(keys) <= most
+
+
+@given(outcome=st.sampled_from([Busy(409), Unavailable("away"), Unavailable("later", 503, 3600.0)]), age=st.floats(0, 1e9))
+@settings(deadline=None)
+def test_waiting_comes_to_an_end(outcome: Outcome, age: float) -> None:
+    """No one-shot waits on past RECALL_GIVE_UP, and none is given up before."""
+    verdict = verdict_on(claim_with(begun_age=age), outcome, after=0.0)
+    assert (verdict.status if isinstance(verdict, Finish) else None) == ("failed" if age > POLICY.give_up else None)
+
+
+@given(
+    outcome=st.one_of(RUNS, st.sampled_from(OUTCOMES)),
+    call_type=st.sampled_from(CALL_TYPES),
+    move=st.sampled_from(list(MOVES)),
+    attempt=st.integers(1, 10),
+    deferrals=st.integers(0, 10**6),
+    rekey=st.integers(0, 9),
+    begun_age=st.none() | st.floats(0, 1e9),
+    after=st.floats(0, 1e6),
+    breaker_closed=st.booleans(),
+    chance=st.floats(0, 1, exclude_max=True),
+)
+@settings(deadline=None, max_examples=300)
+def test_what_every_verdict_keeps(
+    outcome: Outcome, call_type: str, move: str, attempt: int, deferrals: int, rekey: int, begun_age: float | None, after: float,
+    breaker_closed: bool, chance: float,
+) -> None:  # fmt: skip
+    """Whatever is judged: waits are never negative nor over a day (or the cadence), numbers never fall, and reasons are given."""
+    claim = claimed(call_type, move, attempt=attempt, deferrals=deferrals, rekey=rekey, begun_age=begun_age)
+    verdict = judge(ended(claim, outcome, after=after, breaker_closed=breaker_closed), POLICY, lambda: chance)
+    match verdict:
+        case Finish(status, reason):
+            assert status in ("fired", "cancelled", "failed")
+            assert call_type != "recurring" or isinstance(outcome, Gone | Malformed)
+            assert (reason is None) == (status == "fired")
+        case Next(occurrence, when, _):
+            assert occurrence >= claim.occurrence and (call_type == "recurring" or claim.moved)
+            assert isinstance(when, AsMoved) or when.seconds in (600.0, 1200.0, 1800.0)
+        case Retry(After(seconds), anew, reason):
+            assert 0 <= seconds <= BACKOFF_MOST and reason and attempt < POLICY.max_attempts
+            assert anew is isinstance(outcome, Failed)
+        case Defer(After(seconds), reason):
+            assert 0 <= seconds <= RETRY_AFTER_MOST and reason
+            assert isinstance(outcome, Busy | Unavailable | Misconfigured)
+        case Release(reason):
+            assert isinstance(outcome, Unsent) and reason
+        case never:
+            assert_never(never)
+
+
+def test_dice_are_cast_only_where_they_decide() -> None:
+    """A verdict that needs no chance asks for none: what the API or the settings say is done to the second."""
+
+    def loaded() -> float:
+        raise AssertionError("the dice were cast")
+
+    no_dice: Callable[[], float] = loaded
+    for outcome in (Answered(200), Busy(409), Busy(409, 3.0), Gone(404), Refused("no"), Unsent("stopping"), Malformed("none")):
+        assert judge(ended(claimed(), outcome), POLICY, no_dice)

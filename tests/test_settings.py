@@ -1,0 +1,282 @@
+"""Settings: read once, from the environment and then from flags; every problem at once; secrets shown to nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
+
+from recall_worker import settings
+from recall_worker.settings import Settings, SettingsError
+
+SECRETS = ("dsn", "listen_dsn", "run_token", "signing_secret")
+HUSH = "correct-horse-battery-staple"
+FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
+
+
+def problems(environ: dict[str, str], **flags: Any) -> list[str]:
+    """What is wrong with these settings; nothing where they can be used."""
+    try:
+        settings.read(environ, **flags)
+    except SettingsError as error:
+        return error.problems
+    return []
+
+
+def test_defaults() -> None:
+    """Without any variable the settings are DESIGN's."""
+    found = settings.read({})
+    assert found == Settings()
+    assert (found.concurrency, found.busy_delay, found.lease, found.run_timeout, found.max_attempts) == (3, 60, 60, 1800, 3)
+    assert (found.give_up, found.poll_interval, found.drain_timeout) == (86_400, 30, 30)
+    assert (found.protocol, found.log_level, found.log_format) == ("native", "info", "auto")
+    assert found.poll_interval <= settings.HORIZON / 2
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_has_its_variable(name: str) -> None:
+    """Field `x` is read from `RECALL_X`, says what it is, and a flag of the same name wins over it."""
+    file = __file__
+    samples = {
+        "dsn": ("postgresql:///a", "postgresql:///b"), "listen_dsn": ("postgresql:///a", "postgresql:///b"),
+        "run_url": ("http://a/{session_id}", "https://b:8080/run"), "run_token": ("t1", "t2"), "signing_secret": ("s1", "s2"),
+        "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
+        "max_attempts": ("4", "5"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
+    }  # fmt: skip
+    first, second = samples.get(name, ("2.5", "3.5"))
+    default: Any = FIELDS[name].default
+    kind: Any = str if default is None else type(default)
+    variable = settings.variable(name)
+    assert variable == "RECALL_" + name.upper()
+    assert getattr(settings.read({variable: first}), name) == kind(first)
+    assert getattr(settings.read({variable: first}, **{name: second}), name) == kind(second)
+    assert getattr(settings.read({variable: first}, **{name: None}), name) == kind(first)
+    assert FIELDS[name].metadata["says"]
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes a setting in mid-run."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.read({}).lease = 1  # type: ignore[misc]
+
+
+def test_an_empty_variable_is_none() -> None:
+    """A variable that is set to nothing counts as not set: what a unit file or a compose file leaves behind."""
+    assert settings.read({settings.variable(name): "" for name in FIELDS}) == Settings()
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------
+
+
+WRONG = [
+    ({"RECALL_CONCURRENCY": "many"}, "RECALL_CONCURRENCY is 'many': give a whole number"),
+    ({"RECALL_CONCURRENCY": "3.5"}, "RECALL_CONCURRENCY is '3.5': give a whole number"),
+    ({"RECALL_CONCURRENCY": "0"}, "RECALL_CONCURRENCY is 0: give a number between 1 and 100000"),
+    ({"RECALL_MAX_ATTEMPTS": "-1"}, "RECALL_MAX_ATTEMPTS is -1: give a number between 1 and 1000"),
+    ({"RECALL_LEASE": "a minute"}, "RECALL_LEASE is 'a minute': give a number of seconds"),
+    ({"RECALL_LEASE": "0.5"}, "RECALL_LEASE is 0.5: give a number between 1 and 86400"),
+    ({"RECALL_LEASE": "nan"}, "RECALL_LEASE is nan: give a number between 1 and 86400"),
+    ({"RECALL_GIVE_UP": "-1"}, "RECALL_GIVE_UP is -1: give a number at least 0"),
+    ({"RECALL_BUSY_DELAY": "0"}, "RECALL_BUSY_DELAY is 0: give a number at least 0.05"),
+    ({"RECALL_POLL_INTERVAL": "31"}, "RECALL_POLL_INTERVAL is 31: give a number between 0.1 and 30"),
+    ({"RECALL_PROTOCOL": "telepathy"}, "RECALL_PROTOCOL is 'telepathy': give one of native"),
+    ({"RECALL_LOG_LEVEL": "loud"}, "RECALL_LOG_LEVEL is 'loud': give one of debug, info, warning, error"),
+    ({"RECALL_LOG_FORMAT": "xml"}, "RECALL_LOG_FORMAT is 'xml': give one of auto, json, console"),
+    ({"RECALL_RUN_URL": "localhost:8000"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "ftp://a/b"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "http://"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "http://a:0/"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "http://a:99999/"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "http://[::1/"}, "RECALL_RUN_URL is no address"),
+    ({"RECALL_RUN_URL": "http://a/b c"}, "RECALL_RUN_URL holds a blank"),
+    ({"RECALL_RUN_URL": "http://me:pw@a/"}, "RECALL_RUN_URL holds a user name or password"),
+    ({"RECALL_RUN_URL": "http://a/{session}/{x}"}, "RECALL_RUN_URL holds {session}, {x}: the one placeholder is {session_id}"),
+    ({"RECALL_RUN_URL": "http://{session_id}.a/"}, "RECALL_RUN_URL names the session in the host"),
+    ({"RECALL_RUN_URL": "http://a/\nb"}, "RECALL_RUN_URL holds a control character"),
+    ({"RECALL_RUN_TOKEN": "tökén"}, "RECALL_RUN_TOKEN holds characters that no HTTP header can carry"),
+    ({"RECALL_RUN_TOKEN": "a\r\nX-Injected: yes"}, "RECALL_RUN_TOKEN holds a control character"),
+    ({"RECALL_SIGNING_SECRET": "whsec_not base64"}, "RECALL_SIGNING_SECRET starts with whsec_ but is not base64"),
+    ({"RECALL_CA_FILE": "/nowhere/ca.pem"}, "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read"),
+]
+
+
+@pytest.mark.parametrize(("environ", "says"), WRONG, ids=[f"{next(iter(w[0].items()))}" for w in WRONG])
+def test_a_problem_names_its_variable_and_what_to_do(environ: dict[str, str], says: str) -> None:
+    """One wrong setting is one problem: a sentence that begins with the variable."""
+    [problem] = problems(environ)
+    assert problem.startswith(says)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    """Whoever made five mistakes is told of five: conversions, files, and contradictions alike."""
+    found = problems(
+        {
+            "RECALL_CONCURRENCY": "many",
+            "RECALL_LEASE": "0",
+            "RECALL_PROTOCOL": "telepathy",
+            "RECALL_RUN_URL": "http://me@a/{session}",
+            "RECALL_RUN_TOKEN_FILE": "/nowhere/token",
+        },
+        poll_interval="3600",
+    )
+    named = sorted(problem.split()[0] for problem in found)
+    assert named == [
+        "RECALL_CONCURRENCY", "RECALL_LEASE", "RECALL_POLL_INTERVAL", "RECALL_PROTOCOL", "RECALL_RUN_TOKEN_FILE", "RECALL_RUN_URL",
+        "RECALL_RUN_URL",
+    ]  # fmt: skip
+
+
+@given(wrong=st.sets(st.integers(0, len(WRONG) - 1), min_size=1))
+@tried(deadline=None)
+def test_any_set_of_mistakes_is_reported_whole(wrong: set[int]) -> None:
+    """However mistakes are combined, each variable that is wrong is named, and none that is right."""
+    environ: dict[str, str] = {}
+    for number in wrong:
+        environ |= WRONG[number][0]
+    assert {problem.split()[0] for problem in problems(environ)} == set(environ)
+
+
+@pytest.mark.parametrize(
+    ("least", "most"), [(f.metadata["least"], f.metadata["most"]) for f in FIELDS.values()], ids=list(FIELDS)
+)
+def test_bounds_are_reachable(least: float | None, most: float | None, request: pytest.FixtureRequest) -> None:
+    """The bounds that a problem names are themselves allowed."""
+    name = request.node.callspec.id
+    for bound in (least, most):
+        if bound is not None:
+            assert getattr(settings.read({settings.variable(name): f"{bound:g}"}), name) == bound
+
+
+def test_needed() -> None:
+    """What a command can't do without is named, all of it, with what it is."""
+    with pytest.raises(SettingsError) as caught:
+        settings.read({"RECALL_RUN_TOKEN": HUSH}).needed("dsn", "run_url", "run_token")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["RECALL_DSN is not set", "RECALL_RUN_URL is not set"]
+    assert HUSH not in str(caught.value)
+    whole = settings.read({"RECALL_DSN": "postgresql:///a"})
+    assert whole.needed("dsn") is whole
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a/sessions/{session_id}/run",
+        "https://api.example:8443/x?session={session_id}",
+        "http://[::1]:8000/{session_id}",
+        "http://a/one-address-for-all",
+        "http://a/{session_id}/%7Bkept%7D",
+    ],
+)
+def test_addresses_that_will_do(url: str) -> None:
+    """The placeholder may stand anywhere behind the host, or nowhere."""
+    assert settings.read({"RECALL_RUN_URL": url}).run_url == url
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_which_settings_are_secret() -> None:
+    """DSNs, the token and the signing secret are; nothing else is."""
+    assert tuple(name for name, f in FIELDS.items() if f.metadata["secret"]) == SECRETS
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_are_shown_to_nobody(name: str) -> None:
+    """Neither repr, nor str, nor what is shown to people holds a secret; that it is set is told."""
+    found = settings.read({settings.variable(name): HUSH})
+    assert getattr(found, name) == HUSH
+    assert HUSH not in repr(found) and HUSH not in str(found)
+    assert HUSH not in str(found.shown()) and found.shown()[name] == "set"
+    assert settings.read({}).shown()[name] is None
+
+
+def test_problems_keep_secrets() -> None:
+    """A secret that is wrong is called wrong without being quoted, as is a password in an address."""
+    wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in SECRETS}
+    urls = [f"http://me:{HUSH}@a/", f"http://me:{HUSH}/", f"http://me:{HUSH}@[a/", f"http://me:{HUSH}@a℀/", f"http://{HUSH}@/"]
+    for environ in [wrong, {"RECALL_RUN_TOKEN": HUSH + "é"}, {"RECALL_SIGNING_SECRET": "whsec_" + HUSH}]:
+        found = problems(environ)
+        assert len(found) == len(environ) and HUSH not in str(found)
+    for url in urls:
+        found = problems({"RECALL_RUN_URL": url})
+        assert found and HUSH not in str(found)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_from_a_file(name: str, tmp_path: Path) -> None:
+    """`…_FILE` names a file with the secret; the line break at its end is not part of it."""
+    file = tmp_path / "secret"
+    file.write_text(HUSH + "\n", encoding="utf-8")
+    assert getattr(settings.read({settings.variable(name) + "_FILE": str(file)}), name) == HUSH
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_from_a_systemd_credential(name: str, tmp_path: Path) -> None:
+    """A credential of the variable's name is the secret, where neither the variable nor the file is set."""
+    (tmp_path / settings.variable(name)).write_text(HUSH + "\n", encoding="utf-8")
+    credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert getattr(settings.read(credentials), name) == HUSH
+    assert getattr(settings.read(credentials | {settings.variable(name): "other"}), name) == "other"
+    (tmp_path / "file").write_text("another", encoding="utf-8")
+    assert getattr(settings.read(credentials | {settings.variable(name) + "_FILE": str(tmp_path / "file")}), name) == "another"
+
+
+def test_a_directory_of_other_credentials(tmp_path: Path) -> None:
+    """Credentials that are not ours, or a directory that is gone, change nothing."""
+    assert settings.read({"CREDENTIALS_DIRECTORY": str(tmp_path)}) == Settings()
+    assert settings.read({"CREDENTIALS_DIRECTORY": str(tmp_path / "gone")}) == Settings()
+
+
+def test_what_can_be_wrong_with_a_secret_file(tmp_path: Path) -> None:
+    """A file that is missing, no text, of two lines, or beside the variable itself: each is said, and none is quoted."""
+    binary, lines = tmp_path / "binary", tmp_path / "lines"
+    binary.write_bytes(b"\xff\xfe")
+    lines.write_text(f"{HUSH}\n{HUSH}\n", encoding="utf-8")
+    for environ, says in (
+        ({"RECALL_RUN_TOKEN_FILE": str(tmp_path / "missing")}, "RECALL_RUN_TOKEN_FILE can't be read: No such file"),
+        ({"RECALL_RUN_TOKEN_FILE": str(tmp_path)}, "RECALL_RUN_TOKEN_FILE can't be read: Is a directory"),
+        ({"RECALL_RUN_TOKEN_FILE": str(binary)}, "RECALL_RUN_TOKEN_FILE can't be read: not UTF-8"),
+        ({"RECALL_RUN_TOKEN_FILE": str(lines)}, "RECALL_RUN_TOKEN holds a control character"),
+        (
+            {"RECALL_RUN_TOKEN_FILE": str(lines), "RECALL_RUN_TOKEN": HUSH},
+            "RECALL_RUN_TOKEN and RECALL_RUN_TOKEN_FILE are both set",
+        ),
+    ):
+        [problem] = problems(environ)
+        assert problem.startswith(says) and HUSH not in problem
+
+
+def test_only_secrets_come_from_files(tmp_path: Path) -> None:
+    """`RECALL_LEASE_FILE` is no setting: it is told to be ignored and is not read."""
+    (tmp_path / "lease").write_text("5", encoding="utf-8")
+    environ = {"RECALL_LEASE_FILE": str(tmp_path / "lease")}
+    assert settings.read(environ).lease == 60
+    assert settings.ignored(environ) == ["RECALL_LEASE_FILE"]
+
+
+# --- typing errors --------------------------------------------------------------------------------------------------
+
+
+def test_ignored() -> None:
+    """Variables that look like settings and are none are named; those of others, and the tests' own, are not."""
+    environ = {
+        "RECALL_CONCURENCY": "5", "RECALL_": "", "RECALL_DSN": "x", "RECALL_DSN_FILE": "y", "RECALL_TEST_DSN": "z", "recall_lease": "1",
+        "PATH": "/bin",
+    }  # fmt: skip
+    assert settings.ignored(environ) == ["RECALL_", "RECALL_CONCURENCY"]
+
+
+@given(environ=st.dictionaries(st.sampled_from([settings.variable(n) for n in FIELDS]), st.text(max_size=20)))
+@tried(deadline=None)
+def test_any_text_is_taken_or_refused(environ: dict[str, str]) -> None:
+    """Whatever stands in the variables, reading gives settings or problems that name them, and never breaks otherwise."""
+    found = problems(environ)
+    assert {problem.split()[0] for problem in found} <= set(environ)
+    if not found:
+        read = settings.read(environ)
+        assert read.concurrency >= 1 and read.lease >= 1 and read.max_attempts >= 1

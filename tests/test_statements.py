@@ -1,0 +1,253 @@
+"""sql/ as it is written and as PostgreSQL plans it: every statement compiles, and the worker's never read the table through.
+
+The plans are those of the very statements that the ledger sends, prepared as psycopg prepares them and with the values that the ledger
+gives; once planned for these values, once for any, with and without statistics, and with statistics that tell of another day.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import ClientCursor
+from psycopg.rows import dict_row
+
+from recall_worker import ledger as ledger_module
+from recall_worker import statements
+from recall_worker.ledger import Ledger
+from recall_worker.recall import After, Busy, Claim, Defer, Ending
+
+from . import postgres
+
+FILES = sorted(path.stem for path in statements.folder().glob("*.sql"))
+NAMED = [(file, name) for file in FILES for name in statements.load(file)]
+PLACEHOLDER = re.compile(r"%\((\w+)\)s")
+WORKER = "w"
+LEASE = 60.0
+FEW = 5
+"""Rows in hand, and rows that are due besides."""
+
+
+def text_of(file: str) -> str:
+    return (statements.folder() / f"{file}.sql").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_names_are_unique(file: str) -> None:
+    """No statement hides behind another one of the same name, and none is without a name or a body."""
+    names = re.findall(r"^-- name: (.*)$", text_of(file), re.MULTILINE)
+    assert names == list(statements.load(file))
+    assert all(statements.load(file).values())
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
+def test_comments_are_dropped(file: str, name: str) -> None:
+    """What is sent is one statement: no comment is left, no `%` but in placeholders, no semicolon."""
+    statement = statements.load(file)[name]
+    assert "--" not in statement
+    assert "%" not in PLACEHOLDER.sub("", statement)
+    assert ";" not in statement
+
+
+def test_a_percent_sign_in_a_comment_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psycopg would read `%` in a comment as a placeholder: before, behind and between the lines it is dropped with its comment."""
+    (tmp_path / "odd.sql").write_text("-- 100% of it\n-- name: one\n-- 50% (done)s\nselect 1 -- 7%\n    -- and 8%s\n    + 1;\n")
+    monkeypatch.setattr(statements, "folder", lambda: tmp_path)
+    assert [line.strip() for line in statements.load("odd")["one"].splitlines() if line.strip()] == ["select 1", "+ 1"]
+    statements.load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def migrated(server: str, template: str) -> Iterator[str]:
+    """A database to ask for plans."""
+    with postgres.database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
+def test_every_statement_is_planned_with_nulls(file: str, name: str, migrated: str) -> None:
+    """PostgreSQL knows every table, column, function and type that a statement names, whatever values it will be given."""
+    statement = statements.load(file)[name]
+    nothing = dict.fromkeys(PLACEHOLDER.findall(statement))
+    with psycopg.connect(migrated, autocommit=True) as conn:
+        assert conn.execute(f"explain {statement}".encode(), nothing).fetchall()
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+FILL = """
+insert into sessions select 's' || n, 'u' || n % 100 from generate_series(1, {half} + {due}) n;
+alter table session_recalls set (autovacuum_enabled = off);
+alter table recall_attempts set (autovacuum_enabled = off);
+alter table session_recalls disable trigger user;
+insert into session_recalls
+    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
+select 'old' || n, 's' || n, 'once', now() - n * interval '1 second', null, 'over', (array['fired', 'cancelled', 'failed'])[1 + n % 3],
+    now(), now()
+from generate_series(1, {half}) n
+union all
+select 'far' || n, 's' || n, (array['once', 'recurring', 'immediate'])[1 + n % 3], now() + interval '1 year' + n * interval '1 second',
+    case when n % 3 = 1 then 60 end, 'not yet', '{first}', now(), now()
+from generate_series(1, {half}) n;
+insert into recall_attempts
+    (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled)
+select 'old' || n, 1, 0, a, 'unknown', 's' || n, 'w', gen_random_uuid(), now(), now(), 'pending'
+from generate_series(1, {half}) n, generate_series(1, 2) a;
+"""
+DUE = """
+insert into session_recalls
+    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
+select 'due' || n, 's' || {half} + n, 'once', now() - n * interval '1 second', null, 'now', 'pending', now(), now()
+from generate_series(1, {due}) n;
+alter table session_recalls enable trigger user;
+"""
+
+
+def filled(dsn: str, half: int, statistics: str, due: int = 2 * FEW) -> None:
+    """`half` rows that wait for next year, `half` that are over, and `due` that are due."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        another_day = statistics == "another day"
+        conn.execute(FILL.format(half=half, due=due, first="fired" if another_day else "pending").encode())
+        if another_day:
+            conn.execute("analyze")
+            conn.execute("update session_recalls set status = 'pending' where id like 'far%'")
+        conn.execute(DUE.format(half=half, due=due).encode())
+        if statistics == "fresh":
+            conn.execute("analyze")
+
+
+class Enough(Exception):
+    """The ledger has said what it asks."""
+
+
+class Table:
+    """A filled table with a few rows in hand, and the plans of what the ledger asks of it."""
+
+    def __init__(self, dsn: str, claims: Sequence[Claim]) -> None:
+        self.dsn = dsn
+        self.claims = list(claims)
+
+    async def asked(self, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Mapping[str, Any]]:
+        """The statement and the values that the ledger sends."""
+        said: list[tuple[str, Mapping[str, Any]]] = []
+
+        async def ask(_: object, statement: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+            said.append((statement, values))
+            raise Enough
+
+        monkeypatch.setattr(ledger_module._Line, "ask", ask)
+        ledger = Ledger(self.dsn, WORKER, LEASE)
+        leases = {claim.id: claim.lease for claim in self.claims}
+        now = time.monotonic()
+        with pytest.raises(Enough):
+            match name:
+                case "claim":
+                    await ledger.claim(2 * FEW, take_expired=True)
+                case "place":
+                    await ledger.place([(claim, claim.occurrence + 1) for claim in self.claims])
+                case "renew":
+                    await ledger.renew(leases)
+                case "look":
+                    await ledger.look(leases)
+                case "settle":
+                    await ledger.settle(
+                        [(Ending(c, Busy(409), 0.1, 0.2, now), Defer(After(60.0), "the session is busy")) for c in self.claims]
+                    )
+        return said[0]
+
+    def plan(self, statement: str, values: Mapping[str, Any], mode: str) -> dict[str, Any]:
+        """The plan by which PostgreSQL did what was asked; nothing of it stays."""
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            # Prepared by asking for nothing.
+            nothing: dict[str, Any] = {k: [] if isinstance(v, list) else 0 if k == "slots" else v for k, v in values.items()}
+            conn.execute(statement.encode(), nothing, prepare=True)
+            found = conn.execute("select name from pg_prepared_statements where not from_sql").fetchall()
+            assert len(found) == 1
+            order = dict.fromkeys(PLACEHOLDER.findall(statement))
+            listed = ", ".join(f"%({name})s" for name in order)
+            conn.execute(f"set plan_cache_mode = force_{mode}_plan".encode())
+            with conn.transaction(force_rollback=True), ClientCursor(conn) as cursor:
+                cursor.execute(
+                    f"explain (analyze, buffers, timing off, format json) execute {found[0][0]} ({listed})".encode(), values
+                )
+                row = cursor.fetchone()
+        assert row is not None
+        plan: dict[str, Any] = row[0][0]["Plan"]
+        return plan
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def buffers(plan: dict[str, Any]) -> int:
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+def touched(node: dict[str, Any]) -> float:
+    """Rows that passed through a node of a plan, those that it threw away included."""
+    return float((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+
+
+@contextmanager
+def crowd(server: str, template: str, half: int, statistics: str, due: int = 2 * FEW) -> Iterator[Table]:
+    """A table filled in a database of its own; a few of its due rows are claimed."""
+    with postgres.database(server, template) as dsn:
+        filled(dsn, half, statistics, due)
+        with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
+            values = {"slots": min(FEW, due), "lease": LEASE, "worker": WORKER, "take_expired": True}
+            rows = conn.execute(statements.load("ledger")["claim"].encode(), values).fetchall()
+        fields = [f.name for f in dataclasses.fields(Claim)]
+        yield Table(dsn, [Claim(**{f: row[f] for f in fields}) for row in rows if row["id"] is not None])
+
+
+@pytest.fixture(scope="module", params=["none", "fresh", "another day"])
+def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Iterator[Table]:
+    """A hundred thousand rows, half of them live, in three states that the planner's statistics can be in."""
+    with crowd(server, template, 50_000, request.param) as table:
+        yield table
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+@pytest.mark.parametrize("name", ["claim", "place", "renew", "look", "settle"])
+async def test_only_indexes_are_used(name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read through, nothing large is sorted."""
+    plan = crowded.plan(*await crowded.asked(name, monkeypatch), mode)
+    read_through = [n["Relation Name"] for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
+    assert "session_recalls" not in read_through and "recall_attempts" not in read_through
+    assert max(map(touched, nodes(plan))) <= 10 * FEW
+    assert buffers(plan) <= 80 * FEW
+
+
+@pytest.mark.parametrize("due", [0, 5_000], ids=["nothing due", "thousands due"])
+async def test_a_claim_costs_the_same_at_any_size(due: int, server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages that a claim touches depend on what it takes, not on how many rows wait or are over: a hundred times as many are no more."""
+    cost: dict[str, list[int]] = {"custom": [], "generic": []}
+    for half in (500, 50_000):
+        with crowd(server, template, half, "fresh", due) as table:
+            asked = await table.asked("claim", monkeypatch)
+            for mode in cost:
+                cost[mode].append(buffers(table.plan(*asked, mode)))
+    for few, many in cost.values():
+        assert max(few, many) <= (80 * FEW if due else 30)
+        assert abs(many - few) <= 50
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+async def test_a_large_batch_looks_up_one_by_one(mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five hundred endings at once, all of recalls that are gone: their marks are looked for by key, not by reading all marks there are."""
+    claim, *_ = crowded.claims
+    gone = Table(crowded.dsn, [dataclasses.replace(claim, id=f"gone{n}", lease=uuid4()) for n in range(500)])
+    plan = gone.plan(*await gone.asked("settle", monkeypatch), mode)
+    assert "recall_attempts" not in [n.get("Relation Name") for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
+    assert max(map(touched, nodes(plan))) < 100_000
