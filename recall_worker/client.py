@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from psycopg import AsyncConnection, errors
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -163,6 +164,10 @@ class Recalls:
     @contextlib.asynccontextmanager
     async def _connection(self, conn: Connection | None) -> AsyncIterator[Connection]:
         if conn is not None:
+            if not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
+                # The caller's transaction begins with his first statement, which may be ours. Without this, the block below would be
+                # one of its own, and commit.
+                await conn.execute(b"select")
             async with conn.transaction():
                 yield conn
         elif self._pool is not None:

@@ -103,12 +103,16 @@ def harmless(text: str) -> str:
 
 
 def _harmless(_: Any, __: str, facts: Any) -> Any:
-    # A traceback keeps its lines; what stands in them may quote anything.
-    return {k: "\n".join(map(harmless, v.split("\n"))) if k == "exception" else _shown(v) for k, v in facts.items()}
+    return {name: _shown(name, fact) for name, fact in facts.items()}
 
 
-def _shown(value: Any) -> Any:
-    return harmless(value) if isinstance(value, str) else value
+def _shown(name: str, fact: Any) -> Any:
+    if not isinstance(fact, str):
+        return fact
+    if name == "exception":
+        # A traceback keeps its lines, set in so that what it quotes can't pass for an event.
+        return "\n".join("  " + harmless(line) for line in fact.split("\n"))
+    return harmless(fact)
 
 
 def _finite(_: Any, __: str, facts: Any) -> Any:

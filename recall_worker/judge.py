@@ -43,7 +43,8 @@ Dice = Callable[[], float]
 BACKOFF_FIRST = 5.0
 BACKOFF_FACTOR = 4.0
 BACKOFF_MOST = 300.0
-RETRY_AFTER_MOST = 86_400.0
+RETRY_AFTER_LEAST, RETRY_AFTER_MOST = 1.0, 86_400.0
+"""Seconds: an API that says 0 would otherwise be called as fast as it answers, until it is given up."""
 
 LAST = 2_147_483_647
 """The largest number that an occurrence can have: as much as the table's counters hold."""
@@ -107,13 +108,13 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
         case Answered() | Accepted():
             return _over(claim, None, succeeded=True)
         case Busy(_, retry_after) as busy:
-            delay = policy.busy_delay if retry_after is None else min(retry_after, RETRY_AFTER_MOST)
+            delay = policy.busy_delay if retry_after is None else _obeyed(retry_after)
             return _defer(ending, policy, delay, reason_of(busy) or "busy")
         case Misconfigured(reason):
             return _moved(claim, reason) if claim.moved else Defer(After(backoff(claim.deferrals, dice)), reason)
         case Unavailable(reason, _, retry_after):
             wait = backoff(claim.deferrals, dice)
-            return _defer(ending, policy, wait if retry_after is None else min(retry_after, RETRY_AFTER_MOST), reason)
+            return _defer(ending, policy, wait if retry_after is None else _obeyed(retry_after), reason)
         case Unknown(reason):
             return _retry(claim, policy, dice, reason, rekey=False)
         case Failed(reason):
@@ -145,6 +146,10 @@ def _next(occurrence: int, when: When, reason: str | None) -> Verdict:
     if occurrence > LAST:
         return Finish("failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}")
     return Next(occurrence, when, reason)
+
+
+def _obeyed(retry_after: float) -> float:
+    return min(max(retry_after, RETRY_AFTER_LEAST), RETRY_AFTER_MOST)
 
 
 def _defer(ending: Ending, policy: Policy, delay: float, reason: str) -> Verdict:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -169,6 +171,8 @@ class Endpoint:
         with suppress(ConnectionError):
             await writer.drain()
         if answer.reset:
+            # Without lingering an abort is a FIN like any other.
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         return answer.keep
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+from psycopg_pool import AsyncConnectionPool
 from typer.main import get_command
 
 from recall_worker.cli.app import app
 from recall_worker.settings import Settings, variable
 
+from .application import Application
+from .conftest import Connection
 from .test_operations import COMMANDS, STATEMENTS, STATES, Cell, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 MARK = "<!-- the table below is written by `python -m tests.test_docs` -->\n"
+APPLICATION = ROOT / "docs" / "application.md"
+README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -68,7 +77,7 @@ def test_the_settings_documented_are_those_there_are() -> None:
 def test_every_command_of_the_readme_exists() -> None:
     """Each `recall-worker …` in the README names a command, with options that it takes."""
     commands = getattr(get_command(app), "commands")  # noqa: B009 - a Group, which typer's types don't tell
-    found = re.findall(r"recall-worker ([a-z-]+)((?: --?[a-z-]+| [^\s`#]+)*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    found = re.findall(r"recall-worker ([a-z-]+)((?: --?[a-z-]+| [^\s`#]+)*)", README.read_text(encoding="utf-8"))
     said = [(name, rest) for name, rest in found if name in commands or rest]
     assert {"demo", "migrate", "run", "list", "show", "cancel"} <= {name for name, _ in said}
     for name, rest in said:
@@ -76,6 +85,80 @@ def test_every_command_of_the_readme_exists() -> None:
             continue
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a document in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("path", "tags"),
+    [(APPLICATION, ["INSERT 0 1", "UPDATE 1", "UPDATE 1", "SELECT 1", "UPDATE 1"]), (README, ["INSERT 0 1"])],
+    ids=["application.md", "README.md"],
+)
+async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Application) -> None:
+    """Every statement of a document's SQL runs as it stands, in order, through the application's own driver, and finds its row."""
+    await app.create_session("session-1", "ann")
+    [text] = blocks(path, "sql")
+    statements = [statement for statement in re.sub(r"--.*", "", text).split(";") if statement.strip()]
+    assert [await app.connection.execute(statement) for statement in statements] == tags
+
+
+async def test_the_statements_move_and_skip(app: Application, db: Connection) -> None:
+    """The document's recurring recall is due in an hour, then skipped to two, then moved to ten minutes, then cancelled."""
+    await app.create_session("session-1", "ann")
+    due = []
+    for statement in re.sub(r"--.*", "", blocks(APPLICATION, "sql")[0]).split(";")[:-1]:
+        await app.connection.execute(statement)
+        cursor = await db.execute(
+            "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status from session_recalls"
+        )
+        due.append(tuple((await cursor.fetchall())[0].values()))
+    assert due == [(60, "pending"), (120, "pending"), (10, "pending"), (10, "pending"), (10, "cancelled")]
+
+
+@pytest.fixture
+async def python(app: Application) -> dict[str, Any]:
+    """What the document's Python defines: `remember` for psycopg and for asyncpg."""
+    await app.create_session("session-1", "ann")
+    await app.connection.execute("create table messages (session_id text, text text)")
+    found = {}
+    for block in blocks(APPLICATION, "python"):
+        names: dict[str, Any] = {}
+        exec(compile(block, str(APPLICATION), "exec"), names)
+        found["asyncpg" if "asyncpg" in names else "psycopg"] = names["remember"]
+    assert set(found) == {"asyncpg", "psycopg"}
+    return found
+
+
+async def test_the_example_for_psycopg(python: dict[str, Any], app: Application, database: str) -> None:
+    """The message and the recall are written together; the second time the message is, and the session keeps the recall it has."""
+    async with AsyncConnectionPool(database, open=False, min_size=1, max_size=2) as pool:
+        recall = await python["psycopg"](pool, "session-1")
+        assert await python["psycopg"](pool, "session-1") == "has one already"
+    assert [row["id"] for row in await app.list_by_session("session-1")] == [recall]
+    assert await app.connection.fetchval("select count(*) from messages") == 2
+
+
+async def test_the_example_for_asyncpg(python: dict[str, Any], app: Application) -> None:
+    """One recall is scheduled; the second time the session has one already, and the connection is still good."""
+    recall = await python["asyncpg"](app.connection, "session-1")
+    assert await python["asyncpg"](app.connection, "session-1") == "has one already"
+    assert [row["id"] for row in await app.list_by_session("session-1")] == [recall]
+
+
+def test_the_examples_are_well_typed(tmp_path: Path) -> None:
+    """The document's Python passes mypy --strict, as the package is typed for whoever uses it."""
+    files = []
+    for n, block in enumerate(blocks(APPLICATION, "python")):
+        files.append(tmp_path / f"example_{n}.py")
+        files[-1].write_text(block, encoding="utf-8")
+    options = ["--strict", "--ignore-missing-imports", "--cache-dir", str(ROOT / ".mypy_cache" / "examples")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, *map(str, files)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":

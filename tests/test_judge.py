@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.judge import BACKOFF_MOST, ID_MOST, LAST, RETRY_AFTER_MOST, Policy, backoff, before_call, honour, judge
+from recall_worker.judge import (
+    BACKOFF_MOST,
+    ID_MOST,
+    LAST,
+    RETRY_AFTER_LEAST,
+    RETRY_AFTER_MOST,
+    Policy,
+    backoff,
+    before_call,
+    honour,
+    judge,
+)
 from recall_worker.recall import (
     Accepted,
     After,
@@ -215,8 +226,8 @@ def test_misconfigured_never_gives_up(call_type: str) -> None:
 
 @pytest.mark.parametrize("retry_after", [0.0, 1.0, 86_400.0, 86_401.0, 1e12])
 def test_retry_after_is_honoured_up_to_a_day(retry_after: float) -> None:
-    """What the API asks for is done, in seconds, but for more than a day."""
-    waits = After(min(retry_after, RETRY_AFTER_MOST))
+    """What the API asks for is done, in seconds, but for less than one and for more than a day."""
+    waits = After(min(max(retry_after, RETRY_AFTER_LEAST), RETRY_AFTER_MOST))
     assert verdict_on(claimed(), Busy(409, retry_after)) == Defer(waits, "the session is busy (HTTP 409)")
     assert verdict_on(claimed(), Unavailable("later", 503, retry_after)) == Defer(waits, "later")
 

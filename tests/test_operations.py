@@ -47,23 +47,11 @@ from .test_cli import operate, process
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-STATES = {
-    "waiting, once": "inserted, due in an hour",
-    "waiting, recurring": "inserted, due in an hour, and then every hour",
-    "deferred, once": "called as `1`, busy: the same occurrence again in an hour",
-    "deferred, recurring": "the same, recurring",
-    "in a run, once": "occurrence 1 is being run",
-    "in a run, recurring": "occurrence 1 is being run",
-    "in a run, outside": "a one-shot that is being run; its session has scheduled another recall meanwhile (status `running`)",
-    "deferred, outside": "the same, found busy: again in an hour (status `running`)",
-    "paused": "recurring, due in an hour",
-    "paused in a run": "recurring; occurrence 1 is being run",
-    "fired": "",
-    "cancelled": "while it waited",
-    "cancelled, call open": "in a run, by a worker that has not let go yet",
-    "failed": "a one-shot, refused by the API",
-    "missing": "no such recall",
-}
+STATES = (
+    "waiting, once", "waiting, recurring", "deferred, once", "deferred, recurring", "in a run, once", "in a run, recurring",
+    "in a run, outside", "deferred, outside", "paused", "paused in a run", "fired", "cancelled", "cancelled, call open", "failed", "missing",
+)  # fmt: skip
+"""docs/operations.md says what each of them is; `outside`: of its session's slot, as the session has scheduled another recall."""
 
 ENDING_AND_SKIPPING = """
                      | cancel               | cancel --session     | skip          | skip --session
@@ -152,7 +140,7 @@ Table = Mapping[str, Mapping[str, Cell]]
 
 def table(text: str) -> Table:
     head, *lines = [[cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines()]
-    assert [line[0] for line in lines] == list(STATES)
+    assert tuple(line[0] for line in lines) == STATES
     return {operation: {line[0]: Cell.read(line[at]) for line in lines} for at, operation in enumerate(head) if at}
 
 

@@ -83,6 +83,9 @@ WRONG = [
     ({"RECALL_LEASE": "nan"}, "RECALL_LEASE is nan: give a number between 1 and 86400"),
     ({"RECALL_GIVE_UP": "-1"}, "RECALL_GIVE_UP is -1: give a number at least 0"),
     ({"RECALL_BUSY_DELAY": "0"}, "RECALL_BUSY_DELAY is 0: give a number at least 0.05"),
+    ({"RECALL_BUSY_DELAY": "inf"}, "RECALL_BUSY_DELAY is inf: give a number"),
+    ({"RECALL_GIVE_UP": "1e300"}, "RECALL_GIVE_UP is 1e300: give a number"),
+    ({"RECALL_DSN": "postgresql://me:p@ss@host/db"}, "RECALL_DSN holds @ or / in its user or password"),
     ({"RECALL_POLL_INTERVAL": "31"}, "RECALL_POLL_INTERVAL is 31: give a number between 0.1 and 30"),
     ({"RECALL_PROTOCOL": "telepathy"}, "RECALL_PROTOCOL is 'telepathy': give one of native"),
     ({"RECALL_LOG_LEVEL": "loud"}, "RECALL_LOG_LEVEL is 'loud': give one of debug, info, warning, error"),
@@ -199,7 +202,12 @@ def test_problems_keep_secrets() -> None:
     """A secret that is wrong is called wrong without being quoted, as is a password in an address."""
     wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in SECRETS}
     urls = [f"http://me:{HUSH}@a/", f"http://me:{HUSH}/", f"http://me:{HUSH}@[a/", f"http://me:{HUSH}@a℀/", f"http://{HUSH}@/"]
-    for environ in [wrong, {"RECALL_RUN_TOKEN": HUSH + "é"}, {"RECALL_SIGNING_SECRET": "whsec_" + HUSH}]:
+    for environ in [
+        wrong,
+        {"RECALL_RUN_TOKEN": HUSH + "é"},
+        {"RECALL_SIGNING_SECRET": "whsec_" + HUSH},
+        {"RECALL_DSN": f"postgresql://me:{HUSH}@x@host/db"},
+    ]:
         found = problems(environ)
         assert len(found) == len(environ) and HUSH not in str(found)
     for url in urls:
@@ -233,14 +241,16 @@ def test_a_directory_of_other_credentials(tmp_path: Path) -> None:
 
 
 def test_what_can_be_wrong_with_a_secret_file(tmp_path: Path) -> None:
-    """A file that is missing, no text, of two lines, or beside the variable itself: each is said, and none is quoted."""
-    binary, lines = tmp_path / "binary", tmp_path / "lines"
+    """A file that is missing, no text, empty, of two lines, or beside the variable itself: each is said, and none is quoted."""
+    binary, lines, empty = tmp_path / "binary", tmp_path / "lines", tmp_path / "empty"
+    empty.touch()
     binary.write_bytes(b"\xff\xfe")
     lines.write_text(f"{HUSH}\n{HUSH}\n", encoding="utf-8")
     for environ, says in (
         ({"RECALL_RUN_TOKEN_FILE": str(tmp_path / "missing")}, "RECALL_RUN_TOKEN_FILE can't be read: No such file"),
         ({"RECALL_RUN_TOKEN_FILE": str(tmp_path)}, "RECALL_RUN_TOKEN_FILE can't be read: Is a directory"),
         ({"RECALL_RUN_TOKEN_FILE": str(binary)}, "RECALL_RUN_TOKEN_FILE can't be read: not UTF-8"),
+        ({"RECALL_RUN_TOKEN_FILE": str(empty)}, "RECALL_RUN_TOKEN_FILE is empty"),
         ({"RECALL_RUN_TOKEN_FILE": str(lines)}, "RECALL_RUN_TOKEN holds a control character"),
         (
             {"RECALL_RUN_TOKEN_FILE": str(lines), "RECALL_RUN_TOKEN": HUSH},

@@ -240,7 +240,7 @@ async def test_a_claim_costs_the_same_at_any_size(due: int, server: str, templat
                 cost[mode].append(buffers(table.plan(*asked, mode)))
     for few, many in cost.values():
         assert max(few, many) <= (80 * FEW if due else 30)
-        assert abs(many - few) <= 50
+        assert many <= 1.5 * few + 10
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
@@ -249,5 +249,6 @@ async def test_a_large_batch_looks_up_one_by_one(mode: str, crowded: Table, monk
     claim, *_ = crowded.claims
     gone = Table(crowded.dsn, [dataclasses.replace(claim, id=f"gone{n}", lease=uuid4()) for n in range(500)])
     plan = gone.plan(*await gone.asked("settle", monkeypatch), mode)
-    assert "recall_attempts" not in [n.get("Relation Name") for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
-    assert max(map(touched, nodes(plan))) < 100_000
+    looked_up = [n for n in nodes(plan) if n.get("Relation Name") == "recall_attempts" and n["Node Type"] != "ModifyTable"]
+    assert looked_up and "Seq Scan" not in [n["Node Type"] for n in looked_up]
+    assert max(map(touched, looked_up)) <= 500

@@ -81,8 +81,8 @@ def _waits_for(row: Row, now: datetime) -> str:
     if row["ahead"] is not None:
         return f"{due}, but {_behind(row, now)}"
     if row["alive"] and row["leases"] >= row["slots"]:
-        slots = f"all {row['slots']} slots" if row["slots"] != 1 else "the one slot"
-        return f"{due}, but {slots} of {row['alive']} live worker{'' if row['alive'] == 1 else 's'} are taken"
+        of = "the one live worker" if row["alive"] == 1 else f"{row['alive']} live workers"
+        return f"{due}, but all slots are taken: {row['leases']} of {row['slots']} in {of}"
     return f"{due}, and waits to be claimed"
 
 

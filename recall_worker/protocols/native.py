@@ -38,7 +38,7 @@ from ..settings import Settings
 from . import Call
 from .wire import Answer, NoAnswer, Wire
 
-FAILED_WORDS = frozenset({"failed", "error", "cancelled", "timeout", "expired"})
+FAILED_WORDS = frozenset({"failed", "error", "cancelled", "canceled", "timeout", "expired"})
 UNAVAILABLE = frozenset({408, 425, 429, 503})
 MISCONFIGURED = frozenset({401, 403, 404, 405, 407})
 RETRY_AFTER_MOST = 86_400.0

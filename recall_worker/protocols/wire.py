@@ -122,7 +122,7 @@ class _Stale(ConnectionResetError):
     """The connection was dead, or spoke out of turn, before any byte of the request was handed to it."""
 
     def __str__(self) -> str:
-        return "kept connections were dead"
+        return "the server hung up first"
 
 
 class _Witness(aiohttp.BytesPayload):

@@ -387,3 +387,20 @@ async def test_the_application_restarts_beside_the_daemon(
     gate.open()
     await daemon.hears("recall.settled", recall=id, status="fired")
     await daemon.hears("recall.settled", recall=following, status="fired")
+
+
+async def test_the_application_changes_its_table_in_mid_run(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """While its DDL holds the whole table, past the lease, an ending waits; then it is settled, and nothing was called twice."""
+    gate = Gate()
+    endpoint.script("s", gate)
+    daemon = await daemons.start(lease=3)
+    id = await promise(app, "s")
+    await gate.entered.wait()
+    async with app.connection.transaction():
+        await app.connection.execute("create index by_comment on session_recalls (internal_comment)")
+        gate.open()
+        await eventually(db, EXPIRED, ["s"])
+    await daemon.hears("recall.settled", recall=id, status="fired")
+    assert daemon.told("recall.stranded") == [] and len(endpoint.requests) == 1

@@ -24,7 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
+from recall_worker import ledger as ledger_module
 from recall_worker import schema
+from recall_worker.ledger import Ledger
 
 from .. import postgres
 from ..application import CREATE_TABLES, AlreadyScheduled, Application
@@ -598,6 +600,30 @@ async def test_one_row_that_can_not_be_claimed_among_fifty(
     assert await daemon.stop() == 0
 
 
+async def test_a_row_that_is_put_aside_is_tried_again(
+    app: Application, database: str, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be claimed is passed over for a while, by each worker for itself, and claimed once PostgreSQL allows it."""
+    monkeypatch.setattr(ledger_module, "ASIDE", 0.3)
+    await promise(app, "bad")
+    await promise(app, "good")
+    await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())
+    ledger = Ledger(database, "w", 60)
+    try:
+        claimed = await ledger.claim(5, take_expired=True)
+        assert [claim.session_id for claim in claimed.claims] == ["good"]
+        assert [reason for _, reason in claimed.stranded] == ["nobody touches this !!!"]
+        claimed = await ledger.claim(5, take_expired=True)
+        assert not claimed.claims and not claimed.stranded and not claimed.waiting and claimed.next_in is not None
+        await db.execute("drop trigger untouchable on session_recalls")
+        async with asyncio.timeout(20):
+            while not (claimed := await ledger.claim(5, take_expired=True)).claims:
+                await asyncio.sleep(0.02)
+        assert [claim.session_id for claim in claimed.claims] == ["bad"]
+    finally:
+        await ledger.close()
+
+
 async def test_one_row_that_can_not_be_settled_among_fifty(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """A row whose end is refused strands alone, and is not called again for ever: after its attempts nothing is sent any more."""
     daemon = await daemons.start(concurrency=100, lease=1, max_attempts=1)
@@ -638,7 +664,7 @@ INTEGERS = st.one_of(st.sampled_from([0, 1, -1, 2, LAST, LAST - 1, -(2**31)]), s
 DATES = st.one_of(
     st.sampled_from([*PAST, *FAR]),
     st.floats(-3, 0.5).map(lambda s: soon(s).isoformat()),
-    st.datetimes(datetime(1, 1, 2), datetime(9998, 12, 31)).map(lambda d: d.replace(tzinfo=UTC).isoformat()),  # noqa: DTZ001
+    st.datetimes(datetime(1, 1, 2), datetime(9998, 12, 31)).map(lambda d: d.replace(tzinfo=UTC).isoformat()),
 )
 WORDS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40),

@@ -257,3 +257,12 @@ async def test_with_half_open_connections(database: str, daemons: Daemons) -> No
         began = time.monotonic()
         assert await daemon.stop(within=80) == 0
         assert time.monotonic() - began < 60
+
+
+async def test_a_database_without_a_schema(empty_database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+    """Where nobody has migrated the worker ends at once, says what to do, and says nothing else."""
+    daemon = await daemons.start(ready=False, dsn=empty_database)
+    assert await daemon.exit() == 1
+    assert [line.partition(":")[0] for line in daemon.talk] == ["Error", "Try"]
+    assert "recall-worker migrate" in daemon.talk[1]
+    assert [e["event"] for e in daemon.events] == ["schema.refused"]
