@@ -17,6 +17,7 @@ from .recall import (
     Answered,
     AsMoved,
     Busy,
+    Capped,
     Claim,
     Defer,
     Ending,
@@ -88,7 +89,8 @@ def honour(claim: Claim) -> int | None:
     A skip of k intervals consumes k numbers. Any other move keeps the number of an occurrence that was never called, and begins
     the next one between two calls, as a key stands for one occurrence only.
     """
-    if not claim.moved:
+    if not claim.moved or claim.reference is not None:
+        # A run that goes on at the API is followed to its end first; what comes after it honours the move.
         return None
     begun = claim.begun_age is not None or claim.taken_from is not None
     return min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if begun else 0)))
@@ -105,7 +107,12 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
             return Finish("failed", reason)
         case Gone() as gone:
             return Finish("cancelled", reason_of(gone))
-        case Answered() | Accepted():
+        case Accepted():
+            # We stop while the run goes on at the API: the next worker polls on.
+            return Release("accepted by the API, and polled by the next worker")
+        case Capped(reason, retry_after):
+            return _moved(claim, reason) if claim.moved else Defer(After(retry_after), reason)
+        case Answered():
             return _over(claim, None, succeeded=True)
         case Busy(_, retry_after) as busy:
             delay = policy.busy_delay if retry_after is None else _obeyed(retry_after)

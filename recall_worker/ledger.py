@@ -34,6 +34,7 @@ from . import statements
 from .events import harmless
 from .judge import LAST
 from .recall import (
+    Accepted,
     After,
     AsMoved,
     Claim,
@@ -122,6 +123,16 @@ class Claimed:
     """Rows that PostgreSQL refuses to have claimed, with its reason: passed over for a while, as they must not hold up the others."""
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    mine: bool
+    """Whether the next probe is ours to make."""
+    answered: bool
+    """Whether somebody found the endpoint answering since our breaker opened."""
+    next_in: float | None
+    """Seconds until the next probe may be asked for."""
+
+
 def connection_info(dsn: str, name: str) -> dict[str, Any]:
     """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer."""
     return {
@@ -199,12 +210,18 @@ class _Line:
         self._conn: psycopg.AsyncConnection[dict[str, Any]] | None = None
         self._turn = asyncio.Lock()
 
-    async def ask(self, statement: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    async def ask(self, statement: str, values: Mapping[str, Any], after: str | None = None) -> list[dict[str, Any]]:
+        """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
         async with self._turn:
             try:
                 async with asyncio.timeout(STATEMENT_DEADLINE + CONNECT_DEADLINE):
                     conn = await self._connected()
-                    cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
+                    if after is None:
+                        cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
+                    else:
+                        async with conn.pipeline(), conn.transaction():
+                            await conn.execute(after.encode())
+                            cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
                 await self._break()
@@ -254,17 +271,22 @@ class _Line:
 class Ledger:
     """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
 
-    def __init__(self, dsn: str, worker: str, lease: float, *, pooled: bool = False) -> None:
-        """`lease` in seconds. `pooled`: a transaction pooler stands in between, so statements aren't prepared."""
+    def __init__(self, dsn: str, worker: str, lease: float, *, pooled: bool = False, fleet: int | None = None) -> None:
+        """`lease` in seconds. `pooled`: a transaction pooler stands in between, so statements aren't prepared.
+
+        `fleet`: the most runs at once of all replicas together.
+        """
         name = f"recall-worker ledger {worker}"
         if not pooled:
             dsn = _bounded(dsn)
         self._worker = worker
         self._lease = lease
+        self._fleet = fleet
         self._lines: list[_Line] = []
         self._claims, self._settles, self._renewals = (_Line(dsn, name, not pooled, self._lines) for _ in range(3))
         self._sql = statements.load("ledger")
         self._aside: dict[str, float] = {}
+        self._turn = None if fleet is None else self._sql["fleet_turn"]
 
     async def close(self) -> None:
         for line in self._lines:
@@ -283,13 +305,15 @@ class Ledger:
     async def claim(self, slots: int, *, take_expired: bool) -> Claimed:
         """Take at most `slots` due rows under leases of their own, oldest due first, and learn when the next one is due."""
         asked_at = time.monotonic()
-        values: dict[str, Any] = {"slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired}
+        values: dict[str, Any] = {
+            "slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired, "fleet": self._fleet,
+        }  # fmt: skip
         self._aside = {id: until for id, until in self._aside.items() if until > asked_at}
         statement = self._sql["claim"]
         if self._aside:
             statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
         try:
-            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)})
+            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn)
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
@@ -307,7 +331,9 @@ class Ledger:
         stranded: list[tuple[str, str]] = []
         for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
             try:
-                claims += _claims_in(await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}))
+                claims += _claims_in(
+                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn)
+                )
             except Refusal as refusal:
                 if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
                     self._aside[row["id"]] = asked_at + ASIDE
@@ -343,6 +369,31 @@ class Ledger:
             for c, occurrence in claims
             if c.id in missed
         ]  # fmt: skip
+
+    async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool:
+        """Put an accepted run's reference on record, under the lease. False where the row is no longer ours."""
+        values = {
+            "id": claim.id, "lease": claim.lease, "reference": accepted.reference, "http_status": accepted.http_status,
+            "called_ago": called_ago, "worker": self._worker,
+        }  # fmt: skip
+        return bool(await self._renewals.ask(self._sql["accept"], values))
+
+    async def runs_of(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
+        """For each window (seconds, most runs): how many runs the session had in it, and in how many seconds it has room again."""
+        values = {"session_id": session_id, "spans": [span for span, _ in windows], "mosts": [most for _, most in windows]}
+        rows = await self._renewals.ask(self._sql["runs_of"], values)
+        by_span = {row["span"]: (row["runs"], row["frees_in"]) for row in rows}
+        return [by_span[span] for span, _ in windows]
+
+    async def probe(self, endpoint: str, open_for: float, *, wanted: bool) -> Probe:
+        """While our breaker is open, since `open_for` seconds: has anybody found the endpoint answering, and is the fleet's next probe ours?"""
+        values = {"endpoint": endpoint, "open_for": open_for, "wanted": wanted}
+        row = (await self._claims.ask(self._sql["probe"], values))[0]
+        return Probe(row["mine"], row["answered"], row["next_in"])
+
+    async def endpoint_answers(self, endpoint: str) -> None:
+        """Tell all replicas that the endpoint answers again."""
+        await self._claims.ask(self._sql["endpoint_answers"], {"endpoint": endpoint})
 
     async def renew(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Extend these leases (id → lease). Says of each: renewed, locked (ask again soon), lost, deleted, or its final status."""
@@ -438,7 +489,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         case Defer(After(delay)):
             attempt, deferrals = attempt - 1, min(LAST, deferrals + 1)
         case Release():
-            attempt -= 1
+            attempt -= 0 if isinstance(outcome, Accepted) else 1
         case never_either:
             assert_never(never_either)
     return {
@@ -450,6 +501,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "called_ago": called_ago, "ended_ago": ended_ago, "http_statuses": http_status_of(outcome),
         "call_occurrences": claim.occurrence, "call_rekeys": claim.rekey, "call_attempts": claim.attempt,
         "sessions": claim.session_id, "scheduled": claim.scheduled_for,
+        "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
     }  # fmt: skip
 
 

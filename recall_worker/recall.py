@@ -89,6 +89,10 @@ class Claim:
     """Whether `trigger_at` has come: False only where a lease ended on a row that was moved into the future meanwhile."""
     taken_from: str | None
     """The worker whose lease had ended when this claim took the row up, if any."""
+    reference: str | None = None
+    """How the API calls the run of this occurrence that it accepted: to be polled, not called again."""
+    delivered_age: float | None = None
+    """Seconds since the API accepted that run."""
 
     @property
     def key(self) -> str:
@@ -186,6 +190,14 @@ class Unsent:
 
 
 @dataclass(frozen=True, slots=True)
+class Capped:
+    """We hold the recall back ourselves: its session has had as many runs as it may. Nothing was sent."""
+
+    reason: str
+    retry_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Malformed:
     """The row itself can't be run: nothing was sent."""
 
@@ -193,7 +205,7 @@ class Malformed:
 
 
 Outcome: TypeAlias = (
-    Answered | Accepted | Busy | Gone | Misconfigured | Unavailable | Unknown | Failed | Refused | Unsent | Malformed
+    Answered | Accepted | Busy | Gone | Misconfigured | Unavailable | Unknown | Failed | Refused | Capped | Unsent | Malformed
 )
 
 

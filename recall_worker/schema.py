@@ -195,7 +195,7 @@ def _drop_invalid_indexes(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     """What a `create index concurrently` that was interrupted leaves behind: an index that costs writes and serves nobody."""
     left = conn.execute(
         "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid "
-        "where i.indrelid = to_regclass('session_recalls') and not i.indisvalid and c.relname like 'idx\\_recalls\\_%'"
+        "where i.indrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts')) and not i.indisvalid and c.relname like 'idx\\_recall%'"
     ).fetchall()
     for (name,) in left:
         conn.execute(sql.SQL("drop index concurrently if exists {}").format(sql.Identifier(str(name))))

@@ -21,7 +21,7 @@ HORIZON = 60.0
 LONGEST = 1e9
 """Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""
 
-PROTOCOLS = ("native",)
+PROTOCOLS = ("native", "langgraph", "agno")
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "console")
 
@@ -48,8 +48,12 @@ class Settings:
     )
     run_url: str | None = _setting(None, "the run endpoint; `{session_id}` in it is replaced, percent-encoded")
     run_token: str | None = _setting(None, "bearer token for the run endpoint", secret=True)
-    signing_secret: str | None = _setting(None, "secret for Standard Webhooks signatures", secret=True)
+    signing_secret: str | None = _setting(
+        None, "secret for Standard Webhooks signatures; two, with a blank between, while it is being changed", secret=True
+    )
     ca_file: str | None = _setting(None, "PEM file with the certificate authority of a private endpoint")
+    langgraph_assistant: str = _setting("agent", "the assistant (or graph) that LangGraph runs on the thread")
+    agno_agent: str | None = _setting(None, "the agent that Agno runs in the session")
     protocol: str = _setting("native", "how the agent server speaks: " + ", ".join(PROTOCOLS))
     concurrency: int = _setting(3, "slots: runs at once in this worker", least=1, most=100_000)
     busy_delay: float = _setting(60.0, "seconds until a busy session is tried again, where it does not say", least=0.05)
@@ -57,10 +61,21 @@ class Settings:
     run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)
     give_up: float = _setting(86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0)
+    session_limit: str | None = _setting(
+        None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
+    )
+    fleet_concurrency: int | None = _setting(
+        None, "runs at once in all workers together; off where unset", least=1, most=1_000_000
+    )
     poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
     drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
     log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))
     log_format: str = _setting("auto", "log format: " + ", ".join(FORMATS) + " (auto: console on a terminal, else json)")
+
+    @property
+    def session_windows(self) -> list[tuple[float, int]]:
+        """`session_limit` as windows: (seconds, most runs)."""
+        return [(_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")]
 
     def needed(self, *names: str) -> Settings:
         """These settings, or SettingsError naming all of `names` that are not set."""
@@ -77,6 +92,11 @@ class Settings:
             f.name: (None if getattr(self, f.name) is None else "set") if f.metadata["secret"] else getattr(self, f.name)
             for f in dataclasses.fields(self)
         }
+
+
+_SPANS = {"h": 3600.0, "d": 86_400.0}
+_LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
+_LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 
 def variable(name: str) -> str:
@@ -147,8 +167,8 @@ def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[s
 
 
 def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
-    kind = str(f.type)
-    if kind.startswith("str"):
+    kind = str(f.type).removesuffix(" | None")
+    if kind == "str":
         text = str(raw)
         if any(ord(c) < 32 or ord(c) == 127 for c in text):
             raise ValueError("holds a control character (a line break?): remove it")
@@ -181,9 +201,11 @@ def _contradictions(s: Settings) -> list[str]:
         problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
     if s.run_token is not None and not s.run_token.isascii():
         problems.append("RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII")
-    if s.signing_secret is not None and s.signing_secret.startswith("whsec_"):
+    if s.session_limit is not None and not _LIMITS.fullmatch(s.session_limit):
+        problems.append(f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d")
+    for secret in [one for one in (s.signing_secret or "").split() if one.startswith("whsec_")]:
         try:
-            base64.b64decode(s.signing_secret.removeprefix("whsec_"), validate=True)
+            base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         except ValueError:
             problems.append("RECALL_SIGNING_SECRET starts with whsec_ but is not base64 behind it: copy it again")
     if s.ca_file is not None and not os.access(s.ca_file, os.R_OK):

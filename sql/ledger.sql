@@ -7,7 +7,7 @@
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
 -- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
 with candidate as materialized (
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for,
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.run_reference,
         r.trigger_at, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
@@ -32,7 +32,11 @@ with candidate as materialized (
                 and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
     order by coalesce(r.lease_until, r.trigger_at)
-    limit %(slots)s
+    limit case
+        when %(fleet)s::integer is null then %(slots)s::bigint
+        else least(%(slots)s, greatest(0, %(fleet)s - (
+            select count(*) from session_recalls f where f.lease is not null and f.status in ('pending', 'running'))))
+    end
     for update of r skip locked
 ),
 claimed as (
@@ -42,7 +46,8 @@ claimed as (
         leased_at = now(),
         leased_by = %(worker)s,
         -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
-        attempt = least(greatest(r.attempt, 0), 2147483646) + 1,
+        -- A run that the API accepted is polled on, not called again.
+        attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
         scheduled_for = coalesce(r.scheduled_for, r.trigger_at),
         planned_at = coalesce(r.planned_at, r.trigger_at),
         -- A lease that ended on its own was a call that may have been made.
@@ -67,7 +72,7 @@ taken as (
         c.due_at, 'the worker was not heard of again: its lease ended', 'taken'
     from candidate c
     -- An id that is too long for an index is not called by anybody: see judge.
-    where c.lease is not null and octet_length(c.id) <= 2000
+    where c.lease is not null and c.run_reference is null and octet_length(c.id) <= 2000
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
             last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
@@ -106,7 +111,8 @@ select ahead.next_in, ahead.waiting,
     least(greatest(c.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
     least(greatest(c.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
     c.trigger_at <= now() as due,
-    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from
+    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
+    c.run_reference as reference, extract(epoch from now() - c.delivered_at)::float8 as delivered_age
 from ahead
 left join (claimed c join candidate k on k.id = c.id) on true
 order by k.due_at;
@@ -143,6 +149,78 @@ from told t
 where r.id = t.id and r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.trigger_at = t.trigger::timestamptz
     and r.status in ('pending', 'running')
 returning r.id, r.missed;
+
+-- name: accept
+-- The API took the run and will say later how it ended: its reference is on record before it is polled. Delivered and completed are
+-- two facts; the mark says so.
+with accepted as (
+    update session_recalls r
+    set run_reference = %(reference)s, delivered_at = now(), last_outcome = 'accepted',
+        begun_at = coalesce(r.begun_at, now() - %(called_ago)s * interval '1 second')
+    where r.id = %(id)s and r.lease = %(lease)s and r.status in ('pending', 'running')
+    returning r.*
+),
+marked as (
+    insert into recall_attempts as a
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
+        ended_at, http_status, settled, delivered_at)
+    select r.id, r.occurrence, r.rekey, r.attempt, 'accepted', r.session_id, %(worker)s, r.lease, r.scheduled_for,
+        now() - %(called_ago)s * interval '1 second', now() - %(called_ago)s * interval '1 second', now(), %(http_status)s, 'polled', now()
+    from accepted r
+    on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
+        set calls = a.calls + 1, last_called_at = excluded.last_called_at, ended_at = excluded.ended_at, lease = excluded.lease,
+            worker = excluded.worker, delivered_at = excluded.delivered_at
+)
+select id from accepted;
+
+-- name: runs_of
+-- How many runs a session had in each window, and when the oldest of them leaves it. Asked under the session's lease: its runs are
+-- one after the other, each on record before the next can be claimed, so nothing is counted that another worker is about to add.
+select w.span, w.most, r.runs, r.frees_in
+from unnest(%(spans)s::float8[], %(mosts)s::integer[]) as w (span, most)
+cross join lateral (
+    select count(*) as runs,
+        -- The window has room again when so many have left it that one fits.
+        (select extract(epoch from a.last_called_at - now())::float8 + w.span from recall_attempts a
+         where a.session_id = %(session_id)s and a.last_called_at > now() - w.span * interval '1 second'
+            and a.outcome in ('answered', 'accepted', 'failed', 'unknown')
+         order by a.last_called_at desc offset w.most - 1 limit 1) as frees_in
+    from recall_attempts a
+    where a.session_id = %(session_id)s and a.last_called_at > now() - w.span * interval '1 second'
+        and a.outcome in ('answered', 'accepted', 'failed', 'unknown')
+) r;
+
+-- name: fleet_turn
+-- Claims under a cap on the whole fleet go one at a time; the lock ends with the transaction, and the count that follows sees all
+-- that was claimed before.
+select pg_advisory_xact_lock(hashtext('recall-worker fleet'), hashtext(current_schema()));
+
+-- name: probe
+-- While the endpoint is down: has anybody found it answering since, and, where `wanted`, is the next probe ours? All replicas share the
+-- probes, 1 s doubling to 30 s apart, so that twenty of them ask no more often than one.
+with turn as (
+    insert into recall_endpoints as e (endpoint, probed_at, probes)
+    select %(endpoint)s, now(), 1
+    where %(wanted)s
+    on conflict (endpoint) do update set probed_at = now(), probes = least(e.probes + 1, 10)
+    where e.probed_at is null or e.probed_at <= now() - least(30, 2 ^ e.probes) * interval '1 second'
+    returning endpoint
+),
+known as (
+    select e.answered_at > now() - %(open_for)s * interval '1 second' as answered,
+        greatest(0, extract(epoch from e.probed_at - now()) + least(30, 2 ^ e.probes))::float8 as next_in
+    from recall_endpoints e
+    where e.endpoint = %(endpoint)s
+)
+select exists (select from turn) as mine, coalesce((select answered from known), false) as answered, (select next_in from known) as next_in;
+
+-- name: endpoint_answers
+-- The endpoint answered again: on record, and rung for the others.
+with told as (
+    insert into recall_endpoints as e (endpoint, answered_at) values (%(endpoint)s, now())
+    on conflict (endpoint) do update set answered_at = now(), probes = 0
+)
+select pg_notify('session_recalls', '');
 
 -- name: renew
 -- For all runs at once. A row that the application holds locked is passed over and asked for again soon (nobody else can take
@@ -194,9 +272,9 @@ with told as (
         %(rekeys)s::integer[], %(attempts)s::integer[], %(deferrals)s::integer[], %(delays)s::float8[], %(fresh)s::boolean[],
         %(outcomes)s::text[], %(reasons)s::text[], %(called_ago)s::float8[], %(ended_ago)s::float8[], %(http_statuses)s::integer[],
         %(call_occurrences)s::integer[], %(call_rekeys)s::integer[], %(call_attempts)s::integer[],
-        %(sessions)s::text[], %(scheduled)s::timestamptz[]
+        %(sessions)s::text[], %(scheduled)s::timestamptz[], %(keep_references)s::boolean[], %(references)s::boolean[]
     ) as t (id, lease, trigger, status, occurrence, rekey, attempt, deferrals, delay, fresh, outcome, reason, called_ago, ended_ago,
-        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for)
+        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, keep_reference, has_reference)
 ),
 held as materialized (
     select r.id, r.session_id, r.lease, r.status, r.trigger_at
@@ -235,12 +313,15 @@ written as (
             ) then 'running'
             else t.status
         end,
-        lease = null, lease_until = null, leased_at = null,
-        leased_by = case when t.status in ('pending', 'running') then null else r.leased_by end,
+        -- A run that goes on at the API is handed over: its lease ends now, and whoever takes it up polls on.
+        lease = case when t.keep_reference then r.lease end,
+        lease_until = case when t.keep_reference then now() end,
+        leased_at = case when t.keep_reference then r.leased_at end,
+        leased_by = case when t.keep_reference or t.status not in ('pending', 'running') then r.leased_by end,
         occurrence = t.occurrence, rekey = t.rekey, attempt = t.attempt, deferrals = t.deferrals,
         trigger_at = case when t.delay is null then r.trigger_at
             else now() + (t.delay - t.ended_ago) * interval '1 second' end,
-        planned_at = case when t.delay is null then r.trigger_at
+        planned_at = case when t.keep_reference then r.planned_at when t.delay is null then r.trigger_at
             else now() + (t.delay - t.ended_ago) * interval '1 second' end,
         scheduled_for = case when t.fresh then null else r.scheduled_for end,
         begun_at = case when t.fresh then null
@@ -248,6 +329,8 @@ written as (
             else coalesce(r.begun_at, now() - coalesce(t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end)
                 * interval '1 second') end,
         missed = case when t.fresh then 0 else r.missed end,
+        run_reference = case when t.keep_reference then r.run_reference end,
+        delivered_at = case when t.keep_reference then r.delivered_at end,
         last_outcome = coalesce(t.outcome, r.last_outcome),
         reason = t.reason,
         ended_at = case when t.status in ('pending', 'running') then null else now() end,
@@ -262,17 +345,30 @@ freed as (
     set lease = null, lease_until = null
     where r.id = any (array(select id from state where state = 'ended'))
 ),
+before as (
+    -- The mark of a run that was accepted and has ended: its times go into the final one.
+    delete from recall_attempts a
+    using told t join state s on s.id = t.id
+    where t.has_reference and t.outcome is not null and s.state not in ('moved', 'locked', 'again')
+        and a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey and a.attempt = t.call_attempt
+        and a.outcome = 'accepted' and t.outcome <> 'accepted'
+    returning a.recall_id, a.called_at, a.delivered_at
+),
 marked as (
     insert into recall_attempts as a
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
-        ended_at, http_status, reason, settled)
+        ended_at, http_status, reason, settled, delivered_at, completed_at)
     select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id, %(worker)s, t.lease, t.scheduled_for,
-        now() - t.called_ago * interval '1 second', now() - t.called_ago * interval '1 second',
-        now() - t.ended_ago * interval '1 second', t.http_status, t.reason, coalesce(w.status, s.state)
+        coalesce(b.called_at, now() - t.called_ago * interval '1 second'), coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
+        now() - t.ended_ago * interval '1 second', t.http_status, t.reason, coalesce(w.status, s.state),
+        coalesce(b.delivered_at, case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end),
+        case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end
     from told t
     join state s on s.id = t.id and s.lease = t.lease
     left join written w on w.id = t.id and s.state = 'settled'
-    where s.state not in ('moved', 'locked', 'again') and (t.called_ago is not null or t.outcome = 'unavailable')
+    left join before b on b.recall_id = t.id
+    where s.state not in ('moved', 'locked', 'again') and t.outcome <> 'accepted'
+        and (t.called_ago is not null or t.outcome = 'unavailable' or b.recall_id is not null)
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         -- The same lease is the same call: its mark may have been left already by whoever took the row up.
         set calls = a.calls + (a.lease <> excluded.lease)::integer, called_at = coalesce(a.called_at, excluded.called_at),

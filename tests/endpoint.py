@@ -34,8 +34,17 @@ class Request:
         return document
 
     @property
+    def method(self) -> str:
+        return self.line.split(" ")[0]
+
+    @property
+    def path(self) -> str:
+        return self.line.split(" ")[1]
+
+    @property
     def session(self) -> str:
-        return str(self.document["session_id"])
+        """The session of a call; of a poll or an abort, what follows `/runs/` in its path."""
+        return str(self.document["session_id"]) if self.method == "POST" else self.path.rpartition("/runs/")[2]
 
     @property
     def key(self) -> str:
@@ -95,8 +104,8 @@ class Endpoint:
         """How calls of this session are answered, in turn; the last answer stays."""
         self.scripts[session] = list(answers)
 
-    def of(self, session: str) -> list[Request]:
-        return [request for request in self.requests if request.session == session]
+    def of(self, session: str, method: str = "POST") -> list[Request]:
+        return [request for request in self.requests if request.method == method and request.session == session]
 
     @property
     def keys(self) -> list[str]:
@@ -163,7 +172,8 @@ class Endpoint:
         return Request(time.monotonic(), line, headers, body)
 
     async def _answer(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        script = self.scripts.get(request.session, [])
+        # Calls are answered by the session's script, polls and aborts by that of `GET <run>` and `DELETE <run>`.
+        script = self.scripts.get(request.session if request.method == "POST" else f"{request.method} {request.session}", [])
         answer = self.default if not script else script[0] if len(script) == 1 else script.pop(0)
         while not isinstance(answer, Raw):
             answer = await self._pass(answer, reader) if isinstance(answer, Gate) else await answer(request)

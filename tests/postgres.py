@@ -164,3 +164,12 @@ def _name(database: str) -> str:
     if "=" not in database and "://" not in database:
         return database
     return str(conninfo_to_dict(database)["dbname"])
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has, a moment ago."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,7 +1,10 @@
-"""The only HTTP: how agent servers are called. One module a protocol, behind one small interface.
+"""The only HTTP: how agent servers are called. One module a protocol, behind one small interface of four verbs.
 
-A protocol turns a claim into one request and its answer into an `Outcome`. It never raises (but for cancellation, by which a call is
-aborted), never decides what an outcome means for the row, and never touches the database.
+A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (but for cancellation, by which a call is
+broken off), never decides what an outcome means for the row, and never touches the database.
+
+`wire` owns connections, `polling` the patience with which an accepted run is followed; `native`, `langgraph` and `agno` say at their tops
+what their servers can and cannot do.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from ..settings import Settings
 
 @dataclass(slots=True)
 class Call:
-    """One request to the endpoint, being made. The protocol writes `sent_at`; the worker reads it, also after aborting."""
+    """One request to the endpoint, being made. The protocol writes `sent_at`; the worker reads it, also after breaking it off."""
 
     claim: Claim
     asked_at: float
@@ -28,7 +31,23 @@ class Protocol(Interface):
     """How one kind of agent server is spoken to."""
 
     async def call(self, call: Call) -> Outcome:
-        """Make the request and wait for its end, at most RECALL_RUN_TIMEOUT seconds."""
+        """Make the request and wait for its answer, at most RECALL_RUN_TIMEOUT seconds. Accepted: to be followed."""
+        ...
+
+    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+        """Poll an accepted run until it ends, at most `within` seconds. Never Accepted."""
+        ...
+
+    async def abort(self, claim: Claim, reference: str) -> None:
+        """Ask the server to end an accepted run, where it offers that. Best effort, a few seconds at most."""
+        ...
+
+    async def find(self, claim: Claim) -> Outcome | None:
+        """Whether a call under this claim's key, whose answer nobody has, reached the server: asked before it is posted again.
+
+        None: it may be posted (the server honours keys, or the run is not there). Accepted: it is there, to be followed. Any
+        other outcome: that can't be told now.
+        """
         ...
 
     async def close(self) -> None:
@@ -38,6 +57,10 @@ class Protocol(Interface):
 
 def create(settings: Settings) -> Protocol:
     """The protocol that RECALL_PROTOCOL names, ready to call. Needs a running event loop."""
-    from .native import Native
+    match settings.protocol:
+        case "native":
+            from .native import Native
 
-    return Native(settings)
+            return Native(settings)
+        case other:
+            raise ValueError(other)

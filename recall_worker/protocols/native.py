@@ -1,7 +1,10 @@
 """The native protocol: DESIGN's run endpoint, spoken by APIs that were written for it (and by `recall-worker reference-api`).
 
-What its server can do: check and start atomically (409), name a missing session (404 with a code), honour `Idempotency-Key`.
-What is missing so far: runs that are accepted and polled.
+What its server can do: check and start atomically (409), name a missing session (404 with a code), honour `Idempotency-Key`, answer when the
+run has ended or accept it and be polled (202 with `Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE on the
+same address). Nothing needs looking up before a second post, as that carries the same key.
+
+An accepted run is polled at its Location, or at `<run url>/<run_id>`; only on RECALL_RUN_URL's own origin, or the token would leak.
 
 Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context level 1; webhook-* headers and whsec_
 secrets, Standard Webhooks 1.0.
@@ -20,9 +23,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 from ..recall import (
+    Accepted,
     Answered,
     Busy,
     Claim,
@@ -36,13 +40,17 @@ from ..recall import (
 )
 from ..settings import Settings
 from . import Call
+from .polling import StillOn, follow
 from .wire import Answer, NoAnswer, Wire
 
 FAILED_WORDS = frozenset({"failed", "error", "cancelled", "canceled", "timeout", "expired"})
+FINAL_WORDS = FAILED_WORDS | {"succeeded", "completed", "success"}
+ABORT_DEADLINE = 5.0
 UNAVAILABLE = frozenset({408, 425, 429, 503})
 MISCONFIGURED = frozenset({401, 403, 404, 405, 407})
 RETRY_AFTER_MOST = 86_400.0
 _PLAIN = re.compile(r"[!-~]+")
+_PRINTABLE = re.compile(r"[!-~]{1,2000}")
 
 
 class Native:
@@ -73,16 +81,44 @@ class Native:
             if self._secret is not None:
                 timestamp = int(time.time())
                 made["webhook-id"], made["webhook-timestamp"] = key, str(timestamp)
-                made["webhook-signature"] = signature(self._secret, key, timestamp, sent_body)
+                # While a secret is being changed there are two, and a signature by each.
+                signed = (signature(secret, key, timestamp, sent_body) for secret in self._secret.split())
+                made["webhook-signature"] = " ".join(signed)
             return made
 
         def sent() -> None:
             call.sent_at = time.monotonic()
 
-        answer = await self._wire.post(address(self._url, claim.session_id), headers, sent_body, self._timeout, sent)
+        url = address(self._url, claim.session_id)
+        answer = await self._wire.post(url, headers, sent_body, self._timeout, sent)
         if isinstance(answer, NoAnswer):
             return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
-        return read(answer)
+        return accepted(answer, url) or read(answer)
+
+    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+        url = self._polled_at(claim, reference)
+        if url is None:
+            return Unknown("the reference of the accepted run leads to another origin than RECALL_RUN_URL")
+        # One set of headers for all polls; the token is in it.
+        headers = self._always | {"Idempotency-Key": header_key(claim.key)}
+
+        async def ask() -> Outcome | StillOn:
+            answer = await self._wire.ask("GET", url, headers)
+            return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+
+        return await follow(ask, within)
+
+    async def abort(self, claim: Claim, reference: str) -> None:
+        url = self._polled_at(claim, reference)
+        if url is not None:
+            await self._wire.ask("DELETE", url, self._always | {"Idempotency-Key": header_key(claim.key)}, ABORT_DEADLINE)
+
+    async def find(self, claim: Claim) -> Outcome | None:
+        return None
+
+    def _polled_at(self, claim: Claim, reference: str) -> str | None:
+        """A stored reference as an address, if it is one of the endpoint's own origin: what a row holds is hostile."""
+        return same_origin(address(self._url, claim.session_id), reference)
 
     async def close(self) -> None:
         await self._wire.close()
@@ -116,6 +152,58 @@ def body(claim: Claim) -> bytes:
         },
     }
     return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+
+def same_origin(base: str, location: str) -> str | None:
+    """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host and port."""
+    try:
+        url = urljoin(base, location)
+        here, there = urlsplit(base), urlsplit(url)
+        ports = [p.port or {"http": 80, "https": 443}.get(p.scheme) for p in (here, there)]
+    except ValueError:
+        return None
+    stays = (here.scheme, here.hostname, ports[0]) == (there.scheme, there.hostname, ports[1])
+    return url.partition("#")[0] if stays and there.username is None and _PRINTABLE.fullmatch(url) else None
+
+
+def accepted(answer: Answer, url: str) -> Outcome | None:
+    """Accepted, where that is what the answer says; Unknown where the run was accepted but can't be followed; else None."""
+    if not 200 <= answer.status < 300:
+        return None
+    document = _json(answer.body) if answer.body and not answer.truncated else None
+    said = document if isinstance(document, dict) else {}
+    word = said.get("status")
+    ended = isinstance(word, str) and word.lower() in FINAL_WORDS
+    if ended:
+        return None
+    location = answer.headers.get("Location")
+    if answer.status == 202 and location is not None:
+        where = same_origin(url, location)
+        if where is None:
+            return Unknown(f"the run was accepted, but is to be polled elsewhere: {location[:200]} (HTTP 202)", 202)
+        return Accepted(where, answer.status)
+    run_id = said.get("run_id")
+    if isinstance(run_id, str) and run_id and isinstance(word, str):
+        # `quote` leaves dots alone, and a dot segment would lead out of the run's place.
+        name = quote(run_id, safe="") if run_id not in (".", "..") else quote(run_id, safe="").replace(".", "%2E")
+        path, _, query = url.partition("?")
+        return Accepted(f"{path}/{name}" + (f"?{query}" if query else ""), answer.status)
+    return None
+
+
+def polled(answer: Answer) -> Outcome | StillOn:
+    """What a poll's answer says of an accepted run."""
+    later = retry_after(answer.headers)
+    if answer.status in (404, 410):
+        return Unknown(f"the API no longer knows the run that it accepted (HTTP {answer.status})", answer.status)
+    if answer.status == 202 or not 200 <= answer.status < 300:
+        return StillOn(later, None if answer.status == 202 else f"HTTP {answer.status}")
+    document = _json(answer.body) if answer.body else {}
+    word = document.get("status") if isinstance(document, dict) else None
+    if isinstance(word, str) and word.lower() not in FINAL_WORDS:
+        return StillOn(later)
+    outcome = _success(answer)
+    return outcome if isinstance(outcome, Answered | Failed) else StillOn(later, "an answer that is no JSON")
 
 
 def signature(secret: str, key: str, timestamp: int, content: bytes) -> str:

@@ -29,6 +29,7 @@ from ..settings import SettingsError
 LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
 KEEP_ALIVE = 4.0
+ASK_DEADLINE = 30.0
 CONNECTIONS_TRIED = 3
 
 
@@ -98,6 +99,19 @@ class Wire:
             failure = error
         return NoAnswer(witness.sent, _reason(failure, witness.sent))
 
+    async def ask(self, method: str, url: str, headers: Mapping[str, str], timeout: float = ASK_DEADLINE) -> Answer | NoAnswer:
+        """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never raises, but for cancellation."""
+        try:
+            async with (
+                asyncio.timeout(timeout),
+                self._session.request(method, URL(url, encoded=True), headers=headers, allow_redirects=False) as response,
+            ):
+                return await self._read(response)
+        except TimeoutError:
+            return NoAnswer(True, f"no answer within {timeout:g} s")
+        except Exception as error:
+            return NoAnswer(True, _reason(error, True))
+
     async def _try(self, url: URL, headers: Mapping[str, str], witness: _Witness) -> Answer | None:
         """One request; None where what came was no answer to it, as it had not been sent."""
         async with self._session.post(url, data=witness, headers=headers, allow_redirects=False) as response:
@@ -105,17 +119,21 @@ class Wire:
                 # Bytes that waited on an idle connection, such as a proxy's 408.
                 response.close()
                 return None
-            read = bytearray()
-            try:
-                while len(read) <= LIMIT and (chunk := await response.content.readany()):
-                    read += chunk
-            except aiohttp.ClientError:
-                # Broken off in the body. A success is only one when it is whole; other answers say enough with their status.
-                if response.status < 300:
-                    raise
-            if len(read) > LIMIT:
-                response.close()
-            return Answer(response.status, response.headers, bytes(read[:LIMIT]), len(read) > LIMIT)
+            return await self._read(response)
+
+    @staticmethod
+    async def _read(response: aiohttp.ClientResponse) -> Answer:
+        read = bytearray()
+        try:
+            while len(read) <= LIMIT and (chunk := await response.content.readany()):
+                read += chunk
+        except aiohttp.ClientError:
+            # Broken off in the body. A success is only one when it is whole; other answers say enough with their status.
+            if response.status < 300:
+                raise
+        if len(read) > LIMIT:
+            response.close()
+        return Answer(response.status, response.headers, bytes(read[:LIMIT]), len(read) > LIMIT)
 
 
 class _Stale(ConnectionResetError):

@@ -16,6 +16,7 @@ from ..recall import (
     Accepted,
     Answered,
     Busy,
+    Capped,
     Failed,
     Gone,
     Malformed,
@@ -56,6 +57,18 @@ class Breaker:
             return 0, 1.0
         return (1, 0.0) if now >= self._next_probe else (0, self._next_probe - now)
 
+    def open_for(self, now: float) -> float:
+        """Seconds since it opened."""
+        return now - self._opened_at
+
+    def close(self) -> None:
+        """Another replica found the endpoint answering."""
+        self._close()
+
+    def postpone(self, until: float) -> None:
+        """The fleet's next probe is not before this instant."""
+        self._next_probe = max(self._next_probe, until)
+
     def probing(self, call: Call) -> None:
         """This call is the probe that was allowed."""
         self._probe = call
@@ -74,7 +87,7 @@ class Breaker:
                 if http_status is not None:
                     return self._answer(call)
                 return self._wait_longer(now) if was_probe else None
-            case Unsent() | Malformed():
+            case Unsent() | Malformed() | Capped():
                 if was_probe:
                     self._next_probe = now
                 return None

@@ -6,6 +6,8 @@ All its loops are supervised together: one that ends by a defect ends the worker
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import os
 import random
 import socket
@@ -19,7 +21,7 @@ from ..bell import Bell
 from ..events import Events
 from ..ledger import Claimed, Ledger, Outage, Refusal
 from ..protocols import Call, Protocol
-from ..recall import Claim, Ending, Misconfigured, Outcome, Unknown, Unsent
+from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Unknown, Unsent
 from ..settings import Settings
 from .breaker import Breaker
 from .keeper import Keeper
@@ -31,6 +33,9 @@ FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
 """Seconds between two looks at something due that can't be claimed: doubling from the first to the most."""
 OUTAGE_PAUSE = (0.1, 0.5)
 BEAT_EVERY = 60.0
+ENDED = (*FINAL, "deleted")
+"""What the application can make of a recall in mid-run."""
+LET_GO = (*ENDED, "lost")
 SETTLE_PATIENCE = 10.0
 """Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
 
@@ -47,7 +52,11 @@ class Worker:
         self._policy = judging.Policy(
             busy_delay=settings.busy_delay, max_attempts=settings.max_attempts, give_up=settings.give_up
         )
-        self._ledger = Ledger(settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None)
+        self._ledger = Ledger(
+            settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None, fleet=settings.fleet_concurrency
+        )
+        self._endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
+        self._shout: asyncio.Task[None] | None = None
         self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, events)
         self._reach = Reach(events, settings.lease)
         self._settler = Settler(self._ledger, self._policy, events, self._reach, self._free)
@@ -140,6 +149,11 @@ class Worker:
         if was_open and not self._breaker.is_open:
             self._events.tell("breaker.closed", reason="the probe was taken and is being run")
         slots = self._settings.concurrency - len(self._runs)
+        try:
+            if allowed is not None and slots > 0:
+                allowed, changes_in = await self._share_probes(allowed, changes_in)
+        except (Outage, Refusal):
+            allowed, changes_in = 0, 1.0
         if allowed is not None:
             slots = min(slots, allowed)
         if slots <= 0:
@@ -157,6 +171,21 @@ class Worker:
             self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
             return random.uniform(1, 5)
         return self._until_next(claimed, slots, most)
+
+    async def _share_probes(self, allowed: int, changes_in: float) -> tuple[int | None, float]:
+        """What the fleet knows: whether the endpoint answers others, and whose the next probe is."""
+        now = time.monotonic()
+        probe = await self._ledger.probe(self._endpoint, self._breaker.open_for(now), wanted=allowed > 0)
+        if probe.answered:
+            self._breaker.close()
+            self._beat_now.set()
+            self._events.tell("breaker.closed", reason="another worker found the endpoint answering")
+            return None, 0.0
+        if allowed > 0 and not probe.mine:
+            wait = probe.next_in or 1.0
+            self._breaker.postpone(now + wait)
+            return 0, wait
+        return allowed, changes_in
 
     def _until_next(self, claimed: Claimed, slots: int, most: float) -> float:
         if len(claimed.claims) >= slots:
@@ -187,7 +216,13 @@ class Worker:
             if claim.taken_from is not None:
                 self._forget(claim)
                 self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
-            unsent = "moved by the application" if call.claim.moved else "stopping" if self._stop.is_set() else None
+            unsent = (
+                "moved by the application"
+                if call.claim.moved and claim.reference is None
+                else "stopping"
+                if self._stop.is_set()
+                else None
+            )
             if unsent is not None:
                 self._end(run, Unsent(unsent))
                 continue
@@ -215,16 +250,77 @@ class Worker:
     async def _run(self, run: Run) -> None:
         outcome: Outcome
         try:
-            outcome = judging.before_call(run.claim, self._policy.max_attempts) or await self._protocol.call(run.call)
+            outcome = await self._outcome(run)
         except asyncio.CancelledError:
             outcome = self._broken_off(run, run.aborted or "the worker broke")
+            if run.aborted in ENDED and run.claim.reference is not None:
+                await self._protocol.abort(run.claim, run.claim.reference)
         except Exception as error:
             self._events.tell("worker.stumbled", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
             outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
         self._end(run, outcome)
 
+    async def _outcome(self, run: Run) -> Outcome:
+        claim = run.claim
+        if claim.reference is None:
+            outcome = (
+                judging.before_call(claim, self._policy.max_attempts) or await self._capped(claim) or await self._posted(run)
+            )
+            if not isinstance(outcome, Accepted):
+                return outcome
+            if not await self._accept(run, outcome):
+                return Unknown("the recall was taken from this worker while the API accepted the run", outcome.http_status)
+        claim = run.claim
+        assert claim.reference is not None
+        within = self._settings.run_timeout - (claim.delivered_age or 0.0)
+        outcome = await self._protocol.follow(claim, claim.reference, within)
+        if isinstance(outcome, Unknown) and outcome.http_status is None:
+            await self._protocol.abort(claim, claim.reference)
+        return outcome
+
+    async def _posted(self, run: Run) -> Outcome:
+        claim = run.claim
+        if claim.begun_age is not None or claim.taken_from is not None:
+            found = await self._protocol.find(claim)
+            if found is not None:
+                return found
+        return await self._protocol.call(run.call)
+
+    async def _accept(self, run: Run, accepted: Accepted) -> bool:
+        """Put the reference on record before it is polled, however long PostgreSQL takes. False where the row is not ours any more."""
+        claim = run.claim
+        run.call.claim = dataclasses.replace(claim, reference=accepted.reference, delivered_age=0.0)
+        sent_at = run.call.sent_at
+        while True:
+            try:
+                return await self._ledger.accept(claim, accepted, 0.0 if sent_at is None else time.monotonic() - sent_at)
+            except Outage as outage:
+                self._reach.lost(outage.reason)
+                await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
+            except Refusal as refusal:
+                self._events.tell("worker.stumbled", doing="accept", recall=claim.id, reason=refusal.reason)
+                return False
+
+    async def _capped(self, claim: Claim) -> Capped | None:
+        """Whether the session has had as many runs as it may: asked under its lease, so that no two claims count at once."""
+        windows = self._settings.session_windows
+        if not windows:
+            return None
+        try:
+            found = await self._ledger.runs_of(claim.session_id, windows)
+        except (Outage, Refusal) as error:
+            return Capped(f"its session's runs could not be counted: {error.reason}", 1.0)
+        for (span, most), (runs, frees_in) in zip(windows, found, strict=True):
+            if runs >= most:
+                said = f"its session had {runs} runs within {'an hour' if span == 3600 else 'a day'}, and may have {most}"
+                return Capped(said, max(0.05, frees_in or 1.0))
+        return None
+
     @staticmethod
     def _broken_off(run: Run, reason: str) -> Outcome:
+        reference = run.claim.reference
+        if reference is not None and run.aborted not in LET_GO:
+            return Accepted(reference, 202)
         return Unsent(reason) if run.call.sent_at is None else Unknown(reason)
 
     def _end(self, run: Run, outcome: Outcome) -> None:
@@ -232,6 +328,8 @@ class Worker:
         breaker_closed = not self._breaker.is_open
         event = self._breaker.note(call, outcome, now)
         called_after = None if call.sent_at is None else call.sent_at - call.asked_at
+        if event == "breaker.closed":
+            self._shout = asyncio.create_task(self._tell_fleet())
         if event is not None:
             reason = getattr(outcome, "reason", None)
             self._events.tell(event, session=call.claim.session_id, **({"reason": reason} if reason else {}))
@@ -240,6 +338,12 @@ class Worker:
         if isinstance(outcome, Misconfigured):
             self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
         self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
+
+    async def _tell_fleet(self) -> None:
+        try:
+            await self._ledger.endpoint_answers(self._endpoint)
+        except (Outage, Refusal):
+            pass  # The others find out by their own probes.
 
     def _free(self, run: Run) -> None:
         self._runs.pop(run.claim.lease, None)
