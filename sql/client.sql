@@ -129,7 +129,8 @@ set status = 'pending', lease = null, lease_until = null, leased_at = null, leas
         else now() - interval '1 microsecond'
     end,
     scheduled_for = least(coalesce(scheduled_for, trigger_at), now()),
-    rekey = rekey + 1, attempt = 0, deferrals = 0, begun_at = null, reason = null, ended_at = null, paused_at = null, updated_at = now()
+    rekey = rekey + 1, attempt = 0, deferrals = 0, begun_at = null, run_reference = null, delivered_at = null, reason = null,
+    ended_at = null, paused_at = null, updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('failed', 'cancelled') and (lease is null or lease_until < now())
 returning *;
 

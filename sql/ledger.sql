@@ -112,7 +112,8 @@ select ahead.next_in, ahead.waiting,
     least(greatest(c.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
     c.trigger_at <= now() as due,
     case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
-    c.run_reference as reference, extract(epoch from now() - c.delivered_at)::float8 as delivered_age
+    c.run_reference as reference, case when c.delivered_at is not null
+        then extract(epoch from now() - least(greatest(c.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age
 from ahead
 left join (claimed c join candidate k on k.id = c.id) on true
 order by k.due_at;

@@ -81,8 +81,9 @@ cross join (
 ) l
 left join recall_workers h on h.worker = r.leased_by
 left join lateral (
-    select jsonb_object_agg(m.outcome, m.calls) as outcomes, sum(m.calls) as calls, min(m.called_at) as called_at,
-        max(m.last_called_at) as last_called_at
+    -- Where no connection was established nothing was called: the occurrence's beginning stands for that.
+    select jsonb_object_agg(m.outcome, m.calls) as outcomes, sum(m.calls) as calls,
+        min(coalesce(m.called_at, r.begun_at, m.ended_at)) as called_at, max(coalesce(m.last_called_at, m.ended_at)) as last_called_at
     from recall_attempts m
     where m.recall_id = r.id and m.occurrence = r.occurrence and m.rekey = r.rekey
         -- The attempt of a deferral is given back.

@@ -29,6 +29,7 @@ from recall_worker.recall import (
     Answered,
     AsMoved,
     Busy,
+    Capped,
     Claim,
     Defer,
     Ending,
@@ -89,9 +90,13 @@ def verdict_on(claim: Claim, outcome: Outcome, **more: Any) -> Verdict:
 BACKOFF_OF_FIRST = After(2.5)
 """Half of 5 s: what `half` makes of the first backoff."""
 
+HANDED_OVER = Release("accepted by the API, and polled by the next worker")
+"""What a worker that stops says of a run that goes on at the API."""
+
 UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     (Answered(200), Finish("fired", None), Next(6, After(600.0))),
-    (Accepted("run-1", 202), Finish("fired", None), Next(6, After(600.0))),
+    (Accepted("run-1", 202), HANDED_OVER, HANDED_OVER),
+    (Capped("had 5 runs", 90.0), Defer(After(90.0), "had 5 runs"), Defer(After(90.0), "had 5 runs")),
     (Busy(409), Defer(After(60.0), "the session is busy (HTTP 409)"), Defer(After(60.0), "the session is busy (HTTP 409)")),
     (Busy(423, 7.0), Defer(After(7.0), "the session is busy (HTTP 423)"), Defer(After(7.0), "the session is busy (HTTP 423)")),
     (
@@ -162,15 +167,19 @@ def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: 
         case Malformed(why):
             assert verdict == Finish("failed", why)
             return
-        case Answered() | Accepted() | Refused():
+        case Accepted():
+            # The run goes on, and honours the move when it has ended.
+            assert verdict == HANDED_OVER
+            return
+        case Answered() | Refused():
             over = True
         case Unknown() | Failed():
             over = attempt == 3
-        case Busy() | Misconfigured() | Unavailable() | Unsent():
+        case Busy() | Misconfigured() | Unavailable() | Capped() | Unsent():
             over = False
         case never:
             assert_never(never)
-    reason = None if isinstance(outcome, Answered | Accepted | Unsent) else reason_of(outcome)
+    reason = None if isinstance(outcome, Answered | Unsent) else reason_of(outcome)
     if over and skips:
         assert verdict == Next(6 + skips, After(600.0 * (1 + skips)), reason)
     else:
@@ -462,9 +471,9 @@ def test_what_every_verdict_keeps(
             assert anew is isinstance(outcome, Failed)
         case Defer(After(seconds), reason):
             assert 0 <= seconds <= RETRY_AFTER_MOST and reason
-            assert isinstance(outcome, Busy | Unavailable | Misconfigured)
+            assert isinstance(outcome, Busy | Unavailable | Misconfigured | Capped)
         case Release(reason):
-            assert isinstance(outcome, Unsent) and reason
+            assert isinstance(outcome, Unsent | Accepted) and reason
         case never:
             assert_never(never)
 

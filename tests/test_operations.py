@@ -399,6 +399,16 @@ async def test_operations_one_after_the_other(state: str, operations: list[str],
     assert here.keys() == keys
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_retry_of_an_accepted_run_posts_anew(stage: Stage) -> None:
+    """What the API had accepted before the cancel is not followed any more: the retry is posted, under its own key."""
+    here = await scene(stage, "cancelled")
+    await stage.db.execute("update session_recalls set run_reference = '/runs/7', delivered_at = now() where id = %s", [here.id])
+    assert await answer(here, "retry") == 0
+    await here.quiet()
+    assert here.keys() == ["1.1"] and await here.status() == "fired"
+
+
 BY_PROCESS = [
     ("cancel", "waiting, once"),
     ("cancel", "fired"),

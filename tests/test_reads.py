@@ -162,6 +162,16 @@ def deferred_for_two_reasons(desk: Desk) -> None:
     desk.mark(attempt=2, outcome="unavailable", calls=3)
 
 
+def never_connected(desk: Desk) -> None:
+    desk.recall(due=30, deferrals=4, last_outcome="unavailable", reason="no connection", begun_at=datetime.now(UTC) - HOUR)
+    desk.mark(outcome="unavailable", calls=4)
+    desk.conn.execute("update recall_attempts set called_at = null, last_called_at = null")
+
+
+def held_back(desk: Desk) -> None:
+    desk.recall(due=30, deferrals=2, last_outcome="capped", reason="its session had 20 runs within an hour, and may have 20")
+
+
 def to_be_retried(desk: Desk) -> None:
     desk.recall(due=3, attempt=1, last_outcome="unknown", reason="HTTP 502")
     desk.mark(outcome="unknown")
@@ -175,6 +185,22 @@ def next_occurrence(desk: Desk) -> None:
 def in_a_run(desk: Desk) -> None:
     desk.recall()
     desk.lease()
+
+
+def accepted(desk: Desk) -> None:
+    desk.recall(last_outcome="accepted", run_reference="/runs/7", delivered_at=datetime.now(UTC), reason="from before")
+    desk.lease()
+
+
+def handed_over(desk: Desk) -> None:
+    accepted(desk)
+    desk.lease(left=-1)
+
+
+def lease_without_end(desk: Desk) -> None:
+    desk.recall()
+    desk.lease()
+    desk.change(lease_until=None)
 
 
 def in_a_run_after_deferrals(desk: Desk) -> None:
@@ -312,6 +338,11 @@ WHY = [
         deferred_for_two_reasons,
         rf"Not due until .*; deferred, 5 times \(busy 2, unavailable 3\) since {DATE}, .*: the session is busy \(HTTP 409\)\.",
     ),
+    (
+        never_connected,
+        rf"Not due until .*; deferred, unavailable 4 times since {DATE}, the last time {DATE}: no connection\.",
+    ),
+    (held_back, r"Not due until .*; deferred 2 times: its session had 20 runs within an hour, and may have 20\."),
     (to_be_retried, rf"Not due until {DATE} \(in \d s\); its last call ended as unknown: HTTP 502\."),
     (next_occurrence, rf"Not due until {DATE} \(in 60 min\)\."),
     (in_a_run, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),

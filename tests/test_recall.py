@@ -18,6 +18,7 @@ from recall_worker.recall import (
     Accepted,
     Answered,
     Busy,
+    Capped,
     Claim,
     Failed,
     Gone,
@@ -48,6 +49,7 @@ OUTCOMES: list[Outcome] = [
     Unknown("no answer within 5 s"),
     Failed("the API says that the run ended as failed", 200),
     Refused("the API refuses the request", 422),
+    Capped("its session had 5 runs within an hour", 90.0),
     Unsent("stopping"),
     Malformed("an interval of 0"),
 ]

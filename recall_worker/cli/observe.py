@@ -43,7 +43,7 @@ def because(row: Row) -> str:
     if row["paused_at"] is not None:
         parts.insert(0, f"paused since {local(row['paused_at'])}")
     parts += filter(None, [_history(row)])
-    if row["lease"] is None or row["lease_until"] <= now:
+    if row["lease"] is None or row["lease_until"] is None or row["lease_until"] <= now:
         if not row["alive"]:
             parts.append("no live worker is known: start one with recall-worker run")
         elif row["breakers"]:
@@ -60,7 +60,7 @@ def _ended(row: Row, now: datetime) -> str:
         # The application's own statement leaves neither a time nor a reason; what stands there is from the last call.
         how = f"{row['status'].capitalize()} by the application since {local(row['updated_at'])}"
         how += f"; its last call had ended as {row['last_outcome']}" if row["last_outcome"] else ""
-    if row["lease"] is not None and row["lease_until"] > now:
+    if row["lease"] is not None and row["lease_until"] is not None and row["lease_until"] > now:
         how += f"; its call by worker {row['leased_by']} is being aborted"
     return f"{how}."
 
@@ -69,7 +69,9 @@ def _waits_for(row: Row, now: datetime) -> str:
     if row["lease"] is not None:
         which = f"occurrence {row['occurrence']}, attempt {row['attempt']}"
         held = f"in a run since {local(row['leased_at'])}: {which}, leased by worker {row['leased_by']}"
-        if row["lease_until"] > now:
+        if row["run_reference"] is not None:
+            held += f", accepted by the API at {local(row['delivered_at'])} and polled since"
+        if row["lease_until"] is not None and row["lease_until"] > now:
             return held
         return f"{held}, {_lost(row['lease_until'], row['holder_seen_at'], row['paused_at'], now)}"
     if row["trigger_at"] > now:
@@ -93,28 +95,36 @@ def _behind(row: Row, now: datetime) -> str:
     run = f"{ahead} since {local(row['ahead_leased_at'])}, leased by worker {row['ahead_leased_by']}"
     if row["ahead_status"] not in ("pending", "running"):
         return f"its session waits for an aborted call to end: {run}"
-    if row["ahead_lease_until"] > now:
+    if row["ahead_lease_until"] is not None and row["ahead_lease_until"] > now:
         return f"its session is in a run: {run}"
     return f"its session is in a run: {run}, {_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
 
 
-def _lost(lease_until: datetime, seen: datetime | None, paused: datetime | None, now: datetime) -> str:
+def _lost(lease_until: datetime | None, seen: datetime | None, paused: datetime | None, now: datetime) -> str:
     """What becomes of a run whose lease has ended."""
     heard = f"last heard of {relative(seen, now)}, " if seen else ""
     then = "which is paused: resume or cancel it" if paused is not None else "so another worker takes it up"
-    return f"{heard}whose lease ended {relative(lease_until, now)}, {then}"
+    ended = f"whose lease ended {relative(lease_until, now)}" if lease_until is not None else "whose lease has no end"
+    return f"{heard}{ended}, {then}"
 
 
 def _history(row: Row) -> str | None:
-    if row["lease"] is None and row["deferrals"] and row["deferred_as"]:
-        kinds = row["deferred_as"]
-        how = next(iter(kinds)) if len(kinds) == 1 else ", ".join(f"{name} {times}" for name, times in kinds.items())
-        times = "once" if row["deferred_calls"] == 1 else f"{row['deferred_calls']} times"
-        counted = f"{how} {times}" if len(kinds) == 1 else f"{times} ({how})"
-        return f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
-    if row["reason"]:
-        return f"its last call ended as {row['last_outcome']}: {row['reason']}"
-    return None
+    if row["lease"] is not None or not row["deferrals"]:
+        told = row["reason"] and row["run_reference"] is None
+        return f"its last call ended as {row['last_outcome']}: {row['reason']}" if told else None
+    kinds, calls = row["deferred_as"] or {}, row["deferred_calls"] or row["deferrals"]
+    times = "once" if calls == 1 else f"{calls} times"
+    if not kinds:
+        # Held back by the worker itself: nothing was sent.
+        return f"deferred {times}: {row['reason']}"
+    counted = (
+        f"{next(iter(kinds))} {times}"
+        if len(kinds) == 1
+        else f"{times} ({', '.join(f'{name} {n}' for name, n in kinds.items())})"
+    )
+    return (
+        f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
+    )
 
 
 def workers(dsn: str | None, *, as_json: bool) -> None:

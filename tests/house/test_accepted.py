@@ -121,7 +121,9 @@ async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(app: Application, end
     assert len(endpoint.of("acc")) == 1
 
 
-async def test_a_run_past_its_time_is_ended_at_the_api(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_run_past_its_time_is_ended_at_the_api(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """RECALL_RUN_TIMEOUT passes while the run is polled: it is cancelled there, and the outcome is unknown."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
@@ -143,7 +145,9 @@ async def test_a_reference_elsewhere_is_never_asked(app: Application, endpoint: 
         assert elsewhere.connections == 0
 
 
-async def test_a_skip_in_mid_run_of_an_accepted_run(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_skip_in_mid_run_of_an_accepted_run(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A recurring recall is skipped while its accepted run is polled: exactly one occurrence less."""
     await app.create_session("acc", "ann")
     gate = Gate(DONE)

@@ -34,14 +34,18 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
             await asyncio.sleep(0.05)
     assert (held[0]["status"], held[0]["attempt"]) == ("pending", 0)
     assert "had 5 runs within an hour, and may have 5" in held[0]["reason"]
-    wait = await (await db.execute("select extract(epoch from trigger_at - now())::float8 as s from session_recalls where deferrals > 0")).fetchone()
+    wait = await (
+        await db.execute("select extract(epoch from trigger_at - now())::float8 as s from session_recalls where deferrals > 0")
+    ).fetchone()
     assert wait is not None and 3500 < wait["s"] <= 3600
     await app.schedule("calm", "immediate", soon(0), "not in a loop")
     await endpoint.count(1, "calm")
     assert len(endpoint.of("loop")) == 5
 
 
-async def test_the_fleet_never_runs_more_than_it_may(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_fleet_never_runs_more_than_it_may(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """RECALL_FLEET_CONCURRENCY=3 over three replicas of ten slots each: never more than three runs at once, and all come to run."""
     running = most = 0
 
@@ -82,7 +86,9 @@ async def test_claims_under_a_fleet_cap_race_without_overshooting(database: str,
         await ledger.close()
 
 
-async def test_a_run_that_ends_makes_room_in_the_fleet(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_run_that_ends_makes_room_in_the_fleet(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """With the fleet's one place taken, the next recall waits, due, and runs when the first has ended."""
     gate = Gate()
     endpoint.script("long", gate)

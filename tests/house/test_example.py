@@ -76,7 +76,7 @@ async def test_a_recall_waits_for_the_person_to_leave(application: str, empty_da
 
 async def test_the_endpoint_keeps_the_contract(application: str, empty_database: str) -> None:
     """Two calls at once: one runs, the other is told 409; the same key is replayed; another body under it refused; a stranger unknown."""
-    async with aiohttp.ClientSession() as http, http.ws_connect(f"{application}/sessions/two/chat") as person:
+    async with aiohttp.ClientSession() as web, web.ws_connect(f"{application}/sessions/two/chat") as person:
         await person.send_str("hello")
         await person.receive_str()
     body = {"session_id": "two", "user_message": "work", "system_message": "[Scheduled recall] work", "recall": {}}

@@ -52,7 +52,9 @@ async def test_replicas_share_their_probes_and_what_they_find(
 
 @pytest.mark.full
 @pytest.mark.timeout(240)
-async def test_twenty_replicas_do_not_hammer_an_endpoint_that_is_down(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_twenty_replicas_do_not_hammer_an_endpoint_that_is_down(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Twenty replicas over 40 s of outage: no more probes than one replica's doubling pauses allow (1, 2, 4, 8, 16 … s), and a few to spare."""
     probes = await _outage(app, endpoint, daemons, 20, 40)
     print(f"20 replicas, endpoint down for 40 s: {len(probes)} probes")

@@ -45,7 +45,9 @@ CREATE TABLE public.recall_attempts (
     ended_at timestamp with time zone NOT NULL,
     http_status integer,
     reason text,
-    settled text NOT NULL
+    settled text NOT NULL,
+    delivered_at timestamp with time zone,
+    completed_at timestamp with time zone
 );
 
 COMMENT ON COLUMN public.recall_attempts.calls IS 'how many calls this row stands for';
@@ -57,6 +59,17 @@ COMMENT ON COLUMN public.recall_attempts.last_called_at IS 'when the last of the
 COMMENT ON COLUMN public.recall_attempts.ended_at IS 'when the last of them ended';
 
 COMMENT ON COLUMN public.recall_attempts.settled IS 'what the ending did to the row: the status it was settled to, or why it changed nothing (ended, lost, deleted), or taken where the worker died';
+
+COMMENT ON COLUMN public.recall_attempts.delivered_at IS 'when the API took the run: answered at once, or accepted to be ended later';
+
+COMMENT ON COLUMN public.recall_attempts.completed_at IS 'when the run was known to have ended, well or badly';
+
+CREATE TABLE public.recall_endpoints (
+    endpoint text NOT NULL,
+    probed_at timestamp with time zone,
+    probes integer DEFAULT 0 NOT NULL,
+    answered_at timestamp with time zone
+);
 
 CREATE TABLE public.recall_schema (
     version integer NOT NULL,
@@ -105,6 +118,8 @@ CREATE TABLE public.session_recalls (
     reason text,
     ended_at timestamp with time zone,
     paused_at timestamp with time zone,
+    run_reference text,
+    delivered_at timestamp with time zone,
     CONSTRAINT session_recalls_call_type_check CHECK ((call_type = ANY (ARRAY['once'::text, 'recurring'::text, 'immediate'::text]))),
     CONSTRAINT session_recalls_status_known CHECK ((status = ANY (ARRAY['pending'::text, 'running'::text, 'fired'::text, 'cancelled'::text, 'failed'::text])))
 );
@@ -141,6 +156,10 @@ COMMENT ON COLUMN public.session_recalls.ended_at IS 'when the worker settled th
 
 COMMENT ON COLUMN public.session_recalls.paused_at IS 'since when an operator holds this recall back';
 
+COMMENT ON COLUMN public.session_recalls.run_reference IS 'how the API calls the run that it accepted, while that run goes on';
+
+COMMENT ON COLUMN public.session_recalls.delivered_at IS 'when the API accepted that run';
+
 CREATE TABLE public.sessions (
     id text NOT NULL,
     user_id text NOT NULL
@@ -148,6 +167,9 @@ CREATE TABLE public.sessions (
 
 ALTER TABLE ONLY public.recall_attempts
     ADD CONSTRAINT recall_attempts_pkey PRIMARY KEY (recall_id, occurrence, rekey, attempt, outcome);
+
+ALTER TABLE ONLY public.recall_endpoints
+    ADD CONSTRAINT recall_endpoints_pkey PRIMARY KEY (endpoint);
 
 ALTER TABLE ONLY public.recall_schema
     ADD CONSTRAINT recall_schema_pkey PRIMARY KEY (version);
@@ -162,6 +184,8 @@ ALTER TABLE ONLY public.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (id);
 
 CREATE INDEX idx_recall_attempts_ended_at ON public.recall_attempts USING brin (ended_at) WITH (pages_per_range='32', autosummarize='on');
+
+CREATE INDEX idx_recall_attempts_session ON public.recall_attempts USING btree (session_id, last_called_at);
 
 CREATE INDEX idx_recalls_aborting ON public.session_recalls USING btree (session_id) WHERE ((lease IS NOT NULL) AND (status <> ALL (ARRAY['pending'::text, 'running'::text])));
 
