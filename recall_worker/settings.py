@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Settings:
         None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
     )
     fleet_concurrency: int | None = _setting(
-        None, "runs at once in all workers together; off where unset", least=1, most=1_000_000
+        None, "runs at once in all workers together; off where unset", least=1, most=100_000
     )
     poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
     drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
@@ -76,15 +76,6 @@ class Settings:
     def session_windows(self) -> list[tuple[float, int]]:
         """`session_limit` as windows: (seconds, most runs)."""
         return [(_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")]
-
-    def needed(self, *names: str) -> Settings:
-        """These settings, or SettingsError naming all of `names` that are not set."""
-        problems = [
-            f"{variable(name)} is not set: {_field(name).metadata['says']}" for name in names if getattr(self, name) is None
-        ]
-        if problems:
-            raise SettingsError(problems)
-        return self
 
     def shown(self) -> dict[str, Any]:
         """The settings for people: secrets as `set` or null."""
@@ -104,10 +95,10 @@ def variable(name: str) -> str:
     return "RECALL_" + name.upper()
 
 
-def read(environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
+def read(environ: Mapping[str, str] | None = None, needed: Sequence[str] = (), **flags: Any) -> Settings:
     """The settings from the environment, then from `flags` (those that are not None).
 
-    Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions.
+    Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions, and what is `needed` and not set.
     """
     environ = os.environ if environ is None else environ
     problems: list[str] = []
@@ -122,6 +113,7 @@ def read(environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
                 problems.append(f"{variable(f.name)} {error}")
     settings = Settings(**values)
     problems += _contradictions(settings)
+    problems += _missing(settings, [name for name in needed if not any(said.startswith(variable(name)) for said in problems)])
     if problems:
         raise SettingsError(problems)
     return settings
@@ -137,6 +129,10 @@ def ignored(environ: Mapping[str, str] | None = None) -> list[str]:
 
 def _field(name: str) -> dataclasses.Field[Any]:
     return next(f for f in dataclasses.fields(Settings) if f.name == name)
+
+
+def _missing(settings: Settings, names: Sequence[str]) -> list[str]:
+    return [f"{variable(name)} is not set: {_field(name).metadata['says']}" for name in names if getattr(settings, name) is None]
 
 
 def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[str]) -> str | None:

@@ -10,9 +10,10 @@ where recall_id = %(id)s
 order by occurrence, coalesce(called_at, ended_at), rekey, attempt;
 
 -- name: list
--- Newest trigger first, as the application lists.
+-- Newest trigger first, as the application lists. One status is told as one: before PostgreSQL 17 an index in order can't filter by many.
 select * from session_recalls
-where (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
+where (%(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) = 1 or status = any (%(statuses)s::text[]))
+    and (%(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) > 1 or status = (%(statuses)s::text[])[1])
 order by trigger_at desc, id
 limit %(limit)s offset %(offset)s;
 
@@ -65,7 +66,11 @@ left join lateral (
         where x.session_id = r.session_id and x.lease is not null and x.status not in ('pending', 'running') and x.lease_until > now()
         union all
         select * from session_recalls x
-        where x.session_id = r.session_id and x.lease is null and x.status in ('pending', 'running') and x.paused_at is null
+        where x.session_id = r.session_id and x.status = 'pending' and x.lease is null and x.paused_at is null
+            and x.trigger_at <= now() and (x.trigger_at, x.id) < (r.trigger_at, r.id)
+        union all
+        select * from session_recalls x
+        where x.session_id = r.session_id and x.status = 'running' and x.lease is null and x.paused_at is null
             and x.trigger_at <= now() and (x.trigger_at, x.id) < (r.trigger_at, r.id)
     ) y
     where y.id <> r.id

@@ -46,16 +46,18 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "dsn": ("postgresql:///a", "postgresql:///b"), "listen_dsn": ("postgresql:///a", "postgresql:///b"),
         "run_url": ("http://a/{session_id}", "https://b:8080/run"), "run_token": ("t1", "t2"), "signing_secret": ("s1", "s2"),
         "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
-        "max_attempts": ("4", "5"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
+        "max_attempts": ("4", "5"), "session_limit": ("5/h", "9/h,50/d"), "fleet_concurrency": ("7", "8"),
+        "langgraph_assistant": ("a", "b"), "agno_agent": ("a", "b"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
     }  # fmt: skip
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
-    kind: Any = str if default is None else type(default)
+    kind: Any = int if name == "fleet_concurrency" else str if default is None else type(default)
     variable = settings.variable(name)
     assert variable == "RECALL_" + name.upper()
     assert getattr(settings.read({variable: first}), name) == kind(first)
     assert getattr(settings.read({variable: first}, **{name: second}), name) == kind(second)
-    assert getattr(settings.read({variable: first}, **{name: None}), name) == kind(first)
+    nothing: dict[str, Any] = {name: None}
+    assert getattr(settings.read({variable: first}, **nothing), name) == kind(first)
     assert FIELDS[name].metadata["says"]
 
 
@@ -156,13 +158,13 @@ def test_bounds_are_reachable(least: float | None, most: float | None, request: 
 
 
 def test_needed() -> None:
-    """What a command can't do without is named, all of it, with what it is."""
+    """What a command can't do without is named, all of it, with what it is, together with what is wrong."""
     with pytest.raises(SettingsError) as caught:
-        settings.read({"RECALL_RUN_TOKEN": HUSH}).needed("dsn", "run_url", "run_token")
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["RECALL_DSN is not set", "RECALL_RUN_URL is not set"]
+        settings.read({"RECALL_RUN_TOKEN": HUSH, "RECALL_LEASE": "0"}, needed=["dsn", "run_url", "run_token", "lease"])
+    said = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert said == ["RECALL_LEASE is 0", "RECALL_DSN is not set", "RECALL_RUN_URL is not set"]
     assert HUSH not in str(caught.value)
-    whole = settings.read({"RECALL_DSN": "postgresql:///a"})
-    assert whole.needed("dsn") is whole
+    assert settings.read({"RECALL_DSN": "postgresql:///a"}, needed=["dsn"]).dsn == "postgresql:///a"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from .talk import Trouble, print_json, tell
 
 
 def migrate(dsn: str | None, *, check: bool, as_json: bool) -> None:
-    address = settings.read(dsn=dsn).needed("dsn").dsn or ""
+    address = settings.read(needed=["dsn"], dsn=dsn).dsn or ""
     if check:
         left = schema.pending(address)
         if as_json:

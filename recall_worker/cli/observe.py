@@ -43,7 +43,7 @@ def because(row: Row) -> str:
     if row["paused_at"] is not None:
         parts.insert(0, f"paused since {local(row['paused_at'])}")
     parts += filter(None, [_history(row)])
-    if row["lease"] is None or row["lease_until"] is None or row["lease_until"] <= now:
+    if not _holds(row["lease_until"], now):
         if not row["alive"]:
             parts.append("no live worker is known: start one with recall-worker run")
         elif row["breakers"]:
@@ -60,7 +60,7 @@ def _ended(row: Row, now: datetime) -> str:
         # The application's own statement leaves neither a time nor a reason; what stands there is from the last call.
         how = f"{row['status'].capitalize()} by the application since {local(row['updated_at'])}"
         how += f"; its last call had ended as {row['last_outcome']}" if row["last_outcome"] else ""
-    if row["lease"] is not None and row["lease_until"] is not None and row["lease_until"] > now:
+    if _holds(row["lease_until"], now):
         how += f"; its call by worker {row['leased_by']} is being aborted"
     return f"{how}."
 
@@ -71,7 +71,7 @@ def _waits_for(row: Row, now: datetime) -> str:
         held = f"in a run since {local(row['leased_at'])}: {which}, leased by worker {row['leased_by']}"
         if row["run_reference"] is not None:
             held += f", accepted by the API at {local(row['delivered_at'])} and polled since"
-        if row["lease_until"] is not None and row["lease_until"] > now:
+        if _holds(row["lease_until"], now):
             return held
         return f"{held}, {_lost(row['lease_until'], row['holder_seen_at'], row['paused_at'], now)}"
     if row["trigger_at"] > now:
@@ -95,9 +95,13 @@ def _behind(row: Row, now: datetime) -> str:
     run = f"{ahead} since {local(row['ahead_leased_at'])}, leased by worker {row['ahead_leased_by']}"
     if row["ahead_status"] not in ("pending", "running"):
         return f"its session waits for an aborted call to end: {run}"
-    if row["ahead_lease_until"] is not None and row["ahead_lease_until"] > now:
+    if _holds(row["ahead_lease_until"], now):
         return f"its session is in a run: {run}"
     return f"its session is in a run: {run}, {_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
+
+
+def _holds(lease_until: datetime | None, now: datetime) -> bool:
+    return lease_until is not None and lease_until > now
 
 
 def _lost(lease_until: datetime | None, seen: datetime | None, paused: datetime | None, now: datetime) -> str:

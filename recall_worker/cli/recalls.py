@@ -18,7 +18,7 @@ from .talk import USAGE, Trouble, command, length, local, print_facts, print_jso
 
 def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
     """A connection for one command."""
-    address = settings.read(dsn=dsn).needed("dsn").dsn or ""
+    address = settings.read(needed=["dsn"], dsn=dsn).dsn or ""
     conn = psycopg.connect(
         address,
         row_factory=dict_row,

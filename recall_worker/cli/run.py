@@ -19,13 +19,12 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
     from ..worker.process import SchemaRefused, serve
 
     with contextlib.ExitStack() as stack:
-        found = settings.read(**flags)
         if embedded:
-            found.needed("run_url")
+            found = settings.read(needed=["run_url"], **flags)
             if found.dsn is not None:
                 raise Trouble("--embedded and RECALL_DSN are both given", "keep one of them", status=2)
             flags = flags | {"dsn": stack.enter_context(_embedded(data))}
-        chosen = settings.read(**flags).needed("dsn", "run_url")
+        chosen = settings.read(needed=["dsn", "run_url"], **flags)
         for dsn in filter(None, (chosen.dsn, chosen.listen_dsn)):
             conninfo_to_dict(dsn)  # What can't be read is told before anything is started.
         events.configure(chosen.log_level, chosen.log_format)

@@ -13,6 +13,7 @@ secrets, Standard Webhooks 1.0.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -62,6 +63,7 @@ class Native:
         self._timeout = settings.run_timeout
         self._secret = settings.signing_secret
         self._wire = Wire(settings.ca_file)
+        self._token = settings.run_token
         self._always = {"Content-Type": "application/json"}
         if settings.run_token is not None:
             self._always["Authorization"] = f"Bearer {settings.run_token}"
@@ -93,7 +95,14 @@ class Native:
         answer = await self._wire.post(url, headers, sent_body, self._timeout, sent)
         if isinstance(answer, NoAnswer):
             return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
-        return accepted(answer, url) or read(answer)
+        return self._without_token(accepted(answer, url) or read(answer))
+
+    def _without_token(self, outcome: Outcome) -> Outcome:
+        """An API that repeats what it was sent must not bring the token into a row or a log."""
+        reason, token = getattr(outcome, "reason", None), self._token
+        if reason is None or not token or token not in reason:
+            return outcome
+        return dataclasses.replace(outcome, reason=reason.replace(token, "…"))
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
         url = self._polled_at(claim, reference)
@@ -106,7 +115,7 @@ class Native:
             answer = await self._wire.ask("GET", url, headers)
             return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
 
-        return await follow(ask, within)
+        return self._without_token(await follow(ask, within))
 
     async def abort(self, claim: Claim, reference: str) -> None:
         url = self._polled_at(claim, reference)

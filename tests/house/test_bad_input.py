@@ -384,7 +384,7 @@ async def test_far_dates_wait(house: House, type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "column", ["created_at", "updated_at", "scheduled_for", "planned_at", "begun_at", "leased_at", "ended_at"]
+    "column", ["created_at", "updated_at", "scheduled_for", "planned_at", "begun_at", "leased_at", "ended_at", "delivered_at"]
 )
 @shared
 async def test_dates_beside_the_trigger(house: House, column: str) -> None:
@@ -703,6 +703,7 @@ ROWS = st.fixed_dictionaries(
         "scheduled_for": DATES,
         "planned_at": DATES,
         "begun_at": DATES,
+        "delivered_at": DATES,
         "missed": INTEGERS,
         "last_outcome": WORDS,
         "reason": WORDS,
@@ -713,7 +714,7 @@ ROWS = st.fixed_dictionaries(
 
 
 @given(row=ROWS, outcome=st.sampled_from(sorted(ANSWERS)))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @shared
 async def test_any_row_at_all(house: House, row: dict[str, Any], outcome: str) -> None:
     """Whatever stands in the columns, the application's and the worker's: the row ends with a reason or waits, and the daemon goes on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -28,7 +29,7 @@ from recall_worker.cli.run import run
 from recall_worker.cli.talk import UNREACHABLE, USAGE, Trouble, explain
 from recall_worker.ledger import Ledger, said
 from recall_worker.protocols.wire import Wire
-from recall_worker.settings import SettingsError, read
+from recall_worker.settings import Settings, SettingsError, read
 
 from .. import postgres
 from ..application import CREATE_TABLES, Application
@@ -492,9 +493,7 @@ async def test_a_daemon_with_a_wrong_certificate_authority(anywhere: Daemons) ->
     assert status == USAGE and error.startswith("RECALL_CA_FILE is ")
 
 
-NUMBERS = (
-    "CONCURRENCY", "BUSY_DELAY", "LEASE", "RUN_TIMEOUT", "MAX_ATTEMPTS", "GIVE_UP", "POLL_INTERVAL", "DRAIN_TIMEOUT"
-)  # fmt: skip
+NUMBERS = [f.name.upper() for f in dataclasses.fields(Settings) if "int" in str(f.type) or "float" in str(f.type)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1h", "٣x"])

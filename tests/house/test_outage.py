@@ -216,6 +216,7 @@ async def test_cut_in_mid_run(app: Application, database: str, db: Connection, e
         assert await daemon.stop() == 0
 
 
+@pytest.mark.full
 async def test_slow_network(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
     """With every round trip to PostgreSQL taking a third of a second runs are renewed, settled and called once."""
     gate = Gate()

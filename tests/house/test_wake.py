@@ -81,7 +81,7 @@ def faketime() -> str:
     ).stdout.strip()
 
 
-@pytest.mark.parametrize("hours", ["+7h", "-7h", "jumps"])
+@pytest.mark.parametrize("hours", ["+7h", pytest.param("-7h", marks=pytest.mark.full), "jumps"])
 async def test_a_wrong_clock_of_the_host(
     hours: str,
     faketime: str,
