@@ -64,9 +64,7 @@ class Settings:
     session_limit: str | None = _setting(
         None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
     )
-    fleet_concurrency: int | None = _setting(
-        None, "runs at once in all workers together; off where unset", least=1, most=100_000
-    )
+    fleet_concurrency: int | None = _setting(None, "runs at once in all workers together; off where unset", least=1, most=100_000)
     poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
     drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
     log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))

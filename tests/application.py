@@ -96,7 +96,7 @@ select distinct session_id from session_recalls where session_id = any($1::text[
 """
 
 
-class AlreadyScheduled(Exception):  # noqa: N818 -- the application's own word
+class AlreadyScheduled(Exception):
     """This session has a pending recall already."""
 
 

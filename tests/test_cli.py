@@ -228,6 +228,8 @@ async def test_talk_goes_to_stderr(waiting: str) -> None:
     said = operate(waiting, "reschedule", "r", "--in", "2h")
     assert (said.status, said.out) == (0, "r\n")
     assert said.err.startswith("r: due ")
+    shown = operate(waiting, "reschedule", "r", "--in", "2h", columns=80)
+    assert shown.out == "" and shown.err.startswith("r: due "), "a person needs to be told once"
 
 
 # --- exit statuses ---------------------------------------------------------------------------------------------------

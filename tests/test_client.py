@@ -468,6 +468,7 @@ def mypy(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 def test_the_package_is_typed(tmp_path: Path) -> None:
     """py.typed is there: the whole of the public API passes mypy --strict, and each misuse is found."""
     right = mypy(tmp_path, USE)

@@ -671,6 +671,7 @@ async def test_a_race_ends_as_some_order_does(start: str, act: Act, rival: Act, 
         assert ((one, other), await arena.end(session)) in orders
 
 
+@pytest.mark.full
 async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
     """Two workers run a recurring recall while two applications skip and an operator fires, pauses and resumes: each run and each skip
     consumes exactly one number, no number is run twice, and no two runs are in hand at once.

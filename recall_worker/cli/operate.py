@@ -7,6 +7,7 @@ docs/operations.md says what each does in every state.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,12 +128,13 @@ def _act(conn: Connection[dict[str, Any]], name: str, values: Mapping[str, Any])
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, said: Callable[[Row], str]) -> None:
-    """What was done: the rows as they stand now, or their ids and a sentence for each."""
+    """What was done: the rows as they stand now, or a sentence for each; and for a script their ids."""
     if as_json:
         print_json(rows)
         return
     for row in rows:
-        print(harmless(row["id"]), flush=True)
+        if not sys.stdout.isatty():
+            print(harmless(row["id"]), flush=True)
         tell(harmless(f"{row['id']}: {said(row)}."))
 
 

@@ -226,7 +226,7 @@ class Worker:
             if unsent is not None:
                 self._end(run, Unsent(unsent))
                 continue
-            if probing:
+            if probing and claim.reference is None:
                 self._breaker.probing(call)
             run.task = asyncio.create_task(self._run(run))
 
@@ -253,8 +253,8 @@ class Worker:
             outcome = await self._outcome(run)
         except asyncio.CancelledError:
             outcome = self._broken_off(run, run.aborted or "the worker broke")
-            if run.aborted in ENDED and run.claim.reference is not None:
-                await self._protocol.abort(run.claim, run.claim.reference)
+            if run.aborted in ENDED:
+                await self._end_there(run)
         except Exception as error:
             self._events.tell("worker.stumbled", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
             outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
@@ -268,7 +268,11 @@ class Worker:
             )
             if not isinstance(outcome, Accepted):
                 return outcome
+            if self._breaker.is_open:
+                self._breaker.close()
+                self._events.tell("breaker.closed", reason="the API accepted a run")
             if not await self._accept(run, outcome):
+                await self._end_there(run)
                 return Unknown("the recall was taken from this worker while the API accepted the run", outcome.http_status)
         claim = run.claim
         assert claim.reference is not None
@@ -277,6 +281,21 @@ class Worker:
         if isinstance(outcome, Unknown) and outcome.http_status is None:
             await self._protocol.abort(claim, claim.reference)
         return outcome
+
+    async def _end_there(self, run: Run) -> None:
+        """The application ended the recall: ask the API to end the run that it accepted, be its reference on record yet or not."""
+        claim = run.claim
+        try:
+            if run.aborted is None and not set((await self._ledger.look({claim.id: claim.lease})).values()) & set(ENDED):
+                return
+        except (Outage, Refusal):
+            return
+        reference = claim.reference
+        if reference is None and run.call.sent_at is not None:
+            found = await self._protocol.find(claim)
+            reference = found.reference if isinstance(found, Accepted) else None
+        if reference is not None:
+            await self._protocol.abort(claim, reference)
 
     async def _posted(self, run: Run) -> Outcome:
         claim = run.claim

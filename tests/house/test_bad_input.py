@@ -266,6 +266,7 @@ async def test_messages_arrive_as_they_are(house: House, text: str) -> None:
     await house.goes_on()
 
 
+@pytest.mark.full
 @shared
 async def test_many_large_messages_at_once(house: House) -> None:
     """A dozen messages of 5 MB that are due in the same instant are all called, and the recall among them too."""
@@ -713,6 +714,7 @@ ROWS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.full
 @given(row=ROWS, outcome=st.sampled_from(sorted(ANSWERS)))
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @shared

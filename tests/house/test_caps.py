@@ -25,13 +25,15 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
         return reply()
 
     endpoint.script("loop", agent)
-    await daemons.start(session_limit="5/h,100/d")
-    await daemons.start(session_limit="5/h,100/d")
+    worker = await daemons.start(session_limit="5/h,100/d")
+    other = await daemons.start(session_limit="5/h,100/d")
     await app.schedule("loop", "immediate", soon(0), "start")
     await endpoint.count(5, "loop")
-    async with asyncio.timeout(20):
-        while not (held := await (await db.execute("select * from session_recalls where deferrals > 0")).fetchall()):
-            await asyncio.sleep(0.05)
+    told = [asyncio.ensure_future(w.hears("recall.settled", outcome="capped")) for w in (worker, other)]
+    _, waiting = await asyncio.wait(told, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    for one in waiting:
+        one.cancel()
+    held = await (await db.execute("select * from session_recalls where deferrals > 0")).fetchall()
     assert (held[0]["status"], held[0]["attempt"]) == ("pending", 0)
     assert "had 5 runs within an hour, and may have 5" in held[0]["reason"]
     wait = await (

@@ -135,6 +135,7 @@ async def test_a_stalled_worker_does_not_take_its_own_run_up(
     assert [(call["attempt"], call["outcome"]) for call in await calls(db, recall)] == [(1, "answered")]
 
 
+@pytest.mark.full
 async def test_a_recall_that_kills_its_worker_is_buried(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

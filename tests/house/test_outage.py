@@ -63,6 +63,7 @@ async def terminate(db: Connection, name: str) -> int:
     return len(ended)
 
 
+@pytest.mark.full
 async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:
     """PostgreSQL is killed under load with runs open, for three leases: both daemons go on, nothing is lost, nothing is called twice."""
     lease, sessions = 2.0, [f"s{n}" for n in range(36)]
@@ -277,6 +278,7 @@ async def test_half_open_bell(app: Application, database: str, endpoint: Endpoin
         assert daemon.told("database.lost") == []
 
 
+@pytest.mark.full
 async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: Endpoint) -> None:
     """The account has no connection left: a daemon that is up loses its own and goes on when there are some again; so does a new one."""
     parts = urlsplit(own_server.dsn())
