@@ -101,7 +101,13 @@ class Recalls:
 
     async def cancel(self, session_id: str, *, conn: Connection | None = None) -> int:
         """Cancel the session's pending recall, also in mid-run: its call is aborted, nothing fires again. Returns how many: 0 or 1."""
-        return len(await self._ask(self._sql["cancel_pending"], {"session_id": session_id}, conn))
+        values = {"session_id": session_id}
+        # Asked again where nothing was found: a cancel that had to wait for the insert of the session's next recall looked before it was
+        # there, and finds its predecessor moved out of the slot.
+        found = await self._ask(self._sql["cancel_pending"], values, conn) or await self._ask(
+            self._sql["cancel_pending"], values, conn
+        )
+        return len(found)
 
     async def skip_next(self, session_id: str, *, conn: Connection | None = None) -> bool:
         """Leave out one occurrence of the session's recurring recall. False where it has none."""

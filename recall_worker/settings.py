@@ -191,6 +191,8 @@ def _contradictions(s: Settings) -> list[str]:
             problems.append(f"{variable(name)} is {value!r}: give one of {', '.join(allowed)}")
     for name, dsn in (("dsn", s.dsn), ("listen_dsn", s.listen_dsn)):
         problems += [f"{variable(name)} {said}" for said in _dsn_problems(dsn or "")]
+    if s.protocol == "agno" and s.agno_agent is None:
+        problems.append("RECALL_PROTOCOL is 'agno', which needs RECALL_AGNO_AGENT: set it to the agent's id")
     if s.run_url is not None:
         problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
     if s.run_token is not None and not s.run_token.isascii():

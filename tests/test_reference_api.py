@@ -17,9 +17,10 @@ import httpx
 import pytest
 
 from recall_worker.cli.reference_api import KEYS_KEPT, ReferenceAPI
-from recall_worker.protocols.native import address, read
-from recall_worker.protocols.wire import Answer
-from recall_worker.recall import name_of
+from recall_worker.protocols.native import accepted, address, polled, read
+from recall_worker.protocols.polling import StillOn
+from recall_worker.protocols.wire import Answer, Wire
+from recall_worker.recall import Accepted, name_of
 
 TOKEN = "secret"
 DEADLINE = 20.0
@@ -115,6 +116,31 @@ async def test_answers(
     assert len(agent.runs) == (1 if status == 200 else 0)
     assert [(seen.http_status, seen.code) for seen in api.calls] == [(status, says.get("code"))]
     assert api.inside == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 1},
+        {"call_type": "often"},
+        {"occurrence": 0},
+        {"occurrence": "1"},
+        {"occurrence": True},
+        {"scheduled_for": "soon"},
+        {"scheduled_for": None},
+        {"missed": -1},
+        {"missed": 0.5},
+    ],
+    ids=str,
+)
+async def test_a_recall_that_is_none(client: Client, agent: Agent, change: dict[str, Any]) -> None:
+    """A request whose recall is not as the contract has it is refused, and nothing runs; what is added to it does no harm."""
+    told = document("s", "work")
+    bad = told | {"recall": told["recall"] | change}
+    more = told | {"recall": told["recall"] | {"new": 1}, "new": 2}
+    assert (await client.run(content=json.dumps(bad).encode())).json()["code"] == "invalid"
+    assert agent.runs == []
+    assert (await client.run(content=json.dumps(more).encode())).status_code == 200
 
 
 async def test_a_person_keeps_the_session_busy(client: Client, agent: Agent) -> None:
@@ -226,6 +252,100 @@ async def test_a_caller_who_hangs_up(client: Client, api: ReferenceAPI, agent: A
     assert agent.runs == ["s"]
 
 
+@pytest.fixture
+async def accepting(agent: Agent) -> AsyncIterator[Client]:
+    """A client of an API that accepts every run at once."""
+    api = ReferenceAPI(agent, token=TOKEN, retry_after=7, accept_after=0.0)
+    url = await api.start()
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=DEADLINE) as http:
+        yield Client(url, http)
+    agent.opened.set()
+    await api.stop()
+
+
+async def test_an_accepted_run(accepting: Client, agent: Agent) -> None:
+    """202 with an address that the worker polls; the same key meanwhile gets the same, another body 422, another key 409; in the end
+    the address and the key give the run's answer."""
+    first = await accepting.run(message="wait")
+    assert (first.status_code, first.json()) == (202, {"run_id": "r:1", "status": "running"})
+    taken = accepted(Answer(first.status_code, first.headers, first.content, False), str(first.url))
+    assert isinstance(taken, Accepted)
+    on = await accepting.http.get(taken.reference)
+    assert (on.status_code, on.json(), on.headers["Retry-After"]) == (200, {"run_id": "r:1", "status": "running"}, "7")
+    assert isinstance(polled(Answer(on.status_code, on.headers, on.content, False)), StillOn)
+
+    again = await accepting.run(message="wait")
+    assert (again.status_code, again.content, again.headers["Location"]) == (202, first.content, first.headers["Location"])
+    assert ("Idempotent-Replayed" in first.headers, again.headers["Idempotent-Replayed"]) == (False, "true")
+    assert (await accepting.run(message="other")).json()["code"] == "key_reused"
+    assert (await accepting.run(key="r:2")).json()["code"] == "session_busy"
+
+    agent.opened.set()
+    async with asyncio.timeout(DEADLINE):
+        while (over := await accepting.http.get(taken.reference)).json()["status"] == "running":
+            pass
+    assert over.json() == {"run_id": "r:1", "status": "completed", "output": "did wait"}
+    assert outcome(over) == "answered"
+    last = await accepting.run(message="wait")
+    assert (last.status_code, last.json()) == (200, {"status": "completed", "output": "did wait"})
+    assert agent.runs == ["s"]
+
+
+async def test_a_run_that_ends_in_time_is_not_accepted(agent: Agent) -> None:
+    """Where the run ends within `accept_after` the call is answered with its end."""
+    api = ReferenceAPI(agent, accept_after=DEADLINE)
+    url = await api.start()
+    async with httpx.AsyncClient(timeout=DEADLINE) as http:
+        assert (await Client(url, http).run()).json() == {"status": "completed", "output": "did work"}
+    await api.stop()
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["accepted", "waited for"])
+async def test_a_run_is_ended_by_delete(
+    waiting: bool, accepting: Client, client: Client, api: ReferenceAPI, agent: Agent
+) -> None:
+    """DELETE ends the run and frees the session, says 204 however often, and whoever asks for the run learns that it was cancelled."""
+    caller = client if waiting else accepting
+    calling = asyncio.create_task(caller.run(message="wait"))
+    await asyncio.wait_for(agent.entered.wait(), DEADLINE)
+    run = f"{caller.base}/runs/r%3A1"
+    assert [(await caller.http.delete(run)).status_code for _ in range(2)] == [204, 204]
+    answer = await calling
+    assert (answer.status_code, answer.json()["status"]) == ((200, "cancelled") if waiting else (202, "running"))
+    over = await caller.http.get(run)
+    assert (over.json(), outcome(over)) == ({"run_id": "r:1", "status": "cancelled"}, "failed")
+    replayed = await caller.run(message="wait")
+    assert (replayed.status_code, replayed.json(), outcome(replayed)) == (200, {"status": "cancelled"}, "failed")
+    assert (await caller.http.get(f"{caller.base}/sessions/s")).json()["busy"] is False
+    assert agent.runs == ["s"]
+
+
+async def test_a_run_that_is_over_stays_as_it_ended(client: Client) -> None:
+    """DELETE of a run that has ended is 204 and changes nothing; an unknown one is 404 with a code, and a stranger is told nothing."""
+    await client.run()
+    run = f"{client.base}/runs/r%3A1"
+    assert (await client.http.delete(run)).status_code == 204
+    assert (await client.http.get(run)).json()["status"] == "completed"
+    for method in ("GET", "DELETE"):
+        unknown = await client.http.request(method, f"{client.base}/runs/other")
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "run_not_found")
+        async with httpx.AsyncClient() as stranger:
+            assert (await stranger.request(method, run)).status_code == 401
+
+
+@pytest.mark.parametrize("key", ["a/b:1", "a?b#c:1", "..", ".", "100%25:1", "a%2Fb:1", "{x}:1"])
+async def test_hostile_keys(accepting: Client, key: str) -> None:
+    """Whatever a key holds, the address of its run is one that the worker's own wire finds it at."""
+    taken = await accepting.run(key=key, message="wait")
+    wire = Wire()
+    try:
+        answer = await wire.ask("GET", accepting.base + taken.headers["Location"], {"Authorization": f"Bearer {TOKEN}"})
+    finally:
+        await wire.close()
+    assert isinstance(answer, Answer)
+    assert json.loads(answer.body) == {"run_id": key, "status": "running"}
+
+
 async def test_stopping_breaks_runs_off(client: Client, api: ReferenceAPI, agent: Agent) -> None:
     """Who waits for a run while the API stops gets a 500, which the worker reads as unknown; then nobody listens."""
     running = asyncio.create_task(client.run(message="wait"))
@@ -274,7 +394,7 @@ async def test_who_may_ask(client: Client) -> None:
             assert (await stranger.request(method, path)).status_code == 401
 
 
-@pytest.mark.parametrize("session", ["a/b", "a%2Fb", "a b?c#d", "ünder", "..%", "run"])
+@pytest.mark.parametrize("session", ["a/b", "a%2Fb", "a b?c#d", "ünder", "..%", "run", "{x}"])
 async def test_hostile_ids(client: Client, agent: Agent, session: str) -> None:
     """A session's id arrives as it is, whatever is in it."""
     assert (await client.run(session)).status_code == 200
@@ -286,6 +406,26 @@ async def serving(*options: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "recall_worker", "reference-api", *options, env=environ, stderr=asyncio.subprocess.PIPE
     )
+
+
+async def test_accepting_as_a_process() -> None:
+    """`--accept-after` makes the command's API accept what takes longer."""
+    process = await serving("--port", "0", "--run-seconds", "60", "--accept-after", "0.05")
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(DEADLINE):
+            await process.stderr.readline()
+            url = (await process.stderr.readline()).decode().partition("RECALL_RUN_URL='")[2].rstrip("'\n")
+        async with httpx.AsyncClient(timeout=DEADLINE) as http:
+            taken = await Client(url, http).run()
+            assert (taken.status_code, taken.headers["Location"]) == (202, "/runs/r%3A1")
+        process.terminate()
+        async with asyncio.timeout(DEADLINE):
+            assert await process.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

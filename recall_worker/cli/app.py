@@ -254,11 +254,33 @@ def prune(
     prune(dsn, older_than=older_than, statuses=status, yes=yes, as_json=json)
 
 
+@app.command("check-endpoint")
+def check_endpoint(
+    session: Annotated[str, typer.Option(help="A session to probe: one that exists, and that nobody is in.", metavar="ID")],
+    url: Annotated[str | None, typer.Argument(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")] = None,
+    missing_session: Annotated[
+        str | None, typer.Option(help="A session that does not exist (else one is made up).", metavar="ID")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request, and a run, may take.", metavar="S", min=1)] = 120.0,
+    json: Json = False,
+) -> None:
+    """Probe an API, harmlessly, for what the run endpoint's contract asks of it; exit 1 where it does not keep it.
+
+    Some ten short runs are started in the session. Token and signing secret come from the settings, as for `run`.
+    """
+    from .check_endpoint import check_endpoint
+
+    check_endpoint(url, session, missing_session, timeout=timeout, as_json=json)
+
+
 @app.command("reference-api")
 def reference_api(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8090,
     seconds: Annotated[float, typer.Option("--run-seconds", help="How long its agent runs.", min=0)] = 0.5,
+    accept_after: Annotated[
+        float | None, typer.Option(help="Accept runs (202) that take longer than this; off by default.", metavar="SECONDS", min=0)
+    ] = None,
     token: Annotated[
         str | None, typer.Option(envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True)
     ] = None,
@@ -266,7 +288,7 @@ def reference_api(
     """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
     from .reference_api import serve
 
-    serve(host, port, seconds=seconds, token=token)
+    serve(host, port, seconds=seconds, token=token, accept_after=accept_after)
 
 
 @app.command()

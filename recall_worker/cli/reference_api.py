@@ -5,6 +5,8 @@ What it promises to a caller of `POST /sessions/{id}/run`:
   takes it for the run, and stores the system message under the key. A taken session is 409 `session_busy`, with Retry-After.
 - `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): while that run goes on it is 409
   `run_in_progress`; afterwards it gets that run's answer again, however it ended; with another body it is 422 `key_reused`.
+- Where it may accept runs (`accept_after`), one that has not ended by then is answered 202, with its address in Location and a
+  `run_id`: to be asked with GET until its status is final, to be ended with DELETE. The same key meanwhile gets the same 202.
 - A caller who hangs up does not end the run: it may be a worker that died, whose successor asks again under the same key. An
   agent that would rather stop then (the recall may have been cancelled) looks at `Run.left`.
 - A session that does not exist is 404 and says so in a code, as any other 404 reads as a wrong address. A run that failed is an
@@ -13,7 +15,7 @@ What it promises to a caller of `POST /sessions/{id}/run`:
 Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory, and gone at the end.
 
 Around it, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person comes in, goes out), `GET` and
-`DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`.
+`DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`. docs/openapi.yaml describes the contract; tests hold this against it.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ import errno
 import hashlib
 import hmac
 import json
+import logging
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ..events import harmless
+from ..recall import CALL_TYPES
 from .talk import Trouble, rfc3339, tell
 
 Agent = Callable[[str, str, Mapping[str, Any]], Awaitable[str]]
@@ -42,6 +48,8 @@ KEYS_KEPT = timedelta(days=2)
 """How long an answer stays known under its key: longer than any worker goes on asking (RECALL_GIVE_UP, a day)."""
 BODY_MOST = 16 << 20
 TEXTS = ("session_id", "user_message", "system_message")
+ENDING = 1.0
+"""Seconds that an agent gets to stop before the caller who wants it stopped is answered."""
 
 
 @dataclass(slots=True)
@@ -73,11 +81,27 @@ class Run:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the caller has hung up."""
     task: asyncio.Task[None] | None = None
+    unwanted: bool = False
+    """Whether a caller has asked for its end."""
+
+    @property
+    def address(self) -> str:
+        """Where it is asked for: one segment of a path, whatever the key holds."""
+        key = quote(self.call.key, safe="")
+        return "/runs/" + (key.replace(".", "%2E") if key in (".", "..") else key)
 
     def answer(self) -> tuple[int, dict[str, Any]]:
-        if self.status not in ("completed", "failed"):
-            return 500, {"code": "interrupted", "message": "the API ended in mid-run"}
-        return 200, {"status": self.status, "output" if self.status == "completed" else "error": self.said}
+        match self.status:
+            case "running":
+                return 202, {"run_id": self.call.key, "status": self.status}
+            case "completed":
+                return 200, {"status": self.status, "output": self.said}
+            case "failed":
+                return 200, {"status": self.status, "error": self.said}
+            case "cancelled":
+                return 200, {"status": self.status}
+            case _:
+                return 500, {"code": "interrupted", "message": "the API ended in mid-run"}
 
     def shown(self) -> dict[str, Any]:
         return {
@@ -97,12 +121,19 @@ class _Refusal(Exception):
 class ReferenceAPI:
     """The API around `agent`.
 
-    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy session. `watch(call)` is called when
-    a request to the run endpoint has been answered, or its caller has left.
+    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy session, or for a run that goes on.
+    `accept_after`: seconds after which a run that has not ended is accepted (202); None: never. `watch(call)` is called when a request
+    to the run endpoint has been answered, or its caller has left.
     """
 
     def __init__(
-        self, agent: Agent, *, token: str | None = None, retry_after: int = 2, watch: Callable[[Call], None] = lambda _: None
+        self,
+        agent: Agent,
+        *,
+        token: str | None = None,
+        retry_after: int = 2,
+        accept_after: float | None = None,
+        watch: Callable[[Call], None] = lambda _: None,
     ) -> None:
         self.calls: deque[Call] = deque(maxlen=100_000)
         self.runs: dict[str, Run] = {}
@@ -110,7 +141,7 @@ class ReferenceAPI:
         self.inside: dict[str, Run | None] = {}
         """The sessions that are taken: by a run, or (None) by a person."""
         self.messages: dict[str, list[dict[str, str]]] = {}
-        self._agent, self._watch, self._retry_after = agent, watch, retry_after
+        self._agent, self._watch, self._retry_after, self._accept_after = agent, watch, retry_after, accept_after
         self._token = token.encode() if token else None
         self._deleted: set[str] = set()
         self._runner: web.AppRunner | None = None
@@ -129,9 +160,12 @@ class ReferenceAPI:
             run = self._started_or_known(call, _checked(body, session_id, key), hashlib.sha256(body).digest())
             if run.call is call and run.task is not None:
                 # Waited for, not awaited: where our caller leaves, only the waiting ends.
-                await asyncio.wait({run.task})
+                await asyncio.wait({run.task}, timeout=self._accept_after)
             call.http_status, answer = run.answer()
-            return _json(answer, call.http_status, {} if run.call is call else {"Idempotent-Replayed": "true"})
+            headers = {} if run.call is call else {"Idempotent-Replayed": "true"}
+            if run.status == "running":
+                headers["Location"] = run.address
+            return _json(answer, call.http_status, headers)
         except asyncio.CancelledError:
             call.left_at = datetime.now(UTC)
             if run is not None:
@@ -144,12 +178,12 @@ class ReferenceAPI:
             self._watch(call)
 
     def _started_or_known(self, call: Call, document: Mapping[str, Any], fingerprint: bytes) -> Run:
-        """A new run, started; or the one that this key stands for, ended. The atomic step: no await in here."""
+        """A new run, started; or the one that this key stands for. The atomic step: no await in here."""
         self._must_exist(call.session_id)
         if (run := self.runs.get(call.key)) is not None:
             if run.fingerprint != fingerprint:
                 raise _Refusal(422, "key_reused", "this Idempotency-Key stands for another request")
-            if run.status == "running":
+            if run.status == "running" and self._accept_after is None:
                 raise self._later("run_in_progress", "the run under this key goes on")
             return run
         if call.session_id in self.inside:
@@ -169,13 +203,29 @@ class ReferenceAPI:
             self._say(session_id, "assistant", run.said)
             run.status = "completed"
         except asyncio.CancelledError:
-            run.status = "interrupted"
+            run.status = "cancelled" if run.unwanted else "interrupted"
             raise
         except Exception as error:
             run.status, run.said = "failed", f"{type(error).__name__}: {error}"
         finally:
             run.ended_at = datetime.now(UTC)
             del self.inside[session_id]
+
+    async def accepted(self, request: web.Request) -> web.Response:
+        """GET, DELETE /runs/{key}: how a run stands; its end, however often that is asked for."""
+        run = self.runs.get(request.match_info["key"])
+        if run is None:
+            raise _Refusal(404, "run_not_found", "there is no such run")
+        if request.method == "DELETE":
+            if run.task is not None and not run.task.done():
+                run.unwanted = True
+                run.task.cancel()
+                await asyncio.wait({run.task}, timeout=ENDING)
+            return web.Response(status=204)
+        status, answer = run.answer()
+        if run.status == "running":
+            return _json(answer, headers={"Retry-After": str(self._retry_after)})
+        return _json({"run_id": run.call.key} | answer, status)
 
     def _say(self, session_id: str, role: str, content: str) -> None:
         if session_id not in self._deleted:
@@ -248,11 +298,14 @@ class ReferenceAPI:
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError where that can't be."""
         app = web.Application(middlewares=[self._door], client_max_size=BODY_MOST)
-        app.router.add_post("/sessions/{id}/run", self.run, name="run")
+        # aiohttp's own pattern lets no braces pass, and any character may stand in an id.
+        session, run = "/sessions/{id:[^/]+}", "/runs/{key:[^/]+}"
+        app.router.add_post(f"{session}/run", self.run, name="run")
         for method in ("PUT", "DELETE"):
-            app.router.add_route(method, "/sessions/{id}/chat", self._chat)
+            app.router.add_route(method, f"{session}/chat", self._chat)
         for method in ("GET", "DELETE"):
-            app.router.add_route(method, "/sessions/{id}", self._session)
+            app.router.add_route(method, session, self._session)
+            app.router.add_route(method, run, self.accepted)
         app.router.add_get("/runs", self._runs)
         app.router.add_get("/healthz", self._healthz, name="healthz")
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
@@ -286,31 +339,53 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
     if not key:
         raise _Refusal(400, "key_missing", "a run needs an Idempotency-Key")
     told = document if isinstance(document, dict) else {}
-    if not isinstance(told.get("recall"), dict) or any(not isinstance(told.get(name), str) for name in TEXTS):
-        raise _Refusal(422, "invalid", f"wanted: an object with {', '.join(TEXTS)} (texts) and recall (an object)")
+    if not _is_recall(told.get("recall")) or any(not isinstance(told.get(name), str) for name in TEXTS):
+        raise _Refusal(
+            422, "invalid", f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as docs/openapi.yaml has it"
+        )
     if told["session_id"] != session_id:
         raise _Refusal(422, "invalid", "the body names another session than the address")
     return told
+
+
+def _is_recall(told: Any) -> bool:
+    """Whether this is the `recall` of a request. More may stand in it than is known today."""
+    if not isinstance(told, dict) or not isinstance(told.get("id"), str) or told.get("call_type") not in CALL_TYPES:
+        return False
+    try:
+        datetime.fromisoformat(told["scheduled_for"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(_is_whole(told.get(name)) and told[name] >= least for name, least in (("occurrence", 1), ("missed", 0)))
+
+
+def _is_whole(told: Any) -> bool:
+    """Whether JSON means a whole number by it: 1.0 is one."""
+    return (isinstance(told, int) and not isinstance(told, bool)) or (isinstance(told, float) and told.is_integer())
 
 
 def _json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.json_response(document, status=status, headers=headers)
 
 
-def serve(host: str, port: int, *, seconds: float, token: str | None) -> None:
+def serve(host: str, port: int, *, seconds: float, token: str | None, accept_after: float | None = None) -> None:
     """Serve until SIGTERM or SIGINT, with an agent that waits for `seconds` and says so."""
-    asyncio.run(_serve(host, port, seconds, token))
+    asyncio.run(_serve(host, port, seconds, token, accept_after))
 
 
-async def _serve(host: str, port: int, seconds: float, token: str | None) -> None:
+async def _serve(host: str, port: int, seconds: float, token: str | None, accept_after: float | None) -> None:
     async def agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
         await asyncio.sleep(seconds)
         return f"looked after, for {seconds:g} s: {user_message}"
 
+    # What is no HTTP gets its 400, and is no defect that would need a traceback.
+    logging.getLogger("aiohttp.server").addFilter(
+        lambda record: not isinstance((record.exc_info or (0, 0))[1], HttpProcessingError)
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    api = ReferenceAPI(agent, token=token, watch=_show)
+    api = ReferenceAPI(agent, token=token, accept_after=accept_after, watch=_show)
     try:
         url = await api.start(host, port)
     except OSError as error:

@@ -9,6 +9,7 @@ what their servers can and cannot do.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
@@ -55,6 +56,14 @@ class Protocol(Interface):
         ...
 
 
+def hushed(outcome: Outcome, secret: str | None) -> Outcome:
+    """An API that repeats what it was sent must not bring the token into a row or a log."""
+    reason = getattr(outcome, "reason", None)
+    if reason is None or not secret or secret not in reason:
+        return outcome
+    return dataclasses.replace(outcome, reason=reason.replace(secret, "…"))
+
+
 def create(settings: Settings) -> Protocol:
     """The protocol that RECALL_PROTOCOL names, ready to call. Needs a running event loop."""
     match settings.protocol:
@@ -62,5 +71,13 @@ def create(settings: Settings) -> Protocol:
             from .native import Native
 
             return Native(settings)
+        case "langgraph":
+            from .langgraph import LangGraph
+
+            return LangGraph(settings)
+        case "agno":
+            from .agno import Agno
+
+            return Agno(settings)
         case other:
             raise ValueError(other)

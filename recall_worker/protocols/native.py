@@ -13,7 +13,6 @@ secrets, Standard Webhooks 1.0.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import hmac
 import json
@@ -63,46 +62,14 @@ class Native:
         self._timeout = settings.run_timeout
         self._secret = settings.signing_secret
         self._wire = Wire(settings.ca_file)
-        self._token = settings.run_token
         self._always = {"Content-Type": "application/json"}
         if settings.run_token is not None:
             self._always["Authorization"] = f"Bearer {settings.run_token}"
 
     async def call(self, call: Call) -> Outcome:
-        claim = call.claim
-        sent_body, key = body(claim), header_key(claim.key)
-
-        def headers() -> dict[str, str]:
-            lateness = claim.lateness + time.monotonic() - call.asked_at
-            made = self._always | {
-                "Idempotency-Key": key,
-                "Recall-Attempt": str(claim.attempt),
-                "Recall-Lateness": f"{lateness:.6f}",
-                "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-            }
-            if self._secret is not None:
-                timestamp = int(time.time())
-                made["webhook-id"], made["webhook-timestamp"] = key, str(timestamp)
-                # While a secret is being changed there are two, and a signature by each.
-                signed = (signature(secret, key, timestamp, sent_body) for secret in self._secret.split())
-                made["webhook-signature"] = " ".join(signed)
-            return made
-
-        def sent() -> None:
-            call.sent_at = time.monotonic()
-
-        url = address(self._url, claim.session_id)
-        answer = await self._wire.post(url, headers, sent_body, self._timeout, sent)
-        if isinstance(answer, NoAnswer):
-            return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
-        return self._without_token(accepted(answer, url) or read(answer))
-
-    def _without_token(self, outcome: Outcome) -> Outcome:
-        """An API that repeats what it was sent must not bring the token into a row or a log."""
-        reason, token = getattr(outcome, "reason", None), self._token
-        if reason is None or not token or token not in reason:
-            return outcome
-        return dataclasses.replace(outcome, reason=reason.replace(token, "…"))
+        url = address(self._url, call.claim.session_id)
+        answer = await post(self._wire, url, call, body(call.claim), self._always, self._secret, self._timeout)
+        return accepted(answer, url) or read(answer) if isinstance(answer, Answer) else answer
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
         url = self._polled_at(claim, reference)
@@ -115,7 +82,7 @@ class Native:
             answer = await self._wire.ask("GET", url, headers)
             return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
 
-        return self._without_token(await follow(ask, within))
+        return await follow(ask, within)
 
     async def abort(self, claim: Claim, reference: str) -> None:
         url = self._polled_at(claim, reference)
@@ -131,6 +98,37 @@ class Native:
 
     async def close(self) -> None:
         await self._wire.close()
+
+
+async def post(
+    wire: Wire, url: str, call: Call, content: bytes, always: Mapping[str, str], secret: str | None, timeout: float
+) -> Answer | Unavailable | Unknown:
+    """Make a call: POST `content` once, with the headers of the contract besides `always`. Its answer, or what the lack of one means."""
+    claim, key = call.claim, header_key(call.claim.key)
+
+    def headers() -> dict[str, str]:
+        lateness = claim.lateness + time.monotonic() - call.asked_at
+        made = dict(always) | {
+            "Idempotency-Key": key,
+            "Recall-Attempt": str(claim.attempt),
+            "Recall-Lateness": f"{lateness:.6f}",
+            "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+        }
+        if secret is not None:
+            timestamp = int(time.time())
+            made["webhook-id"], made["webhook-timestamp"] = key, str(timestamp)
+            # While a secret is being changed there are two, and a signature by each.
+            signed = (signature(one, key, timestamp, content) for one in secret.split())
+            made["webhook-signature"] = " ".join(signed)
+        return made
+
+    def sent() -> None:
+        call.sent_at = time.monotonic()
+
+    answer = await wire.post(url, headers, content, timeout, sent)
+    if isinstance(answer, NoAnswer):
+        return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
+    return answer
 
 
 def address(template: str, session_id: str) -> str:

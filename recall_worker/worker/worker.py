@@ -20,7 +20,7 @@ from .. import judge as judging
 from ..bell import Bell
 from ..events import Events
 from ..ledger import Claimed, Ledger, Outage, Refusal
-from ..protocols import Call, Protocol
+from ..protocols import Call, Protocol, hushed
 from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Unknown, Unsent
 from ..settings import Settings
 from .breaker import Breaker
@@ -250,7 +250,7 @@ class Worker:
     async def _run(self, run: Run) -> None:
         outcome: Outcome
         try:
-            outcome = await self._outcome(run)
+            outcome = hushed(await self._outcome(run), self._settings.run_token)
         except asyncio.CancelledError:
             outcome = self._broken_off(run, run.aborted or "the worker broke")
             if run.aborted in ENDED:

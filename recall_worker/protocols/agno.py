@@ -1,0 +1,347 @@
+"""Agno's AgentOS (tried: 3.1.10), by background runs through its durable queue: the one of its ways that can be safe.
+
+RECALL_RUN_URL is the server's base, RECALL_AGNO_AGENT the agent, a session is Agno's session of the same id. The run's input is
+`[Scheduled recall] <message>`; what else the contract's body tells stands in the run's metadata (`run_context.metadata` for its tools).
+
+With `AgentOS(queue=QueueConfig(durable=True))` on PostgreSQL the server keeps a ticket for each run: it honours `Idempotency-Key` (the same
+run comes back), lets a session's runs wait for one another in order, keeps them over its restarts (one that is cut off in mid-run it calls
+failed), and can be polled. With any other queue it ignores keys and lets a session's runs go side by side, so nothing is posted there: the
+call is Misconfigured, loudly, and the recall is kept. Looked at before each post: `durable` and `queue_per_session` in GET /config; whether
+the queue's worker runs at all on this replica (an AgentOS whose lifespan nobody starts, such as a mounted one, still calls itself durable in
+/config); and whether the token may read how a run ends. With JWTs that takes the scopes agents:run, agents:read and config:read.
+
+What it cannot do, and nobody here can make up for:
+- **It does not tell that somebody is in the session.** A foreground run (a chat without background=true) is nowhere to be seen until it ends,
+  and ours goes beside it. Nothing is ever Busy: only a chat that goes through the queue as well is waited for, and it waits for ours. The
+  time in line counts towards RECALL_RUN_TIMEOUT; a run paused for a person's consent holds its session's line until that person acts.
+- It never says that a session is missing: it makes one. Nothing is ever Gone.
+- A key belongs to the server and the user, not to the session, and is not checked against the payload: two recall-workers with recalls of
+  the same id on one server would meet each other's runs. An answer that names another session is refused.
+- A ticket, and its key with it, is forgotten `retention_seconds` (a day) after the run's end. So a run whose answer was lost is looked for
+  before it is posted again: among the session's tickets, by key, then among its runs, by `metadata.recall_key` (which shows once a run has
+  ended). Where the runs can't be listed and half a day has passed, that is Unknown; it is not posted blindly.
+- A session that a user owns takes that user's runs only, and says 404 to others. The owner is looked up then, and the run posted in their
+  name; with JWTs, which post in their own name alone, such a session stays closed (but to an admin's, whose runs are then the admin's).
+
+A run is followed by its ticket, and at its own address only where tickets can't be read (403: with JWTs they are the admin's) or the
+ticket is forgotten: the run's address says ERROR while the queue is about to try again (`max_attempts` above 1), and carries all messages
+at each poll. A paused run counts as Answered: it has come back, asked a person, and goes on at their word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from ..recall import Accepted, Answered, Claim, Failed, Misconfigured, Outcome, Refused, Unavailable, Unknown
+from ..settings import Settings
+from . import Call, native
+from .polling import StillOn, follow
+from .wire import Answer, NoAnswer, Wire
+
+POST_DEADLINE = 60.0
+"""Seconds for the answer to a post, which the server gives as soon as the run is on record."""
+ASK_DEADLINE = 10.0
+TICKETS_LISTED = 100
+KEYS_KEPT = 43_200.0
+"""Seconds after an occurrence's first call for which a server surely still knows its key, if it keeps keys for a day as it does by default."""
+
+IN_LINE = frozenset({"PENDING", "QUEUED"})
+FINE = frozenset({"COMPLETED", "PAUSED", "REGENERATED"})
+BROKEN = frozenset({"ERROR", "FAILED", "CANCELLED"})
+_REFERENCE = re.compile(r"/agents/(?!\.\.?/)[\w.~%-]+/runs/(?!\.\.?$)([\w.~%-]{1,300})", re.ASCII)
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class Agno:
+    """Posts background runs to one AgentOS, and follows them."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.run_url is not None
+        assert settings.agno_agent is not None
+        self._base = settings.run_url.rstrip("/")
+        self._agent = settings.agno_agent
+        self._timeout = min(settings.run_timeout, POST_DEADLINE)
+        self._secret = settings.signing_secret
+        self._wire = Wire(settings.ca_file)
+        self._always = {} if settings.run_token is None else {"Authorization": f"Bearer {settings.run_token}"}
+
+    async def call(self, call: Call) -> Outcome:
+        unsafe = await self._unsafe(_query(call.claim))
+        if unsafe is not None:
+            return unsafe
+        answer = await self._post(call, None)
+        if isinstance(answer, Answer) and answer.status == 404:
+            owner = await self._owner(call.claim.session_id)
+            if not isinstance(owner, str):
+                return owner
+            answer = await self._post(call, owner)
+        return read(answer, self._agent, call.claim.session_id) if isinstance(answer, Answer) else answer
+
+    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+        known = _REFERENCE.fullmatch(reference)
+        if known is None:
+            return Unknown("the reference of the accepted run is none of Agno's")
+        session = _query(claim)
+
+        async def ask() -> Outcome | StillOn:
+            answer = await self._ask("GET", f"/queue/jobs/{known[1]}")
+            if isinstance(answer, Answer) and answer.status in (403, 404):
+                answer = await self._ask("GET", f"{reference}?{session}")
+            return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+
+        return await follow(ask, within)
+
+    async def abort(self, claim: Claim, reference: str) -> None:
+        if _REFERENCE.fullmatch(reference):
+            await self._ask("POST", f"{reference}/cancel?{_query(claim)}", native.ABORT_DEADLINE)
+
+    async def find(self, claim: Claim) -> Outcome | None:
+        session = _query(claim)
+        unsafe = await self._unsafe(session)
+        if unsafe is not None:
+            return unsafe
+        tickets = await self._ask("GET", f"/queue/jobs?{session}&limit={TICKETS_LISTED}")
+        if isinstance(tickets, NoAnswer):
+            return Unavailable(tickets.reason)
+        if tickets.status not in (200, 403, 404):
+            return _untold(tickets, "which runs the session has")
+        found = listed(tickets, claim.key)
+        if found is not None:
+            return Accepted(place(*found), tickets.status)
+        runs = await self._ask("GET", f"{place(self._agent)}?{session}")
+        if isinstance(runs, NoAnswer):
+            return Unavailable(runs.reason)
+        # 404: no such session, or no such agent, as the post will say. 400, 501: this kind of agent lists none.
+        if runs.status not in (200, 400, 404, 501):
+            return _untold(runs, "which runs the session has")
+        found = listed(runs, claim.key)
+        if found is not None:
+            return Accepted(place(*found), runs.status)
+        whole = runs.status == 404 or (runs.status == 200 and _json(runs) is not None)
+        if not whole and (claim.begun_age or 0.0) > KEYS_KEPT:
+            return Unknown("an earlier call may have run, and the session's runs can't be listed", runs.status)
+        return None
+
+    async def close(self) -> None:
+        await self._wire.close()
+
+    async def _unsafe(self, session: str) -> Outcome | None:
+        """Why nothing may be posted to this server now, if so."""
+        config = await self._ask("GET", "/config")
+        if isinstance(config, NoAnswer):
+            return Unavailable(config.reason)
+        if config.status != 200:
+            return _untold(config, "whether its queue is durable (GET /config)")
+        queue = members(config).get("queue")
+        if not isinstance(queue, dict) or queue.get("durable") is not True:
+            return Misconfigured(
+                "the server's queue is not durable, so it would ignore our keys: give AgentOS a QueueConfig(durable=True)", 200
+            )
+        if queue.get("queue_per_session") is not True:
+            return Misconfigured(
+                "the server lets a session's runs go side by side: give AgentOS a QueueConfig(durable=True, queue_per_session=True)",
+                200,
+            )
+        tickets = await self._ask("GET", f"/queue/jobs?{session}&limit=1")
+        if isinstance(tickets, NoAnswer):
+            return Unavailable(tickets.reason)
+        if tickets.status == 503 and "detail" in members(tickets):
+            return Misconfigured(
+                "the server's queue is durable, but nobody works it off: start AgentOS with its lifespan (HTTP 503)", 503
+            )
+        if tickets.status >= 500:
+            return _untold(tickets, "whether its queue is worked off")
+        return None if tickets.status == 200 else await self._unread(session)
+
+    async def _unread(self, session: str) -> Outcome | None:
+        """Why we could not see how a run ends, where tickets are kept from us: a token may be good for posting runs, and not for reading them."""
+        run = await self._ask("GET", f"{place(self._agent, 'recall-worker')}?{session}")
+        if isinstance(run, NoAnswer):
+            return Unavailable(run.reason)
+        return None if run.status in (200, 404) else _untold(run, "how runs end (scope agents:read)")
+
+    async def _owner(self, session_id: str) -> str | Outcome:
+        """Whose the session is. Asked after a 404, which can mean this, or that there is no such agent."""
+        answer = await self._ask("GET", f"/sessions/{quote(session_id, safe='')}?type=agent")
+        if isinstance(answer, NoAnswer):
+            return Unavailable(answer.reason)
+        if answer.status >= 500 or answer.status in native.UNAVAILABLE:
+            return _untold(answer, "whose the session is")
+        owner = members(answer).get("user_id") if answer.status == 200 else None
+        return owner if isinstance(owner, str) and owner else _no_agent(self._agent, 404)
+
+    async def _post(self, call: Call, owner: str | None) -> Answer | Unavailable | Unknown:
+        url, headers = self._base + place(self._agent), self._always | {"Content-Type": "application/x-www-form-urlencoded"}
+        return await native.post(self._wire, url, call, body(call.claim, owner), headers, self._secret, self._timeout)
+
+    async def _ask(self, method: str, path: str, deadline: float = ASK_DEADLINE) -> Answer | NoAnswer:
+        return await self._wire.ask(method, self._base + path, self._always, deadline)
+
+
+def place(agent: str, run_id: str | None = None) -> str:
+    """Where the agent's runs are, or one of them: a path below the base address, which nothing in the names can leave."""
+    runs = f"/agents/{_segment(agent)}/runs"
+    return runs if run_id is None else f"{runs}/{_segment(run_id)}"
+
+
+def body(claim: Claim, owner: str | None) -> bytes:
+    """The form. Nothing in it changes between two calls under one key, unless the session gets another owner; no `internal_comment`."""
+    nominal = claim.scheduled_for.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    metadata = {
+        "recall_key": claim.key,
+        "recall_id": claim.id,
+        "recall_call_type": claim.call_type,
+        "recall_occurrence": claim.occurrence,
+        "recall_scheduled_for": nominal,
+        "recall_missed": claim.missed,
+    }
+    form = {
+        "message": f"[Scheduled recall] {claim.message}",
+        "stream": "false",
+        "background": "true",
+        "session_id": claim.session_id,
+        "metadata": json.dumps(metadata, separators=(",", ":")),
+    }
+    if owner is not None:
+        form["user_id"] = owner
+    return urlencode(form).encode("ascii")
+
+
+def read(answer: Answer, agent: str, session_id: str) -> Outcome:
+    """What the answer to a post means."""
+    status = answer.status
+    if status == 404:
+        return _no_agent(agent, status)
+    if status == 409:
+        # Never a busy session: Agno says so where the key is another agent's.
+        return Unknown("the server knows the key as another agent's: was RECALL_AGNO_AGENT changed meanwhile? (HTTP 409)", status)
+    if not 200 <= status < 300:
+        return native.read(answer)
+    said = members(answer)
+    run_id, word = said.get("run_id"), said.get("status")
+    if not isinstance(run_id, str) or not run_id or not isinstance(word, str):
+        outcome = native.read(answer)
+        return (
+            outcome
+            if isinstance(outcome, Misconfigured)
+            else Unknown(f"an answer that is none of Agno's (HTTP {status})", status)
+        )
+    if said.get("session_id", session_id) != session_id:
+        return Refused(
+            f"the server ran this key in another session: the key is another recall's, or the token is bound to a session (HTTP {status})",
+            status,
+        )
+    if status != 202 and (ended := _ended(word, said.get("content"), status)) is not None:
+        return ended
+    # Also where it has ended already: the ticket says how.
+    return Accepted(place(agent, run_id), status)
+
+
+def polled(answer: Answer) -> Outcome | StillOn:
+    """What a ticket, or a run, says of itself."""
+    status, later = answer.status, native.retry_after(answer.headers)
+    if status == 404:
+        return Unknown("Agno no longer knows the run that it accepted (HTTP 404)", status)
+    if status != 200:
+        return StillOn(later, f"HTTP {status}")
+    said = members(answer)
+    word = said.get("status")
+    if not isinstance(word, str):
+        # Only what an agent has brought to its end is that long before it comes to its status.
+        return Answered(status) if answer.truncated else StillOn(later, "an answer that is none of Agno's")
+    ended = _ended(word, said.get("error") or said.get("content"), status)
+    if ended is not None:
+        return ended
+    return StillOn(later, "it waits in its session's line" if word.upper() in IN_LINE else None)
+
+
+def listed(answer: Answer, key: str) -> tuple[str, str] | None:
+    """The agent and the id of the run under this key, in a list of tickets or of runs."""
+    document = _json(answer) if answer.status == 200 else None
+    entries = document.get("data") if isinstance(document, dict) else document
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        metadata = entry.get("metadata")
+        named = metadata.get("recall_key") if isinstance(metadata, dict) else None
+        agent, run_id = entry.get("component_id") or entry.get("agent_id"), entry.get("id") or entry.get("run_id")
+        ours = entry.get("idempotency_key") == native.header_key(key) or named == key
+        if ours and isinstance(agent, str) and isinstance(run_id, str):
+            return agent, run_id
+    return None
+
+
+def members(answer: Answer) -> dict[str, Any]:
+    """The members of the JSON object in an answer; of one that was cut off at its limit, those that came whole."""
+    document = _json(answer)
+    if document is not None:
+        return document if isinstance(document, dict) else {}
+    found: dict[str, Any] = {}
+    if not answer.truncated:
+        return found
+    text, decoder = answer.body.decode("utf-8", "replace"), json.JSONDecoder()
+
+    def past(character: str, at: int) -> int:
+        at = _skip(text, at)
+        if text[at] != character:
+            raise ValueError(character)
+        return _skip(text, at + 1)
+
+    try:
+        at = past("{", 0)
+        while True:
+            name, at = decoder.raw_decode(text, at)
+            found[name], at = decoder.raw_decode(text, past(":", at))
+            at = past(",", at)
+    except (ValueError, IndexError, RecursionError, TypeError):
+        return found
+
+
+def _skip(text: str, at: int) -> int:
+    blank = _BLANK.match(text, at)
+    return at if blank is None else blank.end()
+
+
+def _json(answer: Answer) -> Any:
+    """The answer's JSON; None where it is none, or not whole."""
+    try:
+        return None if answer.truncated else json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _ended(word: str, why: object, status: int) -> Outcome | None:
+    if word.upper() in FINE:
+        return Answered(status)
+    if word.upper() in BROKEN:
+        said = ": " + " ".join(why.split())[:200] if isinstance(why, str) and why.strip() else ""
+        return Failed(f"Agno says that the run ended as {word.lower()}{said}", status)
+    return None
+
+
+def _no_agent(agent: str, status: int) -> Outcome:
+    return Misconfigured(
+        f"the server has no agent {agent[:100]!r}, or keeps the session from it: see RECALL_AGNO_AGENT (HTTP {status})", status
+    )
+
+
+def _untold(answer: Answer, what: str) -> Outcome:
+    """The server did not say what has to be known before anything is posted."""
+    status = answer.status
+    if status >= 500 or status in native.UNAVAILABLE:
+        return Unavailable(f"the server does not say {what} (HTTP {status})", status, native.retry_after(answer.headers))
+    hint = "RECALL_RUN_TOKEN" if status in (401, 403) else "RECALL_RUN_URL"
+    return Misconfigured(f"the server does not say {what}: see {hint} (HTTP {status})", status)
+
+
+def _query(claim: Claim) -> str:
+    return urlencode({"session_id": claim.session_id})
+
+
+def _segment(name: str) -> str:
+    # `quote` leaves dots alone, and a dot segment would lead out of its place.
+    return quote(name, safe="") if name not in (".", "..") else name.replace(".", "%2E")

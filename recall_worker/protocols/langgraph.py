@@ -1,0 +1,314 @@
+"""LangGraph's protocol: RECALL_RUN_URL is an agent server's base, a session is a thread, RECALL_LANGGRAPH_ASSISTANT the assistant or graph.
+
+What its server can do, as tried on LangGraph API 0.16.7 (docs/servers.md): check and start in one step (409 beside another run of the
+thread, by `multitask_strategy: reject`), run in the background (200 with a `run_id`, then GET …/runs/R), end a run (POST …/cancel), say
+why a graph failed. What it cannot:
+
+- It ignores Idempotency-Key. So each run carries its key as `metadata.recall_key`, and before a post that might be the second one
+  `find` looks for it among the thread's newest runs. What that leaves open is a post still under way somewhere while `find` looks; the
+  message has an id made of the key, so that even then it stands in the thread once.
+- 404 has one text for thread and assistant, and so have addresses that lead nowhere. The thread counts as gone where its list of runs
+  is 404 too while the thread search answers; where the thread is there, the assistant is what is wrong. A thread that the token may
+  not see is as gone as one that is not there.
+- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it: Failed, as at any API that says
+  `cancelled`. A graph that stops to ask a person (`interrupt()`) ends as `success`: Answered, and the question stands in the thread.
+- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again as it is not there.
+
+The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that would stay in the thread for good,
+and several models refuse every later conversation with a system message in its middle. What else the contract's body tells stands
+in the run's metadata, which nodes find in `config["metadata"]`.
+
+The token goes as `Authorization: Bearer` and as `X-Api-Key`, as handlers of either kind are in use; a LangSmith key as `X-Api-Key` alone,
+since LangSmith would check a bearer token, too.
+
+Servers that share LangGraph's paths (Aegra) do not answer the same: busy by 200, missing threads created, `interrupted` for questions to
+a person. Nothing of this can be told from outside, so they are not supported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from ..recall import Accepted, Answered, Claim, Failed, Gone, Malformed, Misconfigured, Outcome, Unavailable, Unknown
+from ..settings import Settings
+from . import Call
+from .native import ABORT_DEADLINE, post, read, retry_after
+from .polling import StillOn, follow
+from .wire import Answer, NoAnswer, Wire
+
+POST_DEADLINE = 60.0
+"""Seconds that the server gets to take a run; the run itself goes on behind."""
+ASK_DEADLINE = 10.0
+PAGE, PAGES = 100, 10
+"""How many runs of a thread are looked through for a key: nobody has had a thousand runs since a call of ours went unanswered."""
+LANGSMITH_KEY = "lsv2_"
+_RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,100}")
+_ENDED_BADLY = {
+    "error": "the graph failed",
+    "timeout": "the server ended the run at its own time limit",
+    "interrupted": "the run was cancelled at the server, or displaced by another run of its thread",
+}
+
+
+class LangGraph:
+    """Runs the assistant on the session's thread, in the background, and polls it."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.run_url is not None
+        self._base = settings.run_url.rstrip("/")
+        self._assistant = settings.langgraph_assistant
+        self._timeout = settings.run_timeout
+        self._secret = settings.signing_secret
+        self._wire = Wire(settings.ca_file)
+        self._credentials = credentials(settings.run_token)
+        self._always = self._credentials | {"Content-Type": "application/json"}
+
+    async def call(self, call: Call) -> Outcome:
+        claim = call.claim
+        thread = thread_of(claim)
+        if thread is None:
+            return Malformed(f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs")
+        content, deadline = body(claim, self._assistant), min(self._timeout, POST_DEADLINE)
+        answer = await post(self._wire, self._runs(thread), call, content, self._always, self._secret, deadline)
+        if not isinstance(answer, Answer):
+            return answer
+        if 200 <= answer.status < 300:
+            return taken(answer)
+        if answer.status == 404:
+            return await self._missing(thread)
+        if answer.status in (400, 422):
+            return await self._refused(answer)
+        return read(answer)
+
+    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+        url, thread = self._run(claim, reference), thread_of(claim)
+        if url is None or thread is None:
+            return Unknown("the reference of the accepted run is none that LangGraph could have given")
+
+        async def ask() -> Outcome | StillOn:
+            answer = await self._wire.ask("GET", url, self._credentials)
+            if isinstance(answer, Answer) and answer.truncated:
+                # A run is told with all that went into it; the list can leave that out.
+                answer = one_of(await self._listed(thread, PAGE, 0, "run_id", "status"), reference)
+            outcome = StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            return await self._explained(url, outcome) if isinstance(outcome, Failed) else outcome
+
+        return await follow(ask, within)
+
+    async def abort(self, claim: Claim, reference: str) -> None:
+        url = self._run(claim, reference)
+        if url is not None:
+            await self._wire.ask("POST", f"{url}/cancel", self._credentials, ABORT_DEADLINE)
+
+    async def find(self, claim: Claim) -> Outcome | None:
+        thread = thread_of(claim)
+        if thread is None:
+            return None
+        for page in range(PAGES):
+            answer = await self._listed(thread, PAGE, page * PAGE, "run_id", "metadata")
+            if isinstance(answer, Answer) and answer.status == 404:
+                return None  # No thread, no run; the post will say which it is.
+            runs = listed(answer, "whether the run is there already could not be asked")
+            if not isinstance(runs, list):
+                return runs
+            for run in runs:
+                if isinstance(run, dict) and _metadata(run).get("recall_key") == claim.key and _is_run_id(run.get("run_id")):
+                    # Also one that has failed: its poll will say so.
+                    return Accepted(run["run_id"], 200)
+            if len(runs) < PAGE:
+                return None
+        return None
+
+    async def close(self) -> None:
+        await self._wire.close()
+
+    # --- addresses -----------------------------------------------------------------------------------------------
+
+    def _runs(self, thread: UUID) -> str:
+        return f"{self._base}/threads/{thread}/runs"
+
+    def _run(self, claim: Claim, reference: str) -> str | None:
+        """A stored reference as an address, if it can be one: what a row holds is hostile."""
+        thread = thread_of(claim)
+        return f"{self._runs(thread)}/{reference}" if thread is not None and _is_run_id(reference) else None
+
+    # --- questions -----------------------------------------------------------------------------------------------
+
+    async def _listed(self, thread: UUID, limit: int, offset: int, *fields: str) -> Answer | NoAnswer:
+        """The thread's runs, newest first."""
+        query = "&".join([f"limit={limit}", f"offset={offset}", *(f"select={field}" for field in fields)])
+        return await self._wire.ask("GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE)
+
+    async def _search(self, what: str, wanted: dict[str, Any]) -> Answer | NoAnswer:
+        content = json.dumps(wanted | {"limit": 1}).encode()
+        return await self._wire.post(f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None)
+
+    async def _missing(self, thread: UUID) -> Outcome:
+        """What the 404 of a post is about."""
+        runs = await self._listed(thread, 1, 0, "run_id")
+        if not (isinstance(runs, Answer) and runs.status == 404):
+            found = listed(runs, "a 404, and whether the thread exists could not be asked")
+            return self._no_assistant(404) if isinstance(found, list) else found
+        threads = await self._search("threads", {"ids": [str(thread)]})
+        if isinstance(threads, Answer) and threads.status in (404, 405):
+            return Misconfigured("nothing at this address speaks as LangGraph does: see RECALL_RUN_URL (HTTP 404)", 404)
+        found = listed(threads, "a 404, and whether the thread exists could not be asked")
+        if not isinstance(found, list):
+            return found
+        if any(isinstance(one, dict) and one.get("thread_id") == str(thread) for one in found):
+            return Unavailable("the server knows the thread, and doesn't: it may have been created just now (HTTP 404)", 404)
+        return Gone(404)
+
+    async def _refused(self, answer: Answer) -> Outcome:
+        """What a 400 or 422 is about: a name that is no graph's is our fault, all else the row's."""
+        try:
+            UUID(self._assistant)
+        except ValueError:
+            assistants = await self._search("assistants", {"graph_id": self._assistant})
+            if isinstance(assistants, Answer) and assistants.status == 404:
+                return self._no_assistant(answer.status)
+            found = listed(assistants, "whether the assistant exists could not be asked")
+            if not isinstance(found, list):
+                return found
+            if not found:
+                return self._no_assistant(answer.status)
+        return read(answer)
+
+    def _no_assistant(self, status: int) -> Misconfigured:
+        said = f"the server shows no assistant {self._assistant!r}: see RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
+        return Misconfigured(said, status)
+
+    async def _explained(self, url: str, failed: Failed) -> Failed:
+        """With the graph's own words, where the server still has them."""
+        if failed.reason != _ENDED_BADLY["error"]:
+            return failed
+        answer = await self._wire.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
+        document = _document(answer) if isinstance(answer, Answer) and answer.status == 200 else None
+        error = document.get("__error__") if isinstance(document, dict) else None
+        words = [str(error[name]) for name in ("error", "message") if error.get(name)] if isinstance(error, dict) else []
+        said = " ".join(": ".join(words).split())[:200]
+        return Failed(f"{failed.reason}: {said}", failed.http_status) if said else failed
+
+
+def credentials(token: str | None) -> dict[str, str]:
+    """The headers that carry the token."""
+    if token is None:
+        return {}
+    key = {"X-Api-Key": token}
+    return key if token.startswith(LANGSMITH_KEY) else key | {"Authorization": f"Bearer {token}"}
+
+
+def thread_of(claim: Claim) -> UUID | None:
+    """The session as a thread; None where its id can't be one. Written out anew, nothing of a hostile id is left in an address."""
+    try:
+        return UUID(claim.session_id)
+    except ValueError:
+        return None
+
+
+def body(claim: Claim, assistant: str) -> bytes:
+    """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it."""
+    nominal = claim.scheduled_for.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    message = {
+        "role": "user",
+        "content": f"[Scheduled recall] {claim.message}",
+        "id": str(uuid5(NAMESPACE_URL, f"recall:{claim.key}")),
+    }
+    document = {
+        "assistant_id": assistant,
+        "input": {"messages": [message]},
+        "metadata": {
+            "recall_key": claim.key,
+            "recall_id": claim.id,
+            "recall_call_type": claim.call_type,
+            "recall_occurrence": claim.occurrence,
+            "recall_scheduled_for": nominal,
+            "recall_missed": claim.missed,
+        },
+        "multitask_strategy": "reject",
+        "if_not_exists": "reject",
+    }
+    return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+
+def taken(answer: Answer) -> Outcome:
+    """What a 2xx of a post means: Accepted, if it is LangGraph's."""
+    document = _document(answer)
+    if isinstance(document, dict) and _is_run_id(document.get("run_id")) and isinstance(document.get("status"), str):
+        return Accepted(document["run_id"], answer.status)
+    if answer.truncated:
+        # It repeats the message, and that was a long one. The header names the run, too.
+        run = answer.headers.get("Content-Location", "").rpartition("/")[2]
+        if _is_run_id(run):
+            return Accepted(run, answer.status)
+        return Unknown(f"an answer larger than 1 MiB, from which no run can be told (HTTP {answer.status})", answer.status)
+    return _no_langgraph(answer)
+
+
+def one_of(answer: Answer | NoAnswer, reference: str) -> Answer | NoAnswer:
+    """An answer with a list of runs as if only this one had been asked for."""
+    runs = _document(answer) if isinstance(answer, Answer) and answer.status == 200 else None
+    if isinstance(answer, NoAnswer) or not isinstance(runs, list):
+        return answer
+    run = next((run for run in runs if isinstance(run, dict) and run.get("run_id") == reference), {})
+    return Answer(answer.status, answer.headers, json.dumps(run).encode(), False)
+
+
+def polled(answer: Answer) -> Outcome | StillOn:
+    """What a poll's answer says of a run."""
+    if answer.status in (404, 410):
+        return Unknown(f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status)
+    document = _document(answer) if answer.status == 200 else None
+    word = document.get("status") if isinstance(document, dict) else None
+    if word == "success":
+        return Answered(answer.status)
+    if isinstance(word, str) and word in _ENDED_BADLY:
+        return Failed(_ENDED_BADLY[word], answer.status)
+    trouble = None if isinstance(word, str) else f"HTTP {answer.status}, and no status of the run"
+    return StillOn(retry_after(answer.headers), trouble)
+
+
+def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
+    """The list that was asked for; or, in words that begin with `otherwise`, why there is none: asking has started nothing."""
+    if isinstance(answer, NoAnswer):
+        return Unavailable(f"{otherwise}: {answer.reason}")
+    if answer.status == 200:
+        found = _document(answer)
+        if isinstance(found, list):
+            return found
+        if answer.truncated:
+            return Unknown(f"{otherwise}: an answer larger than 1 MiB (HTTP 200)", 200)
+        return _no_langgraph(answer)
+    outcome = read(answer)
+    if isinstance(outcome, Misconfigured | Unavailable):
+        return outcome
+    return Unavailable(f"{otherwise}: HTTP {answer.status}", answer.status, retry_after(answer.headers))
+
+
+def _no_langgraph(answer: Answer) -> Outcome:
+    """What a 2xx means that is not what was asked for."""
+    outcome = read(answer)
+    if not isinstance(outcome, Answered | Failed):
+        return outcome
+    said = f"an answer, but not as LangGraph gives them: see RECALL_RUN_URL and RECALL_PROTOCOL (HTTP {answer.status})"
+    return Misconfigured(said, answer.status)
+
+
+def _document(answer: Answer) -> Any:
+    try:
+        return json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _metadata(run: dict[str, Any]) -> dict[str, Any]:
+    metadata = run.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _is_run_id(value: object) -> bool:
+    return isinstance(value, str) and _RUN_ID.fullmatch(value) is not None

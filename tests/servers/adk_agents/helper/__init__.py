@@ -1,0 +1,3 @@
+"""One agent, as `adk api_server` looks for it."""
+
+from . import agent as agent

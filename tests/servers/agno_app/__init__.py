@@ -1,0 +1,1 @@
+"""An AgentOS for the tests; it runs in Agno's environment, where nothing of recall-worker is installed."""

@@ -1,0 +1,574 @@
+"""`check-endpoint` against APIs that keep the contract, and against APIs that each break one promise of it, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from aiohttp import web
+
+from recall_worker.cli import main
+from recall_worker.cli.check_endpoint import FAIL, MESSAGE, NOT_SHOWN, PASS, PROPERTIES, REQUESTS, Check, Row
+from recall_worker.cli.reference_api import Call, ReferenceAPI, Run
+from recall_worker.protocols.native import body
+from recall_worker.settings import Settings
+
+from .endpoint import Endpoint, Raw, Request, reply
+from .postgres import free_port
+from .test_recall import claim_with
+
+RUN = 0.5
+"""Seconds that the agents take: long enough for two runs to meet, whatever else the machine does."""
+TOKEN = "secret"
+EVERYTHING = set(PROPERTIES)
+ON_RUNS = EVERYTHING - {"answers", "redirect", "token", "missing"}
+
+
+async def agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
+    await asyncio.sleep(RUN)
+    return f"did {recall['occurrence']}"
+
+
+async def quick_agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
+    return "done"
+
+
+async def broken_agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
+    await asyncio.sleep(RUN)
+    raise RuntimeError("no model")
+
+
+# --- APIs that break one promise each -------------------------------------------------------------------------------
+
+
+class Lenient(dict[str, Run | None]):
+    """Sessions that may be left by those who are no longer in."""
+
+    def __delitem__(self, session_id: str) -> None:
+        self.pop(session_id, None)
+
+
+class API(ReferenceAPI):
+    """The reference API, to be broken."""
+
+    def __init__(self, **options: Any) -> None:
+        given: dict[str, Any] = {"agent": agent, "token": TOKEN, "retry_after": 1} | options
+        super().__init__(**given)
+        self.inside = Lenient()
+
+
+class MakesMissingSessions(API):
+    def _must_exist(self, session_id: str) -> None:
+        pass
+
+
+class DoesNotNameTheSession(API):
+    async def run(self, request: web.Request) -> web.Response:
+        if request.match_info["id"].startswith("missing"):
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return await super().run(request)
+
+
+class LooksThenTakes(API):
+    """Two steps, with a moment in between."""
+
+    async def run(self, request: web.Request) -> web.Response:
+        session_id = request.match_info["id"]
+        free = session_id not in self.inside
+        await asyncio.sleep(0.03)
+        if free:
+            self.inside.pop(session_id, None)
+        return await super().run(request)
+
+
+class Queues(API):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def run(self, request: web.Request) -> web.Response:
+        async with self._turns[request.match_info["id"]]:
+            return await super().run(request)
+
+
+class RunsBeside(API):
+    async def run(self, request: web.Request) -> web.Response:
+        self.inside.pop(request.match_info["id"], None)
+        return await super().run(request)
+
+
+class SaysBusyWith200(API):
+    """As Aegra does for `reject`."""
+
+    def _later(self, code: str, message: str) -> Any:
+        refusal = super()._later(code, message)
+        refusal.status = 200
+        return refusal
+
+
+class FreesTooEarly(API):
+    async def _work(self, run: Run) -> None:
+        asyncio.get_running_loop().call_later(RUN / 3, self.inside.pop, run.call.session_id, None)
+        await super()._work(run)
+
+
+class ForgetsKeys(API):
+    async def run(self, request: web.Request) -> web.Response:
+        answer = await super().run(request)
+        if answer.status == 200:
+            self.runs.pop(request.headers["Idempotency-Key"], None)
+        return answer
+
+
+class KnowsKeysOnlyAfterwards(API):
+    async def run(self, request: web.Request) -> web.Response:
+        known = self.runs.get(request.headers["Idempotency-Key"])
+        if known is not None and known.status == "running":
+            del self.runs[known.call.key]
+            self.inside.pop(known.call.session_id, None)
+        return await super().run(request)
+
+
+class TakesAnyBody(API):
+    def _started_or_known(self, call: Call, document: Mapping[str, Any], fingerprint: bytes) -> Run:
+        return super()._started_or_known(call, document, b"")
+
+
+class EndsWithItsCaller(API):
+    async def run(self, request: web.Request) -> web.Response:
+        try:
+            return await super().run(request)
+        except asyncio.CancelledError:
+            left = self.runs.pop(request.headers["Idempotency-Key"])
+            assert left.task is not None
+            left.task.cancel()
+            raise
+
+
+class Changed(API):
+    """Its answers are changed on their way out."""
+
+    async def run(self, request: web.Request) -> web.Response:
+        answer = await super().run(request)
+        return self.change(answer) if answer.status == 202 else answer
+
+    def change(self, answer: web.Response) -> web.Response:
+        raise NotImplementedError
+
+
+class AcceptsElsewhere(Changed):
+    def change(self, answer: web.Response) -> web.Response:
+        answer.headers["Location"] = "http://127.0.0.1:1" + answer.headers["Location"]
+        return answer
+
+
+class AcceptsNamelessly(Changed):
+    def change(self, answer: web.Response) -> web.Response:
+        return web.json_response({}, status=202)
+
+
+class ForgetsAcceptedRuns(API):
+    async def accepted(self, request: web.Request) -> web.Response:
+        return web.json_response({"code": "run_not_found"}, status=404)
+
+
+class NeverEnds(API):
+    async def accepted(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "running"})
+
+
+class GoesOnAfterCancel(API):
+    async def accepted(self, request: web.Request) -> web.Response:
+        return web.Response(status=204) if request.method == "DELETE" else await super().accepted(request)
+
+
+class OffersNoCancel(API):
+    async def accepted(self, request: web.Request) -> web.Response:
+        return web.Response(status=405) if request.method == "DELETE" else await super().accepted(request)
+
+
+class NeverSaysWhen(API):
+    def _later(self, code: str, message: str) -> Any:
+        refusal = super()._later(code, message)
+        refusal.headers.clear()
+        return refusal
+
+
+Answers = Callable[[web.Request], Awaitable[web.Response]]
+
+
+class Small:
+    """An API with one answer for everything."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> str:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answers)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/sessions/{{session_id}}/run"
+
+    async def stop(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+
+async def _web_page(_: web.Request) -> web.Response:
+    return web.Response(text="<html>Welcome</html>", content_type="text/html")
+
+
+async def _breaks(_: web.Request) -> web.Response:
+    return web.Response(status=500)
+
+
+async def _moved(request: web.Request) -> web.Response:
+    return web.Response(status=308, headers={"Location": "/elsewhere"})
+
+
+async def _always_busy(_: web.Request) -> web.Response:
+    return web.json_response({}, status=409, headers={"Retry-After": "0"})
+
+
+async def _pending(request: web.Request) -> web.Response:
+    """As LangGraph answers POST /threads/{id}/runs, with `enqueue`, and knows neither keys nor this address for polls."""
+    if request.method != "POST":
+        return web.json_response({"detail": "Not Found"}, status=404)
+    return web.json_response({"run_id": str(uuid4()), "status": "pending"})
+
+
+class LangGraph(Small):
+    """As LangGraph answers /runs/wait with `reject`: busy is 409, keys are ignored, a missing thread is a 404 without a code."""
+
+    def __init__(self) -> None:
+        super().__init__(self._wait)
+        self._threads: set[str] = set()
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        thread = request.path
+        if "missing" in thread:
+            return web.json_response({"detail": "Thread or assistant not found."}, status=404)
+        if thread in self._threads:
+            return web.json_response({"detail": "Thread is already running a task."}, status=409)
+        self._threads.add(thread)
+        run = asyncio.create_task(asyncio.sleep(RUN))
+        run.add_done_callback(lambda _: self._threads.discard(thread))
+        await asyncio.shield(run)
+        return web.json_response({"messages": [{"type": "ai", "id": str(uuid4()), "content": "done"}]})
+
+
+KEEPERS: dict[str, Callable[[], API]] = {
+    "answers when the run has ended": API,
+    "accepts at once": lambda: API(accept_after=0.0),
+    "accepts after a while": lambda: API(accept_after=RUN / 4),
+    "accepts late": lambda: API(accept_after=RUN * 0.75),
+    "runs fail": lambda: API(agent=broken_agent),
+    "runs are short": lambda: API(agent=quick_agent),
+    "never says when": NeverSaysWhen,
+    "accepts, offers no cancel": lambda: OffersNoCancel(accept_after=RUN / 4),
+}
+BREAKERS: dict[str, tuple[Callable[[], API | Small], set[str]]] = {
+    "a web page": (lambda: Small(_web_page), {"answers", "token", "missing"}),
+    "broken": (lambda: Small(_breaks), {"answers", "token", "missing"}),
+    "redirects": (lambda: Small(_moved), {"answers", "token", "missing", "redirect"}),
+    "always busy": (lambda: Small(_always_busy), {"answers", "token", "missing"}),
+    "wants no token": (lambda: API(token=None), {"token"}),
+    "makes missing sessions": (MakesMissingSessions, {"missing"}),
+    "does not name the session": (DoesNotNameTheSession, {"missing"}),
+    "looks, then takes": (LooksThenTakes, {"busy"}),
+    "queues": (Queues, {"busy", "slow"}),
+    "runs beside": (RunsBeside, {"busy", "slow"}),
+    "says busy with 200": (SaysBusyWith200, {"busy", "slow", "key_during", "hang_up"}),
+    "frees too early": (FreesTooEarly, {"slow"}),
+    "forgets keys": (ForgetsKeys, {"key_after", "body"}),
+    "knows keys only afterwards": (KnowsKeysOnlyAfterwards, {"key_during", "hang_up"}),
+    "takes any body": (TakesAnyBody, {"body"}),
+    "ends with its caller": (EndsWithItsCaller, {"hang_up"}),
+    "accepts elsewhere": (lambda: AcceptsElsewhere(accept_after=0.0), {"accepted"}),
+    "accepts namelessly": (lambda: AcceptsNamelessly(accept_after=0.0), {"accepted"}),
+    "forgets accepted runs": (lambda: ForgetsAcceptedRuns(accept_after=0.0), {"accepted"}),
+    "never ends": (lambda: NeverEnds(accept_after=0.0), {"accepted"}),
+    "goes on after cancel": (lambda: GoesOnAfterCancel(accept_after=RUN / 4), {"cancel"}),
+    "pending for ever": (lambda: Small(_pending), {"token", "missing", "busy", "key_after", "body", "accepted"}),
+    "LangGraph": (LangGraph, {"token", "missing", "key_after", "body", "hang_up"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    rows: dict[str, Row]
+    requests: int
+
+    def having(self, verdict: str) -> set[str]:
+        return {name for name, row in self.rows.items() if row.finding.verdict == verdict}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{row.finding.verdict:9} {name:12} {row.finding.seen}" for name, row in self.rows.items())
+
+
+async def checked(api: API | Small, turn: asyncio.Semaphore) -> Seen:
+    async with turn:
+        url = await api.start()
+        try:
+            check = Check(Settings(run_url=url, run_token=TOKEN), "s", "missing-1", 4.0)
+            rows = await check.rows()
+            return Seen({row.name: row for row in rows}, check.requests)
+        finally:
+            await api.stop()
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Seen]:
+    """What the check says of each API; several are checked beside one another, as a check mostly waits."""
+
+    async def all_of_them() -> dict[str, Seen]:
+        apis: dict[str, API | Small] = {name: make() for name, make in KEEPERS.items()}
+        apis |= {name: make() for name, (make, _) in BREAKERS.items()}
+        turn = asyncio.Semaphore(20)
+        return dict(zip(apis, await asyncio.gather(*(checked(api, turn) for api in apis.values())), strict=True))
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("name", BREAKERS)
+def test_a_broken_promise_is_caught(seen: dict[str, Seen], name: str) -> None:
+    """An API that breaks a promise fails in that promise's row, and in no other that it keeps."""
+    assert seen[name].having(FAIL) == BREAKERS[name][1], str(seen[name])
+
+
+def test_every_row_has_its_breaker() -> None:
+    """There is no row that no broken API makes fail, but for the one that only gives advice."""
+    assert set().union(*(rows for _, rows in BREAKERS.values())) == EVERYTHING - {"retry_after"}
+
+
+@pytest.mark.parametrize(
+    ("name", "not_shown"),
+    [
+        ("answers when the run has ended", {"accepted", "cancel"}),
+        ("accepts at once", set()),
+        ("accepts after a while", set()),
+        ("accepts late", set()),
+        ("runs fail", {"accepted", "cancel"}),
+        ("runs are short", {"slow", "key_during", "hang_up", "accepted", "cancel"}),
+        ("never says when", {"accepted", "cancel", "retry_after"}),
+        ("accepts, offers no cancel", {"cancel"}),
+    ],
+)
+def test_an_api_that_keeps_its_promises_passes(seen: dict[str, Seen], name: str, not_shown: set[str]) -> None:
+    """No row fails where the contract is kept, whichever of its ways an API goes; what can't be shown is not passed off as shown."""
+    assert (seen[name].having(FAIL), seen[name].having(NOT_SHOWN)) == (set(), not_shown), str(seen[name])
+
+
+@pytest.mark.parametrize("name", ["a web page", "broken", "redirects", "always busy"])
+def test_where_nothing_runs_nothing_is_passed(seen: dict[str, Seen], name: str) -> None:
+    """An API that runs nothing gets no verdict on its runs, is not asked much, and can't pass."""
+    assert seen[name].having(NOT_SHOWN) >= ON_RUNS, str(seen[name])
+    assert seen[name].requests < 12
+
+
+def test_requests_are_bounded(seen: dict[str, Seen]) -> None:
+    """No API gets the check to ask more often than it promises, and one that keeps the contract stays below that."""
+    assert max(one.requests for one in seen.values()) <= REQUESTS < 60
+    assert seen["answers when the run has ended"].requests < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("queues", "busy", "made to wait"),
+        ("runs beside", "busy", "ran beside one another"),
+        ("says busy with 200", "busy", "busy is no success"),
+        ("forgets keys", "key_after", "it ran again"),
+        ("pending for ever", "key_after", "another run"),
+        ("does not name the session", "missing", "HTTP 404 (read as misconfigured)"),
+        ("accepts elsewhere", "accepted", "polled elsewhere"),
+        ("goes on after cancel", "cancel", "went on to its end"),
+        ("redirects", "redirect", "HTTP 308 to /elsewhere"),
+    ],
+)
+def test_what_was_seen_is_said(seen: dict[str, Seen], name: str, row: str, says: str) -> None:
+    """A row that failed says what was seen, as the worker reads it, and what is to be done."""
+    found = seen[name].rows[row].finding
+    assert says in found.seen and found.todo
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------------
+
+
+async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
+    """Each probe has the shape of the worker's own calls and says what it is; a key has one body, but where that is the question;
+    no cookie is kept."""
+
+    async def guarded(request: Request) -> Raw:
+        known = request.headers.get("authorization") == f"Bearer {TOKEN}"
+        return reply(200, {"status": "completed"}, {"set-cookie": "crumb=1; path=/"}) if known else reply(401)
+
+    endpoint.default = guarded
+    settings = Settings(run_url=endpoint.url, run_token=TOKEN, signing_secret="whsec_c2VjcmV0")
+    assert {row.name for row in await Check(settings, "s 1", "gone", 5.0).rows()} == EVERYTHING
+    known = json.loads(body(claim_with()))
+    bodies = defaultdict(set)
+    for request in endpoint.requests:
+        assert request.line.startswith("POST /sessions/s%201/run ") or request.session == "gone"
+        assert (request.document.keys(), request.document["recall"].keys()) == (known.keys(), known["recall"].keys())
+        assert MESSAGE in request.document["user_message"] and "harmless" in MESSAGE
+        assert request.document["system_message"] == f"[Scheduled recall] {request.document['user_message']}"
+        assert request.headers["webhook-id"] == request.key and request.headers["webhook-signature"].startswith("v1,")
+        assert "cookie" not in request.headers
+        bodies[request.key].add(request.body)
+    assert {r.headers.get("authorization", "")[:13] for r in endpoint.requests} == {"Bearer secret", "Bearer wrong-", ""}
+    assert sorted(map(len, bodies.values()))[-2:] == [1, 2]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+Command = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+async def run_command(*arguments: str, **environ: str) -> tuple[int, str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "recall_worker", "check-endpoint", *arguments,
+        env=kept | environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(40):
+        said, talk = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode(), talk.decode()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process, on a thread with an event loop of its own: what the console script would do."""
+
+    async def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
+        for name in [name for name in os.environ if name.startswith("RECALL_")]:
+            monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["recall-worker", "check-endpoint", *arguments])
+
+        def called() -> int:
+            try:
+                main()
+            except SystemExit as ended:
+                return int(ended.code or 0)
+            return 0
+
+        status = await asyncio.to_thread(called)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize("accept_after", [None, 0.1], ids=["off", "on"])
+async def test_the_reference_api_passes(accept_after: float | None) -> None:
+    """Exit status 0 and a table with a line for each row, where nothing failed; the token is nowhere in it."""
+    api = ReferenceAPI(agent, token=TOKEN, accept_after=accept_after)
+    url = await api.start()
+    try:
+        status, said, talk = await run_command("--session", "s", RECALL_RUN_URL=url, RECALL_RUN_TOKEN=TOKEN)
+    finally:
+        await api.stop()
+    assert status == 0, said
+    verdicts = [line.split("  ")[0] for line in said.splitlines()[1:] if not line.startswith(" ")]
+    assert len(verdicts) == len(PROPERTIES)
+    assert set(verdicts) == ({PASS} if accept_after is not None else {PASS, NOT_SHOWN})
+    assert TOKEN not in said + talk
+
+
+async def test_a_failure_is_exit_status_1() -> None:
+    """Exit status 1, and one JSON document with each row, where something failed; the URL may be an argument."""
+    api = MakesMissingSessions(agent=quick_agent)
+    url = await api.start()
+    try:
+        status, said, _ = await run_command(
+            url, "--session", "s", "--missing-session", "missing-2", "--json", RECALL_RUN_TOKEN=TOKEN
+        )
+    finally:
+        await api.stop()
+    document = json.loads(said)
+    assert (status, document["verdict"], document["session"]) == (1, FAIL, "s")
+    assert [row["row"] for row in document["rows"]] == list(PROPERTIES)
+    assert [row["row"] for row in document["rows"] if row["verdict"] == FAIL] == ["missing"]
+    assert document["requests"] < REQUESTS
+    assert "missing-2" in next(row["seen"] for row in document["rows"] if row["row"] == "missing")
+    assert "missing-2" in {call.session_id for call in api.calls}
+
+
+async def test_nobody_there_is_exit_status_3() -> None:
+    """A refused connection is a trouble with a hint."""
+    status, said, talk = await run_command(f"http://127.0.0.1:{free_port()}/run", "--session", "s")
+    assert (status, said) == (3, "")
+    assert talk.splitlines()[1].startswith("Error: the endpoint can't be reached: ")
+    assert talk.splitlines()[2].startswith("Try: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "says"),
+    [
+        (["ftp://x/run", "--session", "s"], {}, "RECALL_RUN_URL is no address"),
+        (["http://u:p@x/run", "--session", "s"], {}, "user name or password"),
+        (["--session", "s"], {}, "RECALL_RUN_URL is not set"),
+        (["http://x/run"], {}, "--session"),
+        (["http://x/run", "--session", ".."], {}, "can't be a session's id"),
+        (["http://x/run", "--session", "s", "--missing-session", ""], {}, "can't be a session's id"),
+        (["http://x/run", "--session", "s"], {"RECALL_PROTOCOL": "langgraph"}, "RECALL_PROTOCOL is langgraph"),
+        (["http://x/run", "--session", "s"], {"RECALL_RUN_TOKEN_FILE": "/nowhere"}, "RECALL_RUN_TOKEN_FILE can't be read"),
+    ],
+    ids=["no address", "password", "no URL", "no session", "dots", "empty", "other protocol", "no token file"],
+)
+async def test_usage_is_exit_status_2(command: Command, arguments: list[str], environ: dict[str, str], says: str) -> None:
+    """What can't be asked at all is refused before anything is sent."""
+    status, said, talk = await command(*arguments, **environ)
+    assert (status, said) == (2, "")
+    assert says in talk and "Traceback" not in talk
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m"
+BOMB = gzip.compress(b"[" * 30_000_000)
+
+
+async def _endless(request: Request) -> Raw:
+    return Raw(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + b'["' + b"x" * (3 << 20))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply(422, {"error": HOSTILE, "code": HOSTILE}),
+        reply(200, {"status": "failed", "error": HOSTILE}),
+        reply(307, headers={"location": "http://x/\x1b[2J" + "y" * 5000}),
+        reply(202, {}, {"location": "/runs/\x1b[2J"}),
+        reply(200, text=b"{" * 200_000),
+        reply(200, text=BOMB, headers={"content-encoding": "gzip"}),
+        _endless,
+        Raw(b"HTTP/1.1 200 \x1b[2J\r\ncontent-length: 0\r\n\r\n", keep=True),
+        Raw(b"\x1b[2J garbage\r\n\r\n"),
+        Raw(reset=True),
+    ],
+    ids=["error text", "failed run", "redirect", "location", "deep JSON", "packed", "endless", "status line", "garbage", "reset"],
+)
+async def test_hostile_answers(endpoint: Endpoint, command: Command, answer: Any) -> None:
+    """Whatever a server sends ends in rows: nothing steers the terminal, nothing is unpacked, no traceback is seen."""
+    endpoint.default = answer
+    status, said, talk = await command(endpoint.url, "--session", "s", "--timeout", "5", RECALL_RUN_TOKEN=TOKEN)
+    assert status == 1, talk
+    assert "Traceback" not in talk
+    assert all(c.isprintable() or c == "\n" for c in said + talk)
+    assert max(map(len, said.splitlines())) < 2000
+    assert 0 < len(endpoint.requests) <= REQUESTS
