@@ -284,6 +284,8 @@ class Ledger:
         self._fleet = fleet
         self._lines: list[_Line] = []
         self._claims, self._settles, self._renewals = (_Line(dsn, name, not pooled, self._lines) for _ in range(3))
+        # Opened only where the application holds a row locked; a pooler takes no lock_timeout, so nobody waits behind one.
+        self._patient = None if pooled else _Line(dsn, name, prepare=False, siblings=self._lines)
         self._sql = statements.load("ledger")
         self._aside: dict[str, float] = {}
         self._turn = None if fleet is None else self._sql["fleet_turn"]
@@ -435,8 +437,20 @@ class Ledger:
             # It was no slot: somebody holds the whole table, as DDL does.
             return [Locked() if refusal.sqlstate == errors.LockNotAvailable.sqlstate else Stranded(refusal.reason)]
 
+    async def insist(self, ending: Ending, verdict: Verdict) -> Settlement:
+        """Settle a row that the application holds locked, standing in the queue for it, for a second at most.
+
+        Whoever passes locked rows over comes too late when the lock goes after the lease has ended: another worker would take the row up.
+        """
+        if self._patient is None:
+            return Locked()
+        try:
+            return (await self._settle([(ending, verdict)], on=self._patient))[0]
+        except Refusal:
+            return Locked()
+
     async def _settle(
-        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False
+        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, on: _Line | None = None
     ) -> list[Settlement]:
         now = time.monotonic()
         rows = [_row(ending, verdict, now, "running" if outside else "pending") for ending, verdict in batch]
@@ -444,7 +458,10 @@ class Ledger:
             for row in rows:
                 row["reasons"] = row["reasons"] and row["reasons"].encode("ascii", "backslashreplace").decode()
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        answers = await self._settles.ask(self._sql["settle"], columns | {"worker": self._worker})
+        statement = (
+            self._sql["settle"] if on is None else self._sql["settle"].replace("for update of r skip locked", "for update of r")
+        )
+        answers = await (on or self._settles).ask(statement, columns | {"worker": self._worker})
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 

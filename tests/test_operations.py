@@ -696,6 +696,7 @@ async def test_a_cancel_that_meets_the_next_insert(by: str, arena: Arena, databa
     await arena.end(session)
 
 
+@pytest.mark.full
 async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
     """Two workers run a recurring recall while two applications skip and an operator fires, pauses and resumes: each run and each skip
     consumes exactly one number, no number is run twice, and no two runs are in hand at once.

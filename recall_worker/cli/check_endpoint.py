@@ -741,7 +741,7 @@ def _harmless(found: Finding) -> Finding:
 
 def check_endpoint(url: str | None, session: str, missing_session: str | None, *, timeout: float, as_json: bool) -> None:
     """The command. Exit status 1 where a row failed."""
-    settings = setting.read(run_url=url).needed("run_url")
+    settings = setting.read(needed=["run_url"], run_url=url)
     if settings.protocol != "native":
         raise Trouble(
             f"this checks the native protocol, and RECALL_PROTOCOL is {settings.protocol}", "RECALL_PROTOCOL=native", status=USAGE

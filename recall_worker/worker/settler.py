@@ -60,6 +60,7 @@ class Settler:
         self._dice = dice
         self._waiting: list[tuple[Run, Ending, float]] = []
         self._some = asyncio.Event()
+        self._insisting: set[asyncio.Task[None]] = set()
 
     def put(self, run: Run, ending: Ending) -> None:
         """Have this ending judged and written."""
@@ -91,8 +92,9 @@ class Settler:
                 self._again(run, dataclasses.replace(ending, claim=claim), pause)
                 return
             case Locked():
-                longer = min(LOCKED_MOST, pause * 2)
-                asyncio.get_running_loop().call_later(pause, self._again, run, ending, longer)
+                insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
+                self._insisting.add(insisting)
+                insisting.add_done_callback(self._insisting.discard)
                 return
             case Settled(status):
                 self._tell("recall.settled", ending, verdict=type(verdict).__name__.lower(), status=status)
@@ -105,6 +107,20 @@ class Settler:
             case never:
                 assert_never(never)
         self._free(run)
+
+    async def _insist(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
+        """Stand in the queue for a locked row: its owner should be the first to have it."""
+        began = time.monotonic()
+        try:
+            answer = await self._ledger.insist(ending, verdict)
+        except Outage:
+            answer = Locked()
+        if not isinstance(answer, Locked):
+            self._conclude(run, ending, verdict, answer, pause)
+            return
+        # In a batch again, as whatever else may stand in the way is told apart there.
+        wait = max(0.0, pause - (time.monotonic() - began))
+        asyncio.get_running_loop().call_later(wait, self._again, run, ending, min(LOCKED_MOST, pause * 2))
 
     def _again(self, run: Run, ending: Ending, pause: float) -> None:
         self._waiting.append((run, ending, pause))
