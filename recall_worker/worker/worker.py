@@ -263,9 +263,11 @@ class Worker:
     async def _outcome(self, run: Run) -> Outcome:
         claim = run.claim
         if claim.reference is None:
-            outcome = (
-                judging.before_call(claim, self._policy.max_attempts) or await self._capped(claim) or await self._posted(run)
-            )
+            decided: Outcome | None = judging.before_call(claim, self._policy.max_attempts)
+            if isinstance(decided, Unknown) and isinstance(found := await self._protocol.find(claim), Accepted):
+                # No attempt is left, but the last one reached the server: it is followed there.
+                decided = found
+            outcome = decided or await self._capped(claim) or await self._posted(run)
             if not isinstance(outcome, Accepted):
                 return outcome
             if self._breaker.is_open:
