@@ -327,6 +327,13 @@ async def test_an_operation_in_a_state(operation: str, state: str, cell: Cell, s
             async with asyncio.timeout(20):
                 await here.gate.hung_up.wait()
         else:
+            held = await here.row()
+            assert (
+                was is not None
+                and held is not None
+                and held["lease"] == was["lease"]
+                and held["status"] in ("pending", "running")
+            )
             assert not here.gate.hung_up.is_set()
             here.gate.open()
     await here.quiet()
