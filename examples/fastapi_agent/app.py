@@ -65,7 +65,8 @@ async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
         return await schedule_recall(pool, session_id, int(wish[1]), wish[2])
     if text == "stop reminding me":
         done = await pool.execute(
-            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = $1 and status = 'pending'", session_id
+            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = $1 and status = 'pending'",
+            session_id,
         )
         return "I will not." if done != "UPDATE 0" else "I was not going to."
     await asyncio.sleep(0.05)
@@ -90,7 +91,9 @@ async def keep_busy(pool: asyncpg.Pool, session_id: str) -> None:
     """Signs of life while a session is in use."""
     while True:
         await asyncio.sleep(BUSY_FOR / 3)
-        await pool.execute("update sessions set busy_until = now() + $2 * interval '1 second' where id = $1", session_id, BUSY_FOR)
+        await pool.execute(
+            "update sessions set busy_until = now() + $2 * interval '1 second' where id = $1", session_id, BUSY_FOR
+        )
 
 
 async def take(conn: asyncpg.Connection, session_id: str) -> bool:
@@ -153,7 +156,9 @@ async def run(session_id: str, request: Request) -> Response:
 
     async with pool.acquire() as conn, conn.transaction():
         # Whoever comes second with this key waits here for the first one's transaction, and then sees its row.
-        new = await conn.fetchval("insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true", key, body_hash)
+        new = await conn.fetchval(
+            "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true", key, body_hash
+        )
         known = await conn.fetchrow("select body_hash, answer from runs where key = $1", key)
         if known["body_hash"] != body_hash:
             return JSONResponse({"code": "key_reused", "message": "this key came with another body before"}, 422)
