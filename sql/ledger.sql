@@ -48,6 +48,17 @@ claimed as (
         -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
         -- A run that the API accepted is polled on, not called again.
         attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
+        -- A key stands for one body: what the application changed between two calls of one occurrence is sent under a new one.
+        rekey = least(r.rekey, 2147483646) + coalesce(
+            r.run_reference is null and (r.begun_at is not null or r.lease is not null)
+            and split_part(r.body_hash, ':', 1) = r.occurrence::text
+            and split_part(r.body_hash, ':', 2)
+                <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
+            false)::integer,
+        body_hash = case when r.run_reference is null
+            then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
+            else r.body_hash
+        end,
         scheduled_for = coalesce(r.scheduled_for, r.trigger_at),
         planned_at = coalesce(r.planned_at, r.trigger_at),
         -- A lease that ended on its own was a call that may have been made.
@@ -137,7 +148,7 @@ with told as (
 )
 update session_recalls r
 set occurrence = t.occurrence, rekey = case when r.occurrence = t.occurrence then r.rekey else 0 end,
-    attempt = 1, deferrals = 0, begun_at = null,
+    attempt = 1, deferrals = 0, begun_at = null, body_hash = t.occurrence || ':' || split_part(r.body_hash, ':', 2),
     scheduled_for = r.trigger_at, planned_at = r.trigger_at,
     missed = case
         when r.call_type = 'recurring' and r.interval_seconds > 0

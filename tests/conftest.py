@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -18,6 +20,10 @@ from .daemon import Daemons
 from .endpoint import Endpoint
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # Run in a script's background, we were told to ignore it, and every process that a test starts would be, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,12 @@ import asyncio
 import gzip
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +19,8 @@ import pytest
 from aiohttp import web
 
 from recall_worker.cli import main
-from recall_worker.cli.check_endpoint import FAIL, MESSAGE, NOT_SHOWN, PASS, PROPERTIES, REQUESTS, Check, Row
+from recall_worker.cli.check_endpoint import FAIL, NOT_SHOWN, PASS, PROPERTIES, Check, Row
+from recall_worker.cli.probes import MESSAGE, REQUESTS
 from recall_worker.cli.reference_api import Call, ReferenceAPI, Run
 from recall_worker.protocols.native import body
 from recall_worker.settings import Settings
@@ -353,6 +356,12 @@ def test_every_row_has_its_breaker() -> None:
     assert set().union(*(rows for _, rows in BREAKERS.values())) == EVERYTHING - {"retry_after"}
 
 
+def test_every_row_is_documented() -> None:
+    """docs/endpoint.md has a line for each row, in the order in which they are shown."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "endpoint.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(PROPERTIES)
+
+
 @pytest.mark.parametrize(
     ("name", "not_shown"),
     [
@@ -527,10 +536,11 @@ async def test_nobody_there_is_exit_status_3() -> None:
         (["http://x/run"], {}, "--session"),
         (["http://x/run", "--session", ".."], {}, "can't be a session's id"),
         (["http://x/run", "--session", "s", "--missing-session", ""], {}, "can't be a session's id"),
+        (["http://x/run", "--session", "\udce9"], {}, "can't be a session's id"),
         (["http://x/run", "--session", "s"], {"RECALL_PROTOCOL": "langgraph"}, "RECALL_PROTOCOL is langgraph"),
         (["http://x/run", "--session", "s"], {"RECALL_RUN_TOKEN_FILE": "/nowhere"}, "RECALL_RUN_TOKEN_FILE can't be read"),
     ],
-    ids=["no address", "password", "no URL", "no session", "dots", "empty", "other protocol", "no token file"],
+    ids=["no address", "password", "no URL", "no session", "dots", "empty", "no text", "other protocol", "no token file"],
 )
 async def test_usage_is_exit_status_2(command: Command, arguments: list[str], environ: dict[str, str], says: str) -> None:
     """What can't be asked at all is refused before anything is sent."""

@@ -22,6 +22,9 @@ from recall_worker.protocols.polling import StillOn
 from recall_worker.protocols.wire import Answer, Wire
 from recall_worker.recall import Accepted, name_of
 
+from .application import Application
+from .daemon import Daemons
+
 TOKEN = "secret"
 DEADLINE = 20.0
 
@@ -331,6 +334,24 @@ async def test_a_run_that_is_over_stays_as_it_ended(client: Client) -> None:
         assert (unknown.status_code, unknown.json()["code"]) == (404, "run_not_found")
         async with httpx.AsyncClient() as stranger:
             assert (await stranger.request(method, run)).status_code == 401
+
+
+async def test_the_worker_follows_what_it_accepts(accepting: Client, agent: Agent, app: Application, daemons: Daemons) -> None:
+    """A real daemon polls an accepted run to its end, and has one ended whose recall is cancelled; each was posted once."""
+    daemon = await daemons.start(run_url=accepting.url, run_token=TOKEN)
+    for session, message in (("first", "work"), ("second", "wait")):
+        await app.create_session(session, "ann")
+        await app.schedule(session, "immediate", datetime.now(UTC), message)
+    await daemon.hears("recall.settled", session="first", outcome="answered", status="fired")
+    async with asyncio.timeout(DEADLINE):
+        while "second" not in agent.runs:
+            agent.entered.clear()
+            await agent.entered.wait()
+    assert await app.cancel_session("second") == 1
+    await daemon.hears("recall.ended", session="second", status="cancelled")
+    runs = (await accepting.http.get(f"{accepting.base}/runs")).json()
+    assert {run["session_id"]: run["status"] for run in runs} == {"first": "completed", "second": "cancelled"}
+    assert sorted(agent.runs) == ["first", "second"]
 
 
 @pytest.mark.parametrize("key", ["a/b:1", "a?b#c:1", "..", ".", "100%25:1", "a%2Fb:1", "{x}:1"])

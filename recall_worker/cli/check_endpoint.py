@@ -1,53 +1,38 @@
 """`check-endpoint`: does an API keep the contract of the run endpoint? For its author: one row a property, with what was seen.
 
-It calls as the worker does (same body, headers and signatures) and reads answers by the worker's own table, but over a plain HTTP client
-of its own. It starts some ten short runs in a session that its user names; each says that it is a probe. Requests, their number and
-their time are bounded.
-
 What an API does inside can't be seen from outside, so the rows on runs reason by time: how long a run lasts is measured first, on calls
 that have the session to themselves. Where runs are too short for two to meet, or a measure is in doubt, the verdict is "not shown",
 never "pass".
 
-Never here: the database, RECALL_DSN, a session that was not named (but for one that does not exist).
+Never here: how a probe is made (probes), the database, a session that was not named (but for one that does not exist).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 from uuid import UUID, uuid4
 
-import httpx
 import typer
 
 from .. import settings as setting
 from ..events import harmless
-from ..protocols.native import FINAL_WORDS, accepted, address, header_key, polled, read, retry_after, same_origin, signature
-from ..protocols.polling import StillOn
-from ..protocols.wire import CONNECT_DEADLINE, LIMIT, Answer
-from ..recall import Accepted, Answered, Busy, Failed, Gone, Misconfigured, Outcome, Refused, Unavailable, Unknown, name_of
+from ..protocols.native import FINAL_WORDS
+from ..recall import Accepted, Answered, Busy, Gone, Refused, Unavailable, Unknown, name_of
 from ..settings import Settings
-from .talk import REFUSED, UNREACHABLE, USAGE, Trouble, print_json, rfc3339, span, tell
+from .probes import MESSAGE, REQUESTS, Probes, Reply, Run, Spent
+from .talk import REFUSED, UNREACHABLE, USAGE, Trouble, print_json, span, tell
 
-MESSAGE = "recall-worker check-endpoint: a harmless probe; answer anything"
-REQUESTS = 58
-"""The most requests of one check."""
 TOGETHER, ROUNDS = 3, 3
 """Calls at once in one session, and how often."""
 SHORT = 0.2
 """Seconds: of shorter runs nobody can say from outside whether they met."""
-PATIENCE = 5.0
-"""Seconds that a Retry-After is obeyed, at most."""
 PASS, FAIL, NOT_SHOWN = "pass", "fail", "not shown"
 TIMED = ("key_during", "slow", "hang_up")
 """Rows that something slow can spoil: where one was not shown it is tried a second time."""
@@ -86,103 +71,25 @@ class Row:
         return {"row": self.name, "property": self.property, "verdict": found.verdict, "seen": found.seen, "todo": found.todo}
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """How one request was answered. Instants are monotonic; `sent_at`: when the whole request had left."""
-
-    key: str
-    sent_at: float
-    ended_at: float
-    outcome: Outcome
-    answer: Answer | None
-
-    @property
-    def status(self) -> int | None:
-        return self.answer.status if self.answer is not None else None
-
-    @property
-    def got_in(self) -> bool:
-        """Whether it says that a run was started (or replayed)."""
-        return self.status is not None and 200 <= self.status < 300 and not isinstance(self.outcome, Misconfigured)
-
-    @property
-    def is_replay(self) -> bool:
-        return self.answer is not None and self.answer.headers.get("Idempotent-Replayed", "").strip().lower() in ("true", "?1")
-
-    @property
-    def document(self) -> Any:
-        try:
-            return json.loads(self.answer.body) if self.answer is not None and self.answer.body.strip() else None
-        except (ValueError, RecursionError):
-            return self.answer.body if self.answer is not None else None
-
-    def __str__(self) -> str:
-        if self.answer is None:
-            return str(getattr(self.outcome, "reason", "no answer"))
-        return f"HTTP {self.answer.status} (read as {name_of(self.outcome)})"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A call that got in, and its run."""
-
-    reply: Reply
-    outcome: Outcome
-    ended_at: float | None
-    """When it was seen to have ended; None: never."""
-    on_until: float
-    """When it was last known to be on."""
-
-    @property
-    def length(self) -> float | None:
-        return None if self.ended_at is None else self.ended_at - self.reply.sent_at
-
-
-@dataclass(slots=True)
-class Flight:
-    """A call that is on its way. `gone` is set when the request has left, or never will."""
-
-    key: str
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    sent_at: float = 0.0
-    task: asyncio.Task[Reply] | None = None
-
-
-class _Spent(Exception):
-    """No more requests are to be made."""
-
-
 class Check:
     """One check of one endpoint. `rows()` makes it; it needs a running event loop."""
 
     def __init__(self, settings: Settings, session: str, missing_session: str, timeout: float) -> None:
-        assert settings.run_url is not None
-        self.requests = 0
-        self.lengths: list[float] = []
-        """Seconds that runs lasted which had the session to themselves."""
-        self._settings, self._template = settings, settings.run_url
-        self._session, self._missing_session, self._timeout = session, missing_session, timeout
-        self._name = f"check-endpoint-{secrets.token_hex(4)}"
-        self._began = rfc3339(datetime.now(UTC))
-        self._keys = 2
-        self._replies: list[Reply] = []
-        self._followed: list[Run] = []
+        """`timeout`: seconds that a request, and a run, may take."""
+        self._probes = Probes(settings, session, timeout)
+        self._has_token = settings.run_token is not None
+        self._missing_session = missing_session
         self._first: Run | None = None
-        self._lost = False
-        """Whether an accepted run did not end in its time: no other is then waited for so long."""
-        self._http = httpx.AsyncClient(
-            verify=_trust(settings),
-            timeout=httpx.Timeout(None, connect=CONNECT_DEADLINE),  # Each request has its own, for everything.
-            trust_env=False,
-            limits=httpx.Limits(max_keepalive_connections=0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "recall-worker check-endpoint"},
-        )
+
+    @property
+    def requests(self) -> int:
+        """How many were made."""
+        return self._probes.made
 
     async def rows(self) -> list[Row]:
         """All rows, in the order in which they are shown. Raises Trouble where the endpoint can't be reached at all."""
         found: dict[str, Finding] = {}
-        async with self._http:
+        async with self._probes:
             found["answers"] = await self._found(self._answers)
             for name, find in (
                 ("key_after", self._key_after), ("body", self._body), ("busy", self._busy), ("key_during", self._key_during),
@@ -191,7 +98,7 @@ class Check:
             ):  # fmt: skip
                 no_run = Finding(NOT_SHOWN, "no call was answered as a run")
                 found[name] = no_run if self._first is None else await self._found(find)
-                if name in TIMED and found[name].verdict == NOT_SHOWN and self._shortest >= SHORT:
+                if name in TIMED and found[name].verdict == NOT_SHOWN and self._probes.shortest >= SHORT:
                     found[name] = await self._found(find)
             for name, find in (("token", self._token), ("missing", self._missing), ("redirect", self._redirect)):
                 found[name] = await self._found(find)
@@ -201,183 +108,23 @@ class Check:
     async def _found(find: Callable[[], Awaitable[Finding]]) -> Finding:
         try:
             return await find()
-        except _Spent:
+        except Spent:
             return Finding(
                 NOT_SHOWN, f"{REQUESTS} requests were made by then, and more are not to be", "see the rows above first"
             )
 
-    # --- asking ----------------------------------------------------------------------------------------------------
-
-    async def _call(
-        self,
-        key: str,
-        *,
-        message: str = MESSAGE,
-        session: str | None = None,
-        token: str | None = None,
-        flight: Flight | None = None,
-    ) -> Reply:
-        """POST a run. `token`: another one; "" for none. `flight`: to be told when it has left."""
-        session = self._session if session is None else session
-        content = self._content(key, message, session)
-        url = address(self._template, session)
-        return await self._ask("POST", url, key, self._headers(key, content, token), content, flight)
-
-    async def _ask(
-        self, method: str, url: str, key: str, headers: dict[str, str], content: bytes | None = None, flight: Flight | None = None
-    ) -> Reply:
-        if self.requests >= REQUESTS:
-            raise _Spent
-        self.requests += 1
-        flight = flight or Flight(key)
-        answer: Answer | None = None
-        outcome: Outcome | None = None
-
-        async def trace(event: str, _: Any) -> None:
-            if event.endswith("send_request_body.complete"):
-                flight.sent_at = time.monotonic()
-                flight.gone.set()
-
-        began = time.monotonic()
-        try:
-            async with (
-                asyncio.timeout(self._timeout),
-                self._http.stream(method, url, content=content, headers=headers, extensions={"trace": trace}) as response,
-            ):
-                got = bytearray()
-                # As it comes: what is packed stays packed, and what has no end is left.
-                async for chunk in response.aiter_raw():
-                    got += chunk
-                    if len(got) > LIMIT:
-                        break
-                answer = Answer(response.status_code, response.headers, bytes(got[:LIMIT]), len(got) > LIMIT)
-        except TimeoutError:
-            said = f"no answer within {self._timeout:g} s"
-            outcome = Unknown(said) if flight.gone.is_set() else Unavailable(said)
-        except Exception as error:  # Whatever a server sends, or an address holds, it ends in a row.
-            said = f"{type(error).__name__}: {error}"
-            outcome = Unknown(f"no answer: {said}") if flight.gone.is_set() else Unavailable(f"no connection: {said}")
-        finally:
-            flight.sent_at = flight.sent_at or began
-            flight.gone.set()
-        if answer is not None:
-            outcome = (accepted(answer, url) if method == "POST" else None) or read(answer)
-        assert outcome is not None
-        reply = Reply(key, flight.sent_at, time.monotonic(), outcome, answer)
-        if method == "POST":
-            self._replies.append(reply)
-        return reply
-
-    async def _leave_open(self, seconds: float) -> Flight:
-        """A call under a new key that has been sent and, `seconds` later, is waited for no longer."""
-        for _ in range(3):
-            flight = Flight(self._new_key())
-            flight.task = asyncio.create_task(self._call(flight.key, flight=flight))
-            flight.task.add_done_callback(lambda _, gone=flight.gone: gone.set())  # type: ignore[misc]
-            await flight.gone.wait()
-            await asyncio.wait({flight.task}, timeout=seconds)
-            if not flight.task.done() or not isinstance(flight.task.result().outcome, Busy):
-                break
-            await self._rest(flight.task.result())
-        return flight
-
-    async def _to_its_end(self, reply: Reply, *, at_once: bool = False) -> Run:
-        """The run behind a call that got in; polled, if it was accepted. `at_once`: the first poll does not wait."""
-        if not isinstance(reply.outcome, Accepted):
-            ended_at = reply.ended_at if isinstance(reply.outcome, Answered | Failed) else None
-            return Run(reply, reply.outcome, ended_at, reply.ended_at)
-        run = await self._polled(reply, at_once)
-        self._followed.append(run)
-        return run
-
-    async def _polled(self, reply: Reply, at_once: bool) -> Run:
-        assert isinstance(reply.outcome, Accepted)
-        on_until = reply.ended_at
-        usual = median(self.lengths) if self.lengths else 0.0
-        pause = max(0.05, usual * 0.15) if usual else 0.1
-        wait = 0.0 if at_once else max(0.1, reply.sent_at + usual * 0.8 - time.monotonic())
-        while time.monotonic() + wait < reply.sent_at + self._timeout:
-            await asyncio.sleep(wait)
-            polling = await self._of_run("GET", reply)
-            found = polled(polling.answer) if polling.answer is not None else StillOn(trouble=str(polling))
-            if not isinstance(found, StillOn):
-                return Run(reply, found, None if isinstance(found, Unknown) else polling.ended_at, on_until)
-            on_until = polling.sent_at
-            if self._lost:
-                break
-            wait, pause = pause, min(PATIENCE, pause * (1.25 if usual else 1.5))
-        self._lost = True
-        return Run(reply, Unknown(f"it did not end within {self._timeout:g} s"), None, on_until)
-
-    async def _of_run(self, method: str, reply: Reply) -> Reply:
-        assert isinstance(reply.outcome, Accepted)
-        where = same_origin(address(self._template, self._session), reply.outcome.reference)
-        assert where is not None
-        headers = {name: value for name, value in self._headers(reply.key, b"", None).items() if not name.startswith("webhook-")}
-        return await self._ask(method, where, reply.key, headers)
-
-    def _content(self, key: str, message: str, session: str) -> bytes:
-        """The request's body, the same for the same key and message."""
-        recall = {
-            "id": self._name, "call_type": "once", "occurrence": int(key.rpartition(":")[2]), "scheduled_for": self._began, "missed": 0,
-        }  # fmt: skip
-        document = {
-            "session_id": session, "user_message": message, "system_message": f"[Scheduled recall] {message}", "recall": recall,
-        }  # fmt: skip
-        return json.dumps(document, separators=(",", ":")).encode("ascii")
-
-    def _headers(self, key: str, content: bytes, token: str | None) -> dict[str, str]:
-        made = {
-            "Content-Type": "application/json",
-            "Idempotency-Key": header_key(key),
-            "Recall-Attempt": "1",
-            "Recall-Lateness": "0.000000",
-            "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-        }
-        token = self._settings.run_token if token is None else token
-        if token:
-            made["Authorization"] = f"Bearer {token}"
-        if self._settings.signing_secret is not None:
-            now = int(time.time())
-            signed = (signature(secret, key, now, content) for secret in self._settings.signing_secret.split())
-            made |= {"webhook-id": key, "webhook-timestamp": str(now), "webhook-signature": " ".join(signed)}
-        return made
-
-    def _new_key(self) -> str:
-        self._keys += 1
-        return f"{self._name}:{self._keys}"
-
-    @staticmethod
-    async def _rest(reply: Reply) -> None:
-        """Before a busy session is asked for again."""
-        told = retry_after(reply.answer.headers) if reply.answer is not None else None
-        await asyncio.sleep(min(PATIENCE, 0.5 if told is None else max(0.1, told)))
-
-    async def _when_free(self, call: Callable[[], Awaitable[Reply]]) -> Reply:
-        """A call, and again while it is told that the session is busy: three in all."""
-        reply = await call()
-        for _ in range(2):
-            if not isinstance(reply.outcome, Busy):
-                break
-            await self._rest(reply)
-            reply = await call()
-        return reply
-
-    @property
-    def _shortest(self) -> float:
-        return min(self.lengths, default=0.0)
-
     def _too_short(self) -> Finding | None:
-        if self._shortest >= SHORT:
+        if self._probes.shortest >= SHORT:
             return None
-        if not self.lengths:
+        if not self._probes.lengths:
             return Finding(NOT_SHOWN, "no run was seen to end", "see the rows above first")
-        return Finding(NOT_SHOWN, f"the runs last {span(self._shortest)}: too short to meet one another", LONGER)
+        return Finding(NOT_SHOWN, f"the runs last {span(self._probes.shortest)}: too short to meet one another", LONGER)
 
     # --- the rows --------------------------------------------------------------------------------------------------
 
     async def _answers(self) -> Finding:
-        reply = await self._when_free(lambda: self._call(f"{self._name}:1"))
+        key = self._probes.new_key()
+        reply = await self._probes.when_free(lambda: self._probes.call(key))
         if isinstance(reply.outcome, Unavailable) and reply.answer is None:
             raise Trouble(
                 f"the endpoint can't be reached: {reply.outcome.reason}",
@@ -392,34 +139,34 @@ class Check:
             return Finding(FAIL, str(reply), "--timeout with more seconds, where the agent takes longer")
         if not reply.got_in or (isinstance(reply.outcome, Unknown) and reply.status != 202):
             return Finding(FAIL, f"{reply}: {getattr(reply.outcome, 'reason', '')}", "200 and JSON when the run has ended")
-        self._first = run = await self._to_its_end(reply)
+        self._first = run = await self._probes.to_its_end(reply)
         if run.length is None:
             return Finding(PASS, f"{reply}; its run was not seen to end")
         # A first run may be longer than others, as things are loaded for it: one more, to know how long they are.
-        second = await self._when_free(lambda: self._call(f"{self._name}:2"))
+        another = self._probes.new_key()
+        second = await self._probes.when_free(lambda: self._probes.call(another))
         if second.got_in:
-            length = (await self._to_its_end(second)).length
-            self.lengths += [] if length is None else [length]
-        self.lengths.append(run.length)
+            self._probes.measured(await self._probes.to_its_end(second))
+        self._probes.measured(run)
         how = "" if isinstance(run.outcome, Answered) else f", and says that the run failed: {getattr(run.outcome, 'reason', '')}"
         return Finding(PASS, f"HTTP {reply.status}, after a run of {span(run.length)}{how}")
 
     async def _key_after(self) -> Finding:
         first = self._first
         assert first is not None
-        again = await self._when_free(lambda: self._call(first.reply.key))
+        again = await self._probes.when_free(lambda: self._probes.call(first.reply.key))
         if isinstance(again.outcome, Busy):
             return Finding(FAIL, f"the same request, after its run had ended: {again}", REMEMBER)
         if isinstance(first.reply.outcome, Accepted) and isinstance(again.outcome, Accepted):
             if first.reply.outcome.reference == again.outcome.reference:
                 return Finding(PASS, "the same request was given the same run")
-            await self._to_its_end(again)
+            await self._probes.to_its_end(again)
             return Finding(FAIL, "the same request was given another run", REMEMBER)
         if isinstance(again.outcome, Accepted):
-            await self._to_its_end(again)
+            await self._probes.to_its_end(again)
         if not again.got_in or (first.ended_at is not None and name_of(again.outcome) != name_of(first.outcome)):
             return Finding(FAIL, f"the same request was answered {first.reply} first, then {again}", REMEMBER)
-        took, length = again.ended_at - again.sent_at, self._shortest
+        took, length = again.ended_at - again.sent_at, self._probes.shortest
         if again.is_replay:
             return Finding(PASS, f"the same request was answered after {span(took)}, as a replay (Idempotent-Replayed)")
         if length >= SHORT and took >= length / 2:
@@ -435,21 +182,21 @@ class Check:
     async def _body(self) -> Finding:
         assert self._first is not None
         key = self._first.reply.key
-        reply = await self._when_free(lambda: self._call(key, message=f"{MESSAGE} (another body)"))
+        reply = await self._probes.when_free(lambda: self._probes.call(key, message=f"{MESSAGE} (another body)"))
         if isinstance(reply.outcome, Refused):
             return Finding(PASS, f"another body under a known key: {reply}")
         if reply.got_in:
-            await self._to_its_end(reply)
+            await self._probes.to_its_end(reply)
         return Finding(FAIL, f"another body under a known key: {reply}", PIN)
 
     async def _token(self) -> Finding:
-        if self._settings.run_token is None:
+        if not self._has_token:
             return Finding(NOT_SHOWN, "no token is set", "RECALL_RUN_TOKEN, so that nobody else can make your agent run")
         for token, which in (("wrong-" + secrets.token_hex(8), "a wrong token"), ("", "no token")):
-            key = self._new_key()
-            reply = await self._when_free(lambda key=key, token=token: self._call(key, token=token))  # type: ignore[misc]
+            key = self._probes.new_key()
+            reply = await self._probes.when_free(lambda key=key, token=token: self._probes.call(key, token=token))  # type: ignore[misc]
             if reply.got_in:
-                await self._to_its_end(reply)
+                await self._probes.to_its_end(reply)
             if reply.status not in (401, 403):
                 return Finding(
                     FAIL, f"a call with {which}: {reply}", "401 to every call without the right token, before anything else"
@@ -457,8 +204,8 @@ class Check:
         return Finding(PASS, f"a wrong token and none: HTTP {reply.status}")
 
     async def _missing(self) -> Finding:
-        key = self._new_key()
-        reply = await self._when_free(lambda: self._call(key, session=self._missing_session))
+        key = self._probes.new_key()
+        reply = await self._probes.when_free(lambda: self._probes.call(key, session=self._missing_session))
         if isinstance(reply.outcome, Gone):
             return Finding(PASS, f"session {self._missing_session}: {reply}")
         if reply.got_in:
@@ -471,18 +218,17 @@ class Check:
         for _ in range(ROUNDS + 2):
             if shown + unclear == ROUNDS:
                 break
-            replies = await asyncio.gather(*(self._call(self._new_key()) for _ in range(TOGETHER)))
-            runs = await asyncio.gather(*(self._to_its_end(reply) for reply in replies if reply.got_in))
+            replies = await asyncio.gather(*(self._probes.call(self._probes.new_key()) for _ in range(TOGETHER)))
+            runs = await asyncio.gather(*(self._probes.to_its_end(reply) for reply in replies if reply.got_in))
             odd = [reply for reply in replies if not reply.got_in and not isinstance(reply.outcome, Busy)]
             if odd:
                 return Finding(FAIL, f"{TOGETHER} calls at once: one was answered {odd[0]}", ATOMIC)
             told |= {reply.status for reply in replies if not reply.got_in and reply.status is not None}
             if not runs:
-                await self._rest(replies[0])
+                await self._probes.rest(replies[0])
             elif len(runs) == 1:
                 shown += 1
-                if runs[0].length is not None:
-                    self.lengths.append(runs[0].length)
+                self._probes.measured(runs[0])
             elif met := self._met(runs):
                 return Finding(FAIL, f"{TOGETHER} calls at once: {len(runs)} got in, and {met}", ATOMIC)
             else:
@@ -498,53 +244,56 @@ class Check:
     def _met(self, runs: list[Run]) -> str | None:
         """How it is that several calls got in at once, where the API can't be excused by runs that are too short to meet."""
         spans = sorted(run.length for run in runs if run.length is not None)
-        if not self.lengths or len(spans) < 2:
+        if not self._probes.lengths or len(spans) < 2:
             return "no run was seen to end before another was accepted"
-        if self._shortest < SHORT or max(r.reply.sent_at for r in runs) - min(r.reply.sent_at for r in runs) > self._shortest / 2:
+        if (
+            self._probes.shortest < SHORT
+            or max(r.reply.sent_at for r in runs) - min(r.reply.sent_at for r in runs) > self._probes.shortest / 2
+        ):
             return None
-        if spans[0] < self._shortest / 2:
-            return f"one was answered after {span(spans[0])}, where a run takes {span(self._shortest)}: busy is no success"
-        if spans[-1] - spans[0] > self._shortest / 2:
+        if spans[0] < self._probes.shortest / 2:
+            return f"one was answered after {span(spans[0])}, where a run takes {span(self._probes.shortest)}: busy is no success"
+        if spans[-1] - spans[0] > self._probes.shortest / 2:
             return "were made to wait for one another: the second person of a session is to be sent away, not queued"
         return "ran beside one another"
 
     async def _key_during(self) -> Finding:
         if (short := self._too_short()) is not None:
             return short
-        flight = await self._leave_open(self._shortest / 2)
+        flight = await self._probes.leave_open(self._probes.shortest / 2)
         assert flight.task is not None
-        again = await self._call(flight.key)
+        again = await self._probes.call(flight.key)
         first = await flight.task
         if not first.got_in:
             return Finding(FAIL, f"a call that had the session to itself: {first}", UNTIL)
-        run = await self._to_its_end(first)
+        run = await self._probes.to_its_end(first)
         if isinstance(again.outcome, Busy):
-            self._keep_length(run)
+            self._probes.measured(run)
             return Finding(PASS, f"the same request while its run was on: {again}")
         if isinstance(again.outcome, Accepted):
             if isinstance(first.outcome, Accepted):
                 if first.outcome.reference == again.outcome.reference:
-                    self._keep_length(run)
+                    self._probes.measured(run)
                     return Finding(PASS, f"the same request while its run was on was given the same run: {again}")
-                await self._to_its_end(again)
+                await self._probes.to_its_end(again)
                 return Finding(FAIL, "the same request while its run was on was given another run", ONCE)
-            later = await self._to_its_end(again, at_once=True)
-            if later.ended_at is not None and later.ended_at - first.ended_at < self._shortest / 4:
+            later = await self._probes.to_its_end(again, at_once=True)
+            if later.ended_at is not None and later.ended_at - first.ended_at < self._probes.shortest / 4:
                 return Finding(PASS, "the same request while its run was on was told where to ask for it")
             return Finding(FAIL, "the same request while its run was on was accepted as another run", ONCE)
         if not again.got_in:
             return Finding(FAIL, f"the same request while its run was on: {again}", ONCE)
-        if run.on_until - again.ended_at > (0.0 if isinstance(first.outcome, Accepted) else self._shortest / 4):
+        if run.on_until - again.ended_at > (0.0 if isinstance(first.outcome, Accepted) else self._probes.shortest / 4):
             return Finding(FAIL, f"the same request while its run was on was answered as if it had ended: {again}", ONCE)
         if again.is_replay:
-            self._keep_length(run)
+            self._probes.measured(run)
             return Finding(
                 PASS, "the same request while its run was on waited for its end and got its answer (Idempotent-Replayed)"
             )
-        if run.ended_at is None or run.ended_at < again.sent_at + self._shortest / 8:
+        if run.ended_at is None or run.ended_at < again.sent_at + self._probes.shortest / 8:
             return Finding(NOT_SHOWN, "the run ended before the same request could be made again", LONGER)
         apart = again.ended_at - run.ended_at
-        if apart > self._shortest / 4:
+        if apart > self._probes.shortest / 4:
             return Finding(FAIL, f"the same request while its run was on ended {span(apart)} after it: a second run", ONCE)
         if again.document == first.document:
             return Finding(PASS, "the same request while its run was on waited for its end and got its answer")
@@ -553,15 +302,15 @@ class Check:
     async def _slow(self) -> Finding:
         if (short := self._too_short()) is not None:
             return short
-        flight = await self._leave_open(self._shortest / 6)
+        flight = await self._probes.leave_open(self._probes.shortest / 6)
         assert flight.task is not None
         refused: list[Reply] = []
         late: Reply | None = None
         for _ in range(5):
             if flight.task.done() and not isinstance(flight.task.result().outcome, Accepted):
                 break
-            then = time.monotonic() + self._shortest / 6
-            reply = await self._call(self._new_key())
+            then = time.monotonic() + self._probes.shortest / 6
+            reply = await self._probes.call(self._probes.new_key())
             if not isinstance(reply.outcome, Busy):
                 late = reply
                 break
@@ -569,18 +318,18 @@ class Check:
             await asyncio.wait({flight.task}, timeout=max(0.0, then - time.monotonic()))
             if flight.task.done() and isinstance(flight.task.result().outcome, Accepted):
                 await asyncio.sleep(max(0.0, then - time.monotonic()))
-        run = await self._to_its_end(await flight.task, at_once=True)
+        run = await self._probes.to_its_end(await flight.task, at_once=True)
         if late is not None:
             if not late.got_in:
                 return Finding(FAIL, f"another call while a run was on: {late}", UNTIL)
-            await self._to_its_end(late)
+            await self._probes.to_its_end(late)
             after = late.sent_at - flight.sent_at
-            if run.on_until >= late.ended_at or run.on_until - late.sent_at >= self._shortest / 4:
+            if run.on_until >= late.ended_at or run.on_until - late.sent_at >= self._probes.shortest / 4:
                 lasted = "goes on" if run.length is None else f"took {span(run.length)}"
                 return Finding(FAIL, f"another call got in {span(after)} after a run had begun that {lasted}", UNTIL)
         if not run.reply.got_in:
             return Finding(FAIL, f"a call that came first, while others were refused: {run.reply}", UNTIL)
-        self._keep_length(run)
+        self._probes.measured(run)
         if len(refused) < 2:
             return Finding(NOT_SHOWN, "the run ended before others could be refused", LONGER)
         times = " to ".join(span(reply.sent_at - flight.sent_at) for reply in (refused[0], refused[-1]))
@@ -589,25 +338,25 @@ class Check:
     async def _hang_up(self) -> Finding:
         if (short := self._too_short()) is not None:
             return short
-        flight = await self._leave_open(self._shortest / 2)
+        flight = await self._probes.leave_open(self._probes.shortest / 2)
         assert flight.task is not None
         if flight.task.done():
             return await self._left_after_answer(flight.task.result())
         flight.task.cancel()
         await asyncio.wait({flight.task})
-        usual = median(self.lengths)
-        again = await self._call(flight.key)
+        usual = median(self._probes.lengths)
+        again = await self._probes.call(flight.key)
         for _ in range(6):
             if not isinstance(again.outcome, Busy):
                 break
             await asyncio.sleep(usual * 0.3)
-            again = await self._call(flight.key)
+            again = await self._probes.call(flight.key)
         if not again.got_in:
             return Finding(
                 FAIL, f"a caller who hung up and asked again, {span(again.sent_at - flight.sent_at)} on: {again}", OUTLIVE
             )
-        run = await self._to_its_end(again, at_once=True)
-        if run.ended_at is not None and run.ended_at < flight.sent_at + self._shortest * 0.75:
+        run = await self._probes.to_its_end(again, at_once=True)
+        if run.ended_at is not None and run.ended_at < flight.sent_at + self._probes.shortest * 0.75:
             return Finding(
                 FAIL, f"a caller who hung up and asked again was answered before the run can have ended: {again}", OUTLIVE
             )
@@ -615,12 +364,12 @@ class Check:
             return Finding(PASS, "a caller who hung up and asked again got the answer of the first run (Idempotent-Replayed)")
         if run.ended_at is None or run.length is None:
             return Finding(NOT_SHOWN, "the run that was asked for again was not seen to end")
-        if run.length < self._shortest * 0.75:
+        if run.length < self._probes.shortest * 0.75:
             return Finding(PASS, f"a caller who hung up and asked again had the answer {span(run.length)} later: the first run's")
-        if again.sent_at > flight.sent_at + max(self.lengths) or run.on_until - flight.sent_at > usual * 1.25:
+        if again.sent_at > flight.sent_at + max(self._probes.lengths) or run.on_until - flight.sent_at > usual * 1.25:
             on = span(run.on_until - flight.sent_at)
             return Finding(
-                FAIL, f"a caller who hung up and asked again made it run again: {on} after the first call, that was on", OUTLIVE
+                FAIL, f"a caller who hung up and asked again made it run again: a run was on {on} after the first call", OUTLIVE
             )
         return Finding(NOT_SHOWN, "the runs differ too much in length to tell one run from two")
 
@@ -628,8 +377,8 @@ class Check:
         """Where a run is accepted before its caller can leave."""
         if not isinstance(first.outcome, Accepted):
             return Finding(NOT_SHOWN, f"the call was answered before its caller could leave: {first}", LONGER)
-        again = await self._call(first.key)
-        await self._to_its_end(first, at_once=True)
+        again = await self._probes.call(first.key)
+        await self._probes.to_its_end(first, at_once=True)
         if isinstance(again.outcome, Accepted) and again.outcome.reference == first.outcome.reference:
             return Finding(PASS, "accepted before its caller could leave; who asked again was given the same run")
         if isinstance(again.outcome, Busy) or (again.got_in and again.is_replay):
@@ -637,51 +386,51 @@ class Check:
         return Finding(FAIL, f"accepted before its caller could leave; who asked again: {again}, another run", OUTLIVE)
 
     async def _cancel(self) -> Finding:
-        if not any(run.ended_at is not None for run in self._followed):
+        if not any(run.ended_at is not None for run in self._probes.followed):
             return Finding(
-                NOT_SHOWN, "not offered: no run was accepted" if not self._followed else "no accepted run was seen to end"
+                NOT_SHOWN, "not offered: no run was accepted" if not self._probes.followed else "no accepted run was seen to end"
             )
-        reply = await self._when_free(lambda: self._call(self._new_key()))
+        reply = await self._probes.when_free(lambda: self._probes.call(self._probes.new_key()))
         if not isinstance(reply.outcome, Accepted):
             return Finding(NOT_SHOWN, f"this time, no run was accepted: {reply}")
-        asked = await self._of_run("DELETE", reply)
-        run = await self._polled(reply, at_once=True)
+        asked = await self._probes.of_run("DELETE", reply)
+        run = await self._probes.polled(reply, at_once=True)
         if asked.status in (404, 405, 501):
             return Finding(NOT_SHOWN, f"not offered: DELETE of a run was answered HTTP {asked.status}")
         if asked.status is None or not 200 <= asked.status < 300:
             return Finding(FAIL, f"DELETE of a run: {asked}", END_IT)
         if isinstance(run.outcome, Answered):
-            if run.on_until - asked.ended_at < self._shortest / 4:
+            if run.on_until - asked.ended_at < self._probes.shortest / 4:
                 return Finding(NOT_SHOWN, "the run had ended before it could be ended", LONGER)
             return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but it went on to its end", END_IT)
         if run.ended_at is None and getattr(run.outcome, "http_status", None) not in (404, 410):
             return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but it was not seen to end", END_IT)
-        following = await self._when_free(lambda: self._call(self._new_key()))
+        following = await self._probes.when_free(lambda: self._probes.call(self._probes.new_key()))
         if isinstance(following.outcome, Busy):
             return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but the session stays busy afterwards", END_IT)
         if following.got_in:
-            await self._to_its_end(following)
+            await self._probes.to_its_end(following)
         return Finding(PASS, f"DELETE of a run: HTTP {asked.status}; it ended, and the session was free")
 
     async def _accepted(self) -> Finding:
-        for reply in self._replies:
+        for reply in self._probes.replies:
             if reply.status == 202 and isinstance(reply.outcome, Unknown):
                 return Finding(FAIL, reply.outcome.reason, "Location on the API's own origin: the token goes there")
             if reply.status == 202 and isinstance(reply.outcome, Answered) and _word(reply) not in FINAL_WORDS:
                 return Finding(
                     FAIL, "202 without Location or run_id: read as the run's end", "Location, or run_id and status, with each 202"
                 )
-        if not self._followed:
+        if not self._probes.followed:
             return Finding(NOT_SHOWN, "not offered: every call was answered when its run had ended")
-        lost = [run for run in self._followed if run.ended_at is None]
+        lost = [run for run in self._probes.followed if run.ended_at is None]
         if lost:
             said = getattr(lost[0].outcome, "reason", "")
-            return Finding(FAIL, f"{len(lost)} of {len(self._followed)} accepted runs were not seen to end: {said}", POLL)
-        words = ", ".join(sorted({name_of(run.outcome) for run in self._followed}))
-        return Finding(PASS, f"{len(self._followed)} accepted runs were polled to their end ({words})")
+            return Finding(FAIL, f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to end: {said}", POLL)
+        words = ", ".join(sorted({name_of(run.outcome) for run in self._probes.followed}))
+        return Finding(PASS, f"{len(self._probes.followed)} accepted runs were polled to their end ({words})")
 
     async def _redirect(self) -> Finding:
-        for reply in self._replies:
+        for reply in self._probes.replies:
             if reply.answer is not None and 300 <= reply.answer.status < 400:
                 to = reply.answer.headers.get("Location", "nowhere")[:200]
                 return Finding(
@@ -689,10 +438,10 @@ class Check:
                     f"HTTP {reply.answer.status} to {to}",
                     "give the final address as RECALL_RUN_URL: redirects aren't followed",
                 )
-        return Finding(PASS, f"none of {sum(reply.answer is not None for reply in self._replies)} answers was a redirect")
+        return Finding(PASS, f"none of {sum(reply.answer is not None for reply in self._probes.replies)} answers was a redirect")
 
     async def _retry_after(self) -> Finding:
-        busy = [reply for reply in self._replies if isinstance(reply.outcome, Busy)]
+        busy = [reply for reply in self._probes.replies if isinstance(reply.outcome, Busy)]
         if not busy:
             return Finding(NOT_SHOWN, "no session was busy")
         told = [reply.outcome.retry_after for reply in busy if isinstance(reply.outcome, Busy)]
@@ -706,10 +455,6 @@ class Check:
             PASS, f"{len(told)} busy answers had Retry-After ({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)"
         )
 
-    def _keep_length(self, run: Run) -> None:
-        if run.length is not None and not isinstance(run.reply.outcome, Accepted):
-            self.lengths.append(run.length)
-
 
 LONGER = "let the agent take half a second for this message, and check again"
 REMEMBER = "keep the answer under Idempotency-Key for two days, and give it again to the same request"
@@ -722,12 +467,6 @@ UNTIL = "free the session when the run has ended, not before: renew its mark, if
 OUTLIVE = "let the run go on when its caller leaves; meanwhile 409, afterwards its answer"
 POLL = "GET at the Location: a status, in the end one of completed, failed, cancelled"
 END_IT = "DELETE at the Location ends the run, and frees the session"
-
-
-def _trust(settings: Settings) -> ssl.SSLContext:
-    if (settings.run_url or "").startswith("https:"):
-        return ssl.create_default_context(cafile=settings.ca_file)
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.
 
 
 def _word(reply: Reply) -> str:
@@ -747,7 +486,7 @@ def check_endpoint(url: str | None, session: str, missing_session: str | None, *
             f"this checks the native protocol, and RECALL_PROTOCOL is {settings.protocol}", "RECALL_PROTOCOL=native", status=USAGE
         )
     for option, id in (("--session", session), ("--missing-session", missing_session)):
-        if id in ("", ".", ".."):
+        if id in ("", ".", "..") or any("\ud800" <= c <= "\udfff" for c in id or ""):
             raise Trouble(
                 f"{option} {id!r} can't be a session's id", "the id that the application gave the session", status=USAGE
             )

@@ -120,6 +120,7 @@ CREATE TABLE public.session_recalls (
     paused_at timestamp with time zone,
     run_reference text,
     delivered_at timestamp with time zone,
+    body_hash text,
     CONSTRAINT session_recalls_call_type_check CHECK ((call_type = ANY (ARRAY['once'::text, 'recurring'::text, 'immediate'::text]))),
     CONSTRAINT session_recalls_status_known CHECK ((status = ANY (ARRAY['pending'::text, 'running'::text, 'fired'::text, 'cancelled'::text, 'failed'::text])))
 );
@@ -159,6 +160,8 @@ COMMENT ON COLUMN public.session_recalls.paused_at IS 'since when an operator ho
 COMMENT ON COLUMN public.session_recalls.run_reference IS 'how the API calls the run that it accepted, while that run goes on';
 
 COMMENT ON COLUMN public.session_recalls.delivered_at IS 'when the API accepted that run';
+
+COMMENT ON COLUMN public.session_recalls.body_hash IS 'what the last claim was to send: its occurrence, and a hash of what the application may change';
 
 CREATE TABLE public.sessions (
     id text NOT NULL,
