@@ -1,44 +1,374 @@
-"""Pure time: how far apart occurrences are, and what it means that the application moved one.
+"""Pure time: when the next occurrence falls, how many were missed, and what it means that the application moved one.
 
-Owns the arithmetic of due times. No clock is read here; whoever calls brings the instants.
-The application's own rule, an interval after the run ended, is the one cadence so far.
+Three cadences. `interval`, the application's own rule and the default: interval_seconds after the run ended. `grid`: every interval_seconds
+of elapsed time from the first trigger, without drift. `cron`: five fields in an IANA time zone.
+
+Cron expressions are read by cronsim, which follows Debian's cron where clocks change: a fixed time in a gap falls on the first instant after
+it, a repeated fixed time on its first; fields that start with `*` follow elapsed time. Zones are those of the tzdata package, so that all
+replicas agree whatever their hosts have.
+
+On grid and cron the due moments up to an occurrence's first claim belong to it (it says how many it stands for besides its own); those that
+come later, while it runs or is put off, belong to the next. No clock is read here: the instants come with the claim.
 """
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from importlib import resources
+from zoneinfo import ZoneInfo
 
-from .recall import After, Claim
+from cronsim import CronSim, CronSimError
 
+from .recall import After, AsMoved, At, Claim, Recall
+
+KINDS = ("interval", "grid", "cron")
 LONGEST = 2_147_483_647
 """Seconds of the longest interval, 68 years: as much as `interval_seconds` holds, but in a table that was made with a wider column."""
+COUNTED_MOST = 10_000
+"""Cron moments are counted up to here: some seven days of an every-minute recall."""
+SKIPS_BELIEVED = 10
+"""So many skips of one cron recall between two looks of any worker are taken for skips whatever they lead to."""
+FAR = datetime(9997, 1, 1, tzinfo=UTC)
+
+
+class CadenceError(ValueError):
+    """A cadence that nobody can keep, said in a sentence."""
+
+
+@lru_cache(1)
+def _zones() -> frozenset[str]:
+    return frozenset(resources.files("tzdata").joinpath("zones").read_text().split())
+
+
+@lru_cache(256)
+def zone(name: str | None) -> ZoneInfo:
+    """The IANA zone of this name, UTC for None. Raises CadenceError."""
+    if name is not None and name not in _zones():
+        raise CadenceError(f"there is no time zone {name!r}: give an IANA name, such as Europe/Berlin")
+    name = name or "UTC"
+    with resources.files("tzdata").joinpath("zoneinfo", *name.split("/")).open("rb") as data:
+        return ZoneInfo.from_file(data, key=name)
+
+
+def ticks(expression: str, time_zone: str | None, after: datetime) -> Iterator[datetime]:
+    """The moments of a cron expression after an instant, as aware UTC datetimes. Raises CadenceError."""
+    where = zone(time_zone)
+    if len(expression.split()) != 5:
+        raise CadenceError(f"{expression!r} is no cron expression: it takes five fields, minute hour day month weekday")
+    try:
+        found = CronSim(expression, after.astimezone(where))
+    except CronSimError as error:
+        raise CadenceError(f"{expression!r} is no cron expression: {str(error).lower()}") from None
+    last = after
+    try:
+        for moment in found:
+            tick = moment.astimezone(UTC)
+            # Two fixed times in one gap fall on the same instant; and in a repeated hour the wall clock runs behind the start.
+            if tick > last:
+                last = tick
+                yield tick
+    except (OverflowError, ValueError):
+        return  # The end of the calendar.
+
+
+def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
+    """The first moment of a cron expression after an instant. Raises CadenceError where it is unreadable, or never comes."""
+    tick = next(ticks(expression, time_zone, after), None)
+    if tick is None:
+        raise CadenceError(f"{expression!r} never comes")
+    return tick
+
+
+def spread(expression: str, time_zone: str | None, after: datetime) -> At:
+    """The first moment of a cron expression after an instant, with its distance to the second. Raises CadenceError."""
+    first = check(expression, time_zone, after)
+    return At(first, _distance(first, ticks(expression, time_zone, first)))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a new recall's row says of time. Columns of the table, but for `at`, `after` and `put_off`."""
+
+    call_type: str
+    at: datetime | None
+    """The first nominal time; None: `after` seconds from now, by PostgreSQL's clock."""
+    after: float | None
+    put_off: float = 0.0
+    """Seconds by which the first occurrence is due after its nominal time."""
+    cadence: str = "interval"
+    interval: int | None = None
+    cron: str | None = None
+    time_zone: str | None = None
+    until: datetime | None = None
+    times: int | None = None
+    failures: int | None = None
+    grace: int | None = None
+    jitter: int | None = None
+
+
+def plan(
+    now: datetime,
+    chance: float,
+    *,
+    at: datetime | None = None,
+    after: timedelta | None = None,
+    every: timedelta | None = None,
+    grid: timedelta | None = None,
+    cron: str | None = None,
+    time_zone: str | None = None,
+    until: datetime | None = None,
+    times: int | None = None,
+    failures: int | None = None,
+    grace: timedelta | None = None,
+    jitter: timedelta | None = None,
+) -> Plan:
+    """When a new recall is due, and how it recurs and ends. Raises CadenceError where that makes no sense.
+
+    `now`: PostgreSQL's clock. `chance` in [0, 1): the first occurrence's part of the jitter.
+    """
+    if at is not None and after is not None:
+        raise CadenceError("a time and a delay exclude each other")
+    if sum(rule is not None for rule in (every, grid, cron)) > 1:
+        raise CadenceError("an interval, a grid and a cron expression exclude each other")
+    recurring = every is not None or grid is not None or cron is not None
+    if not recurring and any(end is not None for end in (until, times, failures)):
+        raise CadenceError("only what recurs has an end: give an interval, a grid or a cron expression too")
+    if time_zone is not None:
+        zone(time_zone)
+        if cron is None:
+            raise CadenceError("a time zone goes with a cron expression: intervals and grids are elapsed time")
+    for said, count in (("times", times), ("failures", failures)):
+        if count is not None and not 1 <= count <= LONGEST:
+            raise CadenceError(f"{said} is {count}: it is a number of occurrences, at least one")
+    put_off = chance * (_whole("jitter", jitter, 0) or 0)
+    distance = _whole("interval", every, 1) or _whole("grid", grid, 1)
+    try:
+        if cron is not None:
+            # A start that is named counts itself; now does not.
+            start = now if at is None and after is None else (at or now + (after or timedelta(0))) - timedelta(microseconds=1)
+            first = spread(cron, time_zone, start)
+            at, after, distance = first.when, None, first.distance
+        elif recurring and at is None and after is None:
+            assert distance is not None
+            after = timedelta(seconds=distance)
+        if until is not None and (falls := at or now + (after or timedelta(0))) > until:
+            raise CadenceError(f"the first occurrence, {falls:%Y-%m-%d %H:%M:%S %Z}, would be after its end")
+    except OverflowError:
+        raise CadenceError("the first occurrence would be beyond the calendar") from None
+    return Plan(
+        call_type="recurring" if recurring else "immediate" if at is None and after is None else "once",
+        at=at, after=None if after is None else after.total_seconds(), put_off=put_off,
+        cadence="cron" if cron is not None else "grid" if grid is not None else "interval",
+        interval=distance, cron=cron, time_zone=time_zone, until=until, times=times, failures=failures,
+        grace=_whole("grace", grace, 0), jitter=_whole("jitter", jitter, 0),
+    )  # fmt: skip
+
+
+def upcoming(recall: Recall, now: datetime) -> Iterator[datetime]:
+    """The nominal times of a live recall that are ahead, as things stand; of an interval, if runs took no time. Raises CadenceError.
+
+    The first may be past: it is due, and stands for all that were missed up to now.
+    """
+    first = recall.trigger_at if recall.scheduled_for is None else recall.scheduled_for
+    number = recall.occurrence
+    if recall.planned_at is not None and recall.planned_at != recall.trigger_at:
+        skip = _skipped(recall.trigger_at - recall.planned_at, recall.interval_seconds) if recall.call_type == "recurring" else 0
+        first = first + (recall.trigger_at - recall.planned_at) if skip else recall.trigger_at
+        number += skip
+    for moment in _moments(recall, first, now):
+        if recall.call_type == "recurring" and (
+            (recall.times is not None and number > recall.times) or (recall.until_at is not None and moment > recall.until_at)
+        ):
+            return
+        yield moment
+        number += 1
+
+
+def _moments(recall: Recall, first: datetime, now: datetime) -> Iterator[datetime]:
+    cron = recall.call_type == "recurring" and recall.cadence == "cron"
+    if not cron or recall.interval_seconds is not None:
+        yield first
+    if cron:
+        beyond = max(first, now) if recall.interval_seconds is not None else first - timedelta(microseconds=1)
+        yield from ticks(recall.cron or "", recall.time_zone, beyond)
+    elif recall.call_type == "recurring" and recall.interval_seconds is not None and recall.interval_seconds > 0:
+        step = timedelta(seconds=recall.interval_seconds)
+        moment = first + step * (max(0, (now - first) // step) + 1)
+        while moment < FAR:
+            yield moment
+            moment += step
 
 
 def problem(claim: Claim) -> str | None:
     """Why this row can never have a next occurrence, in a sentence; None where it can (or needs none)."""
-    if claim.recurring and (claim.interval is None or claim.interval < 1):
+    if not claim.recurring:
+        return None
+    if claim.cadence not in KINDS:
+        return f"cadence is {claim.cadence!r}, which nobody here knows: there are {', '.join(KINDS)}"
+    if claim.cadence == "cron":
+        try:
+            check(claim.cron or "", claim.time_zone, claim.claimed_at)
+        except CadenceError as error:
+            return str(error)
+    elif claim.interval is None or claim.interval < 1:
         return f"a recurring recall needs interval_seconds of at least 1, not {_said(claim.interval)}"
-    if claim.recurring and claim.interval is not None and claim.interval > LONGEST:
+    elif claim.interval > LONGEST:
         return f"a recurring recall needs interval_seconds of at most {LONGEST}, not {claim.interval}"
     return None
 
 
+def unplanned(claim: Claim) -> bool:
+    """Whether this is a cron recall that plain SQL wrote without the distance to the next moment: its first is for us to find."""
+    return claim.recurring and claim.cadence == "cron" and claim.interval is None
+
+
 def skipped(claim: Claim) -> int:
-    """By how many whole intervals the application moved `trigger_at` onwards from where the worker had put it.
+    """By how many whole distances the application moved `trigger_at` onwards from where the worker had put it.
 
     0 for any other move: that one names a time of its own.
     """
-    if not claim.recurring or claim.interval is None or problem(claim) is not None:
+    if not claim.recurring:
         return 0
-    times, rest = divmod(claim.trigger_at - claim.planned_at, timedelta(seconds=claim.interval))
+    moved = claim.trigger_at - claim.planned_at
+    times = _skipped(moved, claim.interval)
+    if claim.cadence != "cron" or times <= SKIPS_BELIEVED:
+        return times
+    # The distances on cron differ: a short one goes into many a time that somebody names. Then it is a skip where it leads near there.
+    near = times <= COUNTED_MOST and _tick(claim, claim.scheduled_for, times).when <= claim.scheduled_for + 2 * moved
+    return times if near else 0
+
+
+def _skipped(moved: timedelta, distance: int | None) -> int:
+    if distance is None or distance < 1:
+        return 0
+    times, rest = divmod(moved, timedelta(seconds=distance))
     return times if times > 0 and not rest else 0
 
 
-def following(claim: Claim, skip: int = 0) -> After:
-    """When the occurrence after this one falls, `skip` occurrences passed over: intervals after the run ended."""
+def missed(claim: Claim) -> int:
+    """The due moments after `scheduled_for` up to the claim, not counting the one that runs."""
+    return _between(claim, claim.claimed_at)
+
+
+def passed_over(claim: Claim) -> int:
+    """Of an occurrence that is too late, the further moments that are too late with it."""
+    return _between(claim, _within(claim) - timedelta(microseconds=1))
+
+
+def _between(claim: Claim, last: datetime) -> int:
+    """The moments after `scheduled_for` up to this one."""
+    if not claim.recurring:
+        return 0
+    if claim.cadence != "cron":
+        assert claim.interval is not None
+        return min(LONGEST, max(0, (last - claim.scheduled_for) // timedelta(seconds=claim.interval)))
+    count = 0
+    for tick in ticks(claim.cron or "", claim.time_zone, claim.scheduled_for):
+        if tick > last or count == COUNTED_MOST:
+            break
+        count += 1
+    return count
+
+
+def _within(claim: Claim) -> datetime:
+    """What is due before this instant is past its grace."""
+    try:
+        return claim.claimed_at - timedelta(seconds=max(0, claim.grace or 0) + max(0, claim.jitter or 0))
+    except OverflowError:
+        return datetime(1, 1, 2, tzinfo=UTC)
+
+
+def following(claim: Claim, skip: int = 0) -> After | At:
+    """When the occurrence after this one falls, `skip` occurrences passed over."""
+    if claim.cadence == "cron":
+        if claim.missed >= COUNTED_MOST:
+            return _tick(claim, claim.claimed_at, 1 + skip)
+        return _tick(claim, claim.scheduled_for, claim.missed + 1 + skip)
     assert claim.interval is not None
+    if claim.cadence == "grid":
+        return _on_grid(claim, claim.missed + 1 + skip)
     return After(float(claim.interval) * (1 + skip))
+
+
+def within_grace(claim: Claim, skip: int = 0) -> At:
+    """The first due moment of a late recall that is still within its grace, or else the next one."""
+    since = _within(claim)
+    if claim.cadence == "cron":
+        return _tick(claim, max(since - timedelta(microseconds=1), claim.scheduled_for), 1 + skip)
+    assert claim.interval is not None
+    return _on_grid(claim, max(1, -((claim.scheduled_for - since) // timedelta(seconds=claim.interval))) + skip)
+
+
+def moved_to(claim: Claim) -> At | AsMoved:
+    """What follows from where the application put a row: a moment of its cadence, or the very time that it named."""
+    skip = skipped(claim)
+    if claim.recurring and claim.cadence == "grid" and skip:
+        return _on_grid(claim, skip)
+    if claim.recurring and claim.cadence == "cron":
+        if unplanned(claim):
+            return _tick(claim, claim.trigger_at - timedelta(microseconds=1), 1)
+        if skip:
+            return _tick(claim, claim.scheduled_for, skip)
+        return AsMoved(_distance(claim.trigger_at, ticks(claim.cron or "", claim.time_zone, claim.trigger_at)))
+    return AsMoved()
+
+
+def jittered(claim: Claim, chance: float) -> float:
+    """Seconds by which an occurrence is due after its nominal time. `chance` in [0, 1)."""
+    return chance * max(0, claim.jitter or 0)
+
+
+def too_late(claim: Claim) -> str | None:
+    """Why this occurrence is not run any more, in a sentence: it is later than its grace. What jitter put off is not late."""
+    if claim.grace is None or claim.lateness <= max(0, claim.grace) + max(0, claim.jitter or 0):
+        return None
+    return f"{claim.lateness:.0f} s late, past its grace of {max(0, claim.grace)} s"
+
+
+def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
+    """Why a recall is over before its occurrence of this number and nominal time; None where it is not."""
+    if not claim.recurring:
+        return None
+    if claim.times is not None and occurrence > claim.times:
+        return f"it had all of its {claim.times} occurrences"
+    if claim.until is not None and falls > claim.until:
+        return f"its next occurrence would be after {claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, where it ends"
+    return None
+
+
+def _tick(claim: Claim, after: datetime, count: int) -> At:
+    """The count-th moment after an instant; FAR where the calendar ends before it."""
+    found = ticks(claim.cron or "", claim.time_zone, after)
+    for _ in range(count - 1):
+        next(found, None)
+    tick = next(found, FAR)
+    return At(tick, _distance(tick, found))
+
+
+def _distance(moment: datetime, beyond: Iterator[datetime]) -> int:
+    return max(1, min(LONGEST, round((next(beyond, FAR) - moment).total_seconds())))
+
+
+def _on_grid(claim: Claim, count: int) -> At:
+    assert claim.interval is not None
+    try:
+        return At(min(FAR, claim.scheduled_for + timedelta(seconds=claim.interval) * count))
+    except OverflowError:
+        return At(FAR)
 
 
 def _said(interval: int | None) -> str:
     return "null" if interval is None else str(interval)
+
+
+def _whole(name: str, span: timedelta | None, least: int) -> int | None:
+    """A number of seconds as the table's columns hold it. Raises CadenceError."""
+    if span is None:
+        return None
+    seconds = int(span.total_seconds())
+    if seconds != span.total_seconds() or not least <= seconds <= LONGEST:
+        raise CadenceError(f"{name} is a whole number of seconds, at least {least} and at most {LONGEST}")
+    return seconds

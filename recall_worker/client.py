@@ -12,8 +12,10 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import random
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -22,11 +24,9 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from . import statements
+from . import cadence, statements
 from .ledger import Dates
 from .recall import STATUSES, Recall
-
-_FIELDS = tuple(f.name for f in dataclasses.fields(Recall))
 
 Connection = AsyncConnection[Any]
 
@@ -56,48 +56,76 @@ class Recalls:
         at: datetime | None = None,
         after: timedelta | None = None,
         every: timedelta | None = None,
+        grid: timedelta | None = None,
+        cron: str | None = None,
+        time_zone: str | None = None,
+        until: datetime | None = None,
+        times: int | None = None,
+        failures: int | None = None,
+        grace: timedelta | None = None,
+        jitter: timedelta | None = None,
         comment: str | None = None,
         id: str | None = None,
         conn: Connection | None = None,
     ) -> Recall:
         """Promise to come back to `session_id` with `message`.
 
-        `at` (aware) or `after`: once. `every`: again and again, this long after the end of each run; the first falls one interval from now,
-        or at `at` or `after`. None of them: at once. `comment` never leaves the database. `id`: any text, a random UUID if not given.
+        `at` (aware) or `after`: once. None of all: at once. A time that is past means at once.
 
-        A time that is past means at once.
+        Again and again: `every`, this long after the end of each run; `grid`, each whole multiple of this after the first, without drift;
+        `cron`, five fields (minute, hour, day, month, weekday) in `time_zone` (an IANA name; UTC). The first falls one interval from now, or
+        at `at` or `after`; with cron, at the first moment from there on.
 
-        Raises RecallExists where the session has a pending recall, ValueError for times and sessions that make no sense, and psycopg's
-        errors, such as ForeignKeyViolation for a session that does not exist and DataError for text with NUL characters.
+        It ends after `until` (aware; that moment itself still runs), after so many `times` (skipped ones count), or after so many
+        `failures` in a row. An occurrence that is later than `grace` is not run, but recorded as misfired. Each is due up to `jitter` later
+        than its nominal time, at random.
+
+        `comment` never leaves the database. `id`: any text, a random UUID if not given.
+
+        Raises RecallExists where the session has a pending recall, ValueError for times, cadences and sessions that make no sense, and
+        psycopg's errors, such as ForeignKeyViolation for a session that does not exist and DataError for text with NUL characters.
         """
-        if at is not None and after is not None:
-            raise ValueError("give `at` or `after`, not both")
-        if at is not None and at.tzinfo is None:
-            raise ValueError("`at` has no time zone: give an aware datetime, as in datetime.now(UTC)")
+        for name, when in (("at", at), ("until", until)):
+            if when is not None and when.tzinfo is None:
+                raise ValueError(f"`{name}` has no time zone: give an aware datetime, as in datetime.now(UTC)")
         if session_id in ("", ".", ".."):
             raise ValueError(f"{session_id!r} can't be a session's id: an address can't name it")
-        interval = None
-        if every is not None:
-            interval = int(every.total_seconds())
-            if interval != every.total_seconds() or not 1 <= interval < 2**31:
-                raise ValueError("`every` is a whole number of seconds, at least one")
-        values = {
-            "id": str(uuid4()) if id is None else id,
-            "session_id": session_id,
-            "call_type": "recurring" if every is not None else "immediate" if at is None and after is None else "once",
-            "at": at,
-            "after": after.total_seconds() if after is not None else interval if at is None else None,
-            "interval": interval,
-            "comment": comment,
-            "message": message,
-        }
+        # Only where something is reckoned from it is PostgreSQL asked for its clock.
+        asked = cron is not None or until is not None
+        now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"] if asked else datetime.now(UTC)
+        plan = cadence.plan(
+            now, random.random(), at=at, after=after, every=every, grid=grid, cron=cron, time_zone=time_zone, until=until, times=times,
+            failures=failures, grace=grace, jitter=jitter,
+        )  # fmt: skip
+        values = dataclasses.asdict(plan) | {
+            "id": str(uuid4()) if id is None else id, "session_id": session_id, "comment": comment, "message": message,
+        }  # fmt: skip
         try:
             rows = await self._ask(self._sql["schedule"], values, conn)
         except errors.UniqueViolation as error:
             if error.diag.constraint_name != "idx_recalls_active_pending":
                 raise
             raise RecallExists(session_id) from None
-        return recall(rows[0])
+        return Recall.of(rows[0])
+
+    async def preview(
+        self, what: str, *, time_zone: str | None = None, count: int = 10, conn: Connection | None = None
+    ) -> builtins.list[datetime]:
+        """The next moments (aware, in their zone) of a cron expression in `time_zone`, or of a recall by its id.
+
+        Of a recall the first may be past: it is due. None are left of one that is over. Raises ValueError for what can't be kept, and
+        LookupError where there is no such recall.
+        """
+        now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
+        if len(what.split()) > 1:
+            where = cadence.zone(time_zone)
+            return [moment.astimezone(where) for moment in islice(cadence.ticks(what, time_zone, now), count)]
+        rows = await self._ask(self._reads["show"], {"id": what}, conn)
+        if not rows:
+            raise LookupError(f"there is no recall {what}")
+        found = Recall.of(rows[0])
+        where = cadence.zone(found.time_zone)
+        return [moment.astimezone(where) for moment in islice(cadence.upcoming(found, now), count)]
 
     async def cancel(self, session_id: str, *, conn: Connection | None = None) -> int:
         """Cancel the session's pending recall, also in mid-run: its call is aborted, nothing fires again. Returns how many: 0 or 1."""
@@ -130,11 +158,11 @@ class Recalls:
         name = "list_user" if user_id is not None else "list_session" if session_id is not None else "list"
         values = {"session_id": session_id, "user_id": user_id, "statuses": list(statuses) if statuses else None}
         rows = await self._ask(self._reads[name], {**values, "limit": limit, "offset": offset}, conn)
-        return [recall(row) for row in rows]
+        return [Recall.of(row) for row in rows]
 
     async def due(self, limit: int = 100, *, conn: Connection | None = None) -> builtins.list[Recall]:
         """What is due and waits for a worker, oldest first."""
-        return [recall(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
+        return [Recall.of(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
 
     async def next_trigger_at(self, *, conn: Connection | None = None) -> datetime | None:
         """The nearest time at which a recall that waits is due, be it past; None where nothing waits."""
@@ -181,8 +209,3 @@ class Recalls:
                 yield pooled
         else:
             raise ValueError("Recalls has no pool: give one, or `conn=`")
-
-
-def recall(row: Mapping[str, Any]) -> Recall:
-    """The noun from a row."""
-    return Recall(**{name: row[name] for name in _FIELDS})

@@ -6,8 +6,10 @@ Never here: the clock, SQL, HTTP. Durations come with the ending, chance comes a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import assert_never
 
 from . import cadence
@@ -16,6 +18,7 @@ from .recall import (
     After,
     Answered,
     AsMoved,
+    At,
     Busy,
     Capped,
     Claim,
@@ -26,7 +29,10 @@ from .recall import (
     Gone,
     Malformed,
     Misconfigured,
+    Misfired,
     Next,
+    Over,
+    Placement,
     Refused,
     Release,
     Retry,
@@ -67,7 +73,7 @@ def backoff(n: int, dice: Dice) -> float:
     return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** max(0, min(n, 10)))
 
 
-def before_call(claim: Claim, max_attempts: int) -> Malformed | Unknown | None:
+def before_call(claim: Claim, max_attempts: int) -> Malformed | Misfired | Over | Unknown | None:
     """What already decides this claim, so that nothing is sent; None where it is to be called."""
     reason = cadence.problem(claim)
     if reason is None and claim.call_type not in ("once", "recurring", "immediate"):
@@ -78,22 +84,52 @@ def before_call(claim: Claim, max_attempts: int) -> Malformed | Unknown | None:
         reason = f"id is {len(claim.id.encode())} bytes long: at most {ID_MOST} make an idempotency key"
     if reason is not None:
         return Malformed(reason)
+    if not claim.begun:
+        if (end := cadence.ends(claim, claim.scheduled_for, claim.occurrence)) is not None:
+            return Over(end)
+        if (late := cadence.too_late(claim)) is not None:
+            return Misfired(late, cadence.passed_over(claim))
     if claim.taken_from is not None and claim.attempt > max_attempts:
         return Unknown(f"{max_attempts} attempts, the last by a worker that was not heard of again")
     return None
 
 
-def honour(claim: Claim) -> int | None:
-    """The occurrence that a claimed row stands for where the application moved `trigger_at`; None where nobody did.
+def honour(claim: Claim) -> Placement | None:
+    """What a row stands for, where that differs from what it says: the application moved `trigger_at`, or cron moments were missed.
 
     A skip of k intervals consumes k numbers. Any other move keeps the number of an occurrence that was never called, and begins
     the next one between two calls, as a key stands for one occurrence only.
     """
-    if not claim.moved or claim.reference is not None:
+    if claim.reference is not None or cadence.problem(claim) is not None:
         # A run that goes on at the API is followed to its end first; what comes after it honours the move.
         return None
-    begun = claim.begun_age is not None or claim.taken_from is not None
-    return min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if begun else 0)))
+    if not claim.moved and not cadence.unplanned(claim):
+        # The distance to the following moment is on record; only where that has passed can there be missed ones to count.
+        late = not claim.begun and claim.recurring and claim.cadence == "cron" and claim.lateness >= (claim.interval or 0)
+        missed = cadence.missed(claim) if late else 0
+        return Placement(claim.occurrence, At(claim.scheduled_for, claim.interval), missed) if missed else None
+    when = cadence.moved_to(claim)
+    occurrence = min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if claim.begun else 0)))
+    placed = dataclasses.replace(claim, scheduled_for=when.when if isinstance(when, At) else claim.trigger_at)
+    return Placement(occurrence, when, cadence.missed(placed))
+
+
+def runs_now(claim: Claim, placement: Placement) -> bool:
+    """Whether a claimed row that stands for something else is to run at once; else it goes back to wait for that.
+
+    What the application's skip added may be another distance than cron's next one, so that a row is due before its moment.
+    """
+    early = claim.cadence == "cron" and isinstance(placement.when, At) and placement.when.when > claim.claimed_at
+    return claim.due and not early
+
+
+def planned(claim: Claim, dice: Dice) -> Finish | Next:
+    """What a cron recall becomes that waits, unclaimed, where the application put it: on a moment of its own, or over."""
+    reason = cadence.problem(claim)
+    if reason is not None:
+        return Finish("failed", reason)
+    placement = honour(claim) or Placement(claim.occurrence, AsMoved(), 0)
+    return _going_on(Ending(claim, Unsent(""), None, 0.0, 0.0), placement.occurrence, placement.when, None, claim.failures, dice)
 
 
 def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
@@ -101,77 +137,117 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
     claim = ending.claim
     match ending.outcome:
         case Unsent(reason):
-            occurrence = honour(claim)
-            return Release(reason) if occurrence is None else Next(occurrence, AsMoved())
+            placement = honour(claim) if claim.moved or cadence.unplanned(claim) else None
+            if placement is None:
+                return Release(reason)
+            return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice)
         case Malformed(reason):
             return Finish("failed", reason)
         case Gone() as gone:
             return Finish("cancelled", reason_of(gone))
+        case Over(reason):
+            return Finish("fired", reason)
+        case Misfired(reason):
+            return _misfired(ending, reason, dice)
         case Accepted():
             # We stop while the run goes on at the API: the next worker polls on.
             return Release("accepted by the API, and polled by the next worker")
         case Capped(reason, retry_after):
-            return _moved(claim, reason) if claim.moved else Defer(After(retry_after), reason)
+            return _moved(ending, reason, dice) if claim.moved else Defer(After(retry_after), reason)
         case Answered():
-            return _over(claim, None, succeeded=True)
+            return _over(ending, None, dice, succeeded=True)
         case Busy(_, retry_after) as busy:
             delay = policy.busy_delay if retry_after is None else _obeyed(retry_after)
-            return _defer(ending, policy, delay, reason_of(busy) or "busy")
+            return _defer(ending, policy, delay, dice, reason_of(busy) or "busy")
         case Misconfigured(reason):
-            return _moved(claim, reason) if claim.moved else Defer(After(backoff(claim.deferrals, dice)), reason)
+            return _moved(ending, reason, dice) if claim.moved else Defer(After(backoff(claim.deferrals, dice)), reason)
         case Unavailable(reason, _, retry_after):
             wait = backoff(claim.deferrals, dice)
-            return _defer(ending, policy, wait if retry_after is None else _obeyed(retry_after), reason)
+            return _defer(ending, policy, wait if retry_after is None else _obeyed(retry_after), dice, reason)
         case Unknown(reason):
-            return _retry(claim, policy, dice, reason, rekey=False)
+            return _retry(ending, policy, dice, reason, rekey=False)
         case Failed(reason):
-            return _retry(claim, policy, dice, reason, rekey=True)
+            return _retry(ending, policy, dice, reason, rekey=True)
         case Refused(reason):
-            return _over(claim, reason, succeeded=False)
+            return _over(ending, reason, dice, succeeded=False)
         case never:
             assert_never(never)
 
 
-def _over(claim: Claim, reason: str | None, *, succeeded: bool) -> Verdict:
+def _over(ending: Ending, reason: str | None, dice: Dice, *, succeeded: bool) -> Verdict:
     """This occurrence is over, one way or the other."""
-    if claim.recurring:
-        skip = cadence.skipped(claim)
-        if claim.moved and not skip:
-            return _next(claim.occurrence + 1, AsMoved(), reason)
-        return _next(claim.occurrence + 1 + skip, cadence.following(claim, skip), reason)
-    if claim.moved:
-        return _next(claim.occurrence + 1, AsMoved(), reason)
-    return Finish("fired" if succeeded else "failed", reason)
+    claim = ending.claim
+    ended = "fired" if succeeded else "failed"
+    if not claim.recurring:
+        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice) if claim.moved else Finish(ended, reason)
+    failures = 0 if succeeded else min(LAST, claim.failures + 1)
+    if claim.failures_most is not None and failures >= max(1, claim.failures_most):
+        return Finish("failed", f"{failures} occurrences failed in a row, the last: {reason}")
+    skip = cadence.skipped(claim)
+    when = cadence.moved_to(claim) if claim.moved and not skip else cadence.following(claim, skip)
+    return _going_on(ending, claim.occurrence + 1 + skip, when, reason, failures, dice, ended)
 
 
-def _moved(claim: Claim, reason: str | None) -> Verdict:
-    """Between two calls of one occurrence the application named another time: that begins the next one, with its own key."""
-    return _next(claim.occurrence + (cadence.skipped(claim) or 1), AsMoved(), reason)
+def _misfired(ending: Ending, reason: str, dice: Dice) -> Verdict:
+    """Too late to be run. What is due within the grace still is; what is later is passed over with it."""
+    claim = ending.claim
+    reason = f"misfired: {reason}"
+    if not claim.recurring:
+        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice) if claim.moved else Finish("failed", reason)
+    skip = cadence.skipped(claim)
+    when = cadence.moved_to(claim) if claim.moved and not skip else cadence.within_grace(claim, skip)
+    return _going_on(ending, claim.occurrence + 1 + skip, when, reason, claim.failures, dice, "failed")
 
 
-def _next(occurrence: int, when: When, reason: str | None) -> Verdict:
+def _going_on(
+    ending: Ending, occurrence: int, when: When, reason: str | None, failures: int, dice: Dice, ended: str = "fired"
+) -> Finish | Next:
+    """The next occurrence, unless the recall ends before it: then it ends as its last occurrence did."""
+    claim = ending.claim
     if occurrence > LAST:
         return Finish("failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}")
-    return Next(occurrence, when, reason)
+    match when:
+        case At(falls, distance):
+            when = At(falls, distance, cadence.jittered(claim, dice()))
+        case After(seconds):
+            # Skips may add up to more than the calendar holds; what lies so far off is beyond any end.
+            falls = claim.claimed_at + timedelta(seconds=min(ending.ended_after + seconds, 10.0 * cadence.LONGEST))
+            when = After(seconds + cadence.jittered(claim, dice()))
+        case AsMoved():
+            falls = claim.trigger_at
+        case never:
+            assert_never(never)
+    end = cadence.ends(claim, falls, occurrence)
+    if end is not None:
+        return Finish(ended, end if reason is None else f"{end}; {reason}")
+    return Next(occurrence, when, reason, failures)
+
+
+def _moved(ending: Ending, reason: str | None, dice: Dice) -> Verdict:
+    """Between two calls of one occurrence the application named another time: that begins the next one, with its own key."""
+    claim = ending.claim
+    occurrence = claim.occurrence + (cadence.skipped(claim) or 1)
+    return _going_on(ending, occurrence, cadence.moved_to(claim), reason, claim.failures, dice)
 
 
 def _obeyed(retry_after: float) -> float:
     return min(max(retry_after, RETRY_AFTER_LEAST), RETRY_AFTER_MOST)
 
 
-def _defer(ending: Ending, policy: Policy, delay: float, reason: str) -> Verdict:
+def _defer(ending: Ending, policy: Policy, delay: float, dice: Dice, reason: str) -> Verdict:
     claim = ending.claim
     if claim.moved:
-        return _moved(claim, reason)
+        return _moved(ending, reason, dice)
     waited = 0.0 if claim.begun_age is None else claim.begun_age + ending.ended_after
     if waited > policy.give_up and ending.breaker_closed:
-        return _over(claim, f"given up after {waited:.0f} s: {reason}", succeeded=False)
+        return _over(ending, f"given up after {waited:.0f} s: {reason}", dice, succeeded=False)
     return Defer(After(delay), reason)
 
 
-def _retry(claim: Claim, policy: Policy, dice: Dice, reason: str, *, rekey: bool) -> Verdict:
+def _retry(ending: Ending, policy: Policy, dice: Dice, reason: str, *, rekey: bool) -> Verdict:
+    claim = ending.claim
     if claim.attempt >= policy.max_attempts:
-        return _over(claim, reason, succeeded=False)
+        return _over(ending, reason, dice, succeeded=False)
     if claim.moved:
-        return _moved(claim, reason)
+        return _moved(ending, reason, dice)
     return Retry(After(backoff(claim.attempt - 1, dice)), rekey, reason)

@@ -37,6 +37,7 @@ from .recall import (
     Accepted,
     After,
     AsMoved,
+    At,
     Claim,
     Defer,
     Ended,
@@ -44,8 +45,10 @@ from .recall import (
     Finish,
     LeaseLost,
     Locked,
+    Misfired,
     Moved,
     Next,
+    Placement,
     Release,
     Retry,
     Settled,
@@ -121,6 +124,8 @@ class Claimed:
     """Monotonic instant at which the claim was asked for."""
     stranded: Sequence[tuple[str, str]] = ()
     """Rows that PostgreSQL refuses to have claimed, with its reason: passed over for a while, as they must not hold up the others."""
+    moved: bool = False
+    """Whether cron recalls wait where the application (or an insert in plain SQL) put them: to be put on a tick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,10 @@ def _bounded(dsn: str) -> str:
         "default_transaction_isolation": r"read\ committed",
         "statement_timeout": int(STATEMENT_DEADLINE * 1000),
         "idle_session_timeout": 0,
+        # Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three
+        # times as much. And a plan that was made while a table was empty must not go on reading it from end to end.
+        "plan_cache_mode": "force_generic_plan",
+        "enable_seqscan": "off",
     }
     return make_conninfo(dsn, options=" ".join([str(options), *(f"-c {name}={value}" for name, value in ours.items())]).strip())
 
@@ -324,7 +333,8 @@ class Ledger:
             if refusal.of_a_row:
                 return await self._claim_one_by_one(values, asked_at)
             raise
-        return Claimed(_claims_in(rows), rows[0]["next_in"], rows[0]["waiting"], asked_at)
+        first = rows[0]
+        return Claimed(_claims_in(rows), first["next_in"], first["waiting"], asked_at, moved=first["moved"])
 
     async def _claim_one_by_one(self, values: dict[str, Any], asked_at: float) -> Claimed:
         """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside."""
@@ -346,31 +356,46 @@ class Ledger:
                 break
         return Claimed(claims, None, True, asked_at, stranded)
 
-    async def place(self, claims: Sequence[tuple[Claim, int]]) -> list[Claim]:
-        """Write the occurrences that follow from moves of `trigger_at`, before they are called.
+    async def place(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
+        """Write what claims stand for where that differs from what they say, before they are called.
 
         Returns the claims as they now stand; those that were moved again meanwhile, or lost, are left out.
         """
         rows = await self._claims.ask(
             self._sql["place"],
             {
-                "ids": [c.id for c, _ in claims],
-                "leases": [c.lease for c, _ in claims],
-                "triggers": [c.trigger for c, _ in claims],
-                "occurrences": [occurrence for _, occurrence in claims],
+                "ids": [c.id for c, _ in placements],
+                "leases": [c.lease for c, _ in placements],
+                "triggers": [c.trigger for c, _ in placements],
+                "occurrences": [p.occurrence for _, p in placements],
+                "ats": [p.when.when if isinstance(p.when, At) else None for _, p in placements],
+                "distances": [p.when.distance for _, p in placements],
+                "missed": [p.missed for _, p in placements],
             },
         )
-        missed = {row["id"]: row["missed"] for row in rows}
-        return [
-            dataclasses.replace(
-                c, occurrence=occurrence, rekey=c.rekey if occurrence == c.occurrence else 0, attempt=1, deferrals=0,
-                begun_age=None, taken_from=None, missed=missed[c.id],
-                lateness=c.lateness + (c.scheduled_for - c.trigger_at).total_seconds(),
-                scheduled_for=c.trigger_at, planned_at=c.trigger_at,
-            )
-            for c, occurrence in claims
-            if c.id in missed
-        ]  # fmt: skip
+        written = {row["id"] for row in rows}
+        return [_placed(c, p) for c, p in placements if c.id in written]
+
+    async def moved(self) -> list[Claim]:
+        """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
+        rows = await self._claims.ask(self._sql["moved"], {})
+        return [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows]
+
+    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
+        """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
+        nexts = [verdict if isinstance(verdict, Next) else None for _, verdict in verdicts]
+        ats = [n.when if n is not None and isinstance(n.when, At) else None for n in nexts]
+        values = {
+            "ids": [claim.id for claim, _ in verdicts],
+            "triggers": [claim.trigger for claim, _ in verdicts],
+            "statuses": [verdict.status if isinstance(verdict, Finish) else None for _, verdict in verdicts],
+            "reasons": [_told(verdict.reason) for _, verdict in verdicts],
+            "occurrences": [None if n is None else n.occurrence for n in nexts],
+            "ats": [None if at is None else at.when for at in ats],
+            "jitters": [0.0 if at is None else at.jitter for at in ats],
+            "distances": [None if n is None or isinstance(n.when, After) else n.when.distance for n in nexts],
+        }
+        await self._claims.ask(self._sql["settle_moved"], values)
 
     async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool:
         """Put an accepted run's reference on record, under the lease. False where the row is no longer ours."""
@@ -478,6 +503,18 @@ def _claims_in(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     return [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows if row["id"] is not None]
 
 
+def _placed(claim: Claim, placement: Placement) -> Claim:
+    """A claim after its placement was written."""
+    when = placement.when
+    nominal = when.when if isinstance(when, At) else claim.trigger_at
+    return dataclasses.replace(
+        claim, occurrence=placement.occurrence, rekey=claim.rekey if placement.occurrence == claim.occurrence else 0, attempt=1,
+        deferrals=0, begun_age=None, taken_from=None, missed=placement.missed, scheduled_for=nominal, planned_at=claim.trigger_at,
+        interval=claim.interval if when.distance is None else when.distance,
+        lateness=claim.lateness + (claim.scheduled_for - nominal).total_seconds(),
+    )  # fmt: skip
+
+
 def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str, Any]:
     """One verdict as the settle statement takes it: the row's next state, and the call's mark."""
     claim, outcome = ending.claim, ending.outcome
@@ -486,6 +523,10 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
     status, occurrence, rekey, attempt, deferrals = waiting, claim.occurrence, claim.rekey, claim.attempt, claim.deferrals
     fresh = False
     delay: float | None = None
+    at: datetime | None = None
+    distance: int | None = None
+    failures: int | None = None
+    jitter = 0.0
     match verdict:
         case Finish():
             status = verdict.status
@@ -494,11 +535,14 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
             # An occurrence that keeps its number keeps the key that an operator gave it.
             rekey = claim.rekey if occurrence == claim.occurrence else 0
             attempt, deferrals, fresh = 0, 0, True
+            failures = verdict.failures
             match when:
                 case After(delay):
                     pass
-                case AsMoved():
-                    delay = None
+                case At(at, distance, jitter):
+                    pass
+                case AsMoved(distance):
+                    pass
                 case never:
                     assert_never(never)
         case Retry(After(delay), anew):
@@ -514,11 +558,13 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "statuses": status, "occurrences": occurrence, "rekeys": rekey, "attempts": attempt, "deferrals": deferrals,
         "delays": delay, "fresh": fresh,
         "outcomes": None if isinstance(outcome, Unsent) else name_of(outcome),
-        "reasons": _told(verdict.reason or reason_of(outcome)),
+        "reasons": _told(verdict.reason if isinstance(verdict, Next) else verdict.reason or reason_of(outcome)),
         "called_ago": called_ago, "ended_ago": ended_ago, "http_statuses": http_status_of(outcome),
         "call_occurrences": claim.occurrence, "call_rekeys": claim.rekey, "call_attempts": claim.attempt,
         "sessions": claim.session_id, "scheduled": claim.scheduled_for,
+        "missed": outcome.passed_over if isinstance(outcome, Misfired) else claim.missed,
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
+        "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
 
 

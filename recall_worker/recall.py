@@ -8,9 +8,10 @@ Never here: rules. What an outcome means is the judge's; when the next occurrenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
 from uuid import UUID
 
 CALL_TYPES = ("once", "recurring", "immediate")
@@ -45,6 +46,24 @@ class Recall:
     leased_by: str | None
     ended_at: datetime | None
     paused_at: datetime | None
+    scheduled_for: datetime | None
+    """Nominal time of that occurrence; None: `trigger_at`."""
+    planned_at: datetime | None
+    """`trigger_at` as the worker (or the insert) last wrote it. Another `trigger_at` means that the application moved it."""
+    cadence: str
+    """interval, grid, cron."""
+    cron: str | None
+    time_zone: str | None
+    until_at: datetime | None
+    times: int | None
+    failures_most: int | None
+    grace_seconds: int | None
+    jitter_seconds: int | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Recall:
+        """The noun from a row, which may have more columns."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +112,30 @@ class Claim:
     """How the API calls the run of this occurrence that it accepted: to be polled, not called again."""
     delivered_age: float | None = None
     """Seconds since the API accepted that run."""
+    claimed_at: datetime = datetime(1, 1, 2, tzinfo=UTC)
+    """The instant of the claim, by PostgreSQL's clock."""
+    cadence: str = "interval"
+    """interval, grid, cron; or what plain SQL wrote there."""
+    cron: str | None = None
+    time_zone: str | None = None
+    until: datetime | None = None
+    times: int | None = None
+    failures: int = 0
+    failures_most: int | None = None
+    grace: int | None = None
+    """Seconds of lateness past which an occurrence is not run."""
+    jitter: int | None = None
+    """Seconds by which occurrences are spread at most."""
 
     @property
     def key(self) -> str:
         """The idempotency key: `<recall id>:<occurrence>`, with `.<rekey>` behind it where it was renewed."""
         return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
+
+    @property
+    def begun(self) -> bool:
+        """Whether this occurrence was called before, or may have been."""
+        return self.begun_age is not None or self.taken_from is not None
 
     @property
     def moved(self) -> bool:
@@ -198,6 +236,22 @@ class Capped:
 
 
 @dataclass(frozen=True, slots=True)
+class Misfired:
+    """The occurrence is later than its grace: nothing was sent."""
+
+    reason: str
+    passed_over: int
+    """Further due moments that were too late with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """The recall's own end (a date, a number of occurrences) came before this occurrence: nothing was sent."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Malformed:
     """The row itself can't be run: nothing was sent."""
 
@@ -205,7 +259,20 @@ class Malformed:
 
 
 Outcome: TypeAlias = (
-    Answered | Accepted | Busy | Gone | Misconfigured | Unavailable | Unknown | Failed | Refused | Capped | Unsent | Malformed
+    Answered
+    | Accepted
+    | Busy
+    | Gone
+    | Misconfigured
+    | Unavailable
+    | Unknown
+    | Failed
+    | Refused
+    | Capped
+    | Misfired
+    | Over
+    | Unsent
+    | Malformed
 )
 
 
@@ -245,8 +312,31 @@ class After:
 class AsMoved:
     """A due time that stands in the row already, because the application put it there."""
 
+    distance: int | None = None
+    """As with At."""
 
-When: TypeAlias = After | AsMoved
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A nominal time."""
+
+    when: datetime
+    distance: int | None = None
+    """Seconds from it to the moment after, where that is to be kept as `interval_seconds` for the application's skip."""
+    jitter: float = 0.0
+    """Seconds by which it is due later than that."""
+
+
+When: TypeAlias = After | At | AsMoved
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a row stands for that the application moved (or that missed cron moments): to be on record before it is called."""
+
+    occurrence: int
+    when: At | AsMoved
+    missed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +354,8 @@ class Next:
     occurrence: int
     when: When
     reason: str | None = None
+    failures: int = 0
+    """Failed occurrences in a row so far."""
 
 
 @dataclass(frozen=True, slots=True)

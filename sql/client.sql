@@ -3,16 +3,21 @@
 -- the one that runs outside its session's slot, too.
 
 -- name: schedule
--- Exactly the ten columns of the contract; all else has defaults. The trigger frees the session's slot where the recall in it is
--- a one-shot that is being run, and refuses an interval that could only loop.
+-- The ten columns of the contract, and how it recurs and ends. The trigger frees the session's slot where the recall in it is a one-shot
+-- that is being run, and refuses an interval that could only loop. Jitter puts off the due time, and not the nominal one.
 insert into session_recalls
-    (id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message, status, created_at, updated_at)
-values (
-    %(id)s, %(session_id)s, %(call_type)s,
-    coalesce(%(at)s::timestamptz, now() + coalesce(%(after)s::float8, 0) * interval '1 second'),
-    %(interval)s, %(comment)s, %(message)s, 'pending', now(), now()
-)
+    (id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message, status, created_at, updated_at,
+    cadence, cron, time_zone, until_at, times, failures_most, grace_seconds, jitter_seconds, scheduled_for)
+select %(id)s, %(session_id)s, %(call_type)s, first.nominal + %(put_off)s * interval '1 second',
+    %(interval)s, %(comment)s, %(message)s, 'pending', now(), now(),
+    %(cadence)s, %(cron)s, %(time_zone)s, %(until)s::timestamptz, %(times)s, %(failures)s, %(grace)s, %(jitter)s,
+    case when %(put_off)s > 0 then first.nominal end
+from (select coalesce(%(at)s::timestamptz, now() + coalesce(%(after)s::float8, 0) * interval '1 second') as nominal) first
 returning *;
+
+-- name: clock
+-- Where a time is computed outside of PostgreSQL, as cron's are.
+select now() as now;
 
 -- name: cancel_pending
 update session_recalls
@@ -113,7 +118,10 @@ set trigger_at = least(trigger_at, now()),
         then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
         else now() - interval '1 microsecond'
     end,
-    scheduled_for = least(coalesce(scheduled_for, trigger_at), now()), updated_at = now()
+    -- On grid and cron the nominal time stands, as the next one follows from it.
+    scheduled_for = case when cadence = 'interval' then least(coalesce(scheduled_for, trigger_at), now())
+        else coalesce(scheduled_for, trigger_at) end,
+    updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('pending', 'running') and lease is null and paused_at is null
 returning *;
 
@@ -128,8 +136,9 @@ set status = 'pending', lease = null, lease_until = null, leased_at = null, leas
         then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
         else now() - interval '1 microsecond'
     end,
-    scheduled_for = least(coalesce(scheduled_for, trigger_at), now()),
-    rekey = rekey + 1, attempt = 0, deferrals = 0, begun_at = null, run_reference = null, delivered_at = null, reason = null,
+    scheduled_for = case when cadence = 'interval' then least(coalesce(scheduled_for, trigger_at), now())
+        else coalesce(scheduled_for, trigger_at) end,
+    rekey = rekey + 1, attempt = 0, deferrals = 0, failures = 0, begun_at = null, run_reference = null, delivered_at = null, reason = null,
     ended_at = null, paused_at = null, updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('failed', 'cancelled') and (lease is null or lease_until < now())
 returning *;

@@ -7,7 +7,7 @@
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
 -- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
 with candidate as materialized (
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.run_reference,
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.run_reference,
         r.trigger_at, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
@@ -59,15 +59,16 @@ claimed as (
             then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
             else r.body_hash
         end,
-        scheduled_for = coalesce(r.scheduled_for, r.trigger_at),
+        scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
         planned_at = coalesce(r.planned_at, r.trigger_at),
         -- A lease that ended on its own was a call that may have been made.
         begun_at = case when r.lease is null and r.begun_at is null then null
             else least(coalesce(r.begun_at, r.leased_at), now()) end,
+        -- On cron the worker counts, where the distance to the following moment has passed.
         missed = case
-            when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null
-            then least(2147483647, greatest(0, floor(
-                extract(epoch from now() - greatest(r.trigger_at, '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
+            when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null and r.cadence <> 'cron'
+            then least(2147483647, greatest(0, floor(extract(epoch from now()
+                - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
             else r.missed
         end
     where r.id = any (array(select id from candidate))
@@ -76,10 +77,10 @@ claimed as (
 taken as (
     -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place.
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
         ended_at, reason, settled)
     select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, coalesce(c.leased_by, 'unknown'), c.lease,
-        coalesce(c.scheduled_for, c.trigger_at), c.leased_at, c.leased_at,
+        coalesce(c.scheduled_for, c.trigger_at), c.missed, c.leased_at, c.leased_at,
         c.due_at, 'the worker was not heard of again: its lease ended', 'taken'
     from candidate c
     -- An id that is too long for an index is not called by anybody: see judge.
@@ -107,9 +108,14 @@ ahead as (
                 and r.id <> all (array(select id from candidate))
             order by coalesce(r.lease_until, r.trigger_at)
             limit 1
-        ) is not null as waiting
+        ) is not null as waiting,
+        exists (
+            select from session_recalls r
+            where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
+                and r.lease is null and r.status in ('pending', 'running')
+        ) as moved
 )
-select ahead.next_in, ahead.waiting,
+select ahead.next_in, ahead.waiting, ahead.moved,
     c.id, c.session_id, c.call_type, c.additional_context_message as message, c.interval_seconds as interval, c.occurrence, c.rekey,
     c.attempt, c.deferrals,
     least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
@@ -124,7 +130,10 @@ select ahead.next_in, ahead.waiting,
     c.trigger_at <= now() as due,
     case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
     c.run_reference as reference, case when c.delivered_at is not null
-        then extract(epoch from now() - least(greatest(c.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age
+        then extract(epoch from now() - least(greatest(c.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age,
+    now() as claimed_at, c.cadence, c.cron, c.time_zone,
+    case when c.until_at is not null then least(greatest(c.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
+    c.times, c.failures, c.failures_most, c.grace_seconds as grace, c.jitter_seconds as jitter
 from ahead
 left join (claimed c join candidate k on k.id = c.id) on true
 order by k.due_at;
@@ -139,28 +148,73 @@ order by coalesce(r.lease_until, r.trigger_at)
 limit 1000;
 
 -- name: place
--- The application moved trigger_at: the occurrence that follows from it is written before it is called, so that whoever comes
--- after a crash calls it under the same key. Guarded by the lease and by the very trigger_at that was judged.
+-- The application moved trigger_at, or cron moments were missed: the occurrence that follows from it is written before it is called,
+-- so that whoever comes after a crash calls it under the same key. Guarded by the lease and by the very trigger_at that was judged.
 with told as (
     select *
-    from unnest(%(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(occurrences)s::integer[])
-        as t (id, lease, trigger, occurrence)
+    from unnest(
+        %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(occurrences)s::integer[], %(ats)s::timestamptz[],
+        %(distances)s::integer[], %(missed)s::integer[]
+    ) as t (id, lease, trigger, occurrence, at, distance, missed)
 )
 update session_recalls r
 set occurrence = t.occurrence, rekey = case when r.occurrence = t.occurrence then r.rekey else 0 end,
     attempt = 1, deferrals = 0, begun_at = null, body_hash = t.occurrence || ':' || split_part(r.body_hash, ':', 2),
-    scheduled_for = r.trigger_at, planned_at = r.trigger_at,
-    missed = case
-        when r.call_type = 'recurring' and r.interval_seconds > 0
-        then least(2147483647, greatest(0, floor(
-            extract(epoch from now() - least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz))
-            / r.interval_seconds)))::integer
-        else 0
-    end
+    scheduled_for = coalesce(t.at, r.trigger_at), planned_at = r.trigger_at, interval_seconds = coalesce(t.distance, r.interval_seconds),
+    missed = t.missed
 from told t
 where r.id = t.id and r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.trigger_at = t.trigger::timestamptz
     and r.status in ('pending', 'running')
-returning r.id, r.missed;
+returning r.id;
+
+-- name: moved
+-- Cron recalls that wait where the application moved them, or that plain SQL wrote without the distance to the next moment: the same
+-- columns as a claim's, of rows that nobody leases.
+select r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
+    r.attempt, r.deferrals,
+    least(greatest(coalesce(r.scheduled_for, r.planned_at), '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
+    r.missed, extract(epoch from now() - r.begun_at)::float8 as begun_age, 0::float8 as lag, 0::float8 as lateness,
+    '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger,
+    least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
+    least(greatest(r.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
+    r.trigger_at <= now() as due, null::text as taken_from, null::text as reference, null::float8 as delivered_age,
+    now() as claimed_at, r.cadence, r.cron, r.time_zone,
+    case when r.until_at is not null then least(greatest(r.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
+    r.times, r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter
+from session_recalls r
+where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
+    and r.lease is null and r.status in ('pending', 'running')
+limit 500;
+
+-- name: settle_moved
+-- Put them on the moment that follows from the move, with the distance from there: the application's next skip adds that. Or end them.
+with told as (
+    select *
+    from unnest(
+        %(ids)s::text[], %(triggers)s::text[], %(statuses)s::text[], %(reasons)s::text[], %(occurrences)s::integer[],
+        %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[]
+    ) as t (id, trigger, status, reason, occurrence, at, jitter, distance)
+),
+held as materialized (
+    select r.id
+    from session_recalls r
+    join told t on t.id = r.id
+    where r.id = any (%(ids)s::text[]) and r.lease is null and r.status in ('pending', 'running')
+        and r.trigger_at = t.trigger::timestamptz
+    for update of r skip locked
+)
+update session_recalls r
+set status = coalesce(t.status, r.status), ended_at = case when t.status is not null then now() end,
+    reason = case when t.status is not null then t.reason else r.reason end,
+    occurrence = coalesce(t.occurrence, r.occurrence),
+    rekey = case when r.occurrence = coalesce(t.occurrence, r.occurrence) then r.rekey else 0 end,
+    attempt = 0, deferrals = 0, begun_at = null, missed = 0,
+    scheduled_for = coalesce(t.at, case when t.status is null then r.trigger_at else r.scheduled_for end),
+    trigger_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
+    planned_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
+    interval_seconds = coalesce(t.distance, r.interval_seconds), updated_at = now()
+from told t
+where r.id = t.id and r.id = any (array(select id from held));
 
 -- name: accept
 -- The API took the run and will say later how it ended: its reference is on record before it is polled. Delivered and completed are
@@ -174,9 +228,9 @@ with accepted as (
 ),
 marked as (
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
         ended_at, http_status, settled, delivered_at)
-    select r.id, r.occurrence, r.rekey, r.attempt, 'accepted', r.session_id, %(worker)s, r.lease, r.scheduled_for,
+    select r.id, r.occurrence, r.rekey, r.attempt, 'accepted', r.session_id, %(worker)s, r.lease, r.scheduled_for, r.missed,
         now() - %(called_ago)s * interval '1 second', now() - %(called_ago)s * interval '1 second', now(), %(http_status)s, 'polled', now()
     from accepted r
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
@@ -284,9 +338,11 @@ with told as (
         %(rekeys)s::integer[], %(attempts)s::integer[], %(deferrals)s::integer[], %(delays)s::float8[], %(fresh)s::boolean[],
         %(outcomes)s::text[], %(reasons)s::text[], %(called_ago)s::float8[], %(ended_ago)s::float8[], %(http_statuses)s::integer[],
         %(call_occurrences)s::integer[], %(call_rekeys)s::integer[], %(call_attempts)s::integer[],
-        %(sessions)s::text[], %(scheduled)s::timestamptz[], %(keep_references)s::boolean[], %(references)s::boolean[]
+        %(sessions)s::text[], %(scheduled)s::timestamptz[], %(missed)s::integer[], %(keep_references)s::boolean[], %(references)s::boolean[],
+        %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[], %(failures)s::integer[]
     ) as t (id, lease, trigger, status, occurrence, rekey, attempt, deferrals, delay, fresh, outcome, reason, called_ago, ended_ago,
-        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, keep_reference, has_reference)
+        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, missed, keep_reference, has_reference, at, jitter,
+        distance, failures)
 ),
 held as materialized (
     select r.id, r.session_id, r.lease, r.status, r.trigger_at
@@ -331,11 +387,12 @@ written as (
         leased_at = case when t.keep_reference then r.leased_at end,
         leased_by = case when t.keep_reference or t.status not in ('pending', 'running') then r.leased_by end,
         occurrence = t.occurrence, rekey = t.rekey, attempt = t.attempt, deferrals = t.deferrals,
-        trigger_at = case when t.delay is null then r.trigger_at
-            else now() + (t.delay - t.ended_ago) * interval '1 second' end,
-        planned_at = case when t.keep_reference then r.planned_at when t.delay is null then r.trigger_at
-            else now() + (t.delay - t.ended_ago) * interval '1 second' end,
-        scheduled_for = case when t.fresh then null else r.scheduled_for end,
+        trigger_at = coalesce(t.at + t.jitter * interval '1 second', now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at),
+        planned_at = case when t.keep_reference then r.planned_at
+            else coalesce(t.at + t.jitter * interval '1 second', now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at) end,
+        interval_seconds = coalesce(t.distance, r.interval_seconds),
+        failures = coalesce(t.failures, r.failures),
+        scheduled_for = case when t.fresh then t.at else r.scheduled_for end,
         begun_at = case when t.fresh then null
             -- A call that found no connection begins the occurrence, too: how long it waits is counted from there.
             else coalesce(r.begun_at, now() - coalesce(t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end)
@@ -368,9 +425,9 @@ before as (
 ),
 marked as (
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
         ended_at, http_status, reason, settled, delivered_at, completed_at)
-    select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id, %(worker)s, t.lease, t.scheduled_for,
+    select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id, %(worker)s, t.lease, t.scheduled_for, t.missed,
         coalesce(b.called_at, now() - t.called_ago * interval '1 second'), coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
         now() - t.ended_ago * interval '1 second', t.http_status, t.reason, coalesce(w.status, s.state),
         coalesce(b.delivered_at, case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end),
@@ -380,7 +437,7 @@ marked as (
     left join written w on w.id = t.id and s.state = 'settled'
     left join before b on b.recall_id = t.id
     where s.state not in ('moved', 'locked', 'again') and t.outcome <> 'accepted'
-        and (t.called_ago is not null or t.outcome = 'unavailable' or b.recall_id is not null)
+        and (t.called_ago is not null or t.outcome in ('unavailable', 'misfired') or b.recall_id is not null)
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         -- The same lease is the same call: its mark may have been left already by whoever took the row up.
         set calls = a.calls + (a.lease <> excluded.lease)::integer, called_at = coalesce(a.called_at, excluded.called_at),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -90,3 +91,46 @@ def test_following(interval: int, skip: int) -> None:
     claim = claim_with(call_type="recurring", interval=interval)
     assert cadence.following(claim) == After(float(interval))
     assert cadence.following(claim, skip) == After(float(interval) * (1 + skip))
+
+
+# --- a new recall's plan ---------------------------------------------------------------------------------------------
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"at": NOON, "after": HOUR}, "exclude each other"),
+        ({"every": HOUR, "grid": HOUR}, "exclude each other"),
+        ({"times": 3}, "only what recurs has an end"),
+        ({"after": HOUR, "until": NOON}, "only what recurs has an end"),
+        ({"grid": HOUR, "time_zone": "Europe/Berlin"}, "goes with a cron expression"),
+        ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "no time zone"),
+        ({"cron": "0 9 30 2 *"}, "no cron expression"),
+        ({"cron": "0 0 9 * * *"}, "five fields"),
+        ({"grid": HOUR, "times": 0}, "at least one"),
+        ({"grid": HOUR, "failures": 0}, "at least one"),
+        ({"grid": timedelta(seconds=0.5)}, "whole number of seconds"),
+        ({"every": timedelta(0)}, "whole number of seconds"),
+        ({"grid": HOUR, "jitter": timedelta(seconds=-1)}, "whole number of seconds"),
+        ({"grid": HOUR, "until": NOON}, "after its end"),
+        ({"cron": "0 9 * * *", "after": timedelta.max}, "beyond the calendar"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(told: dict[str, Any], said: str) -> None:
+    """Before anything is written: a sentence that says what is wrong."""
+    with pytest.raises(cadence.CadenceError, match=said):
+        cadence.plan(NOON, 0.5, **told)
+
+
+def test_the_first_occurrence() -> None:
+    """One interval from now, or where it is named; on cron the first moment from there on, which a named start may be itself."""
+    assert cadence.plan(NOON, 0.0, every=HOUR).after == 3600.0
+    assert cadence.plan(NOON, 0.0, grid=HOUR, at=NOON).at == NOON
+    daily: dict[str, Any] = {"cron": "0 12 * * *"}
+    assert cadence.plan(NOON, 0.0, **daily).at == NOON + timedelta(days=1)
+    assert cadence.plan(NOON, 0.0, at=NOON, **daily).at == NOON
+    found = cadence.plan(NOON, 0.5, jitter=timedelta(seconds=60), **daily)
+    assert (found.call_type, found.cadence, found.interval, found.put_off) == ("recurring", "cron", 86_400, 30.0)
+    assert cadence.plan(NOON, 0.0).call_type == "immediate" and cadence.plan(NOON, 0.0, after=HOUR).call_type == "once"

@@ -154,6 +154,13 @@ async def test_a_session_has_one(recalls: Recalls, app: Application) -> None:
 
 # --- the caller's transaction ----------------------------------------------------------------------------------------
 
+
+async def previewed(recalls: Recalls, conn: Any) -> list[datetime]:
+    """When the newest recall falls, as far as anybody sees one."""
+    newest = await recalls.list(limit=1, conn=conn)
+    return await recalls.preview(newest[0].id, conn=conn) if newest else []
+
+
 WRITING: list[tuple[str, Callable[[Recalls, Any], Awaitable[Any]]]] = [
     ("schedule", lambda r, conn: r.schedule("c", "m", conn=conn)),
     ("cancel", lambda r, conn: r.cancel("a", conn=conn)),
@@ -166,6 +173,7 @@ READING: list[tuple[str, Callable[[Recalls, Any], Awaitable[Any]]]] = [
     ("list", lambda r, conn: r.list(conn=conn)),
     ("due", lambda r, conn: r.due(conn=conn)),
     ("next_trigger_at", lambda r, conn: r.next_trigger_at(conn=conn)),
+    ("preview", lambda r, conn: previewed(r, conn)),
     ("sessions_with_pending", lambda r, conn: r.sessions_with_pending(["a"], conn=conn)),
 ]
 

@@ -25,6 +25,7 @@ CONFIGURATION = ROOT / "docs" / "configuration.md"
 MARK = "<!-- the table below is written by `python -m tests.test_docs` -->\n"
 APPLICATION = ROOT / "docs" / "application.md"
 README = ROOT / "README.md"
+CADENCE = ROOT / "docs" / "cadence.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -94,8 +95,12 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("path", "tags"),
-    [(APPLICATION, ["INSERT 0 1", "UPDATE 1", "UPDATE 1", "SELECT 1", "UPDATE 1"]), (README, ["INSERT 0 1"])],
-    ids=["application.md", "README.md"],
+    [
+        (APPLICATION, ["INSERT 0 1", "UPDATE 1", "UPDATE 1", "SELECT 1", "UPDATE 1"]),
+        (README, ["INSERT 0 1"]),
+        (CADENCE, ["INSERT 0 1"]),
+    ],
+    ids=["application.md", "README.md", "cadence.md"],
 )
 async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Application) -> None:
     """Every statement of a document's SQL runs as it stands, in order, through the application's own driver, and finds its row."""

@@ -28,6 +28,7 @@ from recall_worker.recall import (
     After,
     Answered,
     AsMoved,
+    At,
     Busy,
     Capped,
     Claim,
@@ -38,8 +39,11 @@ from recall_worker.recall import (
     Gone,
     Malformed,
     Misconfigured,
+    Misfired,
     Next,
     Outcome,
+    Over,
+    Placement,
     Refused,
     Release,
     Retry,
@@ -109,9 +113,11 @@ UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     (Unavailable("later", 503, 9.0), Defer(After(9.0), "later"), Defer(After(9.0), "later")),
     (Unknown("broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off")),
     (Failed("failed", 200), Retry(BACKOFF_OF_FIRST, True, "failed"), Retry(BACKOFF_OF_FIRST, True, "failed")),
-    (Refused("no", 422), Finish("failed", "no"), Next(6, After(600.0), "no")),
+    (Refused("no", 422), Finish("failed", "no"), Next(6, After(600.0), "no", failures=1)),
     (Unsent("stopping"), Release("stopping"), Release("stopping")),
     (Malformed("no interval"), Finish("failed", "no interval"), Finish("failed", "no interval")),
+    (Misfired("late", 0), Finish("failed", "misfired: late"), Next(6, At(NOON + timedelta(seconds=600)), "misfired: late")),
+    (Over("it had all"), Finish("fired", "it had all"), Finish("fired", "it had all")),
 ]
 """outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody moved the recall."""
 
@@ -136,7 +142,7 @@ def test_no_attempts_left(outcome: Outcome, attempt: int) -> None:
     reason = reason_of(outcome)
     assert verdict_on(claimed("once", attempt=attempt), outcome) == Finish("failed", reason)
     assert verdict_on(claimed("immediate", attempt=attempt), outcome) == Finish("failed", reason)
-    assert verdict_on(claimed("recurring", attempt=attempt), outcome) == Next(6, After(600.0), reason)
+    assert verdict_on(claimed("recurring", attempt=attempt), outcome) == Next(6, After(600.0), reason, failures=1)
 
 
 @pytest.mark.parametrize("outcome", [Answered(200), Busy(409), Misconfigured("x"), Unavailable("x"), Gone(404)], ids=name_of)
@@ -175,15 +181,23 @@ def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: 
             over = True
         case Unknown() | Failed():
             over = attempt == 3
+        case Over(why):
+            assert verdict == Finish("fired", why)
+            return
+        case Misfired(why, _):
+            when = At(NOON + timedelta(seconds=600) * (1 + skips)) if skips else AsMoved()
+            assert verdict == Next(6 + skips, when, f"misfired: {why}")
+            return
         case Busy() | Misconfigured() | Unavailable() | Capped() | Unsent():
             over = False
         case never:
             assert_never(never)
     reason = None if isinstance(outcome, Answered | Unsent) else reason_of(outcome)
+    failures = int(over and call_type == "recurring" and not isinstance(outcome, Answered))
     if over and skips:
-        assert verdict == Next(6 + skips, After(600.0 * (1 + skips)), reason)
+        assert verdict == Next(6 + skips, After(600.0 * (1 + skips)), reason, failures)
     else:
-        assert verdict == Next(6 if over or not skips else 5 + skips, AsMoved(), reason)
+        assert verdict == Next(6 if over or not skips else 5 + skips, AsMoved(), reason, failures)
 
 
 def test_a_move_before_the_first_call_keeps_the_number() -> None:
@@ -341,7 +355,8 @@ def test_a_recall_that_kills_its_workers_is_buried(changes: dict[str, Any], buri
 )
 def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: int | None) -> None:
     """A skip consumes a number for each interval; any other move keeps the number of what was never called."""
-    assert honour(claimed(call_type, move, **changes)) == occurrence
+    expected = None if occurrence is None else Placement(occurrence, AsMoved(), 0)
+    assert honour(claimed(call_type, move, **changes)) == expected
 
 
 @given(interval=st.integers(1, 100_000), k=st.integers(1, 500), occurrence=st.integers(1, 10**6), attempt=st.integers(1, 3))
@@ -353,7 +368,7 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, 
         trigger_at=NOON + timedelta(seconds=interval) * k,
     )  # fmt: skip
     begun = dataclasses.replace(claim, begun_age=1.0)
-    assert honour(claim) == honour(begun) == occurrence + k
+    assert honour(claim) == honour(begun) == Placement(occurrence + k, AsMoved(), 0)
     after_a_run = verdict_on(begun, Answered(200))
     assert after_a_run == Next(occurrence + 1 + k, After(float(interval) * (1 + k)))
     between_calls = verdict_on(begun, Busy(409))
@@ -376,7 +391,7 @@ def test_the_last_number(outcome: Outcome, move: str, left: int) -> None:
 def test_honouring_never_passes_the_last_number(move: str) -> None:
     """A column of four bytes holds what a move makes of the number."""
     claim = dataclasses.replace(claimed("recurring", move, begun_age=1.0), occurrence=LAST)
-    assert honour(claim) == LAST
+    assert honour(claim) == Placement(LAST, AsMoved(), 0)
 
 
 # --- what holds whatever happens ------------------------------------------------------------------------------------
@@ -461,11 +476,15 @@ def test_what_every_verdict_keeps(
     match verdict:
         case Finish(status, reason):
             assert status in ("fired", "cancelled", "failed")
-            assert call_type != "recurring" or isinstance(outcome, Gone | Malformed)
-            assert (reason is None) == (status == "fired")
+            assert call_type != "recurring" or isinstance(outcome, Gone | Malformed | Over)
+            assert (reason is None) == (status == "fired" and not isinstance(outcome, Over))
         case Next(occurrence, when, _):
             assert occurrence >= claim.occurrence and (call_type == "recurring" or claim.moved)
-            assert isinstance(when, AsMoved) or when.seconds in (600.0, 1200.0, 1800.0)
+            match when:
+                case After(seconds):
+                    assert seconds in (600.0, 1200.0, 1800.0)
+                case At(nominal):
+                    assert isinstance(outcome, Misfired) and nominal > claim.scheduled_for
         case Retry(After(seconds), anew, reason):
             assert 0 <= seconds <= BACKOFF_MOST and reason and attempt < POLICY.max_attempts
             assert anew is isinstance(outcome, Failed)

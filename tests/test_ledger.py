@@ -36,6 +36,7 @@ from recall_worker.recall import (
     Moved,
     Next,
     Outcome,
+    Placement,
     Release,
     Retry,
     Settled,
@@ -51,6 +52,11 @@ LEASE = 3.0
 FIRED = Finish("fired", None)
 Ledgers = Callable[..., Ledger]
 Put = Callable[..., Any]
+
+
+def as_moved(occurrence: int) -> Placement:
+    """What a row stands for that the application put at a time of its own."""
+    return Placement(occurrence, AsMoved(), 0)
 
 
 @pytest.fixture
@@ -333,7 +339,7 @@ async def test_a_stale_lease_settles_nothing(db: Connection, ledgers: Ledgers, s
     assert await settle(dead, old) == LeaseLost()
     assert await dead.renew({id: old.lease}) == {id: "lost"}
     assert await dead.look({id: old.lease}) == {id: "lost"}
-    assert await dead.place([(old, 7)]) == []
+    assert await dead.place([(old, as_moved(7))]) == []
 
     assert await recall(db, id) == before | {"due_in": pytest.approx(before["due_in"], abs=20)}
     assert await marks(db, id) == [(1, "answered", 1, "lost"), (1, "unknown", 1, "taken")]
@@ -670,8 +676,8 @@ async def test_skipped_occurrences_consume_their_numbers(
     assert await app.skip_next("s") and await app.skip_next("s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
-    assert claimed.moved and honour(claimed) == 3
-    (placed,) = await ledger.place([(claimed, 3)])
+    assert claimed.moved and honour(claimed) == as_moved(3)
+    (placed,) = await ledger.place([(claimed, as_moved(3))])
     assert (placed.key, placed.attempt, placed.missed) == (f"{id}:3", 1, 0)
     assert placed.scheduled_for == claimed.trigger_at and 45 < placed.lateness < 75
     row = await recall(db, id)
@@ -690,8 +696,8 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(db: Connectio
     await settle(ledger, first, Defer(After(60.0), "busy"), Busy(409))
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     second = await claim_one(ledger)
-    assert honour(second) == 2
-    (placed,) = await ledger.place([(second, 2)])
+    assert honour(second) == as_moved(2)
+    (placed,) = await ledger.place([(second, as_moved(2))])
     assert (first.key, placed.key) == (f"{id}:1", f"{id}:2")
     assert (placed.attempt, placed.deferrals, placed.begun_age) == (1, 0, None)
 
@@ -702,8 +708,8 @@ async def test_a_move_before_the_first_call_keeps_the_number(db: Connection, app
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     ledger = ledgers()
     claimed = await claim_one(ledger)
-    assert honour(claimed) == 1
-    (placed,) = await ledger.place([(claimed, 1)])
+    assert honour(claimed) == as_moved(1)
+    (placed,) = await ledger.place([(claimed, as_moved(1))])
     assert (placed.key, placed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
 
 
@@ -715,7 +721,7 @@ async def test_what_was_moved_again_is_not_placed(db: Connection, app: Applicati
     claimed = await claim_one(ledger)
     await app.reschedule(id, FAR)
     before = await recall(db, id)
-    assert await ledger.place([(claimed, 1)]) == []
+    assert await ledger.place([(claimed, as_moved(1))]) == []
     assert await recall(db, id) | {"due_in": 0} == before | {"due_in": 0}
 
 
@@ -924,7 +930,7 @@ async def test_the_worker_itself_is_silent(db: Connection, app: Application, dat
     async def work() -> None:
         ledger = ledgers()
         claims = sorted(await claim(ledger), key=lambda c: c.session_id)
-        claims[0] = (await ledger.place([(claims[0], 2)]))[0]
+        claims[0] = (await ledger.place([(claims[0], as_moved(2))]))[0]
         leases = {c.id: c.lease for c in claims}
         assert set((await ledger.renew(leases)).values()) == {"renewed"}
         assert await ledger.look(leases) == {}

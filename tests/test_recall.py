@@ -24,7 +24,9 @@ from recall_worker.recall import (
     Gone,
     Malformed,
     Misconfigured,
+    Misfired,
     Outcome,
+    Over,
     Refused,
     Settlement,
     Unavailable,
@@ -52,6 +54,8 @@ OUTCOMES: list[Outcome] = [
     Capped("its session had 5 runs within an hour", 90.0),
     Unsent("stopping"),
     Malformed("an interval of 0"),
+    Misfired("7201 s late, past its grace of 7200 s", 1),
+    Over("it had all of its 3 occurrences"),
 ]
 
 
@@ -78,6 +82,7 @@ def claim_with(**changes: Any) -> Claim:
         planned_at=NOON,
         due=True,
         taken_from=None,
+        claimed_at=NOON + timedelta(milliseconds=1),
     )
     return dataclasses.replace(claim, **changes)
 

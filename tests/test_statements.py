@@ -23,7 +23,7 @@ from psycopg.rows import dict_row
 from recall_worker import ledger as ledger_module
 from recall_worker import statements
 from recall_worker.ledger import Ledger
-from recall_worker.recall import After, Busy, Claim, Defer, Ending
+from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
 
 from . import postgres
 
@@ -152,7 +152,7 @@ class Table:
                 case "claim":
                     await ledger.claim(2 * FEW, take_expired=True)
                 case "place":
-                    await ledger.place([(claim, claim.occurrence + 1) for claim in self.claims])
+                    await ledger.place([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
                 case "renew":
                     await ledger.renew(leases)
                 case "look":

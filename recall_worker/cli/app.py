@@ -99,7 +99,31 @@ def schedule(
         typer.Option(help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO"),
     ] = None,
     every: Annotated[
-        str | None, typer.Option(help="Again and again, this long after each run; first after one interval.", metavar="DURATION")
+        str | None,
+        typer.Option(
+            help="Again and again, this long after each run; first after one interval, or at --in or --at.", metavar="DURATION"
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Again and again on a fixed grid from the first, however long runs take.", metavar="DURATION"),
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option(help="Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'.", metavar="EXPR"),
+    ] = None,
+    tz: Annotated[
+        str | None,
+        typer.Option(help="The time zone of --cron (else UTC), and of --at and --until: Europe/Berlin.", metavar="ZONE"),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="No occurrence after this time.", metavar="ISO")] = None,
+    times: Annotated[int | None, typer.Option(help="So many occurrences, then no more.", metavar="N")] = None,
+    failures: Annotated[int | None, typer.Option(help="End it when so many in a row have failed.", metavar="N")] = None,
+    grace: Annotated[
+        str | None, typer.Option(help="What is later than this is not run, but recorded as misfired.", metavar="DURATION")
+    ] = None,
+    jitter: Annotated[
+        str | None, typer.Option(help="Put each occurrence off by a random part of this.", metavar="DURATION")
     ] = None,
     comment: Annotated[str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")] = None,
     dsn: Dsn = None,
@@ -108,7 +132,27 @@ def schedule(
     """Promise to come back to a session; at once where no time is given."""
     from .recalls import schedule
 
-    schedule(dsn, session, message, after=after, at=at, every=every, comment=comment, as_json=json)
+    schedule(
+        dsn, session, message, after=after, at=at, every=every, grid=grid, cron=cron, time_zone=tz, until=until, times=times,
+        failures=failures, grace=grace, jitter=jitter, comment=comment, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def preview(
+    what: Annotated[str, typer.Argument(help="A cron expression of five fields, or a recall's id.", metavar="EXPR|ID")],
+    tz: Annotated[str | None, typer.Option(help="The expression's time zone (else UTC).", metavar="ZONE")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="From this time on, of an expression (else now).", metavar="ISO")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 10,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """When an expression, or a recall, falls next: the local times with their zone and offset."""
+    from .preview import preview
+
+    preview(dsn, what, time_zone=tz, start=start, count=count, as_json=json)
 
 
 @app.command("list")

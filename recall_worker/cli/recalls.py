@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from uuid import uuid4
 
@@ -10,7 +14,9 @@ import psycopg
 from psycopg import errors
 from psycopg.rows import dict_row
 
-from .. import settings, statements
+from .. import cadence, settings, statements
+from ..cadence import CadenceError
+from ..events import harmless
 from ..ledger import CONNECT_DEADLINE, Dates
 from ..recall import STATUSES
 from .talk import USAGE, Trouble, command, length, local, print_facts, print_json, print_table, relative, seconds, span, tell
@@ -38,31 +44,37 @@ def schedule(
     after: str | None,
     at: str | None,
     every: str | None,
+    grid: str | None,
+    cron: str | None,
+    time_zone: str | None,
+    until: str | None,
+    times: int | None,
+    failures: int | None,
+    grace: str | None,
+    jitter: str | None,
     comment: str | None,
     as_json: bool,
 ) -> None:
-    if sum(option is not None for option in (after, at, every)) > 1:
-        raise Trouble("--in, --at and --every exclude each other", "give one of them, or none for a recall at once", status=USAGE)
     if session in ("", ".", ".."):
         raise Trouble(f"{session!r} can't be a session's id", "the id that the application gave the session", status=USAGE)
-    values: dict[str, Any] = {
-        "id": str(uuid4()), "session_id": session, "call_type": "immediate", "message": message, "at": None, "after": None,
-        "interval": None, "comment": comment,
+    with explained():
+        where = None if time_zone is None else cadence.zone(time_zone)
+    told: dict[str, Any] = {
+        "at": None if at is None else instant(at, "--at", where), "after": _span(after, "--in"), "every": _span(every, "--every"),
+        "grid": _span(grid, "--grid"), "cron": cron, "time_zone": time_zone,
+        "until": None if until is None else instant(until, "--until", where), "times": times, "failures": failures,
+        "grace": _span(grace, "--grace"), "jitter": _span(jitter, "--jitter"),
     }  # fmt: skip
-    if after is not None:
-        values |= {"call_type": "once", "after": seconds(after, "--in")}
-    elif at is not None:
-        values |= {"call_type": "once", "at": instant(at, "--at")}
-    elif every is not None:
-        interval = seconds(every, "--every")
-        if interval < 1 or interval != int(interval) or interval > 2**31 - 1:
-            raise Trouble(
-                f"--every {every!r}: an interval is a whole number of seconds, at least one", "--every 1h", status=USAGE
-            )
-        values |= {"call_type": "recurring", "after": interval, "interval": int(interval)}
+    with explained():
+        # Said before PostgreSQL is asked for anything; its own clock then decides.
+        cadence.plan(datetime.now(UTC), 0.0, **told)
+    client = statements.load("client")
     with connect(dsn) as conn:
+        with explained():
+            plan = cadence.plan(clock(conn), random.random(), **told)
+        values = dataclasses.asdict(plan) | {"id": str(uuid4()), "session_id": session, "message": message, "comment": comment}
         try:
-            row = conn.execute(statements.load("client")["schedule"].encode(), values).fetchone()
+            row = conn.execute(client["schedule"].encode(), values).fetchone()
         except errors.UniqueViolation:
             raise Trouble(
                 f"session {session} has a pending recall already, and holds one at a time",
@@ -76,19 +88,36 @@ def schedule(
         print_json(row)
     else:
         print(row["id"])
-        tell(f"Scheduled {_nature(row)}, due {local(row['trigger_at'])}.")
+        tell(f"Scheduled {harmless(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}.")
 
 
-def instant(text: str, option: str) -> datetime:
-    """A time as people write it. Raises Trouble."""
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What can't be kept is a trouble of usage."""
+    try:
+        yield
+    except CadenceError as error:
+        raise Trouble(str(error), "recall-worker schedule --help", status=USAGE) from None
+
+
+def _span(text: str | None, option: str) -> timedelta | None:
+    if text is None:
+        return None
+    try:
+        return timedelta(seconds=seconds(text, option))
+    except OverflowError:
+        raise Trouble(f"{option} {text} is longer than any calendar", f"{option} 2d", status=USAGE) from None
+
+
+def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
+    """A time as people write it. Without an offset it is the wall clock's there (None: here). Raises Trouble."""
     try:
         when = datetime.fromisoformat(text)
-    except ValueError:
+        return when if when.tzinfo is not None else when.astimezone() if where is None else when.replace(tzinfo=where)
+    except (ValueError, OverflowError):
         raise Trouble(
-            f"{option} {text!r} is no time", "--at 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00", status=USAGE
+            f"{option} {text!r} is no time", f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00", status=USAGE
         ) from None
-    # Without an offset the person means the clock on the wall, here.
-    return when.astimezone() if when.tzinfo is None else when
 
 
 def list_recalls(
@@ -106,7 +135,7 @@ def list_recalls(
             if user is None:
                 raise
             raise Trouble("this database has no table sessions, so nobody's sessions are known", "--session ID") from None
-        now = _now(conn)
+        now = clock(conn)
     if as_json:
         print_json(rows)
         return
@@ -117,7 +146,7 @@ def list_recalls(
         ["ID", "SESSION", "TYPE", "STATUS", "WHEN", "DUE", ">OCC", "MESSAGE"],
         [
             [
-                row["id"], row["session_id"], _nature(row), row["status"], _when(row, now), local(row["trigger_at"]),
+                row["id"], row["session_id"], nature(row), row["status"], _when(row, now), local(row["trigger_at"]),
                 str(row["occurrence"]), _line(row["additional_context_message"], 200),
             ]
             for row in rows
@@ -133,7 +162,7 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
     with connect(dsn) as conn:
         row = conn.execute(reads["show"].encode(), {"id": id}).fetchone()
         calls = conn.execute(reads["calls"].encode(), {"id": id}).fetchall()
-        now = _now(conn)
+        now = clock(conn)
     if row is None and not calls:
         raise Trouble(f"there is no recall {id}", command("list"))
     if as_json:
@@ -146,11 +175,15 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
         facts = [
             ("recall", row["id"]),
             ("session", row["session_id"]),
-            ("type", _nature(row)),
+            ("type", nature(row) + _ends(row)),
             ("status", row["status"]),
             ("reason", row["reason"]),
             ("due", f"{local(row['trigger_at'])} ({relative(row['trigger_at'], now)})"),
             ("occurrence", f"{row['occurrence']}{_so_far(row)}"),
+            ("stands for", _stands_for(row)),
+            ("grace", length(row["grace_seconds"]) if row["grace_seconds"] is not None else None),
+            ("jitter", f"up to {length(row['jitter_seconds'])}" if row["jitter_seconds"] else None),
+            ("failed", _in_a_row(row)),
             ("last outcome", row["last_outcome"]),
             ("in a run", f"by worker {row['leased_by']} since {local(row['leased_at'])}" if row["lease"] else None),
             ("paused", local(row["paused_at"]) or None),
@@ -163,30 +196,60 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
     if calls:
         print()
         print_table(
-            [">OCC", ">ATT", "OUTCOME", ">CALLS", "CALLED", ">LATE", ">TOOK", ">HTTP", "REASON", "WORKER"],
+            [">OCC", ">ATT", "OUTCOME", ">CALLS", "CALLED", ">LATE", ">MISSED", ">TOOK", ">HTTP", "REASON", "WORKER"],
             [
                 [
                     str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""), str(c["attempt"]), c["outcome"], str(c["calls"]),
-                    local(c["called_at"]), _between(c["called_at"], c["scheduled_for"]), _between(c["ended_at"], c["last_called_at"]),
-                    str(c["http_status"] or ""), c["reason"] or "", c["worker"],
+                    local(c["called_at"]), _between(c["called_at"], c["scheduled_for"]), str(c["missed"] or ""),
+                    _between(c["ended_at"], c["last_called_at"]), str(c["http_status"] or ""), c["reason"] or "", c["worker"],
                 ]
                 for c in calls
             ],
-            yields=[("REASON", 24), ("WORKER", 0), ("REASON", 0), ("TOOK", 0), ("CALLED", 19)],
+            yields=[("REASON", 24), ("WORKER", 0), ("REASON", 0), ("TOOK", 0), ("MISSED", 0), ("CALLED", 19)],
         )  # fmt: skip
 
 
-def _now(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
+def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
     row = conn.execute("select now() as now").fetchone()
     assert row is not None
     now: datetime = row["now"]
     return now
 
 
-def _nature(row: dict[str, Any]) -> str:
-    if row["call_type"] == "recurring" and row["interval_seconds"] is not None:
-        return f"every {length(row['interval_seconds'])}"
-    return str(row["call_type"])
+def nature(row: Mapping[str, Any]) -> str:
+    """How a recall recurs, in a word or a few."""
+    if row["call_type"] != "recurring":
+        return str(row["call_type"])
+    if row["cadence"] == "cron":
+        return f"cron '{row['cron']}' {row['time_zone'] or 'UTC'}"
+    if row["interval_seconds"] is None:
+        return "recurring"
+    return f"{'grid' if row['cadence'] == 'grid' else 'every'} {length(row['interval_seconds'])}"
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    ends = []
+    if row["until_at"] is not None:
+        ends.append(f"until {local(row['until_at'])}")
+    if row["times"] is not None:
+        ends.append("once" if row["times"] == 1 else f"{row['times']} times")
+    if row["failures_most"] is not None:
+        ends.append(f"until {row['failures_most']} in a row failed" if row["failures_most"] > 1 else "until one fails")
+    return "".join(f", {end}" for end in ends)
+
+
+def _stands_for(row: Mapping[str, Any]) -> str | None:
+    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
+    if row["status"] not in ("pending", "running") or row["scheduled_for"] in (None, row["trigger_at"]):
+        return None
+    missed = f", and {row['missed']} missed after it" if row["missed"] else ""
+    return f"{local(row['scheduled_for'])}{missed}"
+
+
+def _in_a_row(row: Mapping[str, Any]) -> str | None:
+    if not row["failures"]:
+        return None
+    return f"the last {row['failures']} in a row" if row["failures"] > 1 else "the last one"
 
 
 def _so_far(row: dict[str, Any]) -> str:

@@ -107,7 +107,8 @@ async def post(
     claim, key = call.claim, header_key(call.claim.key)
 
     def headers() -> dict[str, str]:
-        lateness = claim.lateness + time.monotonic() - call.asked_at
+        # An occurrence that an operator fired before its time is not late.
+        lateness = max(0.0, claim.lateness + time.monotonic() - call.asked_at)
         made = dict(always) | {
             "Idempotency-Key": key,
             "Recall-Attempt": str(claim.attempt),

@@ -21,7 +21,9 @@ from ..recall import (
     Gone,
     Malformed,
     Misconfigured,
+    Misfired,
     Outcome,
+    Over,
     Refused,
     Unavailable,
     Unknown,
@@ -87,7 +89,7 @@ class Breaker:
                 if http_status is not None:
                     return self._answer(call)
                 return self._wait_longer(now) if was_probe else None
-            case Unsent() | Malformed() | Capped():
+            case Unsent() | Malformed() | Capped() | Misfired() | Over():
                 if was_probe:
                     self._next_probe = now
                 return None

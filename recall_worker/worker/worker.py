@@ -21,7 +21,7 @@ from ..bell import Bell
 from ..events import Events
 from ..ledger import Claimed, Ledger, Outage, Refusal
 from ..protocols import Call, Protocol, hushed
-from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Unknown, Unsent
+from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
 from ..settings import Settings
 from .breaker import Breaker
 from .keeper import Keeper
@@ -164,6 +164,8 @@ class Worker:
             for id, reason in claimed.stranded:
                 self._events.tell("recall.stranded", recall=id, error=reason)
             await self._start(claimed, probing=allowed is not None)
+            if claimed.moved:
+                await self._plan()
         except Outage as outage:
             self._reach.lost(outage.reason)
             return random.uniform(*OUTAGE_PAUSE)
@@ -191,7 +193,7 @@ class Worker:
         if len(claimed.claims) >= slots:
             # A settle wakes us. A probe that is being run is looked after, as its silence may close the breaker.
             return min(most, 1.0) if self._breaker.is_open else most
-        if claimed.waiting:
+        if claimed.waiting or claimed.moved:
             self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
             most = min(most, wait)
         else:
@@ -202,11 +204,14 @@ class Worker:
         # timer be early by that much, the next look says so and names the rest.
         return min(most, max(0.0005, claimed.asked_at + claimed.next_in - time.monotonic()))
 
+    async def _plan(self) -> None:
+        """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the right distance."""
+        await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in await self._ledger.moved()])
+
     async def _start(self, claimed: Claimed, *, probing: bool) -> None:
-        moved = [(claim, occurrence) for claim in claimed.claims if (occurrence := judging.honour(claim)) is not None]
-        placed: dict[UUID, Claim] = {}
-        if moved:
-            placed = await self._place(moved)
+        placements = [(claim, placement) for claim in claimed.claims if (placement := judging.honour(claim)) is not None]
+        to_place = {claim.lease for claim, _ in placements}
+        placed = await self._place(placements) if placements else {}
         for claim in claimed.claims:
             call = Call(placed.get(claim.lease, claim), claimed.asked_at)
             run = Run(call)
@@ -218,7 +223,7 @@ class Worker:
                 self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
             unsent = (
                 "moved by the application"
-                if call.claim.moved and claim.reference is None
+                if claim.lease in to_place and claim.lease not in placed
                 else "stopping"
                 if self._stop.is_set()
                 else None
@@ -235,10 +240,10 @@ class Worker:
         for run in [run for run in self._runs.values() if run.claim.id == claim.id]:
             run.abort("lost")
 
-    async def _place(self, moved: list[tuple[Claim, int]]) -> dict[UUID, Claim]:
-        """Those of the moved claims that are to run now, as they stand after the move; the others go back as moved."""
+    async def _place(self, placements: list[tuple[Claim, Placement]]) -> dict[UUID, Claim]:
+        """Those that are to run now, as they stand after it; the others go back as moved."""
         try:
-            placed = await self._ledger.place([(claim, occurrence) for claim, occurrence in moved if claim.due])
+            placed = await self._ledger.place([(claim, to) for claim, to in placements if judging.runs_now(claim, to)])
         except (Outage, Refusal):
             return {}  # Put back unsent: the settle honours the move.
         for claim in placed:

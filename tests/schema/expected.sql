@@ -3,7 +3,19 @@ CREATE FUNCTION public.recall_before_insert() RETURNS trigger
     SET search_path TO 'public', 'pg_temp'
     AS $$
 begin
-    if new.call_type = 'recurring' and coalesce(new.interval_seconds, 0) < 1 then
+    if new.cadence not in ('interval', 'grid', 'cron') then
+        raise exception 'session_recalls: cadence is %, but there are interval, grid and cron', quote_literal(new.cadence)
+            using errcode = 'check_violation';
+    end if;
+    if new.call_type = 'recurring' and new.cadence = 'cron' then
+        if new.cron is null then
+            raise exception 'session_recalls: a recurring recall with cadence ''cron'' needs cron'
+                using errcode = 'check_violation', hint = 'Set cron to five fields, minute hour day month weekday, and time_zone to an IANA name.';
+        end if;
+        if new.interval_seconds < 1 then
+            new.interval_seconds := null;
+        end if;
+    elsif new.call_type = 'recurring' and coalesce(new.interval_seconds, 0) < 1 then
         raise exception 'session_recalls: a recurring recall needs interval_seconds of at least 1, not %',
             coalesce(new.interval_seconds::text, 'null')
             using errcode = 'check_violation',
@@ -47,7 +59,8 @@ CREATE TABLE public.recall_attempts (
     reason text,
     settled text NOT NULL,
     delivered_at timestamp with time zone,
-    completed_at timestamp with time zone
+    completed_at timestamp with time zone,
+    missed integer DEFAULT 0 NOT NULL
 );
 
 COMMENT ON COLUMN public.recall_attempts.calls IS 'how many calls this row stands for';
@@ -121,6 +134,15 @@ CREATE TABLE public.session_recalls (
     run_reference text,
     delivered_at timestamp with time zone,
     body_hash text,
+    cadence text DEFAULT 'interval'::text NOT NULL,
+    cron text,
+    time_zone text,
+    until_at timestamp with time zone,
+    times integer,
+    failures integer DEFAULT 0 NOT NULL,
+    failures_most integer,
+    grace_seconds integer,
+    jitter_seconds integer,
     CONSTRAINT session_recalls_call_type_check CHECK ((call_type = ANY (ARRAY['once'::text, 'recurring'::text, 'immediate'::text]))),
     CONSTRAINT session_recalls_status_known CHECK ((status = ANY (ARRAY['pending'::text, 'running'::text, 'fired'::text, 'cancelled'::text, 'failed'::text])))
 );
@@ -163,6 +185,24 @@ COMMENT ON COLUMN public.session_recalls.delivered_at IS 'when the API accepted 
 
 COMMENT ON COLUMN public.session_recalls.body_hash IS 'what the last claim was to send: its occurrence, and a hash of what the application may change';
 
+COMMENT ON COLUMN public.session_recalls.cadence IS 'interval: interval_seconds after the run ended; grid: every interval_seconds from the first trigger_at; cron: by `cron` in `time_zone`';
+
+COMMENT ON COLUMN public.session_recalls.cron IS 'five fields: minute, hour, day of month, month, day of week';
+
+COMMENT ON COLUMN public.session_recalls.time_zone IS 'an IANA name, such as Europe/Berlin; null: UTC';
+
+COMMENT ON COLUMN public.session_recalls.until_at IS 'no occurrence after this; the recall then ends as its last occurrence did';
+
+COMMENT ON COLUMN public.session_recalls.times IS 'so many occurrences in all, skipped ones too; the recall then ends as its last occurrence did';
+
+COMMENT ON COLUMN public.session_recalls.failures IS 'occurrences that failed in a row so far';
+
+COMMENT ON COLUMN public.session_recalls.failures_most IS 'so many failed occurrences in a row end the recall as failed; null: never';
+
+COMMENT ON COLUMN public.session_recalls.grace_seconds IS 'an occurrence that is later than this is not run, but recorded as misfired; null: it is run however late';
+
+COMMENT ON COLUMN public.session_recalls.jitter_seconds IS 'each occurrence after the first is due a random part of this later than its time; null: none';
+
 CREATE TABLE public.sessions (
     id text NOT NULL,
     user_id text NOT NULL
@@ -196,6 +236,8 @@ CREATE UNIQUE INDEX idx_recalls_active_pending ON public.session_recalls USING b
 
 CREATE INDEX idx_recalls_due ON public.session_recalls USING btree (COALESCE(lease_until, trigger_at)) WHERE ((status = ANY (ARRAY['pending'::text, 'running'::text])) AND (paused_at IS NULL));
 
+CREATE INDEX idx_recalls_moved ON public.session_recalls USING btree (id) WHERE ((cadence = 'cron'::text) AND (call_type = 'recurring'::text) AND ((planned_at <> trigger_at) OR (interval_seconds IS NULL)) AND (lease IS NULL) AND (status = ANY (ARRAY['pending'::text, 'running'::text])));
+
 CREATE UNIQUE INDEX idx_recalls_one_run ON public.session_recalls USING btree (session_id) WHERE ((lease IS NOT NULL) AND (status = ANY (ARRAY['pending'::text, 'running'::text])));
 
 CREATE INDEX idx_recalls_session_status ON public.session_recalls USING btree (session_id, status);
@@ -211,6 +253,8 @@ CREATE TRIGGER recall_ring_earlier AFTER UPDATE OF trigger_at, status, paused_at
 CREATE TRIGGER recall_ring_ended AFTER UPDATE OF status ON public.session_recalls FOR EACH ROW WHEN (((new.lease IS NOT NULL) AND (new.lease = old.lease) AND (old.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.status <> ALL (ARRAY['pending'::text, 'running'::text])))) EXECUTE FUNCTION public.recall_ring();
 
 CREATE TRIGGER recall_ring_insert AFTER INSERT ON public.session_recalls FOR EACH ROW WHEN (((new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.paused_at IS NULL) AND (new.trigger_at <= (now() + '00:01:00'::interval)))) EXECUTE FUNCTION public.recall_ring();
+
+CREATE TRIGGER recall_ring_moved AFTER UPDATE OF trigger_at ON public.session_recalls FOR EACH ROW WHEN (((new.cadence = 'cron'::text) AND (new.lease IS NULL) AND (new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.trigger_at IS DISTINCT FROM old.trigger_at) AND (new.trigger_at IS DISTINCT FROM new.planned_at))) EXECUTE FUNCTION public.recall_ring();
 
 ALTER TABLE ONLY public.session_recalls
     ADD CONSTRAINT session_recalls_session_id_fkey FOREIGN KEY (session_id) REFERENCES public.sessions(id) ON DELETE CASCADE;

@@ -1,0 +1,96 @@
+"""`preview`: when an expression, or a recall, falls next, with zone and offset, so that a change of clocks is seen before it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, tzinfo
+from itertools import islice
+
+from .. import cadence, statements
+from ..events import harmless
+from ..recall import FINAL, Recall
+from .recalls import clock, connect, explained, instant, nature
+from .talk import USAGE, Trouble, command, print_json, print_table, relative, rfc3339, tell
+
+
+def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | None, count: int, as_json: bool) -> None:
+    if len(what.split()) > 1:
+        with explained():
+            where = cadence.zone(time_zone)
+            now = datetime.now(UTC)
+            after = now if start is None else instant(start, "--from", where).astimezone(UTC)
+            cadence.check(what, time_zone, after)
+            moments = list(islice(cadence.ticks(what, time_zone, after), count))
+        _show(moments, where, now, {"cron": what, "time_zone": where.key}, as_json)
+        return
+    if time_zone is not None or start is not None:
+        raise Trouble(
+            f"--tz and --from go with a cron expression, and {what!r} is none",
+            "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin",
+            status=USAGE,
+        )
+    with connect(dsn) as conn:
+        row = conn.execute(statements.load("reads")["show"].encode(), {"id": what}).fetchone()
+        now = clock(conn)
+    if row is None:
+        hint = "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin"
+        raise Trouble(f"there is no recall {what}, and it is no cron expression of five fields", command("list"), hint)
+    recall = Recall.of(row)
+    if recall.status in FINAL:
+        raise Trouble(f"{recall.id} is {recall.status}: nothing is ahead of it", command("show", recall.id))
+    with explained():
+        where = cadence.zone(recall.time_zone)
+        moments = list(islice(cadence.upcoming(recall, now), count))
+    zone: tzinfo | None = where if recall.cadence == "cron" else None
+    if not as_json:
+        tell(harmless(f"{recall.id}: {nature(row)}{_remarks(row)}"))
+    _show(moments, zone, now, {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone}, as_json)
+
+
+def _remarks(row: dict[str, object]) -> str:
+    said = []
+    if row["call_type"] == "recurring" and row["cadence"] == "interval":
+        said.append("counted from each run's end: these are the earliest times, if runs took none")
+    if row["lease"] is not None:
+        said.append("the first is being run")
+    if row["paused_at"] is not None:
+        said.append("paused: nothing is called until it is resumed")
+    if row["jitter_seconds"]:
+        said.append(f"each due up to {row['jitter_seconds']} s later")
+    return "".join(f"; {remark}" for remark in said) + "."
+
+
+def _show(moments: list[datetime], zone: tzinfo | None, now: datetime, told: dict[str, object], as_json: bool) -> None:
+    """`zone` None: that of this host."""
+    walls = [moment.astimezone(zone) for moment in moments]
+    if as_json:
+        found = [{"at": rfc3339(moment), "local": wall.isoformat()} for moment, wall in zip(moments, walls, strict=True)]
+        print_json({**told, "occurrences": found})
+        return
+    print_table(
+        ["LOCAL TIME", "ZONE", "OFFSET", "UTC", "WHEN", ""],
+        [
+            [
+                f"{wall:%a %Y-%m-%d %H:%M:%S}", wall.tzname() or "", _offset(wall), f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
+                relative(moment, now), note,
+            ]
+            for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
+        ],
+        yields=[("WHEN", 0), ("", 12), ("UTC", 0)],
+    )  # fmt: skip
+    if not moments:
+        tell("Nothing is ahead.")
+
+
+def _offset(wall: datetime) -> str:
+    return wall.isoformat()[-6:]
+
+
+def _notes(walls: Iterable[datetime]) -> list[str]:
+    """Of each time, whether the clocks changed since the one before."""
+    notes, before = [], None
+    for wall in walls:
+        changed = before is not None and wall.utcoffset() != before.utcoffset()
+        notes.append(f"clocks changed from {_offset(before)}" if changed and before is not None else "")
+        before = wall
+    return notes

@@ -1,0 +1,512 @@
+"""Random lives of recalls: the real SQL, the real judge, a clock that the test turns; and a plain model that says what must have come of it.
+
+Everything that PostgreSQL does here takes the time from a table: `now()` is a function of the test's schema, which comes before pg_catalog.
+The host's durations are pinned to the same clock. What a worker does with its claims is done in the order in which the daemon does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
+
+from recall_worker import ledger as ledger_module
+from recall_worker import schema, statements
+from recall_worker.judge import Policy, before_call, honour, judge, planned, runs_now
+from recall_worker.ledger import Dates, Ledger
+from recall_worker.recall import (
+    Answered,
+    Busy,
+    Claim,
+    Ended,
+    Ending,
+    Failed,
+    Gone,
+    LeaseLost,
+    Misconfigured,
+    Moved,
+    Outcome,
+    Refused,
+    Settled,
+    Unavailable,
+    Unknown,
+    Unsent,
+    Verdict,
+)  # fmt: skip
+
+from .. import postgres
+from . import almanac, model
+from .model import Row
+
+STARTS = [
+    datetime(2027, 3, 10, 9, tzinfo=UTC),
+    datetime(2027, 3, 14, 5, 50, tzinfo=UTC),
+    datetime(2027, 4, 3, 12, tzinfo=UTC),
+    datetime(2027, 11, 6, 20, tzinfo=UTC),
+    datetime(2027, 11, 7, 5, 10, tzinfo=UTC),
+    datetime(2027, 11, 7, 6, 10, tzinfo=UTC),
+]
+"""Not long before New York's and Berlin's spring, Lord Howe's autumn, and New York's autumn, down to the two passes of the repeated hour."""
+REPEATED = ("30 1 * * *", "America/New_York")
+LONGEST = timedelta(days=60)
+SESSIONS = ["a", "b"]
+WORKERS = ["w1", "w2"]
+POLICY = Policy(busy_delay=model.BUSY_DELAY, max_attempts=model.MAX_ATTEMPTS, give_up=model.GIVE_UP)
+OUTCOMES: dict[str, Outcome] = {
+    "answered": Answered(200), "busy": Busy(409), "gone": Gone(404), "misconfigured": Misconfigured("a web page", 200),
+    "unavailable": Unavailable("later", 503), "unknown": Unknown("silence"), "failed": Failed("failed", 200), "refused": Refused("no", 422),
+    "unsent": Unsent("stopping"),
+}  # fmt: skip
+LIKELY = ["answered", "answered", "answered", "refused", "unknown", "failed", "busy"]
+CLOCK = """
+create table test_clock (at timestamptz not null);
+insert into test_clock values ('2027-01-01');
+create function now() returns timestamptz stable language sql as 'select at from public.test_clock';
+"""
+
+
+def dice() -> float:
+    return model.CHANCE
+
+
+class World:
+    """A database under the test's clock, with a ledger for each worker; shared by all examples."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = make_conninfo(dsn, options="-c search_path=public,pg_catalog -c timezone=UTC")
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            conn.execute(CLOCK.encode())
+        schema.migrate(self.dsn)
+        self.loop = asyncio.new_event_loop()
+        self.conn = psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
+        self.conn.adapters.register_loader("timestamptz", Dates)
+        self.ledgers = {name: Ledger(self.dsn, name, float(model.LEASE)) for name in WORKERS}
+        self.client = {name: text.encode() for name, text in statements.load("client").items()}
+        self.set(STARTS[0])
+
+    def set(self, now: datetime) -> None:
+        self.conn.execute("update test_clock set at = %s", [now])
+        # Durations by the same clock, so that what the worker reckons from them is known to the microsecond.
+        ledger_module.time = SimpleNamespace(monotonic=lambda: now.timestamp())  # type: ignore[assignment, attr-defined]
+
+    def run(self, work: Any) -> Any:
+        return self.loop.run_until_complete(work)
+
+    def close(self) -> None:
+        import time
+
+        ledger_module.time = time  # type: ignore[attr-defined]
+        for ledger in self.ledgers.values():
+            self.run(ledger.close())
+        self.conn.close()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def world(server: str) -> Iterator[World]:
+    with postgres.database(server) as dsn:
+        found = World(dsn)
+        yield found
+        found.close()
+
+
+class Lives(RuleBasedStateMachine):
+    world: World
+
+    @initialize(start=st.sampled_from(STARTS))
+    def begin(self, start: datetime) -> None:
+        self.world.conn.execute("truncate session_recalls, recall_attempts")
+        self.start = self.now = start
+        self.world.set(start)
+        self.rows: dict[str, Row] = {}
+        self.open: list[tuple[str, str, Claim]] = []
+        """Calls under way: worker, recall's id, claim."""
+        self.bodies: dict[str, tuple[datetime, int]] = {}
+        self.numbers = 0
+
+    # --- the application and the operator ----------------------------------------------------------------------------
+
+    @rule(
+        session=st.sampled_from(SESSIONS),
+        kind=st.sampled_from(["once", "immediate", "every", "grid", "grid", "cron", "cron", "cron", "unplanned"]),
+        ahead=st.sampled_from([-7200, -60, 0, 30, 600, 7200]),
+        interval=st.sampled_from([60, 90, 1800]),
+        which=st.sampled_from([*almanac.KNOWN, REPEATED, REPEATED]),
+        times=st.none() | st.integers(1, 4),
+        days=st.none() | st.integers(0, 3),
+        failures=st.none() | st.integers(1, 2),
+        grace=st.none() | st.sampled_from([0, 100, 5000]),
+        jitter=st.none() | st.just(20),
+    )
+    def schedule(
+        self, session: str, kind: str, ahead: int, interval: int, which: tuple[str, str], times: int | None, days: int | None,
+        failures: int | None, grace: int | None, jitter: int | None,
+    ) -> None:  # fmt: skip
+        """The application inserts a recall, if the session's slot is free or can be freed."""
+        self.numbers += 1
+        trigger = self.now + timedelta(seconds=ahead)
+        row = Row(f"r{self.numbers}", session, {"once": "once", "immediate": "immediate"}.get(kind, "recurring"), trigger)
+        if kind in ("every", "grid"):
+            row.cadence, row.interval = ("interval" if kind == "every" else "grid"), interval
+        elif kind in ("cron", "unplanned"):
+            row.cadence, (row.cron, row.zone) = "cron", which
+            if kind == "cron":
+                # As `schedule` writes it: on a moment, with the distance to the one behind it.
+                row.trigger = row.planned = row.nth(trigger, 1)
+                row.interval = row.distance(row.trigger)
+        if row.recurring:
+            row.times, row.failures_most = times, failures
+            row.until = None if days is None else self.now + timedelta(days=days)
+        row.grace, row.jitter = grace, jitter
+        holder = next((r for r in self.rows.values() if r.session == session and r.status == "pending"), None)
+        if holder is not None and not holder.recurring and (holder.holder is not None or holder.last_outcome == "unknown"):
+            holder.status, holder = "running", None
+        try:
+            self.world.conn.execute(
+                """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
+                    created_at, updated_at, cadence, cron, time_zone, until_at, times, failures_most, grace_seconds, jitter_seconds)
+                values (%s, %s, %s, %s, %s, 'look', 'pending', now(), now(), %s, %s, %s, %s, %s, %s, %s, %s)""",
+                [row.id, session, row.call_type, row.trigger, row.interval, row.cadence, row.cron, row.zone, row.until, row.times,
+                 row.failures_most, row.grace, row.jitter],
+            )  # fmt: skip
+        except psycopg.errors.UniqueViolation:
+            assert holder is not None, "refused though the slot is free"
+        else:
+            assert holder is None, "taken though the session has one pending"
+            self.rows[row.id] = row
+
+    @precondition(lambda self: self.now.month == 11 and self.now.day == 7 and self.now.hour == 6 and self.now.minute < 30)
+    @rule(session=st.sampled_from(SESSIONS))
+    def schedule_in_the_second_pass(self, session: str) -> None:
+        """Half past one has been, and the clock of New York shows a time before it again."""
+        self.schedule(session, "unplanned", 0, 60, REPEATED, None, None, None, None, None)
+
+    def _some(self, data: st.DataObject, *, live: bool = True) -> Row | None:
+        some = [r for r in self.rows.values() if r.live is live]
+        return data.draw(st.sampled_from(some), label="recall") if some else None
+
+    @precondition(lambda self: self.rows)
+    @rule(session=st.sampled_from(SESSIONS))
+    def cancel(self, session: str) -> None:
+        """The application's cancel, by session."""
+        self._app(
+            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = %s and status = 'pending'",
+            session,
+        )
+        for row in self.rows.values():
+            if row.session == session and row.status == "pending":
+                row.status = "cancelled"
+
+    @precondition(lambda self: self.rows)
+    @rule(session=st.sampled_from(SESSIONS), times=st.integers(1, 2))
+    def skip(self, session: str, times: int) -> None:
+        """The application's skip, by session; twice in quick succession, too."""
+        found = [r for r in self.rows.values() if r.session == session and r.status == "pending" and r.recurring]
+        if any(r.interval is None for r in found):
+            return  # A null would be added; such a row waits for a worker for moments only.
+        for _ in range(times):
+            self._app(
+                "update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()"
+                " where session_id = %s and status = 'pending' and call_type = 'recurring'",
+                session,
+            )
+            for row in found:
+                row.trigger += timedelta(seconds=row.interval or 0)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), ahead=st.sampled_from([-5000, -1, 45, 3601, 100_000]))
+    def reschedule(self, data: st.DataObject, ahead: int) -> None:
+        """The application names another time."""
+        row = self._some(data)
+        if row is not None:
+            row.trigger = self.now + timedelta(seconds=ahead)
+            self._app("update session_recalls set trigger_at = %s, updated_at = now() where id = %s", row.trigger, row.id)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), what=st.sampled_from(["pause", "resume", "fire", "retry", "delete"]))
+    def operate(self, data: st.DataObject, what: str) -> None:
+        """The operator's hand, by the command line's statements; and a session that is deleted with its recall."""
+        row = self._some(data, live=what != "retry")
+        if row is None:
+            return
+        if what == "delete":
+            self._app("delete from session_recalls where id = %s", row.id)
+            del self.rows[row.id]
+            return
+        done: list[Any] | None
+        try:
+            done = self.world.conn.execute(self.world.client[what], {"ids": [row.id]}).fetchall()
+        except psycopg.errors.UniqueViolation:
+            done = None
+        if what in ("pause", "resume"):
+            row.paused = what == "pause"
+            return
+        if what == "fire":
+            possible = row.holder is None and not row.paused
+        else:
+            possible = row.status in ("failed", "cancelled") and (row.lease_until is None or row.lease_until < self.now)
+            taken = any(r.session == row.session and r.status == "pending" for r in self.rows.values())
+            assert (done is None) is (possible and taken)
+            possible = possible and not taken
+        assert bool(done) is possible
+        if possible:
+            nominal = row.scheduled or row.trigger
+            row.scheduled = min(nominal, self.now) if row.cadence == "interval" else nominal
+            if what == "retry" or row.trigger > self.now:
+                moved = row.trigger - row.planned
+                row.trigger = self.now
+                row.planned = self.now - moved
+            if what == "retry":
+                row.status, row.holder, row.leased_at, row.lease_until, row.paused = "pending", None, None, None, False
+                row.rekey, row.attempt, row.deferrals, row.failures, row.begun = row.rekey + 1, 0, 0, 0, None
+
+    def _app(self, statement: str, *values: object) -> None:
+        self.world.conn.execute(statement.encode(), values)
+
+    # --- time and workers --------------------------------------------------------------------------------------------
+
+    @rule(step=st.sampled_from([1, 20, 61, 200, 1800, 3600, 7200, 86_400, 5 * 86_400]))
+    def pass_time(self, step: int) -> None:
+        if self.now + timedelta(seconds=step) - self.start < LONGEST:
+            self.now += timedelta(seconds=step)
+            self.world.set(self.now)
+
+    @precondition(lambda self: self.rows)
+    @rule()
+    def pass_time_to_due(self) -> None:
+        """To the instant at which something is due."""
+        self._to_due()
+
+    def _to_due(self) -> None:
+        ahead = sorted({r.due_at for r in self.rows.values() if r.live and r.due_at > self.now})
+        if ahead and ahead[0] - self.start < LONGEST:
+            self.now = ahead[0]
+            self.world.set(self.now)
+
+    @precondition(lambda self: self.rows)
+    @rule(worker=st.sampled_from(WORKERS), slots=st.integers(1, 3))
+    def claim(self, worker: str, slots: int) -> None:
+        """A worker looks: it claims, calls what is to be called, and settles at once what is not."""
+        ledger = self.world.ledgers[worker]
+        claimed = self.world.run(ledger.claim(slots, take_expired=True))
+        possible = self._possible(worker)
+        chosen = [self.rows[c.id] for c in claimed.claims]
+        assert {r.id for r in chosen} <= {r.id for r in possible}, "claimed what is not to be claimed"
+        assert len(chosen) == min(slots, len(possible)), "left what is due, with slots free"
+        left = [r.due_at for r in possible if r not in chosen]
+        assert not left or max(r.due_at for r in chosen) <= min(left), "not the oldest first"
+
+        placements = [(c, p) for c in claimed.claims if (p := honour(c)) is not None]
+        now_placed = {c.id: c for c in self.world.run(ledger.place([(c, p) for c, p in placements if runs_now(c, p)]))}
+        to_place = {c.id for c, _ in placements}
+        for claim in claimed.claims:
+            row = self.rows[claim.id]
+            assert claim.taken_from == row.holder
+            expected = row.claim(worker, self.now)
+            claim = now_placed.get(claim.id, claim)
+            if claim.id in to_place and claim.id not in now_placed:
+                assert expected == "put back"
+                self._back_in_its_slot(row)
+                self._settle(worker, claim, Unsent("moved by the application"))
+                continue
+            decided = before_call(claim, POLICY.max_attempts)
+            if decided is not None:
+                assert expected == "ended", decided
+                self._back_in_its_slot(row)
+                self._settle(worker, claim, decided)
+                continue
+            assert expected == "call"
+            body = (claim.scheduled_for, claim.missed)
+            assert (claim.key, *body) == row.called[-1]
+            assert self.bodies.setdefault(claim.key, body) == body, "one key, two bodies"
+            self.open.append((worker, claim.id, claim))
+        if claimed.moved:
+            moved = self.world.run(ledger.moved())
+            self.world.run(ledger.settle_moved([(claim, planned(claim, dice)) for claim in moved]))
+            for row in self.rows.values():
+                if (
+                    row.live
+                    and row.recurring
+                    and row.cadence == "cron"
+                    and row.holder is None
+                    and (row.moved or row.interval is None)
+                ):
+                    row.plan()
+
+    @precondition(lambda self: any(row.live for row in self.rows.values()))
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        outcomes=st.lists(st.sampled_from(LIKELY), min_size=1, max_size=4),
+        late=st.sampled_from([0, 0, 150, 9000]),
+    )
+    def live_on(self, worker: str, outcomes: list[str], late: int) -> None:
+        """Some occurrences one after the other: the next that is due is claimed (at once or late), called, and settled."""
+        for outcome in outcomes:
+            self._to_due()
+            self.pass_time(late)
+            self.claim(worker, 3)
+            self.the_rows_are_as_the_model_says()
+            while self.open:
+                self._end(len(self.open) - 1, outcome, None)
+                self.the_rows_are_as_the_model_says()
+
+    def _possible(self, worker: str) -> list[Row]:
+        """What DESIGN lets this worker claim now."""
+        found = []
+        for row in self.rows.values():
+            if not row.live or row.paused or row.due_at > self.now:
+                continue
+            others = [r for r in self.rows.values() if r.session == row.session and r is not row]
+            if any(not r.live and r.lease_until is not None and r.lease_until > self.now for r in others):
+                continue
+            if row.holder is not None:
+                # Its own it leaves alone for a further lease.
+                if row.holder != worker or self.now - row.due_at > timedelta(seconds=model.LEASE):
+                    found.append(row)
+                continue
+            if any(r.live and r.holder is not None for r in others):
+                continue
+            ahead = [r for r in others if r.live and not r.paused and (r.trigger, r.id) < (row.trigger, row.id)]
+            if not ahead:
+                found.append(row)
+        return found
+
+    @precondition(lambda self: self.open)
+    @rule(
+        data=st.data(),
+        outcome=st.sampled_from([*sorted(OUTCOMES), "answered", "answered", "refused"]),
+        retry_after=st.none() | st.just(7),
+    )
+    def settle(self, data: st.DataObject, outcome: str, retry_after: int | None) -> None:
+        """A call ends, be the lease still the worker's or not."""
+        self._end(data.draw(st.integers(0, len(self.open) - 1), label="call"), outcome, retry_after)
+
+    def _end(self, which: int, outcome: str, retry_after: int | None) -> None:
+        worker, id, claim = self.open.pop(which)
+        ended: Outcome = OUTCOMES[outcome]
+        if outcome == "busy":
+            ended = Busy(409, None if retry_after is None else float(retry_after))
+        row = self.rows.get(id)
+        holds = row is not None and self._holds(row, claim)
+        answer = self._settle(worker, claim, ended)
+        if outcome == "unsent" and claim.begun_age is None and claim.taken_from is None:
+            # Nothing was sent under this key yet.
+            self.bodies.pop(claim.key, None)
+        if row is None:
+            assert answer == Ended("deleted")
+        elif not holds:
+            assert isinstance(answer, LeaseLost | Ended), "a stale settle was written"
+        elif not row.live:
+            assert answer == Ended(row.status)
+            row.holder = row.lease_until = None
+        else:
+            row.settle(outcome, self.now, retry_after if outcome == "busy" else None)
+            self._back_in_its_slot(row)
+            assert answer == Settled(row.status)
+
+    def _back_in_its_slot(self, row: Row) -> None:
+        """What was moved out of its session's slot and waits again takes it, unless a newer recall has."""
+        if row.status == "running" and not any(r.session == row.session and r.status == "pending" for r in self.rows.values()):
+            row.status = "pending"
+
+    def _holds(self, row: Row, claim: Claim) -> bool:
+        return self.leases.get(row.id) == claim.lease
+
+    def _settle(self, worker: str, claim: Claim, outcome: Outcome) -> object:
+        ledger, at = self.world.ledgers[worker], self.now.timestamp()
+        since = (self.now - claim.claimed_at).total_seconds()
+        uncalled = isinstance(outcome, Unsent) or before_call(claim, POLICY.max_attempts) is not None
+        for _ in range(3):
+            ending = Ending(claim, outcome, None if uncalled else 0.0, since, at)
+            verdict: Verdict = judge(ending, POLICY, dice)
+            (answer,) = self.world.run(ledger.settle([(ending, verdict)]))
+            if not isinstance(answer, Moved):
+                return answer
+            claim = claim.__class__(
+                **{f: getattr(claim, f) for f in claim.__slots__} | {"trigger": answer.trigger, "trigger_at": answer.trigger_at}
+            )
+        raise AssertionError("moved for ever")
+
+    @precondition(lambda self: self.open)
+    @rule(worker=st.sampled_from(WORKERS))
+    def renew(self, worker: str) -> None:
+        """A worker renews what it has in hand; what it hears of the rest is the truth."""
+        mine = {id: claim for w, id, claim in self.open if w == worker}
+        if not mine:
+            return
+        states = self.world.run(self.world.ledgers[worker].renew({id: claim.lease for id, claim in mine.items()}))
+        for id, claim in mine.items():
+            row = self.rows.get(id)
+            if row is None:
+                assert states[id] == "deleted"
+            elif not self._holds(row, claim):
+                assert states[id] == "lost"
+            elif not row.live:
+                assert states[id] == row.status
+            else:
+                assert states[id] == "renewed"
+                row.lease_until = self.now + timedelta(seconds=model.LEASE)
+
+    # --- what must hold ----------------------------------------------------------------------------------------------
+
+    @property
+    def leases(self) -> dict[str, UUID]:
+        found = self.world.conn.execute("select id, lease from session_recalls where lease is not null").fetchall()
+        return {row["id"]: row["lease"] for row in found}
+
+    @invariant()
+    def the_rows_are_as_the_model_says(self) -> None:
+        if not hasattr(self, "rows"):
+            return
+        found = {row["id"]: row for row in self.world.conn.execute("select * from session_recalls").fetchall()}
+        assert found.keys() == self.rows.keys()
+        for id, row in self.rows.items():
+            seen = found[id]
+            told = {
+                "status": row.status, "trigger_at": row.trigger, "interval_seconds": row.interval, "occurrence": row.occurrence,
+                "rekey": row.rekey, "attempt": row.attempt, "deferrals": row.deferrals, "failures": row.failures,
+                "scheduled_for": row.scheduled, "last_outcome": row.last_outcome, "lease_until": row.lease_until,
+            }  # fmt: skip
+            if row.live:
+                told |= {"planned_at": row.planned, "missed": row.missed, "begun_at": row.begun}
+            assert {name: seen[name] for name in told} == told, id
+            assert (seen["leased_by"] if seen["lease"] is not None else None) == row.holder
+            assert (seen["paused_at"] is not None) is row.paused
+
+
+def test_lives(world: World) -> None:
+    """Whatever happens, in whatever order: each row is what DESIGN's rules say, and no key ever stands for two bodies."""
+    deep = os.environ.get("RECALL_MODEL_EXAMPLES")
+    _live(world, int(deep) if deep else 60)
+
+
+@pytest.mark.full
+def test_many_lives(world: World) -> None:
+    """The same, for longer."""
+    _live(world, 600)
+
+
+def _live(world: World, examples: int) -> None:
+    class Here(Lives):
+        pass
+
+    Here.world = world
+    Here.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=40, deadline=None, derandomize=bool(os.environ.get("RECALL_MODEL_FIXED")),
+        suppress_health_check=list(HealthCheck), database=None,
+        # A life is seconds long: what is found is shown as it was found. RECALL_MODEL_SHRINK takes the time to make it small.
+        phases=[Phase.generate, Phase.shrink] if os.environ.get("RECALL_MODEL_SHRINK") else [Phase.generate],
+    )  # fmt: skip
+    run_state_machine_as_test(Here, settings=Here.TestCase.settings)
