@@ -3,8 +3,10 @@
 A notification says only "look": the payload is empty and the row is the truth. The worker must also look once after every
 (re)connection, as whatever rang meanwhile was not heard; the bell rings itself for that.
 
-The connection is the bell's alone: psycopg's `notifies()` holds its lock. A half-open peer raises nothing, so the bell asks it
-a question with a deadline. It reconnects for ever, with jitter.
+The connection is the bell's alone: psycopg's `notifies()` holds its lock. A half-open peer raises nothing, and a LISTEN through a
+transaction pooler, or on another server than the one that is written to, succeeds and hears nothing. So every now and then the bell has
+itself rung, on a channel of its own and from another connection (the ledger's): what arrives has come all the way. What does not is told
+once, loudly; until it is heard again the worker lives by its regular look. It reconnects for ever, with jitter.
 
 Never here: what a ring means.
 """
@@ -13,27 +15,56 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
 
 import psycopg
 
 from .events import Events
-from .ledger import CONNECT_DEADLINE, connection_info, said
+from .ledger import CONNECT_DEADLINE, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 30.0
 PROBE_DEADLINE = 5.0
+ECHO_STEP = 0.2
+DOUBT_STEP = 5.0
 RECONNECT_MOST = 5.0
+MEANWHILE = "until then a look every RECALL_POLL_INTERVAL finds what is inserted"
+POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
+POOLER_HINT = f"give the server's own address in RECALL_LISTEN_DSN; {MEANWHILE}"
+ELSEWHERE = "what is rung does not reach it: RECALL_LISTEN_DSN leads to another database than RECALL_DSN"
+ELSEWHERE_HINT = f"the same database on the same server in RECALL_LISTEN_DSN; {MEANWHILE}"
 
 
 class Bell:
     """Calls `ring()` at each notification and after each connection, until cancelled."""
 
-    def __init__(self, dsn: str, worker: str, ring: Callable[[], None], events: Events) -> None:
+    def __init__(
+        self, dsn: str, worker: str, ring: Callable[[], None], echo: Callable[[str], Awaitable[None]], events: Events
+    ) -> None:
+        """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
         self._info = connection_info(dsn, f"recall-worker bell {worker}")
         self._ring = ring
+        self._echo = echo
         self._events = events
+        # The same for all connections of this bell: behind a pooler a LISTEN stays on whatever connection it was passed to.
+        self._own = f"{CHANNEL}_{uuid4().hex[:16]}"
+        self._direct = True
         self.listening = False
+        self.unheard = False
+        """Whether the last echo did not come."""
+        self._doubted = False
+
+    def doubt(self) -> None:
+        """PostgreSQL was away for others: soon, and not at the next probe, see whether this connection still hears."""
+        self._doubted = True
+
+    @property
+    def state(self) -> str:
+        """listening, lost or unheard: for people."""
+        return "unheard" if self.unheard else "listening" if self.listening else "lost"
 
     async def run(self) -> None:
         """Listen for ever. Returns only by cancellation."""
@@ -41,28 +72,85 @@ class Bell:
         while True:
             try:
                 await self._listen()
+                failures = 0
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if self.listening or failures == 0:
-                    reason = "no answer to the probe" if isinstance(error, TimeoutError) else said(error)
-                    self._events.tell("bell.lost", reason=reason)
+                told = self.listening or failures == 0
                 failures = 1 if self.listening else failures + 1
                 self.listening = False
+                if told:
+                    reason = "no answer to the probe" if isinstance(error, TimeoutError) else said(error)
+                    self._events.tell("bell.lost", reason=reason)
             await asyncio.sleep(random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6))))
 
     async def _listen(self) -> None:
+        """Listen on a new connection. Returns when that does not hear what is rung."""
         async with asyncio.timeout(CONNECT_DEADLINE):
             conn = await psycopg.AsyncConnection.connect(**self._info)
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
-                await conn.execute(f"listen {CHANNEL}".encode())
+                self._direct = await arrive(conn)
+                for channel in (CHANNEL, self._own):
+                    await conn.execute(f"listen {channel}".encode(), prepare=False)
             self.listening = True
-            self._events.tell("bell.listening", channel=CHANNEL)
+            if not self.unheard:
+                self._events.tell("bell.listening", channel=CHANNEL)
             self._ring()
-            while True:
-                async for _ in conn.notifies(timeout=PROBE_EVERY):
-                    self._ring()
-                async with asyncio.timeout(PROBE_DEADLINE):
-                    await conn.execute(b"select 1")
+            while await self._hears(conn):
+                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+            if self.unheard:
+                # A new connection did not hear either. It is kept for a while, as nothing speaks for another one.
+                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+                return
+            self.unheard = True
+            reason, hint = (ELSEWHERE, ELSEWHERE_HINT) if self._direct else (POOLER, POOLER_HINT)
+            self._events.tell("bell.unheard", reason=reason, hint=hint)
         finally:
             # Never close(): it could wait for a peer that is gone.
             conn.pgconn.finish()
+
+    async def _wait(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False) -> bool:
+        """Hear what comes, for so long, or until the echo comes (or a doubt). Returns whether the echo came."""
+        until, heard = time.monotonic() + seconds, False
+        while not heard and not (while_trusted and self._doubted) and (left := until - time.monotonic()) > 0:
+            # Never left in the middle: what came in the same instant would be lost.
+            async for notification in conn.notifies(timeout=min(left, DOUBT_STEP), stop_after=1):
+                if notification.channel == self._own:
+                    heard = True
+                else:
+                    self._ring()
+        return heard
+
+    async def _hears(self, conn: psycopg.AsyncConnection[Any]) -> bool:
+        """Whether this connection hears what is rung; True, too, where nobody can ring now. Raises TimeoutError where it is dead."""
+        self._doubted = False
+        echo = asyncio.ensure_future(self._rung())
+        until: float | None = None
+        try:
+            while until is None or time.monotonic() < until:
+                if await self._wait(conn, ECHO_STEP if until is None else until - time.monotonic()):
+                    return self._heard()
+                if until is None and echo.done():
+                    if not echo.result():
+                        break
+                    until = time.monotonic() + PROBE_DEADLINE
+        except BaseException:
+            echo.cancel()
+            raise
+        async with asyncio.timeout(PROBE_DEADLINE):
+            await conn.execute(b"select 1", prepare=False)
+        # Should this process have been stopped meanwhile, the echo has come and was not read.
+        return self._heard() if await self._wait(conn, ECHO_STEP) else until is None
+
+    def _heard(self) -> bool:
+        if self.unheard:
+            self.unheard = False
+            self._events.tell("bell.listening", channel=CHANNEL)
+        return True
+
+    async def _rung(self) -> bool:
+        """Have ourselves rung. False where that can't be done now."""
+        try:
+            await self._echo(self._own)
+        except (Outage, Refusal):
+            return False
+        return True

@@ -192,7 +192,8 @@ class Recalls:
         async with self._connection(conn) as connection:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.adapters.register_loader("timestamptz", Dates)
-            await cursor.execute(statement.encode(), values)
+            # Never prepared: a transaction pooler may stand in between, and pass the next statement to another connection.
+            await cursor.execute(statement.encode(), values, prepare=False)
             return await cursor.fetchall()
 
     @contextlib.asynccontextmanager

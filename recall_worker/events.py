@@ -25,6 +25,7 @@ LOUDNESS = {
     "worker.stumbled": "error",
     "bell.listening": "info",
     "bell.lost": "warning",
+    "bell.unheard": "error",
     "database.lost": "warning",
     "database.found": "info",
     "schema.refused": "error",

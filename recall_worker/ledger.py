@@ -4,8 +4,10 @@ The database is authoritative for what is due, who holds which lease, and what a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
 
 A ledger keeps a few connections ("lines") of its own, each opened when first needed and again after it broke: one for claims,
-one for settles, one for renewals, so that none waits behind another. Whatever goes wrong with a connection is an `Outage`;
-callers wait and ask again. Statements that PostgreSQL refuses because of the values given are `Refusal`s.
+one for settles, one for renewals, so that none waits behind another. Each asks on arrival whether it is the server's own, or lent
+by a pooler for one transaction at a time; there nothing is prepared, and every transaction brings its settings along. Whatever goes
+wrong with a connection is an `Outage`; callers wait and ask again. Statements that PostgreSQL refuses because of the values given
+are `Refusal`s.
 
 Never here: what an ending means (judge), when to ask (worker).
 """
@@ -26,8 +28,8 @@ from uuid import UUID
 import psycopg
 from psycopg import errors
 from psycopg.abc import Buffer
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import dict_row
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import dict_row, tuple_row
 from psycopg.types.datetime import TimestamptzLoader
 
 from . import statements
@@ -139,11 +141,18 @@ class Probe:
 
 
 def connection_info(dsn: str, name: str) -> dict[str, Any]:
-    """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer."""
-    return {
+    """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer.
+
+    Of several hosts the last one, too, is asked within the deadline, should those before it be silent; and the one that takes writes is
+    meant, unless the DSN says otherwise: after a failover the first may be a standby.
+    """
+    given = conninfo_to_dict(dsn)
+    hosts = max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
+    which = {"target_session_attrs": "read-write"} if hosts > 1 and not given.get("target_session_attrs") else {}
+    return which | {
         "conninfo": dsn,
         "application_name": name,
-        "connect_timeout": int(CONNECT_DEADLINE),
+        "connect_timeout": max(2, int(CONNECT_DEADLINE / hosts)),
         "keepalives": 1,
         "keepalives_idle": 15,
         "keepalives_interval": 5,
@@ -154,25 +163,22 @@ def connection_info(dsn: str, name: str) -> dict[str, Any]:
     }
 
 
-def _bounded(dsn: str) -> str:
-    """The DSN with settings of our own, whatever the database or the account has for others.
+async def arrive(conn: psycopg.AsyncConnection[Any]) -> bool:
+    """The first question on a connection. Returns whether it is the server's own: then it has our settings from now on.
 
-    A bound on waiting for locks, as an insert that the application keeps open can hold up an index entry; dates in the one style that
-    psycopg reads; no other isolation, and no shorter deadlines, than our statements are made for.
+    False: a pooler stands in between, and what was set would stay behind for others.
     """
-    options = conninfo_to_dict(dsn).get("options") or ""
-    ours = {
-        "lock_timeout": LOCK_PATIENCE_MS,
-        "datestyle": "ISO",
-        "default_transaction_isolation": r"read\ committed",
-        "statement_timeout": int(STATEMENT_DEADLINE * 1000),
-        "idle_session_timeout": 0,
-        # Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three
-        # times as much. And a plan that was made while a table was empty must not go on reading it from end to end.
-        "plan_cache_mode": "force_generic_plan",
-        "enable_seqscan": "off",
-    }
-    return make_conninfo(dsn, options=" ".join([str(options), *(f"-c {name}={value}" for name, value in ours.items())]).strip())
+    cursor = conn.cursor(row_factory=tuple_row)
+    values = {"pid": conn.pgconn.backend_pid, "lock": str(LOCK_PATIENCE_MS), "statement": str(int(STATEMENT_DEADLINE * 1000))}
+    question = statements.load("ledger")["arrive"].encode()
+    try:
+        await cursor.execute(question, values, prepare=False)
+    except errors.QueryCanceled:
+        # Until ours is set the account's own deadline holds, be it a millisecond. A second time PostgreSQL has it all in its caches.
+        await cursor.execute(question, values, prepare=False)
+    row = await cursor.fetchone()
+    assert row is not None
+    return bool(row[0])
 
 
 def said(error: BaseException) -> str:
@@ -210,9 +216,12 @@ class _Line:
     connection shows only when it is used, and then the same outage would be told again.
     """
 
-    def __init__(self, dsn: str, name: str, prepare: bool, siblings: list[_Line]) -> None:
+    def __init__(self, dsn: str, name: str, siblings: list[_Line], *, prepare: bool = True) -> None:
         self._info = connection_info(dsn, name)
         self._prepare = prepare
+        self._manners = statements.load("ledger")["manners"]
+        self._lent = False
+        """Whether a pooler lends us the server's connection for one transaction at a time."""
         self._siblings = siblings
         self._siblings.append(self)
         self._suspect = False
@@ -223,14 +232,19 @@ class _Line:
         """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
         async with self._turn:
             try:
-                async with asyncio.timeout(STATEMENT_DEADLINE + CONNECT_DEADLINE):
+                async with asyncio.timeout(STATEMENT_DEADLINE + CONNECT_DEADLINE) as deadline:
                     conn = await self._connected()
-                    if after is None:
-                        cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
+                    # PostgreSQL itself gives a statement up a second before, where it is there.
+                    deadline.reschedule(asyncio.get_running_loop().time() + STATEMENT_DEADLINE + 1)
+                    before = [part for part in (self._manners if self._lent else None, after) if part is not None]
+                    prepare = self._prepare and not self._lent
+                    if not before:
+                        cursor = await conn.execute(statement.encode(), values, prepare=prepare)
                     else:
                         async with conn.pipeline(), conn.transaction():
-                            await conn.execute(after.encode())
-                            cursor = await conn.execute(statement.encode(), values, prepare=self._prepare)
+                            for part in before:
+                                await conn.execute(part.encode(), prepare=False)
+                            cursor = await conn.execute(statement.encode(), values, prepare=prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
                 await self._break()
@@ -257,8 +271,8 @@ class _Line:
             self._suspect = False
         if self._conn is None or self._conn.closed:
             self._conn = await psycopg.AsyncConnection.connect(**self._info, row_factory=dict_row)
-            if not self._prepare:
-                self._conn.prepare_threshold = None
+            await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+            self._lent = not await arrive(self._conn)
         return self._conn
 
     async def _break(self) -> None:
@@ -280,21 +294,16 @@ class _Line:
 class Ledger:
     """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
 
-    def __init__(self, dsn: str, worker: str, lease: float, *, pooled: bool = False, fleet: int | None = None) -> None:
-        """`lease` in seconds. `pooled`: a transaction pooler stands in between, so statements aren't prepared.
-
-        `fleet`: the most runs at once of all replicas together.
-        """
+    def __init__(self, dsn: str, worker: str, lease: float, *, fleet: int | None = None) -> None:
+        """`lease` in seconds. `fleet`: the most runs at once of all replicas together."""
         name = f"recall-worker ledger {worker}"
-        if not pooled:
-            dsn = _bounded(dsn)
         self._worker = worker
         self._lease = lease
         self._fleet = fleet
         self._lines: list[_Line] = []
-        self._claims, self._settles, self._renewals = (_Line(dsn, name, not pooled, self._lines) for _ in range(3))
-        # Opened only where the application holds a row locked; a pooler takes no lock_timeout, so nobody waits behind one.
-        self._patient = None if pooled else _Line(dsn, name, prepare=False, siblings=self._lines)
+        self._claims, self._settles, self._renewals = (_Line(dsn, name, self._lines) for _ in range(3))
+        # Opened only where the application holds a row locked.
+        self._patient = _Line(dsn, name, self._lines, prepare=False)
         self._sql = statements.load("ledger")
         self._aside: dict[str, float] = {}
         self._turn = None if fleet is None else self._sql["fleet_turn"]
@@ -467,8 +476,6 @@ class Ledger:
 
         Whoever passes locked rows over comes too late when the lock goes after the lease has ended: another worker would take the row up.
         """
-        if self._patient is None:
-            return Locked()
         try:
             return (await self._settle([(ending, verdict)], on=self._patient))[0]
         except Refusal:
@@ -493,6 +500,10 @@ class Ledger:
     async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Tell people that this worker is about."""
         await self._claims.ask(self._sql["beat"], {**facts, "worker": self._worker, "settings": json.dumps(settings)})
+
+    async def ring(self, channel: str) -> None:
+        """Notify a channel: a bell that is not sure of being rung asks for it, as only another connection can tell."""
+        await self._renewals.ask(self._sql["ring"], {"channel": channel})
 
     async def leave(self) -> None:
         """Say goodbye, and ring for what was put back."""

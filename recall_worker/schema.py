@@ -1,7 +1,8 @@
 """Migrations: adopt the application's table in place, or create it, without holding the application up.
 
 Owns the order in which `sql/migrations/` is applied, the patience with which locks are asked for, and the foreign key to
-`sessions`, which is added by whichever `migrate` first sees that table. Each migration runs in a transaction of its own together
+`sessions`, which is added by whichever `migrate` first sees that table, and the grants of the roles of `sql/roles.sql`, which are renewed
+where those roles are. Each migration runs in a transaction of its own together
 with its row in `recall_schema`; one with the header `-- transaction: none` runs outside, statement by statement, and may be repeated.
 
 No lock that stops the application is waited for longer than `LOCK_PATIENCE_MS`: an ALTER that waits behind an open reader makes every
@@ -24,7 +25,7 @@ import psycopg
 from psycopg import errors, sql
 
 from . import statements
-from .ledger import CONNECT_DEADLINE
+from .ledger import connection_info
 
 LOCK_PATIENCE_MS = 400
 INDEX_PATIENCE_MS = 5_000
@@ -63,6 +64,16 @@ class SchemaError(Exception):
         self.hint = hint
 
 
+class Lent(SchemaError):
+    """A pooler stands in between: what is set for the session, and the lock at which migrators meet, would stay behind on it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a pooler stands between here and PostgreSQL, and a migration needs a connection of its own",
+            "recall-worker migrate --dsn with the server's own address (or give that in RECALL_LISTEN_DSN)",
+        )
+
+
 def migrations() -> list[Migration]:
     """All migrations that this code carries, in order."""
     return [_read(path) for path in statements.migrations()]
@@ -74,6 +85,7 @@ def _read(path: Path) -> Migration:
 
 
 GENERATION = statements.generation()
+GRANTS = "grants of the roles recall_worker, recall_application, recall_reader"
 
 
 def pending(dsn: str) -> list[str]:
@@ -84,16 +96,22 @@ def pending(dsn: str) -> list[str]:
         said = [f"{m.version:04} {m.name}" for m in migrations() if m.version not in done]
         if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
             said.append("foreign key to sessions")
+        if _grants_lacking(conn):
+            said.append(GRANTS)
         return said
 
 
-def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0) -> list[str]:
+def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, roles: bool = False) -> list[str]:
     """Bring the schema up to date; returns what was done. Repeated and concurrent calls are safe.
 
-    `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError.
+    `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError. `roles`: make the roles
+    of `sql/roles.sql`, too; where they are there, their grants follow the schema in any case. Raises Lent where the DSN leads through a
+    pooler.
     """
     until = time.monotonic() + patience
     with _connected(dsn) as conn:
+        if conn.execute("select pg_backend_pid()").fetchone() != (conn.pgconn.backend_pid,):
+            raise Lent
         # An index that waits for open transactions takes its time, however short the application's own statements are kept.
         conn.execute("set statement_timeout = 0")
         _refuse_standby(conn)
@@ -116,18 +134,29 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0) -> lis
             _patiently(conn, say, until, lambda: _add_foreign_key(conn))
             _validate_foreign_key(conn, say)
             done.append("foreign key to sessions")
+        if roles or _grants_lacking(conn):
+            say(GRANTS)
+            conn.add_notice_handler(lambda notice: say(f"{notice.message_primary}"))
+            conn.execute(statements.text("roles").encode())
+            done.append(GRANTS)
         return done
 
 
+def _grants_lacking(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
+    """Whether the roles were given their grants here, and there is a column now that the worker's may not write.
+
+    Six it never may: what a recall is. See sql/roles.sql.
+    """
+    return conn.execute(
+        "select exists (select from pg_roles r join pg_attribute a on a.attrelid = to_regclass('session_recalls') "
+        "where r.rolname = 'recall_worker' and has_table_privilege(r.oid, a.attrelid, 'delete') "
+        "and a.attnum > 0 and not a.attisdropped and not has_column_privilege(r.oid, a.attrelid, a.attnum, 'update') "
+        "and a.attname <> all ('{id,session_id,call_type,internal_comment,additional_context_message,created_at}'))"
+    ).fetchone() == (True,)
+
+
 def _connected(dsn: str) -> psycopg.Connection[tuple[object, ...]]:
-    return psycopg.connect(
-        dsn,
-        application_name="recall-worker migrate",
-        client_encoding="utf8",
-        autocommit=True,
-        connect_timeout=int(CONNECT_DEADLINE),
-        prepare_threshold=None,
-    )
+    return psycopg.connect(**connection_info(dsn, "recall-worker migrate"), prepare_threshold=None)
 
 
 def _applied(conn: psycopg.Connection[tuple[object, ...]]) -> set[object]:

@@ -23,10 +23,15 @@ def folder() -> Path:
     raise FileNotFoundError("recall_worker is installed without its sql/ folder; install the wheel again")
 
 
+def text(file: str) -> str:
+    """`sql/<file>.sql` as it stands."""
+    return (folder() / f"{file}.sql").read_text(encoding="utf-8")
+
+
 @cache
 def load(file: str) -> dict[str, str]:
     """The named statements of `sql/<file>.sql`, without comments, in the file's order."""
-    parts = _NAME.split((folder() / f"{file}.sql").read_text(encoding="utf-8"))
+    parts = _NAME.split(text(file))
     return {name: _COMMENT.sub("", body).strip().rstrip(";") for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 

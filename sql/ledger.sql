@@ -1,6 +1,27 @@
 -- The worker's statements: claim, place, renew, settle. Every one is a single round trip in its own transaction.
 -- now() is the start of that transaction: PostgreSQL's clock decides what is due, the worker's is for durations only.
 
+-- name: arrive
+-- The first question on a connection: is it the server's own? A pooler announces a backend of its own making, and passes each transaction
+-- to another one. On the server's own connection these settings then hold, whatever the database or the account has for others: a bound
+-- on waiting for locks, as an insert that the application keeps open can hold up an index entry; no other isolation, no shorter
+-- deadlines, than our statements are made for. Dates come in the one style that psycopg reads, also through a pooler: that much it passes.
+-- Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three times
+-- as much. And a plan that was made while a table was empty must not go on reading it from end to end.
+select d.direct,
+    case when d.direct then set_config('lock_timeout', %(lock)s, false) end,
+    case when d.direct then set_config('statement_timeout', %(statement)s, false) end,
+    case when d.direct then set_config('default_transaction_isolation', 'read committed', false) end,
+    case when d.direct then set_config('idle_session_timeout', '0', false) end,
+    case when d.direct then set_config('plan_cache_mode', 'force_generic_plan', false) end,
+    case when d.direct then set_config('enable_seqscan', 'off', false) end,
+    case when current_setting('datestyle') !~ '^ISO' then set_config('datestyle', 'ISO', false) end
+from (select pg_backend_pid() = %(pid)s as direct) d;
+
+-- name: manners
+-- The same for one transaction, where a pooler lends the connection: as nothing may stay behind on it.
+select set_config('lock_timeout', '1000', true), set_config('statement_timeout', '15000', true);
+
 -- name: claim
 -- "These rows are yours" and "the next is due in s seconds", from one snapshot, so that there is no gap between the two.
 -- Oldest due first; the limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
@@ -469,10 +490,14 @@ endless as (
         for update skip locked
     ))
 )
-insert into recall_workers (worker, host, pid, version, slots, running, breaker, settings)
-values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(settings)s::jsonb)
+insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
+values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)
 on conflict (worker) do update
-    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker;
+    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell;
+
+-- name: ring
+-- Whether a bell hears can only be told by a ring from another connection. The channel is that bell's own: nobody else is woken.
+select pg_notify(%(channel)s, '');
 
 -- name: leave
 -- This worker has stopped in good order. The bell lets the others look at what it put back.

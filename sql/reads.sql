@@ -128,7 +128,8 @@ group by outcome
 order by calls desc, outcome;
 
 -- name: stats_lateness
--- How late the occurrences of the last while were, in seconds: from the nominal time to the first call.
+-- How late the occurrences of the last while were, in seconds: from the nominal time to the first call. Where a hand wrote a time that is
+-- none there is no telling.
 select count(*) as occurrences,
     percentile_disc(0.5) within group (order by late) as p50,
     percentile_disc(0.99) within group (order by late) as p99,
@@ -136,6 +137,6 @@ select count(*) as occurrences,
 from (
     select extract(epoch from min(called_at) - min(greatest(scheduled_for, '0001-01-02'::timestamptz)))::float8 as late
     from recall_attempts
-    where ended_at > now() - %(window)s * interval '1 second' and called_at is not null
+    where ended_at > now() - %(window)s * interval '1 second' and isfinite(called_at) and scheduled_for < 'infinity'
     group by recall_id, occurrence
 ) first;

@@ -18,6 +18,7 @@ from . import postgres
 from .application import CREATE_TABLES, Application
 from .daemon import Daemons
 from .endpoint import Endpoint
+from .pgbouncer import PgBouncer, pooler
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -55,6 +56,13 @@ def empty_database(server: str) -> Iterator[str]:
     """The DSN of a database with nothing in it."""
     with postgres.database(server) as dsn:
         yield dsn
+
+
+@pytest.fixture(scope="session")
+def bouncer(server: str) -> Iterator[PgBouncer]:
+    """A pgbouncer in transaction mode before the session's PostgreSQL."""
+    with pooler(server) as started:
+        yield started
 
 
 @contextlib.asynccontextmanager

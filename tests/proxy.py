@@ -48,6 +48,12 @@ class Proxy:
     def dsn(self) -> str:
         return make_conninfo(self._direct, host="127.0.0.1", port=self.port, sslmode="disable", gssencmode="disable")
 
+    def lead(self, dsn: str) -> None:
+        """Lead every connection that is asked for from now on to another server, as an address that was moved does; break the others."""
+        self._target = conninfo_to_dict(dsn)
+        for line in list(self._lines):
+            _reset(line)
+
     def cut(self) -> None:
         """Reset every connection, and each new one at once."""
         self._refusing = True

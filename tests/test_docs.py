@@ -88,6 +88,14 @@ def test_every_command_of_the_readme_exists() -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
 
 
+@pytest.mark.parametrize("path", [ROOT / "SECURITY.md", ROOT / "docs" / "roles.md"], ids=lambda path: path.name)
+def test_what_is_said_to_be_shown_is_there(path: Path) -> None:
+    """Each test, document and statement that a document names exists."""
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|sql|docs)/[\w/.]+)`", text)) | set(re.findall(r"\]\((docs/[\w.]+)\)", text))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
 def blocks(path: Path, language: str) -> list[str]:
     """The code blocks of a document in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

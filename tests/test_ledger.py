@@ -47,6 +47,7 @@ from recall_worker.recall import (
 
 from .application import AlreadyScheduled, Application
 from .conftest import Connection, connected
+from .pgbouncer import PgBouncer
 
 LEASE = 3.0
 FIRED = Finish("fired", None)
@@ -59,9 +60,12 @@ def as_moved(occurrence: int) -> Placement:
     return Placement(occurrence, AsMoved(), 0)
 
 
-@pytest.fixture
-async def ledgers(database: str) -> AsyncIterator[Ledgers]:
-    """Makes ledgers, each with connections and a worker's name of its own."""
+@pytest.fixture(params=["direct", "pooled"])
+async def ledgers(request: pytest.FixtureRequest, database: str) -> AsyncIterator[Ledgers]:
+    """Makes ledgers, each with connections and a worker's name of its own; all that is shown holds through pgbouncer, too."""
+    if request.param == "pooled":
+        bouncer: PgBouncer = request.getfixturevalue("bouncer")
+        database = bouncer.way_to(database)
     made: list[Ledger] = []
     names = count(1)
 

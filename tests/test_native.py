@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.protocols.native import address, body, header_key, read, retry_after, signature
+from recall_worker.protocols.native import accepted, address, body, header_key, read, retry_after, same_origin, signature
 from recall_worker.protocols.wire import LIMIT, Answer
 from recall_worker.recall import (
+    Accepted,
     Answered,
     Busy,
     Failed,
@@ -404,3 +405,26 @@ def test_any_answer_is_some_outcome(status: int, content: bytes, content_type: s
     assert name_of(outcome) in {"answered", "busy", "gone", "misconfigured", "unavailable", "unknown", "failed", "refused"}
     if isinstance(outcome, Answered | Failed):
         assert 200 <= status < 300
+
+
+@given(
+    st.sampled_from([200, 201, 202]),
+    st.one_of(
+        st.text(st.characters(), max_size=20),
+        st.sampled_from(["\ud800", "a\udfffb", "..", ".", "/", "r" * 3000, "é" * 900, "\0", "a\r\nb"]),
+    ),
+    st.one_of(st.none(), st.text(st.characters(exclude_characters="\r\n\0"), max_size=20)),
+)
+def test_whatever_names_an_accepted_run(status: int, run_id: str, location: str | None) -> None:
+    """JSON can hold texts that are none, and texts without end: a run is followed on the endpoint's own origin, below its address, or is Unknown."""
+    headers = {} if location is None else {"Location": location}
+    said = Answer(status, headers, json.dumps({"run_id": run_id, "status": "running"}).encode(), False)
+    match accepted(said, "http://a:1/sessions/s/run?x=1"):
+        case Accepted(reference):
+            assert same_origin("http://a:1/sessions/s/run?x=1", reference) == reference
+            assert location is not None or reference.startswith("http://a:1/sessions/s/run/")
+            assert len(reference) <= 2000
+        case Unknown() | None:
+            pass
+        case other:
+            raise AssertionError(other)

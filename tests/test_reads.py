@@ -589,13 +589,15 @@ def test_workers(desk: Desk) -> None:
     for n, worker in enumerate(("w1", "w1", "w3")):
         desk.recall(f"r{n}", session=("s", "t", "z")[n])
         desk.lease(f"r{n}", worker)
+    desk.conn.execute("update recall_workers set bell = 'unheard' where worker in ('w2', 'w3')")
     said = operate(desk.dsn, "workers")
     head, *lines = said.out.splitlines()
-    assert head.split() == ["WORKER", "STATE", "SEEN", "RUNS", "BREAKER", "SINCE", "VERSION", "LEASE", "POLL"]
+    assert head.split() == ["WORKER", "STATE", "SEEN", "RUNS", "BREAKER", "BELL", "SINCE", "VERSION", "LEASE", "POLL"]
     told = {line.split()[0]: line for line in lines}
-    assert re.search(r" alive .* 2/5  closed ", told["w1"]) and re.search(r" alive .* 0/3  open ", told["w2"])
+    assert re.search(r" alive .* 2/5  closed +listening ", told["w1"]) and re.search(r" alive .* 0/3  open +unheard ", told["w2"])
     assert re.search(r" silent +10 min ago +1/3 ", told["w3"])
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
+    assert "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: recall-worker doctor\n" in said.err
     assert "differ in run_url: None, http://elsewhere/\n" in said.err
     document = operate(desk.dsn, "workers", "--json").document
     assert {row["worker"]: (row["alive"], row["leases"]) for row in document} == {
@@ -603,6 +605,30 @@ def test_workers(desk: Desk) -> None:
         "w2": (True, 0),
         "w3": (False, 1),
     }
+
+
+@pytest.mark.parametrize(
+    "settings", ["{}", "[]", "null", '"x"', '{"lease": "x", "poll_interval": [1]}', '{"lease": 1e300, "run_url": "\\u001b[2J"}']
+)
+def test_workers_with_strange_settings(settings: str, desk: Desk) -> None:
+    """Whatever stands where a worker's settings should, `workers` lists it, and those beside it."""
+    desk.worker("odd", settings=settings)
+    desk.worker("w1")
+    said = operate(desk.dsn, "workers")
+    assert said.status == 0 and {line.split()[0] for line in said.out.splitlines()} == {"WORKER", "odd", "w1"}
+    assert said.out.isascii() and "\x1b" not in said.out + said.err
+
+
+def test_stats_of_times_that_are_none(desk: Desk) -> None:
+    """A mark whose times are infinite, as a hand can write them, is left out where lateness is told; JSON stays JSON."""
+    for n, column in enumerate(("called_at", "scheduled_for")):
+        for sign in ("", "-"):
+            desk.mark(f"m{n}{sign}")
+            desk.conn.execute(f"update recall_attempts set {column} = '{sign}infinity' where recall_id = 'm{n}{sign}'".encode())
+    desk.mark("good", late=0.5)
+    assert operate(desk.dsn, "stats").status == 0
+    late = operate(desk.dsn, "stats", "--json").document["lateness_last_hour"]
+    assert late["occurrences"] == 2 and late["p50"] == pytest.approx(0.5)
 
 
 def test_workers_that_agree(desk: Desk) -> None:

@@ -361,6 +361,27 @@ async def test_the_peer_reads_and_hangs_up(wire: Wire, peer: Peer, ending: str) 
     assert (await peer.seen()).count(BODY) == 1
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 100 Continue\r\nset-cookie: sesame=1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nset-cookie: sesame=1\r\n",
+        b"HTTP/1.1 200 OK\r\nset-cookie: sesame=1\r\nx: y",
+        b"HTTP/1.1 200 OK\r\nset-cookie: sesame=1\r\ncontent-length: 9\r\n\r\nsesame",
+    ],
+    ids=["interim", "no end", "half a line", "half a body"],
+)
+async def test_a_head_that_breaks_off_is_not_quoted(wire: Wire, peer: Peer, data: bytes) -> None:
+    """What stood in the head of a broken answer, such as another user's cookie, does not come into a reason, and so not into a row or a log."""
+    posting = Posting(wire, peer.url)
+    conn = await peer.accept()
+    await conn.request()
+    await conn.send(data)
+    conn.close()
+    end = await posting.unanswered(sent=True)
+    assert "sesame" not in end.reason and len(end.reason) < 200
+
+
 CUT = {
     "no status": b"HTTP/1.1",
     "half the head": b"HTTP/1.1 200 OK\r\ncontent-le",

@@ -40,12 +40,15 @@ def _root(
 def migrate(
     dsn: Dsn = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 where something is to be done.")] = False,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Make the roles recall_worker, recall_application, recall_reader and their grants.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Adopt the application's table, or create it, and bring the schema up to date."""
     from .migrate import migrate
 
-    migrate(dsn, check=check, as_json=json)
+    migrate(dsn, check=check, roles=roles, as_json=json)
 
 
 @app.command()
@@ -296,6 +299,18 @@ def prune(
     from .prune import prune
 
     prune(dsn, older_than=older_than, statuses=status, yes=yes, as_json=json)
+
+
+@app.command()
+def doctor(dsn: Dsn = None, json: Json = False) -> None:
+    """Check what the worker needs: database, rights, schema, ring, pooler, endpoint, workers; and what waits, and why.
+
+    Each line is ok, a note or a problem, with what to do; exit 1 where there is a problem, 3 where the database can't be reached. Nothing
+    is changed and no agent is run: the endpoint is asked by GET. Settings are those of `run`, from the environment.
+    """
+    from .doctor import doctor
+
+    doctor(dsn, as_json=json)
 
 
 @app.command("check-endpoint")

@@ -141,21 +141,32 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell("No workers. Start one with: recall-worker run")
         return
     print_table(
-        ["WORKER", "STATE", ">SEEN", ">RUNS", "BREAKER", "SINCE", "VERSION", ">LEASE", ">POLL"],
+        ["WORKER", "STATE", ">SEEN", ">RUNS", "BREAKER", "BELL", "SINCE", "VERSION", ">LEASE", ">POLL"],
         [
             [
                 row["worker"], "alive" if row["alive"] else "silent", relative(row["seen_at"], row["now"]),
-                f"{row['leases']}/{row['slots']}", row["breaker"], local(row["started_at"]), row["version"],
-                *(f"{row['settings'].get(name, 0):g} s" for name in ("lease", "poll_interval")),
+                f"{row['leases']}/{row['slots']}", row["breaker"], row["bell"], local(row["started_at"]), row["version"],
+                *(f"{_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
             ]
             for row in rows
         ],
         yields=[("POLL", 0), ("LEASE", 0), ("VERSION", 0), ("SINCE", 0), ("WORKER", 12)],
     )  # fmt: skip
+    alive = [row for row in rows if row["alive"]]
+    if deaf := sum(row["bell"] == "unheard" for row in alive):
+        tell(
+            f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
+        )
     for name in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
-        values = {str(row["settings"].get(name)) for row in rows if row["alive"]}
+        values = {str(_setting(row, name)) for row in alive}
         if len(values) > 1:
             tell(harmless(f"Note: live workers differ in {name}: {', '.join(sorted(values))}"))
+
+
+def _setting(row: Row, name: str) -> str | None:
+    """A setting as the worker told it: in a row of another version's, or of a hand's, anything may be there, or nothing."""
+    told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
+    return f"{told:g}" if isinstance(told, int | float) else None if told is None else str(told)
 
 
 def stats(dsn: str | None, *, as_json: bool) -> None:

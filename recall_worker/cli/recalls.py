@@ -17,20 +17,33 @@ from psycopg.rows import dict_row
 from .. import cadence, settings, statements
 from ..cadence import CadenceError
 from ..events import harmless
-from ..ledger import CONNECT_DEADLINE, Dates
+from ..ledger import Dates, connection_info
 from ..recall import STATUSES
-from .talk import USAGE, Trouble, command, length, local, print_facts, print_json, print_table, relative, seconds, span, tell
+from .talk import (
+    USAGE,
+    Trouble,
+    command,
+    length,
+    local,
+    print_facts,
+    print_json,
+    print_table,
+    relative,
+    seconds,
+    span,
+    tell,
+    warn_of_password,
+)
 
 
 def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
     """A connection for one command."""
+    warn_of_password(dsn)
     address = settings.read(needed=["dsn"], dsn=dsn).dsn or ""
     conn = psycopg.connect(
-        address,
+        **connection_info(address, "recall-worker cli"),
         row_factory=dict_row,
-        autocommit=True,
-        application_name="recall-worker cli",
-        connect_timeout=int(CONNECT_DEADLINE),
+        prepare_threshold=None,  # A transaction pooler may stand in between, and pass the next statement to another connection.
     )
     conn.adapters.register_loader("timestamptz", Dates)
     return conn

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import events, settings
-from .talk import UNREACHABLE, Trouble, tell
+from .talk import UNREACHABLE, Trouble, tell, warn_of_password
 
 
 def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
@@ -18,6 +18,8 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
 
     from ..worker.process import SchemaRefused, serve
 
+    for given in (flags.get("dsn"), flags.get("listen_dsn")):
+        warn_of_password(given)
     with contextlib.ExitStack() as stack:
         if embedded:
             found = settings.read(needed=["run_url"], **flags)

@@ -53,7 +53,8 @@ def explain(error: BaseException) -> Trouble | None:
         case errors.UndefinedTable() | errors.UndefinedColumn() | errors.UndefinedFunction():
             return Trouble(f"the database has no (or an old) recall-worker schema: {said(error)}", "recall-worker migrate")
         case errors.InsufficientPrivilege():
-            return Trouble(f"PostgreSQL forbids it: {said(error)}", "give RECALL_DSN an account with rights on session_recalls")
+            hint = "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), or the tables' owner for migrate"
+            return Trouble(f"PostgreSQL forbids it: {said(error)}", hint)
         case errors.ReadOnlySqlTransaction():
             return Trouble("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
         case errors.ProgrammingError() if error.sqlstate is None:
@@ -89,6 +90,19 @@ def command(*words: str) -> str:
 def tell(text: str) -> None:
     """Talk: to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def warn_of_password(dsn: str | None) -> None:
+    """Tell whoever gave a password on the command line that others can read it there."""
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        given = dsn is not None and "password" in conninfo_to_dict(dsn)
+    except ProgrammingError:
+        return  # What can't be read is told where it is used.
+    if given:
+        tell("Note: the list of processes shows the password in --dsn to everybody on this host: set RECALL_DSN instead.")
 
 
 def confirmed(question: str) -> bool:
@@ -214,6 +228,19 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     sys.stdout.flush()
 
 
+def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None:
+    """State, name, what was seen, and what to try: a line each, and one more for each `Try`; on a terminal they go on under their beginning."""
+    states, names = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    for state, name, seen, todo in findings:
+        lines = [*wrapped(harmless(seen), states + names)]
+        lines += wrapped(harmless(f"Try: {todo}"), states + names) if todo else []
+        head = f"{_coloured(state)}{' ' * (states - _width(state))}{name}{' ' * (names - _width(name))}"
+        for line in lines:
+            print(f"{head}{line}".rstrip())
+            head = " " * (states + names)
+    sys.stdout.flush()
+
+
 def wrapped(text: str, indent: int = 0) -> list[str]:
     """`text` in lines that fit the terminal behind so many cells; in one where there is no terminal."""
     if not sys.stdout.isatty():
@@ -293,5 +320,6 @@ def _has_colours() -> bool:
 
 _COLOURS = {
     "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
+    "unheard": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
     "cancelled": "2",
 }  # fmt: skip

@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
 from ..recall import Accepted, Answered, Claim, Failed, Misconfigured, Outcome, Refused, Unavailable, Unknown
@@ -46,6 +46,8 @@ POST_DEADLINE = 60.0
 """Seconds for the answer to a post, which the server gives as soon as the run is on record."""
 ASK_DEADLINE = 10.0
 TICKETS_LISTED = 100
+NAME_MOST = 300
+"""Characters of a name that a server gives: a run's, an agent's, an owner's."""
 KEYS_KEPT = 43_200.0
 """Seconds after an occurrence's first call for which a server surely still knows its key, if it keeps keys for a day as it does by default."""
 
@@ -172,7 +174,7 @@ class Agno:
         if answer.status >= 500 or answer.status in native.UNAVAILABLE:
             return _untold(answer, "whose the session is")
         owner = members(answer).get("user_id") if answer.status == 200 else None
-        return owner if isinstance(owner, str) and owner else _no_agent(self._agent, 404)
+        return owner if _is_name(owner) else _no_agent(self._agent, 404)
 
     async def _post(self, call: Call, owner: str | None) -> Answer | Unavailable | Unknown:
         url, headers = self._base + place(self._agent), self._always | {"Content-Type": "application/x-www-form-urlencoded"}
@@ -223,7 +225,7 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
         return native.read(answer)
     said = members(answer)
     run_id, word = said.get("run_id"), said.get("status")
-    if not isinstance(run_id, str) or not run_id or not isinstance(word, str):
+    if not _is_name(run_id) or not isinstance(word, str):
         outcome = native.read(answer)
         return (
             outcome
@@ -270,7 +272,7 @@ def listed(answer: Answer, key: str) -> tuple[str, str] | None:
         named = metadata.get("recall_key") if isinstance(metadata, dict) else None
         agent, run_id = entry.get("component_id") or entry.get("agent_id"), entry.get("id") or entry.get("run_id")
         ours = entry.get("idempotency_key") == native.header_key(key) or named == key
-        if ours and isinstance(agent, str) and isinstance(run_id, str):
+        if ours and _is_name(agent) and _is_name(run_id):
             return agent, run_id
     return None
 
@@ -336,6 +338,11 @@ def _untold(answer: Answer, what: str) -> Outcome:
         return Unavailable(f"the server does not say {what} (HTTP {status})", status, native.retry_after(answer.headers))
     hint = "RECALL_RUN_TOKEN" if status in (401, 403) else "RECALL_RUN_URL"
     return Misconfigured(f"the server does not say {what}: see {hint} (HTTP {status})", status)
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """Whether the server gave a name that can be part of an address, and of the row that remembers it."""
+    return isinstance(value, str) and 0 < len(value) <= NAME_MOST and native.nameable(value)
 
 
 def _query(claim: Claim) -> str:

@@ -162,6 +162,11 @@ def body(claim: Claim) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode("ascii")
 
 
+def nameable(name: str) -> bool:
+    """Whether a name that a server gave can be part of an address or a body: JSON may hold halves of surrogate pairs, UTF-8 may not."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def same_origin(base: str, location: str) -> str | None:
     """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host and port."""
     try:
@@ -193,9 +198,13 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
     run_id = said.get("run_id")
     if isinstance(run_id, str) and run_id and isinstance(word, str):
         # `quote` leaves dots alone, and a dot segment would lead out of the run's place.
-        name = quote(run_id, safe="") if run_id not in (".", "..") else quote(run_id, safe="").replace(".", "%2E")
+        name = quote(run_id, safe="", errors="replace") if run_id not in (".", "..") else run_id.replace(".", "%2E")
         path, _, query = url.partition("?")
-        return Accepted(f"{path}/{name}" + (f"?{query}" if query else ""), answer.status)
+        where = f"{path}/{name}" + (f"?{query}" if query else "")
+        # A text that is none (half a surrogate pair), or without end: nothing of it is stored.
+        if not nameable(run_id) or not _PRINTABLE.fullmatch(where):
+            return Unknown(f"the run was accepted under a name that no address can hold (HTTP {answer.status})", answer.status)
+        return Accepted(where, answer.status)
     return None
 
 

@@ -179,6 +179,9 @@ def _reason(error: BaseException, sent: bool) -> str:
         case aiohttp.ClientConnectorError():
             # With several addresses the sentence lists them all; the first says enough.
             return f"no connection: {error.os_error.strerror or error.os_error}"
+        case aiohttp.ServerDisconnectedError() if sent:
+            # Its own text may quote the whole head of an answer that was cut off, cookies included.
+            return "the connection broke off after the request was sent: the server hung up"
         case aiohttp.ClientResponseError():
             return f"the answer is no HTTP: {error.message.splitlines()[0] if error.message else 'malformed'}"
         case _:

@@ -99,7 +99,7 @@ async def _feed(worker: Worker) -> None:
 async def _check_schema(settings: Settings, name: str) -> None:
     """Refuse to work on a schema that is too old or too new. A database that is away is waited for elsewhere."""
     assert settings.dsn is not None
-    ledger = Ledger(settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None)
+    ledger = Ledger(settings.dsn, name, settings.lease)
     try:
         async with asyncio.timeout(5):
             version, oldest_code = await ledger.schema()

@@ -52,12 +52,10 @@ class Worker:
         self._policy = judging.Policy(
             busy_delay=settings.busy_delay, max_attempts=settings.max_attempts, give_up=settings.give_up
         )
-        self._ledger = Ledger(
-            settings.dsn, name, settings.lease, pooled=settings.listen_dsn is not None, fleet=settings.fleet_concurrency
-        )
+        self._ledger = Ledger(settings.dsn, name, settings.lease, fleet=settings.fleet_concurrency)
         self._endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
         self._shout: asyncio.Task[None] | None = None
-        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, events)
+        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, self._ledger.ring, events)
         self._reach = Reach(events, settings.lease)
         self._settler = Settler(self._ledger, self._policy, events, self._reach, self._free)
         self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
@@ -73,6 +71,8 @@ class Worker:
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
         self._reach.on_return(self._wake.set)
+        self._reach.on_return(self._bell.doubt)
+        events.listen(lambda event, _: self._beat_now.set() if event.startswith("bell.") else None)
 
     # --- from outside --------------------------------------------------------------------------------------------
 
@@ -416,13 +416,13 @@ class Worker:
             "slots": self._settings.concurrency,
         }
         while True:
+            self._beat_now.clear()
             try:
-                now = {"running": len(self._runs), "breaker": self._breaker.state}
+                now = {"running": len(self._runs), "breaker": self._breaker.state, "bell": self._bell.state}
                 await self._ledger.beat(facts | now, self._settings.shown())
                 pause = BEAT_EVERY
             except (Outage, Refusal):
                 pause = BEAT_EVERY / 12
-            self._beat_now.clear()
             try:
                 async with asyncio.timeout(pause):
                     await self._beat_now.wait()

@@ -90,6 +90,37 @@ async def test_the_bells_backend_is_terminated(app: Application, db: Connection,
     assert len(endpoint.requests) == 3
 
 
+@pytest.mark.full
+async def test_a_silent_host_before_the_right_one(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+    """Of two hosts in the DSN the first takes connections and says nothing: the second is asked in time, by bell and ledger."""
+    async with Proxy(database) as silent, Proxy(database) as right:
+        silent.blackhole()
+        parts = psycopg.conninfo.conninfo_to_dict(right.dsn)
+        both = psycopg.conninfo.make_conninfo(right.dsn, host="127.0.0.1,127.0.0.1", port=f"{silent.port},{parts['port']}")
+        daemon = await daemons.start(ready=False, dsn=both)
+        await daemon.hears("bell.listening", within=60)
+        recall = await promise(app, "s")
+        await daemon.hears("recall.settled", recall=recall, within=60)
+        assert silent.connections >= 2
+        # The others of its lines go by there, too.
+        await daemon.stop(within=60)
+
+
+async def test_an_idle_bell_is_not_ended(
+    server: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """A database that ends idle sessions does not end the bell's, which is idle by its nature."""
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    async with connected(server) as outside:
+        await outside.execute(f"alter database {name} set idle_session_timeout = '1s'".encode())
+    daemon = await daemons.start()
+    await db.execute("select pg_sleep(3)")
+    recall = await promise(app, "s")
+    await daemon.hears("recall.settled", recall=recall)
+    assert daemon.told("bell.lost") == daemon.told("database.lost") == []
+    assert len(daemon.told("bell.listening")) == 1
+
+
 async def test_an_insert_that_is_committed_late(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
     """A recall whose transaction stays open past its due time is called at the commit."""
     await daemons.start(poll_interval=30)

@@ -36,7 +36,7 @@ CREATE FUNCTION public.recall_ring() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 begin
-    perform pg_notify('session_recalls', '');
+    perform pg_catalog.pg_notify('session_recalls', '');
     return null;
 end
 $$;
@@ -101,8 +101,11 @@ CREATE TABLE public.recall_workers (
     slots integer NOT NULL,
     running integer DEFAULT 0 NOT NULL,
     breaker text DEFAULT 'closed'::text NOT NULL,
-    settings jsonb NOT NULL
+    settings jsonb NOT NULL,
+    bell text DEFAULT 'listening'::text NOT NULL
 );
+
+COMMENT ON COLUMN public.recall_workers.bell IS 'listening; lost: it has no connection; unheard: what is rung does not reach it, as behind a transaction pooler';
 
 CREATE TABLE public.session_recalls (
     id text NOT NULL,

@@ -288,6 +288,16 @@ def call_of(claim: Claim = CLAIM) -> Call:
     return Call(claim, asyncio.get_running_loop().time())
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\udfffb", "n" * 301])
+async def test_names_that_no_address_can_hold(name: str) -> None:
+    """Half a surrogate pair, or a name without end, for a run or an owner: no call breaks, and nothing of it is remembered."""
+    assert isinstance(read(answer(202, {"run_id": name, "status": "PENDING"}), "a", "s"), Unknown)
+    assert listed(answer(200, {"data": [{"idempotency_key": "k", "component_id": "a", "id": name}]}), "k") is None
+    asked = SAFE | {POST: reply(404), "GET /sessions/session-1": reply(200, {"user_id": name})}
+    async with agno_at(asked) as (agno, _):
+        assert isinstance(await agno.call(call_of(claim_with(session_id="session-1"))), Misconfigured)
+
+
 async def test_a_call() -> None:
     """A call looks whether the server is safe, then posts one form, with the token and the contract's headers."""
     async with agno_at(SAFE, RECALL_SIGNING_SECRET="s3cret") as (protocol, relay):
