@@ -701,3 +701,54 @@ def test_migrate_check_tells(empty_database: str) -> None:
     assert schema.pending(empty_database)
     assert operate(empty_database, "migrate").status == 0
     assert operate(empty_database, "migrate", "--check", "--json").document == {"up_to_date": True, "pending": []}
+
+
+# --- recurring recalls -----------------------------------------------------------------------------------------------
+
+
+def test_schedule_by_cron(waiting: str) -> None:
+    """The next working day's half past nine in Berlin, said and stored; `list`, `show` and `preview` tell of it."""
+    assert operate(waiting, "cancel", "r").status == 0
+    made = operate(
+        waiting,
+        "schedule",
+        "s",
+        "Read the inbox.",
+        "--cron",
+        "30 9 * * mon-fri",
+        "--tz",
+        "Europe/Berlin",
+        "--grace",
+        "2h",
+        "--times",
+        "9",
+    )
+    assert made.status == 0 and "Scheduled cron '30 9 * * mon-fri' Europe/Berlin, due " in made.err and ", 9 times." in made.err
+    id = made.out.strip()
+    row = next(row for row in rows_of(waiting) if row["id"] == id)
+    assert (row["cadence"], row["cron"], row["time_zone"], row["times"], row["grace_seconds"]) == (
+        "cron", "30 9 * * mon-fri", "Europe/Berlin", 9, 7200,
+    )  # fmt: skip
+    ahead = json.loads(operate(waiting, "preview", id, "--count", "12", "--json").out)
+    assert len(ahead["occurrences"]) == 9 and all("T09:30:00+0" in moment["local"] for moment in ahead["occurrences"])
+    assert datetime.fromisoformat(ahead["occurrences"][0]["at"]) == row["trigger_at"]
+    assert "cron '30 9 * * mon-fri' Europe/Berlin" in operate(waiting, "list").out
+    assert "grace       2h" in operate(waiting, "show", id).out
+
+
+def test_preview_around_a_change_of_clocks() -> None:
+    """Half past two in New York on the night that has none: once, at three, and said to be after a change. No database is asked."""
+    said = operate(None, "preview", "30 2 * * *", "--tz", "America/New_York", "--from", "2026-03-07T00:00", "--count", "3")
+    assert said.status == 0
+    lines = said.out.splitlines()[1:]
+    assert [line[:38] for line in lines] == [
+        "Sat 2026-03-07 02:30:00  EST   -05:00 ", "Sun 2026-03-08 03:00:00  EDT   -04:00 ", "Mon 2026-03-09 02:30:00  EDT   -04:00 ",
+    ]  # fmt: skip
+    assert "clocks changed from -05:00" in lines[1] and "clocks" not in lines[0] + lines[2]
+
+
+def test_preview_of_what_is_over(waiting: str) -> None:
+    """Nothing is ahead of a recall that has ended, and an id that nobody has is said to be none."""
+    assert operate(waiting, "cancel", "r").status == 0
+    assert "is cancelled: nothing is ahead of it" in trouble(operate(waiting, "preview", "r"), 1)
+    assert "there is no recall nobody" in trouble(operate(waiting, "preview", "nobody"), 1)

@@ -498,3 +498,70 @@ def test_the_public_names() -> None:
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         recall_worker.Nope  # noqa: B018
+
+
+# --- cadence ---------------------------------------------------------------------------------------------------------
+
+
+async def test_cron_and_its_ends(recalls: Recalls) -> None:
+    """By cron in a zone: the first moment from now on, the distance to the one behind it, and all that was said of ends."""
+    until = datetime.now(UTC) + timedelta(days=400)
+    made = await recalls.schedule(
+        "a",
+        "m",
+        cron="30 9 * * mon-fri",
+        time_zone="Europe/Berlin",
+        until=until,
+        times=7,
+        failures=2,
+        grace=HOUR,
+        jitter=timedelta(minutes=5),
+    )
+    assert (made.cadence, made.cron, made.time_zone, made.until_at) == ("cron", "30 9 * * mon-fri", "Europe/Berlin", until)
+    assert (made.times, made.failures_most, made.grace_seconds, made.jitter_seconds) == (7, 2, 3600, 300)
+    ahead = await recalls.preview(made.id, count=3)
+    expected = await recalls.preview("30 9 * * mon-fri", time_zone="Europe/Berlin", count=3)
+    assert ahead == expected and all((when.hour, when.minute) == (9, 30) and when.isoweekday() <= 5 for when in ahead)
+    assert made.scheduled_for in (None, ahead[0]) and timedelta(0) <= made.trigger_at - ahead[0] < timedelta(minutes=5)
+    assert made.interval_seconds == (ahead[1] - ahead[0]).total_seconds()
+
+
+async def test_a_grid_from_a_named_time(recalls: Recalls) -> None:
+    """The first occurrence where it is named, the others whole intervals from there."""
+    made = await recalls.schedule("a", "m", grid=HOUR, at=SOON)
+    assert (made.cadence, made.interval_seconds, made.trigger_at) == ("grid", 3600, SOON)
+    assert await recalls.preview(made.id, count=3) == [SOON, SOON + HOUR, SOON + 2 * HOUR]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"cron": "0 9 30 2 *"},
+        {"cron": "0 9 * * *", "time_zone": "Mars/Olympus"},
+        {"grid": HOUR, "every": HOUR},
+        {"grid": HOUR, "until": datetime(2020, 1, 1, tzinfo=UTC)},
+        {"grid": HOUR, "until": datetime(2040, 1, 1)},
+        {"times": 3},
+    ],
+    ids=[
+        "an impossible date",
+        "an unknown zone",
+        "two rules",
+        "an end that is past",
+        "an end without a zone",
+        "an end of what does not recur",
+    ],
+)
+async def test_a_cadence_that_makes_no_sense(told: dict[str, Any], recalls: Recalls) -> None:
+    """Refused as a ValueError, before anything is written."""
+    with pytest.raises(ValueError):
+        await recalls.schedule("a", "m", **told)
+    assert await recalls.list() == []
+
+
+async def test_a_preview_of_nothing(recalls: Recalls) -> None:
+    """An id that there is not is a LookupError; six fields are a ValueError."""
+    with pytest.raises(LookupError):
+        await recalls.preview("nobody")
+    with pytest.raises(ValueError):
+        await recalls.preview("0 0 9 * * *")
