@@ -56,10 +56,12 @@ class Bell:
         self.unheard = False
         """Whether the last echo did not come."""
         self._doubted = False
+        self._answers = asyncio.Event()
 
     def doubt(self) -> None:
-        """PostgreSQL was away for others: soon, and not at the next probe, see whether this connection still hears."""
+        """PostgreSQL was away for others and answers again: soon see whether this connection still hears, or connect at once."""
         self._doubted = True
+        self._answers.set()
 
     @property
     def state(self) -> str:
@@ -70,6 +72,7 @@ class Bell:
         """Listen for ever. Returns only by cancellation."""
         failures = 0
         while True:
+            self._answers.clear()
             try:
                 await self._listen()
                 failures = 0
@@ -80,7 +83,13 @@ class Bell:
                 if told:
                     reason = "no answer to the probe" if isinstance(error, TimeoutError) else said(error)
                     self._events.tell("bell.lost", reason=reason)
-            await asyncio.sleep(random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6))))
+            try:
+                async with asyncio.timeout(random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6)))):
+                    await self._answers.wait()
+                # The same instant for all replicas.
+                await asyncio.sleep(random.uniform(0.0, 0.05))
+            except TimeoutError:
+                pass
 
     async def _listen(self) -> None:
         """Listen on a new connection. Returns when that does not hear what is rung."""

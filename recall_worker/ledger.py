@@ -19,7 +19,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, assert_never
@@ -306,6 +306,8 @@ class Ledger:
         self._patient = _Line(dsn, name, self._lines, prepare=False)
         self._sql = statements.load("ledger")
         self._aside: dict[str, float] = {}
+        self._left: dict[str, float] = {}
+        """Leases that ended while the application held their rows locked: until when they are left to their owners."""
         self._turn = None if fleet is None else self._sql["fleet_turn"]
 
     async def close(self) -> None:
@@ -322,11 +324,16 @@ class Ledger:
             raise
         return row["version"], row["oldest_code"]
 
-    async def claim(self, slots: int, *, take_expired: bool) -> Claimed:
-        """Take at most `slots` due rows under leases of their own, oldest due first, and learn when the next one is due."""
+    async def claim(self, slots: int, *, take_expired: bool, in_hand: Collection[str] = ()) -> Claimed:
+        """Take at most `slots` due rows under leases of their own, oldest due first, and learn when the next one is due.
+
+        `in_hand`: ids of our runs whose leases may have ended: those are not taken from ourselves.
+        """
         asked_at = time.monotonic()
+        self._left = {id: until for id, until in self._left.items() if until > asked_at}
         values: dict[str, Any] = {
             "slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired, "fleet": self._fleet,
+            "in_hand": list(in_hand), "left": list(self._left),
         }  # fmt: skip
         self._aside = {id: until for id, until in self._aside.items() if until > asked_at}
         statement = self._sql["claim"]
@@ -343,7 +350,15 @@ class Ledger:
                 return await self._claim_one_by_one(values, asked_at)
             raise
         first = rows[0]
-        return Claimed(_claims_in(rows), first["next_in"], first["waiting"], asked_at, moved=first["moved"])
+        self._leave(first["locked"])
+        if self._fleet is None:
+            # Else it may be the fleet's cap that passed them over.
+            self._leave(id for id in first["passed_over"] if id is not None and id not in in_hand and id not in self._left)
+        return Claimed(_claims_in(rows), first["next_in"], bool(first["passed_over"]), asked_at, moved=first["moved"])
+
+    def _leave(self, ids: Iterable[str]) -> None:
+        """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
+        self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease / 3))
 
     async def _claim_one_by_one(self, values: dict[str, Any], asked_at: float) -> Claimed:
         """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside."""

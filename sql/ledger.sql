@@ -29,7 +29,11 @@ select set_config('lock_timeout', '1000', true), set_config('statement_timeout',
 -- Oldest due first; the limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
 -- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
-with candidate as materialized (
+with unlocked as materialized (
+    -- Leases that ended while the application held their rows locked: is it done with them? Asked by locking, as nothing else tells.
+    select r.id from session_recalls r where r.id = any (%(left)s) for share of r skip locked
+),
+candidate as materialized (
     select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.run_reference,
         r.trigger_at, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
@@ -38,8 +42,10 @@ with candidate as materialized (
         and r.id <> all ('{}') -- In this place the ledger leaves out rows that can't be claimed, or asks for one alone.
         -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
         and (r.lease is null or (%(take_expired)s and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-            -- Our own are in hand, and being renewed; unless the answer to their claim was lost.
-            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s * interval '1 second')))
+            -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost.
+            and r.id <> all (%(in_hand)s)
+            -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
+            and r.id <> all (%(left)s)))
         and (r.lease is not null or not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
@@ -120,25 +126,29 @@ ahead as (
             order by coalesce(r.lease_until, r.trigger_at)
             limit 1
         ) as next_in,
-        -- Due and not ours to claim: locked by the application, or behind a run of its session. The worker comes back for it.
+        -- Due and not ours to claim: locked by the application, or behind a run of its session. The worker comes back for it. Of leases
+        -- that could be taken, which, as only a lock explains that.
         -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
         -- read the whole table for an `exists`.
-        (select count(*) from candidate) < %(slots)s and (
-            select r.id
+        case when (select count(*) from candidate) < %(slots)s then array(
+            select case when r.lease is not null and %(take_expired)s
+                and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second' then r.id end
             from session_recalls r
             where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
                 and r.id <> all ('{}')
                 and r.id <> all (array(select id from candidate))
             order by coalesce(r.lease_until, r.trigger_at)
-            limit 1
-        ) is not null as waiting,
+            limit 20
+        ) else '{}' end as passed_over,
+        -- Of the leases that were left to their owners, those that are locked still.
+        array(select id from unnest(%(left)s) as l (id) where id <> all (array(select id from unlocked))) as locked,
         exists (
             select from session_recalls r
             where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
                 and r.lease is null and r.status in ('pending', 'running')
         ) as moved
 )
-select ahead.next_in, ahead.waiting, ahead.moved,
+select ahead.next_in, ahead.passed_over, ahead.locked, ahead.moved,
     c.id, c.session_id, c.call_type, c.additional_context_message as message, c.interval_seconds as interval, c.occurrence, c.rekey,
     c.attempt, c.deferrals,
     least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from recall_worker.events import Events
 from recall_worker.ledger import Outage
 
 from .conftest import Connection
+from .proxy import Proxy
 
 Echo = Callable[[str], Awaitable[None]]
 
@@ -176,3 +178,16 @@ async def test_a_process_that_stood_still(database: str) -> None:
     async with listening(database, while_it_stands_still, heard) as bell:
         await heard.until(lambda: asked >= 3)
         assert heard.told == ["bell.listening"] and bell.state == "listening"
+
+
+async def test_it_connects_as_soon_as_postgresql_answers(database: str, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While PostgreSQL is away its pauses grow; whoever finds it answering says so, and it does not sit the pause out."""
+    heard = Heard()
+    async with Proxy(database) as proxy, listening(proxy.dsn, echo, heard) as bell:
+        monkeypatch.setattr(random, "uniform", lambda least, most: most * 1000 if most > 0.05 else least)
+        proxy.cut()
+        await heard.until(lambda: "bell.lost" in heard.told)
+        rings = heard.rings
+        proxy.heal()
+        bell.doubt()
+        await heard.until(lambda: heard.told.count("bell.listening") == 2 and heard.rings > rings)

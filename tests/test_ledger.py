@@ -381,15 +381,89 @@ async def test_expired_leases_are_left_alone_when_asked_to(db: Connection, ledge
     assert await settle(owner, held) == Settled("fired")
 
 
-async def test_a_worker_does_not_take_up_its_own_run(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
-    """A lease of our own that ended a moment ago is in hand and about to be renewed; one of another worker is taken."""
+async def test_a_worker_does_not_take_what_it_has_in_hand(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+    """A lease that ended though its run is in hand is about to be renewed or settled: its worker doesn't take it, others do, however long ago."""
     id = await put(db, "s")
     ledger = ledgers()
     await claim_one(ledger)
-    await expire(db, id)
-    answer = await ledger.claim(3, take_expired=True)
-    assert answer.claims == [] and answer.waiting
+    for ago in ("1 ms", "1 hour"):
+        await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
+        answer = await ledger.claim(3, take_expired=True, in_hand=[id])
+        assert answer.claims == [] and answer.waiting
     assert [c.id for c in await claim(ledgers())] == [id]
+
+
+async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+    """The answer to a claim was lost with the connection: when its lease ends, the row is taken up by whoever looks first."""
+    id = await put(db, "s")
+    ledger = ledgers("me")
+    await claim_one(ledger)
+    assert await claim(ledger) == []
+    await expire(db, id)
+    (again,) = await claim(ledger)
+    assert (again.id, again.taken_from) == (id, "me")
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["select from session_recalls where id = $1 for update", "update session_recalls set internal_comment = 'x' where id = $1"],
+)
+async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
+    how: str, db: Connection, database: str, ledgers: Ledgers, settled_in: None
+) -> None:
+    """Its owner could not renew it, and comes first when the application is done: for a third of a lease nobody else takes the row."""
+    id = await put(db, "s")
+    owner, other = ledgers(), ledgers()
+    held = await claim_one(owner)
+    await expire(db, id)
+    long = await asyncpg.connect(database)
+    try:
+        transaction = long.transaction()
+        await transaction.start()
+        await long.execute(how, id)
+        assert await owner.renew({id: held.lease}) == {id: "locked"}
+        seen = await other.claim(3, take_expired=True)
+        assert seen.claims == [] and seen.waiting
+        locked_last = time.monotonic()
+        seen = await other.claim(3, take_expired=True)
+        await transaction.rollback()
+    finally:
+        await long.close()
+    assert seen.claims == [] and seen.waiting
+    assert await claim(other) == []
+    assert await owner.renew({id: held.lease}) == {id: "renewed"}
+
+    await expire(db, id)
+    taken: list[Claim] = []
+    while not taken:
+        taken = await claim(other)
+    assert [c.id for c in taken] == [id]
+    assert time.monotonic() - locked_last >= LEASE / 3
+
+
+async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
+    db: Connection, database: str, ledgers: Ledgers, settled_in: None
+) -> None:
+    """However long the application held it: a third of a lease after that it is taken, and so is another one at once that was never locked."""
+    id, free = await put(db, "s"), await put(db, "t")
+    other = ledgers()
+    assert len(await claim(ledgers())) == 2
+    await expire(db, id)
+    long = await asyncpg.connect(database)
+    try:
+        async with long.transaction():
+            await long.execute("select from session_recalls where id = $1 for update", id)
+            until = time.monotonic() + LEASE / 2
+            while time.monotonic() < until:
+                assert (await other.claim(3, take_expired=True)).waiting
+    finally:
+        await long.close()
+    await expire(db, free)
+    assert [c.id for c in await claim(other)] == [free]
+    taken: list[Claim] = []
+    while not taken:
+        taken = await claim(other)
+    assert [c.id for c in taken] == [id]
 
 
 async def test_a_settle_is_for_one_lease_only(db: Connection, ledgers: Ledgers, settled_in: None) -> None:

@@ -205,7 +205,15 @@ def crowd(server: str, template: str, half: int, statistics: str, due: int = 2 *
     with postgres.database(server, template) as dsn:
         filled(dsn, half, statistics, due)
         with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
-            values = {"slots": min(FEW, due), "lease": LEASE, "worker": WORKER, "take_expired": True, "fleet": None}
+            values = {
+                "slots": min(FEW, due),
+                "lease": LEASE,
+                "worker": WORKER,
+                "take_expired": True,
+                "fleet": None,
+                "in_hand": [],
+                "left": [],
+            }
             rows = conn.execute(statements.load("ledger")["claim"].encode(), values).fetchall()
         fields = [f.name for f in dataclasses.fields(Claim)]
         yield Table(dsn, [Claim(**{f: row[f] for f in fields}) for row in rows if row["id"] is not None])

@@ -10,10 +10,10 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping
-from uuid import UUID
 
 from ..ledger import Ledger, Outage, Refusal
 from .reach import Reach
+from .run import Run
 
 CHUNK = 2000
 LOCKED_PAUSE = 1.0
@@ -28,10 +28,10 @@ class Keeper:
         ledger: Ledger,
         lease: float,
         reach: Reach,
-        held: Callable[[], Mapping[str, UUID]],
-        let_go: Callable[[str, UUID, str], None],
+        held: Callable[[], Mapping[str, Run]],
+        let_go: Callable[[Run, str], None],
     ) -> None:
-        """`held()`: the leases in hand, id → lease. `let_go(id, lease, state)` is told of each that is no longer ours."""
+        """`held()`: the runs in hand by their recalls' ids. `let_go(run, state)` is told of each that is no longer ours."""
         self._ledger = ledger
         self._lease = lease
         self._reach = reach
@@ -56,15 +56,19 @@ class Keeper:
                 pass
             self._renew_now.clear()
             pause = self._lease / 3
-            leases = dict(self._held())
-            ids = list(leases)
+            runs = dict(self._held())
+            ids = list(runs)
             try:
                 for start in range(0, len(ids), CHUNK):
-                    chunk = {id: leases[id] for id in ids[start : start + CHUNK]}
-                    states = await self._ledger.renew(chunk)
+                    chunk = {id: runs[id] for id in ids[start : start + CHUNK]}
+                    asked_at = time.monotonic()
+                    states = await self._ledger.renew({id: run.claim.lease for id, run in chunk.items()})
                     self._reach.found()
                     if "locked" in states.values():
                         pause = min(LOCKED_PAUSE, pause / 4)
+                    for id, state in states.items():
+                        if state == "renewed":
+                            runs[id].held_until = asked_at + self._lease
                     self._part(chunk, states)
             except Outage as outage:
                 self._reach.lost(outage.reason)
@@ -78,17 +82,17 @@ class Keeper:
         while True:
             await self._rung.wait()
             self._rung.clear()
-            leases = dict(self._held())
-            if not leases:
+            runs = dict(self._held())
+            if not runs:
                 continue
             began = time.monotonic()
             try:
-                self._part(leases, await self._ledger.look(leases))
+                self._part(runs, await self._ledger.look({id: run.claim.lease for id, run in runs.items()}))
             except (Outage, Refusal):
                 continue  # The renewal says so, and looks itself.
             await asyncio.sleep(max(LOOK_PAUSE, 20 * (time.monotonic() - began)))
 
-    def _part(self, leases: Mapping[str, UUID], states: Mapping[str, str]) -> None:
+    def _part(self, runs: Mapping[str, Run], states: Mapping[str, str]) -> None:
         for id, state in states.items():
             if state not in ("renewed", "locked"):
-                self._let_go(id, leases[id], state)
+                self._let_go(runs[id], state)

@@ -26,12 +26,7 @@ class Reach:
 
     @property
     def may_take_expired(self) -> bool:
-        return time.monotonic() >= self._courteous_until
-
-    @property
-    def courtesy_left(self) -> float:
-        """Seconds until expired leases may be taken again."""
-        return max(0.0, self._courteous_until - time.monotonic())
+        return self._lost_at is None and time.monotonic() >= self._courteous_until
 
     def on_return(self, act: Callable[[], None]) -> None:
         """Have `act()` called when PostgreSQL answers again."""

@@ -12,6 +12,8 @@ from ..recall import Claim
 @dataclass(slots=True, eq=False)
 class Run:
     call: Call
+    held_until: float
+    """Monotonic instant up to which its lease is ours for certain: counted from when the claim or the last renewal was asked for."""
     task: asyncio.Task[None] | None = field(default=None)
     aborted: str | None = None
     """Why the call was broken off by us, if it was."""

@@ -159,7 +159,7 @@ class Worker:
         if slots <= 0:
             return min(most, changes_in) if allowed is not None else most
         try:
-            claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired)
+            claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
             self._reach.found()
             for id, reason in claimed.stranded:
                 self._events.tell("recall.stranded", recall=id, error=reason)
@@ -214,7 +214,7 @@ class Worker:
         placed = await self._place(placements) if placements else {}
         for claim in claimed.claims:
             call = Call(placed.get(claim.lease, claim), claimed.asked_at)
-            run = Run(call)
+            run = Run(call, claimed.asked_at + self._settings.lease)
             self._runs[claim.lease] = run
             self._idle.clear()
             self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
@@ -377,13 +377,17 @@ class Worker:
             self._idle.set()
         self._wake.set()
 
-    def _held(self) -> Mapping[str, UUID]:
-        return {run.claim.id: run.claim.lease for run in self._runs.values()}
+    def _held(self) -> Mapping[str, Run]:
+        return {run.claim.id: run for run in self._runs.values()}
 
-    def _let_go(self, id: str, lease: UUID, state: str) -> None:
-        run = self._runs.get(lease)
-        if run is not None and run.abort(state):
-            self._events.tell("recall.aborted", recall=id, session=run.claim.session_id, because=state)
+    def _in_doubt(self) -> list[str]:
+        """Recalls in hand whose leases may have ended: their renewal was refused, or is late."""
+        soon = time.monotonic() + self._settings.lease / 3
+        return [run.claim.id for run in self._runs.values() if run.held_until < soon]
+
+    def _let_go(self, run: Run, state: str) -> None:
+        if run.claim.lease in self._runs and run.abort(state):
+            self._events.tell("recall.aborted", recall=run.claim.id, session=run.claim.session_id, because=state)
 
     # --- stopping ------------------------------------------------------------------------------------------------
 

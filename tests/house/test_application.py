@@ -277,6 +277,32 @@ async def test_an_unknown_outcome_frees_the_slot(app: Application, db: Connectio
     assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted([(f"{older}:1", 2), (f"{newer}:1", 1)])
 
 
+async def test_an_unknown_run_that_is_found_on_frees_the_slot(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """The session is busy with the very run whose answer broke: that it is deferred now does not take the slot from what that run schedules."""
+    endpoint.script("s", reply(500), reply(409), reply())
+    daemon = await daemons.start(busy_delay=1)
+    older = await promise(app, "s")
+    await daemon.hears("recall.settled", recall=older, outcome="busy", status="pending")
+    newer = await app.schedule("s", "once", soon(0.1), "scheduled by the run that was found on")
+    await daemon.hears("recall.settled", recall=newer, status="fired")
+    await daemon.hears("recall.settled", recall=older, status="fired")
+    assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted([(f"{older}:1", 3), (f"{newer}:1", 1)])
+
+
+async def test_a_failed_run_that_waits_keeps_its_slot(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """A run that the API reports as failed is over: nobody schedules from inside it, busy though the session is when it is tried again."""
+    endpoint.script("s", reply(200, body={"status": "failed"}), reply(409))
+    daemon = await daemons.start(busy_delay=60)
+    id = await promise(app, "s")
+    await daemon.hears("recall.settled", recall=id, outcome="busy", status="pending")
+    with pytest.raises(AlreadyScheduled):
+        await app.schedule("s", "once", soon(5), "one too many")
+
+
 # --- replicas --------------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,11 @@ class Row:
         return self.recurring and self.cadence == "cron" and self.interval is None
 
     @property
+    def may_go_on(self) -> bool:
+        """Whether a run of it may still go on though nobody holds it: a call under its key ended as unknown."""
+        return self.last_outcome == "unknown" or self.attempt > self.rekey
+
+    @property
     def key(self) -> str:
         return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
 

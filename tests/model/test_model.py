@@ -171,7 +171,7 @@ class Lives(RuleBasedStateMachine):
             row.until = None if days is None else self.now + timedelta(days=days)
         row.grace, row.jitter = grace, jitter
         holder = next((r for r in self.rows.values() if r.session == session and r.status == "pending"), None)
-        if holder is not None and not holder.recurring and (holder.holder is not None or holder.last_outcome == "unknown"):
+        if holder is not None and not holder.recurring and (holder.holder is not None or holder.may_go_on):
             holder.status, holder = "running", None
         try:
             self.world.conn.execute(
@@ -300,7 +300,8 @@ class Lives(RuleBasedStateMachine):
     def claim(self, worker: str, slots: int) -> None:
         """A worker looks: it claims, calls what is to be called, and settles at once what is not."""
         ledger = self.world.ledgers[worker]
-        claimed = self.world.run(ledger.claim(slots, take_expired=True))
+        in_hand = [id for whose, id, _ in self.open if whose == worker]
+        claimed = self.world.run(ledger.claim(slots, take_expired=True, in_hand=in_hand))
         possible = self._possible(worker)
         chosen = [self.rows[c.id] for c in claimed.claims]
         assert {r.id for r in chosen} <= {r.id for r in possible}, "claimed what is not to be claimed"
@@ -372,8 +373,8 @@ class Lives(RuleBasedStateMachine):
             if any(not r.live and r.lease_until is not None and r.lease_until > self.now for r in others):
                 continue
             if row.holder is not None:
-                # Its own it leaves alone for a further lease.
-                if row.holder != worker or self.now - row.due_at > timedelta(seconds=model.LEASE):
+                # What it has in hand it doesn't take from itself.
+                if (worker, row.id) not in {(whose, id) for whose, id, _ in self.open}:
                     found.append(row)
                 continue
             if any(r.live and r.holder is not None for r in others):

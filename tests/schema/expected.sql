@@ -23,10 +23,11 @@ begin
     end if;
     new.planned_at := new.trigger_at;
     if new.status = 'pending' then
+        -- A failed run, which is over, counts an attempt and begins a new key; an unknown one counts an attempt and keeps the key.
         update session_recalls
         set status = 'running'
         where session_id = new.session_id and status = 'pending' and call_type <> 'recurring'
-            and (lease is not null or last_outcome = 'unknown');
+            and (lease is not null or last_outcome = 'unknown' or attempt > rekey);
     end if;
     return new;
 end

@@ -1,0 +1,59 @@
+"""Whether expired leases may be taken: never while PostgreSQL is lost, nor for a third of a lease after it answers again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from recall_worker.events import Events
+from recall_worker.worker.reach import Reach
+
+LEASE = 60.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock, in its only element."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_nothing_is_taken_while_postgresql_is_lost(clock: list[float]) -> None:
+    """A claim that is asked for in an outage may be the first thing that PostgreSQL answers: before living owners could renew."""
+    seen = Reach(Events(worker="w"), LEASE)
+    assert seen.may_take_expired
+    seen.lost("connection refused")
+    clock[0] += 10 * LEASE
+    assert not seen.may_take_expired
+    seen.found()
+    assert not seen.may_take_expired
+    clock[0] += LEASE / 3 - 0.001
+    assert not seen.may_take_expired
+    clock[0] += 0.001
+    assert seen.may_take_expired
+
+
+def test_a_process_that_stood_still_is_courteous_too(clock: list[float]) -> None:
+    seen = Reach(Events(worker="w"), LEASE)
+    seen.woke(LEASE / 3)
+    assert seen.may_take_expired
+    seen.woke(LEASE / 3 + 0.001)
+    assert not seen.may_take_expired
+    clock[0] += LEASE / 3
+    assert seen.may_take_expired
+
+
+def test_what_waits_for_the_return_is_told_once(clock: list[float]) -> None:
+    seen = Reach(Events(worker="w"), LEASE)
+    returns: list[float] = []
+    seen.on_return(lambda: returns.append(clock[0]))
+    seen.found()
+    assert returns == []
+    seen.lost("reset")
+    seen.lost("reset again")
+    clock[0] += 5
+    seen.found()
+    seen.found()
+    assert returns == [1005.0]
