@@ -485,7 +485,7 @@ with due as materialized (
 )
 select count(*) as overdue,
     -- A century stands for dates without a beginning.
-    coalesce(extract(epoch from now() - greatest(min(d.due_at), now() - interval '100 years')), 0)::float8 as oldest
+    coalesce(extract(epoch from now() - min(greatest(d.due_at, now() - interval '100 years'))), 0)::float8 as oldest
 from due d
 where not exists (
     select from session_recalls o

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -65,13 +65,11 @@ class Ids(IdGenerator):
 
 class Traces:
     def __init__(self, worker: str) -> None:
-        ours = {"service.version": version("recall-worker"), "service.instance.id": worker}
-        resource = Resource({"service.name": "recall-worker", **ours})
-        given = Resource.create()
-        if str(given.attributes["service.name"]).startswith("unknown_service"):
-            given = Resource({k: v for k, v in given.attributes.items() if k != "service.name"})
+        ours = {"service.name": "recall-worker", "service.version": version("recall-worker"), "service.instance.id": worker}
+        # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES wins.
+        resource = Resource.create().merge(Resource(ours)).merge(OTELResourceDetector().detect())
         self._ids = Ids()
-        self._provider = TracerProvider(resource=resource.merge(given), id_generator=self._ids, shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("recall_worker", version("recall-worker"))
 

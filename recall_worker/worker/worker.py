@@ -12,9 +12,10 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 from uuid import UUID
 
 from .. import judge as judging
@@ -39,6 +40,8 @@ ENDED = (*FINAL, "deleted")
 LET_GO = (*ENDED, "lost")
 SETTLE_PATIENCE = 10.0
 """Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +124,21 @@ class Worker:
 
     async def schema(self) -> tuple[int, int]:
         """The schema's version and the oldest code that can work with it. Raises Outage, Refusal."""
-        return await self._ledger.schema()
+        return await self._heard(self._ledger.schema())
 
     async def backlog(self) -> Backlog:
         """What is due in the table and in nobody's hand. Raises Outage, Refusal."""
-        return await self._ledger.backlog()
+        return await self._heard(self._ledger.backlog())
+
+    async def _heard(self, answer: Awaitable[T]) -> T:
+        """An answer for somebody outside; whether there is one is for all to know."""
+        try:
+            heard = await answer
+        except Outage as outage:
+            self._reach.lost(outage.reason)
+            raise
+        self._reach.found()
+        return heard
 
     async def run(self) -> None:
         """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back."""
