@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 LOUDNESS = {
+    "ops.listening": "info",
     "worker.started": "info",
     "worker.ready": "info",
     "worker.draining": "info",
@@ -29,6 +30,8 @@ LOUDNESS = {
     "database.lost": "warning",
     "database.found": "info",
     "schema.refused": "error",
+    "claim.answered": "debug",
+    "batch.settled": "debug",
     "recall.claimed": "debug",
     "recall.placed": "info",
     "recall.settled": "info",

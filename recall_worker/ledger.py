@@ -73,6 +73,8 @@ REASON_MOST = 500
 """Characters of a reason that are kept."""
 ASIDE = 60.0
 """Seconds for which a row that PostgreSQL won't let us claim is passed over."""
+BACKLOG_MOST = 10_000
+"""Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 _NONE_ASIDE = "r.id <> all ('{}')"
 
 _CLAIM_FIELDS = tuple(f.name for f in dataclasses.fields(Claim))
@@ -138,6 +140,14 @@ class Probe:
     """Whether somebody found the endpoint answering since our breaker opened."""
     next_in: float | None
     """Seconds until the next probe may be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    overdue: int
+    """Recalls that are due and in nobody's hand; BACKLOG_MOST where there are more."""
+    oldest: float
+    """Seconds for which the oldest of them has been due; 0 where there is none."""
 
 
 def connection_info(dsn: str, name: str) -> dict[str, Any]:
@@ -317,7 +327,7 @@ class Ledger:
     async def schema(self) -> tuple[int, int]:
         """The schema's version and the oldest code that can work with it; (0, 0) where there is none."""
         try:
-            row = (await self._claims.ask(self._sql["schema"], {}))[0]
+            row = (await self._renewals.ask(self._sql["schema"], {}))[0]
         except Refusal as refusal:
             if refusal.sqlstate == errors.UndefinedTable.sqlstate:
                 return 0, 0
@@ -519,6 +529,11 @@ class Ledger:
     async def ring(self, channel: str) -> None:
         """Notify a channel: a bell that is not sure of being rung asks for it, as only another connection can tell."""
         await self._renewals.ask(self._sql["ring"], {"channel": channel})
+
+    async def backlog(self) -> Backlog:
+        """How much is due and in nobody's hand, and for how long: for those who watch."""
+        row = (await self._renewals.ask(self._sql["backlog"], {"most": BACKLOG_MOST}))[0]
+        return Backlog(row["overdue"], row["oldest"])
 
     async def leave(self) -> None:
         """Say goodbye, and ring for what was put back."""

@@ -67,6 +67,9 @@ class Settings:
     fleet_concurrency: int | None = _setting(None, "runs at once in all workers together; off where unset", least=1, most=100_000)
     poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
     drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
+    ops_listen: str | None = _setting(
+        None, "`port` or `host:port` of /livez, /readyz and /metrics, which ask nobody who they are; off where unset"
+    )
     log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))
     log_format: str = _setting("auto", "log format: " + ", ".join(FORMATS) + " (auto: console on a terminal, else json)")
 
@@ -74,6 +77,12 @@ class Settings:
     def session_windows(self) -> list[tuple[float, int]]:
         """`session_limit` as windows: (seconds, most runs)."""
         return [(_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")]
+
+    @property
+    def ops_address(self) -> tuple[str, int] | None:
+        """`ops_listen` as host and port; 127.0.0.1 where only a port is given."""
+        found = _ADDRESS.fullmatch(self.ops_listen or "")
+        return None if found is None else (found["six"] or found["host"] or "127.0.0.1", int(found["port"]))
 
     def shown(self) -> dict[str, Any]:
         """The settings for people: secrets as `set` or null."""
@@ -85,6 +94,7 @@ class Settings:
 
 _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
+_ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
 _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 
@@ -199,6 +209,9 @@ def _contradictions(s: Settings) -> list[str]:
         problems.append("RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII")
     if s.session_limit is not None and not _LIMITS.fullmatch(s.session_limit):
         problems.append(f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d")
+    if s.ops_listen is not None and (s.ops_address is None or s.ops_address[1] > 65535):
+        said = "give host:port, such as 127.0.0.1:9464 or [::1]:9464 (0.0.0.0:9464 for every address), or a port alone"
+        problems.append(f"RECALL_OPS_LISTEN is {s.ops_listen!r}: {said}")
     for secret in [one for one in (s.signing_secret or "").split() if one.startswith("whsec_")]:
         try:
             base64.b64decode(secret.removeprefix("whsec_"), validate=True)

@@ -483,6 +483,26 @@ select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.
 from state s
 left join written w on w.id = s.id and s.state = 'settled';
 
+-- name: backlog
+-- How much is due and in nobody's hand, and for how long: for those who watch. Counted to a bound, oldest first, so that it costs the same
+-- at any size. What waits for its own session's run does not count: no worker could do anything about that.
+with due as materialized (
+    select r.id, r.session_id, coalesce(r.lease_until, r.trigger_at) as due_at
+    from session_recalls r
+    where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+    order by coalesce(r.lease_until, r.trigger_at)
+    limit %(most)s
+)
+select count(*) as overdue,
+    -- A century stands for dates without a beginning.
+    coalesce(extract(epoch from now() - min(greatest(d.due_at, now() - interval '100 years'))), 0)::float8 as oldest
+from due d
+where not exists (
+    select from session_recalls o
+    where o.session_id = d.session_id and o.lease is not null and o.status in ('pending', 'running') and o.id <> d.id
+        and o.lease_until > now()
+);
+
 -- name: beat
 -- That this worker is about, for people to read. Whoever died without a word is forgotten after a day.
 with forgotten as (

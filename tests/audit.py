@@ -1,7 +1,7 @@
 """`python -m tests.audit`: are there known vulnerabilities in what is installed with recall-worker?
 
-Asks pip-audit about the exact versions that are installed here of all that recall-worker needs to run (the extra `embedded` included, the
-tools of development not): PyPI's own list first, OSV's for what that does not answer. One that is found fails. A list that can't be had
+Asks pip-audit about the exact versions that are installed here of all that recall-worker needs to run (the extras `embedded` and `otel` included,
+the tools of development not): PyPI's own list first, OSV's for what that does not answer. One that is found fails. A list that can't be had
 fails nothing, as that is the network's doing, but it is said loudly: pip-audit itself calls what it could not look up "no known vulnerabilities".
 """
 
@@ -36,7 +36,7 @@ class Audit:
     """Those that no list could be asked about."""
 
 
-def installed(name: str = "recall-worker", extras: frozenset[str] = frozenset({"embedded"})) -> dict[str, str]:
+def installed(name: str = "recall-worker", extras: frozenset[str] = frozenset({"embedded", "otel"})) -> dict[str, str]:
     """The versions of all that a package needs to run, as installed here; without itself."""
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()

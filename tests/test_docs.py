@@ -14,7 +14,10 @@ from psycopg_pool import AsyncConnectionPool
 from typer.main import get_command
 
 from recall_worker.cli.app import app
+from recall_worker.cli.metrics import Metrics
+from recall_worker.ledger import Backlog
 from recall_worker.settings import Settings, variable
+from recall_worker.worker.worker import Vitals
 
 from .application import Application
 from .conftest import Connection
@@ -27,6 +30,7 @@ APPLICATION = ROOT / "docs" / "application.md"
 README = ROOT / "README.md"
 CADENCE = ROOT / "docs" / "cadence.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+MONITORING = ROOT / "docs" / "monitoring.md"
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
 
@@ -37,6 +41,26 @@ def settings_table() -> str:
         bounds = ", ".join(f"{word} {f.metadata[word]:g}" for word in ("least", "most") if f.metadata[word] is not None)
         says = f.metadata["says"] + (f" ({bounds})" if bounds else "") + ("; secret" if f.metadata["secret"] else "")
         lines.append(f"| `{variable(f.name)}` | {default} | {says} |")
+    return "\n".join(lines) + "\n"
+
+
+def metrics_table() -> str:
+    """What a page of /metrics carries, with the labels' values as they are known from the start."""
+    metrics = Metrics(lambda: Vitals(3, 0, "closed", "listening", database_is_lost=False, is_draining=False))
+    metrics.backlog = Backlog(0, 0.0)
+    lines = ["| metric | type | labels | what it is |", "| --- | --- | --- | --- |"]
+    for family in metrics.registry.collect():
+        if not family.name.startswith("recall_worker_"):
+            continue
+        labels: dict[str, list[str]] = {}
+        for sample in family.samples:
+            for name, value in sample.labels.items():
+                if name != "le" and value not in labels.setdefault(name, []):
+                    labels[name].append(value)
+        told = "; ".join(f"`{name}`" + (f": {', '.join(v)}" if family.type != "info" else "") for name, v in labels.items())
+        name = {"counter": f"{family.name}_total", "info": f"{family.name}_info"}.get(family.type, family.name)
+        kind = "gauge, always 1" if family.type == "info" else family.type
+        lines.append(f"| `{name}` | {kind} | {told} | {family.documentation} |")
     return "\n".join(lines) + "\n"
 
 
@@ -73,6 +97,11 @@ def test_the_operations_documented_are_those_shown() -> None:
 def test_the_settings_documented_are_those_there_are() -> None:
     """docs/configuration.md carries the table that the settings themselves give."""
     assert CONFIGURATION.read_text(encoding="utf-8").endswith(MARK + settings_table())
+
+
+def test_the_metrics_documented_are_those_exported() -> None:
+    """docs/monitoring.md carries the table of what /metrics shows."""
+    assert MONITORING.read_text(encoding="utf-8").endswith(MARK + metrics_table())
 
 
 def test_every_command_of_the_readme_exists() -> None:
@@ -177,6 +206,7 @@ def test_the_examples_are_well_typed(tmp_path: Path) -> None:
 if __name__ == "__main__":
     for path, mark, generated in (
         (CONFIGURATION, MARK, settings_table()),
+        (MONITORING, MARK, metrics_table()),
         (OPERATIONS, OPERATIONS_MARK, operations_tables()),
     ):
         text = path.read_text(encoding="utf-8")

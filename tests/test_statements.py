@@ -155,6 +155,8 @@ class Table:
                     await ledger.place([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
                 case "renew":
                     await ledger.renew(leases)
+                case "backlog":
+                    await ledger.backlog()
                 case "look":
                     await ledger.look(leases)
                 case "settle":
@@ -227,7 +229,7 @@ def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Itera
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
-@pytest.mark.parametrize("name", ["claim", "place", "renew", "look", "settle"])
+@pytest.mark.parametrize("name", ["claim", "place", "renew", "look", "settle", "backlog"])
 async def test_only_indexes_are_used(name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read through, nothing large is sorted."""
     plan = crowded.plan(*await crowded.asked(name, monkeypatch), mode)
@@ -249,6 +251,17 @@ async def test_a_claim_costs_the_same_at_any_size(due: int, server: str, templat
     for few, many in cost.values():
         assert max(few, many) <= (80 * FEW if due else 30)
         assert many <= 1.5 * few + 10
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+async def test_a_backlog_is_counted_to_a_bound(mode: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything overdue, what monitoring asks touches no more rows than it may count, and finds the oldest among them."""
+    monkeypatch.setattr(ledger_module, "BACKLOG_MOST", 1000)
+    with crowd(server, template, 500, "fresh", due=20_000) as table:
+        plan = table.plan(*await table.asked("backlog", monkeypatch), mode)
+    assert max(n["Actual Rows"] * n["Actual Loops"] for n in nodes(plan)) <= 1000
+    assert not [n for n in nodes(plan) if n["Node Type"] in ("Seq Scan", "Sort")]
+    assert buffers(plan) <= 5000
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])

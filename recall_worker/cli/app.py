@@ -69,6 +69,10 @@ def run(
     drain_timeout: Annotated[
         str | None, typer.Option(help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S")
     ] = None,
+    ops_listen: Annotated[
+        str | None,
+        typer.Option(help="[HOST:]PORT of /livez, /readyz, /metrics (else RECALL_OPS_LISTEN, off).", metavar="ADDRESS"),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL")
     ] = None,
@@ -87,7 +91,7 @@ def run(
 
     flags = {
         "dsn": dsn, "listen_dsn": listen_dsn, "run_url": run_url, "ca_file": ca_file, "protocol": protocol, "concurrency": concurrency,
-        "lease": lease, "drain_timeout": drain_timeout, "log_level": log_level, "log_format": log_format,
+        "lease": lease, "drain_timeout": drain_timeout, "ops_listen": ops_listen, "log_level": log_level, "log_format": log_format,
     }  # fmt: skip
     run(flags, embedded=embedded, data=data)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import events, settings
 from .talk import UNREACHABLE, Trouble, tell, warn_of_password
+
+if TYPE_CHECKING:
+    from ..worker.worker import Worker
 
 
 def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
@@ -35,9 +40,29 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         # What was imported stays: not walking through it again keeps the collector's pauses out of the lag.
         gc.freeze()
         try:
-            asyncio.run(serve(chosen))
+            asyncio.run(serve(chosen, functools.partial(_watched, chosen)))
         except SchemaRefused as refused:
             raise Trouble(str(refused), refused.hint) from None
+
+
+@contextlib.asynccontextmanager
+async def _watched(chosen: settings.Settings, worker: Worker, told: events.Events) -> AsyncIterator[None]:
+    """What is switched on for those who watch the worker: pages and metrics, traces. What is off is not imported."""
+    async with contextlib.AsyncExitStack() as stack:
+        if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+            try:
+                from .traces import traced
+            except ImportError:
+                tell(
+                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that is not installed: recall-worker[otel]."
+                )
+            else:
+                await stack.enter_async_context(traced(worker, told))
+        if chosen.ops_address is not None:
+            from .ops import pages
+
+            await stack.enter_async_context(pages(worker, told, *chosen.ops_address))
+        yield
 
 
 @contextlib.contextmanager

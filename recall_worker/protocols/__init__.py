@@ -10,11 +10,17 @@ what their servers can and cannot do.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from typing import Protocol as Interface
 
 from ..recall import Claim, Outcome
 from ..settings import Settings
+
+
+def traceparent() -> str:
+    """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found by it."""
+    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
 
 
 @dataclass(slots=True)
@@ -26,6 +32,8 @@ class Call:
     """Monotonic instant at which the claim was asked for: what passes from there adds to the claim's lag and lateness."""
     sent_at: float | None = None
     """Monotonic instant from which on bytes of the request may have reached the server; None: nothing was sent."""
+    traceparent: str = field(default_factory=traceparent)
+    """The header of that name; the log has it, too, and so have traces where they are switched on."""
 
 
 class Protocol(Interface):

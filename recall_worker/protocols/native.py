@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -113,7 +112,7 @@ async def post(
             "Idempotency-Key": key,
             "Recall-Attempt": str(claim.attempt),
             "Recall-Lateness": f"{lateness:.6f}",
-            "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            "traceparent": call.traceparent,
         }
         if secret is not None:
             timestamp = int(time.time())

@@ -12,6 +12,8 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from uuid import uuid4
 
 from ..events import Events
@@ -38,8 +40,11 @@ def name_worker() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:4]}"
 
 
-async def serve(settings: Settings) -> None:
-    """Be a worker until stopped by a signal.
+Beside = Callable[[Worker, Events], AbstractAsyncContextManager[None]]
+
+
+async def serve(settings: Settings, beside: Beside | None = None) -> None:
+    """Be a worker until stopped by a signal. `beside(worker, events)` is entered before it works and left when it has ended.
 
     Raises SchemaRefused where the schema is not for this code, ExceptionGroup where a defect ended a loop.
     """
@@ -47,25 +52,28 @@ async def serve(settings: Settings) -> None:
     events = Events(worker=name)
     _raise_open_files()
     protocol = create(settings)
-    try:
-        worker = Worker(settings, protocol, events, name)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _stop, worker)
-        await _check_schema(settings, name)
-    except BaseException as error:
-        await protocol.close()
-        if isinstance(error, SchemaRefused):
-            events.tell("schema.refused", reason=str(error), hint=error.hint)
-        raise
-    work = asyncio.create_task(worker.run())
-    events.tell("worker.ready")
-    notify("READY=1")
-    feeding = asyncio.create_task(_feed(worker))
-    try:
-        await work
-    finally:
-        feeding.cancel()
+    async with AsyncExitStack() as around:
+        try:
+            worker = Worker(settings, protocol, events, name)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, _stop, worker)
+            await _check_schema(settings, name)
+            if beside is not None:
+                await around.enter_async_context(beside(worker, events))
+        except BaseException as error:
+            await protocol.close()
+            if isinstance(error, SchemaRefused):
+                events.tell("schema.refused", reason=str(error), hint=error.hint)
+            raise
+        work = asyncio.create_task(worker.run())
+        events.tell("worker.ready")
+        notify("READY=1")
+        feeding = asyncio.create_task(_feed(worker))
+        try:
+            await work
+        finally:
+            feeding.cancel()
 
 
 def notify(state: str) -> None:
@@ -87,11 +95,16 @@ def _stop(worker: Worker) -> None:
     worker.stop()
 
 
+def standing_still(worker: Worker) -> bool:
+    """Whether the claim loop has not turned for longer than it ever should."""
+    return time.monotonic() - worker.turned_at >= STANDSTILL
+
+
 async def _feed(worker: Worker) -> None:
     every = float(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 3
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     while every > 0 and mine:
-        if time.monotonic() - worker.turned_at < STANDSTILL:
+        if not standing_still(worker):
             notify("WATCHDOG=1")
         await asyncio.sleep(every)
 
@@ -102,21 +115,28 @@ async def _check_schema(settings: Settings, name: str) -> None:
     ledger = Ledger(settings.dsn, name, settings.lease)
     try:
         async with asyncio.timeout(5):
-            version, oldest_code = await ledger.schema()
+            unfit = misfit(*await ledger.schema())
     except (Outage, TimeoutError):
         return
     finally:
         await ledger.close()
+    if unfit is not None:
+        raise unfit
+
+
+def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
+    """Why a schema of this version, which works with code from `oldest_code` on, and this code can't work together; None where they can."""
     needed = generation()
     if version == 0:
-        raise SchemaRefused("the database has no recall-worker schema yet", "recall-worker migrate")
+        return SchemaRefused("the database has no recall-worker schema yet", "recall-worker migrate")
     if oldest_code > needed:
-        raise SchemaRefused(
+        return SchemaRefused(
             f"the schema is at version {version} and works with code from generation {oldest_code} on; this is {needed}",
             "upgrade recall-worker on this host",
         )
     if version < needed:
-        raise SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
+        return SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
+    return None
 
 
 def _raise_open_files() -> None:

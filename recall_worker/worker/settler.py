@@ -18,11 +18,15 @@ from ..events import Events
 from ..judge import Dice, Policy, judge
 from ..ledger import Ledger, Outage
 from ..recall import (
+    Capped,
     Ended,
     Ending,
     LeaseLost,
     Locked,
+    Malformed,
+    Misfired,
     Moved,
+    Over,
     Settled,
     Settlement,
     Stranded,
@@ -36,6 +40,7 @@ from .reach import Reach
 from .run import Run
 
 BATCH_MOST = 500
+NEVER_CALLED = Unsent | Capped | Misfired | Over | Malformed
 LOCKED_FIRST = 0.05
 LOCKED_MOST = 1.0
 OUTAGE_PAUSE = (0.1, 0.5)
@@ -74,6 +79,7 @@ class Settler:
             while self._waiting:
                 batch, self._waiting = self._waiting[:BATCH_MOST], self._waiting[BATCH_MOST:]
                 judged = [(ending, judge(ending, self._policy, self._dice)) for _, ending, _ in batch]
+                began = time.monotonic()
                 try:
                     answers = await self._ledger.settle(judged)
                 except Outage as outage:
@@ -82,6 +88,7 @@ class Settler:
                     await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
                     continue
                 self._reach.found()
+                self._events.tell("batch.settled", endings=len(batch), took_ms=round((time.monotonic() - began) * 1000, 1))
                 for (run, ending, pause), (_, verdict), answer in zip(batch, judged, answers, strict=True):
                     self._conclude(run, ending, verdict, answer, pause)
 
@@ -97,13 +104,13 @@ class Settler:
                 insisting.add_done_callback(self._insisting.discard)
                 return
             case Settled(status):
-                self._tell("recall.settled", ending, verdict=type(verdict).__name__.lower(), status=status)
+                self._tell("recall.settled", run, ending, verdict=type(verdict).__name__.lower(), status=status)
             case Ended(status):
-                self._tell("recall.ended", ending, status=status)
+                self._tell("recall.ended", run, ending, status=status)
             case LeaseLost():
-                self._tell("lease.lost", ending)
+                self._tell("lease.lost", run, ending)
             case Stranded(reason):
-                self._tell("recall.stranded", ending, error=reason)
+                self._tell("recall.stranded", run, ending, error=reason)
             case never:
                 assert_never(never)
         self._free(run)
@@ -126,7 +133,7 @@ class Settler:
         self._waiting.append((run, ending, pause))
         self._some.set()
 
-    def _tell(self, event: str, ending: Ending, **more: object) -> None:
+    def _tell(self, event: str, run: Run, ending: Ending, **more: object) -> None:
         claim, outcome, called = ending.claim, ending.outcome, ending.called_after
         facts: dict[str, object] = {
             "recall": claim.id,
@@ -136,14 +143,20 @@ class Settler:
             "outcome": None if isinstance(outcome, Unsent) else name_of(outcome),
             **more,
         }
+        now = time.monotonic()
         if called is not None:
+            # Of the occurrence's calls the first one is what its owner waited for.
+            facts["first"] = claim.begun_age is None
             facts["lag_ms"] = round((claim.lag + called) * 1000, 1)
             facts["lateness_ms"] = round((claim.lateness + called) * 1000, 1)
             facts["duration_ms"] = round((ending.ended_after - called) * 1000, 1)
-            facts["settled_ms"] = round((time.monotonic() - ending.ended_at) * 1000, 1)
+        facts["settled_ms"] = round((now - ending.ended_at) * 1000, 1)
+        facts["held_ms"] = round((now - ending.ended_at + ending.ended_after) * 1000, 1)
         status, reason = http_status_of(outcome), reason_of(outcome)
         if status is not None:
             facts["http_status"] = status
         if reason is not None:
             facts["reason"] = reason[:300]
+        if not isinstance(outcome, NEVER_CALLED):
+            facts["traceparent"] = run.call.traceparent
         self._events.tell(event, **facts)

@@ -12,15 +12,17 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 from uuid import UUID
 
 from .. import judge as judging
 from ..bell import Bell
 from ..events import Events
-from ..ledger import Claimed, Ledger, Outage, Refusal
-from ..protocols import Call, Protocol, hushed
+from ..ledger import Backlog, Claimed, Ledger, Outage, Refusal
+from ..protocols import Call, Protocol, hushed, traceparent
 from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
 from ..settings import Settings
 from .breaker import Breaker
@@ -38,6 +40,22 @@ ENDED = (*FINAL, "deleted")
 LET_GO = (*ENDED, "lost")
 SETTLE_PATIENCE = 10.0
 """Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """How a worker is, as it knows itself."""
+
+    slots: int
+    slots_in_use: int
+    breaker: str
+    """open or closed"""
+    bell: str
+    """listening, lost or unheard"""
+    database_is_lost: bool
+    is_draining: bool
 
 
 class Worker:
@@ -70,6 +88,8 @@ class Worker:
         self._floor = FLOOR_FIRST
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
+        self.traceparent: Callable[[], str] = traceparent
+        """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         self._reach.on_return(self._wake.set)
         self._reach.on_return(self._bell.doubt)
         events.listen(lambda event, _: self._beat_now.set() if event.startswith("bell.") else None)
@@ -90,6 +110,35 @@ class Worker:
     @property
     def bell_is_listening(self) -> bool:
         return self._bell.listening
+
+    @property
+    def vitals(self) -> Vitals:
+        return Vitals(
+            slots=self._settings.concurrency,
+            slots_in_use=len(self._runs),
+            breaker=self._breaker.state,
+            bell=self._bell.state,
+            database_is_lost=self._reach.is_lost,
+            is_draining=self._stop.is_set(),
+        )
+
+    async def schema(self) -> tuple[int, int]:
+        """The schema's version and the oldest code that can work with it. Raises Outage, Refusal."""
+        return await self._heard(self._ledger.schema())
+
+    async def backlog(self) -> Backlog:
+        """What is due in the table and in nobody's hand. Raises Outage, Refusal."""
+        return await self._heard(self._ledger.backlog())
+
+    async def _heard(self, answer: Awaitable[T]) -> T:
+        """An answer for somebody outside; whether there is one is for all to know."""
+        try:
+            heard = await answer
+        except Outage as outage:
+            self._reach.lost(outage.reason)
+            raise
+        self._reach.found()
+        return heard
 
     async def run(self) -> None:
         """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back."""
@@ -161,6 +210,8 @@ class Worker:
         try:
             claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
             self._reach.found()
+            took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
+            self._events.tell("claim.answered", recalls=len(claimed.claims), waiting=claimed.waiting, took_ms=took)
             for id, reason in claimed.stranded:
                 self._events.tell("recall.stranded", recall=id, error=reason)
             await self._start(claimed, probing=allowed is not None)
@@ -213,7 +264,7 @@ class Worker:
         to_place = {claim.lease for claim, _ in placements}
         placed = await self._place(placements) if placements else {}
         for claim in claimed.claims:
-            call = Call(placed.get(claim.lease, claim), claimed.asked_at)
+            call = Call(placed.get(claim.lease, claim), claimed.asked_at, traceparent=self.traceparent())
             run = Run(call, claimed.asked_at + self._settings.lease)
             self._runs[claim.lease] = run
             self._idle.clear()
@@ -422,7 +473,8 @@ class Worker:
         while True:
             self._beat_now.clear()
             try:
-                now = {"running": len(self._runs), "breaker": self._breaker.state, "bell": self._bell.state}
+                vitals = self.vitals
+                now = {"running": vitals.slots_in_use, "breaker": vitals.breaker, "bell": vitals.bell}
                 await self._ledger.beat(facts | now, self._settings.shown())
                 pause = BEAT_EVERY
             except (Outage, Refusal):

@@ -1,0 +1,199 @@
+"""What /metrics says: counted from the events that the log is written from, and read off the worker when somebody asks.
+
+Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or sessions. A series that can be named beforehand
+is there from the start, at zero, as a rate can't be told from a first appearance. Names and units after Prometheus's own rules.
+
+Never here: HTTP (ops), questions to PostgreSQL (ops brings the answer).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from ..ledger import Backlog
+from ..recall import FINAL, Outcome, Unsent
+from ..statements import generation
+from ..worker.worker import ENDED, Vitals
+
+WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+RUNS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+TRIPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15)
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+OUTCOMES = tuple(kind.__name__.lower() for kind in get_args(Outcome) if kind is not Unsent)
+VERDICTS = (
+    *(("finish", status) for status in FINAL),
+    *((verdict, "pending") for verdict in ("next", "retry", "defer", "release")),
+)
+BECAUSE = (*ENDED, "lost")
+BELLS = ("listening", "lost", "unheard")
+
+
+class Metrics:
+    """Hears events; `page()` is what a scrape gets."""
+
+    def __init__(self, vitals: Callable[[], Vitals]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # Series that nobody asks for, one for each counter.
+        self.registry = CollectorRegistry()
+        self.backlog: Backlog | None = None
+        """What was last seen due; None where that is not known."""
+        self._vitals = vitals
+        self._lag = self._histogram(
+            "lag_seconds", "From due to the request: what the worker answers for. Told when the run is settled.", WAITS
+        )
+        self._lateness = self._histogram(
+            "lateness_seconds", "From an occurrence's nominal time to its first request: what its owner feels. Told when the run is settled.", WAITS
+        )  # fmt: skip
+        self._run = self._histogram("run_duration_seconds", "From the request to the end of the run.", RUNS)
+        self._claim = self._histogram("claim_duration_seconds", "Round trips that claim.", TRIPS)
+        self._settle = self._histogram("settle_duration_seconds", "Round trips that settle, a batch each.", TRIPS)
+        self._batch = self._histogram("settle_batch_size", "Endings settled by one round trip.", SIZES)
+        self._outcomes = self._counter("outcomes", "How calls ended.", ["outcome"], [(o,) for o in OUTCOMES])
+        self._settles = self._counter(
+            "settles", "Verdicts written, and the status that the recall has now.", ["verdict", "status"], VERDICTS
+        )
+        self._claims = self._counter(
+            "claims", "Looks at the table for what is due, by what was found.", ["found"], [("recalls",), ("nothing",)]
+        )
+        self._claimed = self._counter("recalls_claimed", "Recalls taken under a lease.")
+        self._ended = self._counter(
+            "recalls_ended", "Runs whose recall the application had ended, or deleted, before they were settled.", ["status"],
+            [(status,) for status in ENDED],
+        )  # fmt: skip
+        self._aborted = self._counter(
+            "recalls_aborted", "Calls broken off, as the recall was ended by others or its lease lost.", ["because"],
+            [(because,) for because in BECAUSE],
+        )  # fmt: skip
+        self._stranded = self._counter("recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled.")
+        self._lost = self._counter("leases_lost", "Runs that could not be settled, as their lease had gone to another worker.")
+        self._taken = self._counter("leases_taken", "Expired leases of other workers that were taken up.")
+        self._opened = self._counter("breaker_opened", "Times that the breaker opened.")
+        self._probed = self._counter("breaker_probes_failed", "Probes of the endpoint that found it still in trouble.")
+        self._bell_lost = self._counter("bell_lost", "Times that the bell lost its connection.")
+        self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
+        self._stumbles = self._counter(
+            "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"], [("claim",), ("call",), ("accept",)]
+        )
+        build = Info(
+            "recall_worker_build", "Version, Python, and the schema that this code was made for.", registry=self.registry
+        )
+        build.info({"version": version("recall-worker"), "python": platform.python_version(), "schema": str(generation())})
+        self.registry.register(_Now(self))
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """The page in the format that this `Accept` header prefers, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+        """Count an event."""
+        match event:
+            case "claim.answered":
+                self._claims.labels("recalls" if facts["recalls"] else "nothing").inc()
+                self._claim.observe(facts["took_ms"] / 1000)
+            case "batch.settled":
+                self._batch.observe(facts["endings"])
+                self._settle.observe(facts["took_ms"] / 1000)
+            case "recall.claimed":
+                self._claimed.inc()
+            case "recall.settled":
+                self._settles.labels(facts["verdict"], facts["status"]).inc()
+                self._call(facts)
+            case "recall.ended":
+                self._ended.labels(facts["status"]).inc()
+                self._call(facts)
+            case "lease.lost":
+                self._lost.inc()
+                self._call(facts)
+            case "recall.stranded":
+                self._stranded.inc()
+                self._call(facts)
+            case "recall.aborted":
+                self._aborted.labels(facts["because"]).inc()
+            case "lease.taken":
+                self._taken.inc()
+            case "breaker.opened":
+                self._opened.inc()
+            case "breaker.probed":
+                self._probed.inc()
+            case "bell.lost":
+                self._bell_lost.inc()
+            case "database.lost":
+                self._database_lost.inc()
+            case "worker.stumbled":
+                self._stumbles.labels(facts["doing"]).inc()
+            case _:
+                pass  # Told by what the worker is, or only to people.
+
+    def now(self) -> Iterator[Metric]:
+        """What is read off the worker at this moment."""
+        vitals = self._vitals()
+        yield self._gauge("slots", "Runs that this worker may have at once.", vitals.slots)
+        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they are settled.", vitals.slots_in_use)
+        yield self._gauge(
+            "breaker_open",
+            "1 while the breaker is open: the endpoint is in trouble, only probes go out.",
+            vitals.breaker == "open",
+        )
+        yield self._gauge("database_up", "0 while PostgreSQL does not answer.", not vitals.database_is_lost)
+        yield self._gauge("draining", "1 from the first signal on: nothing more is claimed.", vitals.is_draining)
+        bell = GaugeMetricFamily("recall_worker_bell_state", "1 for what the bell does now.", labels=["state"])
+        for state in BELLS:
+            bell.add_metric([state], vitals.bell == state)
+        yield bell
+        if self.backlog is not None:
+            yield self._gauge(
+                "recalls_overdue",
+                "Recalls in the table that are due and in nobody's hand, at most 10000; absent while PostgreSQL does not answer.",
+                self.backlog.overdue,
+            )
+            yield self._gauge("oldest_due_seconds", "For how long the oldest of them has been due.", self.backlog.oldest)
+
+    def _call(self, facts: Mapping[str, Any]) -> None:
+        if facts.get("outcome") is not None:
+            self._outcomes.labels(facts["outcome"]).inc()
+        if "lag_ms" in facts:
+            # What an operator fired before its time is early, not late.
+            self._lag.observe(max(0.0, facts["lag_ms"] / 1000))
+            self._run.observe(facts["duration_ms"] / 1000)
+            if facts["first"]:
+                self._lateness.observe(max(0.0, facts["lateness_ms"] / 1000))
+
+    def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"recall_worker_{name}", says, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, says: str, labels: list[str] | None = None, known: Any = ()) -> Counter:
+        counter = Counter(f"recall_worker_{name}", says, labels or (), registry=self.registry)
+        for values in known:
+            counter.labels(*values)
+        return counter
+
+    @staticmethod
+    def _gauge(name: str, says: str, value: float) -> Metric:
+        return GaugeMetricFamily(f"recall_worker_{name}", says, value=float(value))
+
+
+class _Now(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        return self._metrics.now()
