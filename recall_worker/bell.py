@@ -23,7 +23,7 @@ from uuid import uuid4
 import psycopg
 
 from .events import Events
-from .ledger import CONNECT_DEADLINE, Outage, Refusal, arrive, connection_info, said
+from .ledger import Deadlines, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 30.0
@@ -42,10 +42,18 @@ class Bell:
     """Calls `ring()` at each notification and after each connection, until cancelled."""
 
     def __init__(
-        self, dsn: str, worker: str, ring: Callable[[], None], echo: Callable[[str], Awaitable[None]], events: Events
+        self,
+        dsn: str,
+        worker: str,
+        ring: Callable[[], None],
+        echo: Callable[[str], Awaitable[None]],
+        events: Events,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008 frozen
     ) -> None:
         """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
-        self._info = connection_info(dsn, f"recall-worker bell {worker}")
+        self._deadlines = deadlines
+        self._connect_within = deadlines.connecting(dsn)
+        self._info = connection_info(dsn, f"recall-worker bell {worker}", deadlines.connect)
         self._ring = ring
         self._echo = echo
         self._events = events
@@ -93,11 +101,11 @@ class Bell:
 
     async def _listen(self) -> None:
         """Listen on a new connection. Returns when that does not hear what is rung."""
-        async with asyncio.timeout(CONNECT_DEADLINE):
+        async with asyncio.timeout(self._connect_within):
             conn = await psycopg.AsyncConnection.connect(**self._info)
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
-                self._direct = await arrive(conn)
+                self._direct = await arrive(conn, self._deadlines.statement)
                 for channel in (CHANNEL, self._own):
                     await conn.execute(f"listen {channel}".encode(), prepare=False)
             self.listening = True
