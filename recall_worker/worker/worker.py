@@ -408,7 +408,7 @@ class Worker:
             self._events.tell("worker.released", runs=released)
             until = time.monotonic() + SETTLE_PATIENCE
             while (left := until - time.monotonic()) > 0 and not idle.done() and not self._is_hurried_away:
-                await asyncio.wait((hurry, idle) if not hurry.done() else (idle,), timeout=min(0.2, left))
+                await asyncio.wait((idle,), timeout=min(0.2, left))
                 self.turned_at = time.monotonic()
         for task in (hurry, idle):
             task.cancel()
