@@ -101,16 +101,14 @@ class Keeper:
             wait = min([self._lease / 4, *(run.ours_until - margin - began for run in going)])
             if wait > 0:
                 await asyncio.sleep(wait)
-                now = time.monotonic()
-                if now - began - wait > margin:
-                    # This process stood still, its leases may be gone already. PostgreSQL knows, and is asked before runs are broken off
-                    # that are still ours.
-                    self._renew_now.set()
-                    for run in going:
-                        run.ours_until = max(run.ours_until, now + self._lease / 4)
                 continue
             for run in going:
-                if run.ours_until - margin <= began:
+                if run.ours_until < began:
+                    # Past the end, and not broken off before: this process stood still. PostgreSQL knows whether the lease is gone, and is
+                    # asked before a run is broken off that is still ours.
+                    self._renew_now.set()
+                    run.ours_until = began + self._lease / 4
+                elif run.ours_until - margin <= began:
                     self._let_go(run, UNRENEWED)
 
     async def look(self) -> None:
