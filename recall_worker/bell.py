@@ -23,7 +23,7 @@ from uuid import uuid4
 import psycopg
 
 from .events import Events
-from .ledger import Deadlines, Outage, Refusal, arrive, connection_info, said
+from .ledger import Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 30.0
@@ -53,6 +53,7 @@ class Bell:
         """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
         self._deadlines = deadlines
         self._connect_within = deadlines.connecting(dsn)
+        self._probe_every = min(PROBE_EVERY, 2 * deadlines.statement)
         self._info = connection_info(dsn, f"recall-worker bell {worker}", deadlines.connect)
         self._ring = ring
         self._echo = echo
@@ -102,7 +103,7 @@ class Bell:
     async def _listen(self) -> None:
         """Listen on a new connection. Returns when that does not hear what is rung."""
         async with asyncio.timeout(self._connect_within):
-            conn = await psycopg.AsyncConnection.connect(**self._info)
+            conn = await Connection.connect(**self._info)
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
                 self._direct = await arrive(conn, self._deadlines.statement)
@@ -113,10 +114,10 @@ class Bell:
                 self._events.tell("bell.listening", channel=CHANNEL)
             self._ring()
             while await self._hears(conn):
-                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+                await self._wait(conn, self._probe_every, while_trusted=True)
             if self.unheard:
                 # A new connection did not hear either. It is kept for a while, as nothing speaks for another one.
-                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+                await self._wait(conn, self._probe_every, while_trusted=True)
                 return
             self.unheard = True
             reason, hint = (ELSEWHERE, ELSEWHERE_HINT) if self._direct else (POOLER, POOLER_HINT)

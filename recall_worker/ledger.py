@@ -22,8 +22,10 @@ import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, assert_never
@@ -189,6 +191,18 @@ def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLIN
     }
 
 
+class Connection(psycopg.AsyncConnection[Any]):
+    """One that is hung up where what it was asked is broken off: by a deadline, or by its task's end.
+
+    psycopg would first ask the server to cancel, over a new connection, and then wait for the old one to say so: five seconds each, and
+    a deadline is meant for a server that says nothing. PostgreSQL gives up by itself: see `arrive`.
+    """
+
+    async def cancel_safe(self, *, timeout: float = 0.0) -> None:
+        with suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
+            same.shutdown(socket.SHUT_RDWR)
+
+
 def _hosts(given: Mapping[str, Any]) -> int:
     return max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
 
@@ -337,7 +351,7 @@ class _Line:
             self._suspect = False
         if self._conn is None or self._conn.closed:
             self._conn = None
-            self._conn = await psycopg.AsyncConnection.connect(**self._info, row_factory=dict_row)
+            self._conn = await Connection.connect(**self._info, row_factory=dict_row)
             await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
             self._lent = not await arrive(self._conn, self._within)
         return self._conn
