@@ -23,7 +23,7 @@ from uuid import uuid4
 import psycopg
 
 from .events import Events
-from .ledger import CONNECT_DEADLINE, Outage, Refusal, arrive, connection_info, said
+from .ledger import Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 30.0
@@ -42,10 +42,19 @@ class Bell:
     """Calls `ring()` at each notification and after each connection, until cancelled."""
 
     def __init__(
-        self, dsn: str, worker: str, ring: Callable[[], None], echo: Callable[[str], Awaitable[None]], events: Events
+        self,
+        dsn: str,
+        worker: str,
+        ring: Callable[[], None],
+        echo: Callable[[str], Awaitable[None]],
+        events: Events,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008 frozen
     ) -> None:
         """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
-        self._info = connection_info(dsn, f"recall-worker bell {worker}")
+        self._deadlines = deadlines
+        self._connect_within = deadlines.connecting(dsn)
+        self._probe_every = min(PROBE_EVERY, 2 * deadlines.statement)
+        self._info = connection_info(dsn, f"recall-worker bell {worker}", deadlines.connect)
         self._ring = ring
         self._echo = echo
         self._events = events
@@ -93,11 +102,11 @@ class Bell:
 
     async def _listen(self) -> None:
         """Listen on a new connection. Returns when that does not hear what is rung."""
-        async with asyncio.timeout(CONNECT_DEADLINE):
-            conn = await psycopg.AsyncConnection.connect(**self._info)
+        async with asyncio.timeout(self._connect_within):
+            conn = await Connection.connect(**self._info)
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
-                self._direct = await arrive(conn)
+                self._direct = await arrive(conn, self._deadlines.statement)
                 for channel in (CHANNEL, self._own):
                     await conn.execute(f"listen {channel}".encode(), prepare=False)
             self.listening = True
@@ -105,10 +114,10 @@ class Bell:
                 self._events.tell("bell.listening", channel=CHANNEL)
             self._ring()
             while await self._hears(conn):
-                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+                await self._wait(conn, self._probe_every, while_trusted=True)
             if self.unheard:
                 # A new connection did not hear either. It is kept for a while, as nothing speaks for another one.
-                await self._wait(conn, PROBE_EVERY, while_trusted=True)
+                await self._wait(conn, self._probe_every, while_trusted=True)
                 return
             self.unheard = True
             reason, hint = (ELSEWHERE, ELSEWHERE_HINT) if self._direct else (POOLER, POOLER_HINT)

@@ -4,7 +4,8 @@ The database is authoritative for what is due, who holds which lease, and what a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
 
 A ledger keeps a few connections ("lines") of its own, each opened when first needed and again after it broke: one for claims,
-one for settles, one for renewals, so that none waits behind another. Each asks on arrival whether it is the server's own, or lent
+one for settles, one for renewals, so that none waits behind another. Their deadlines follow the lease, on both ends: a silence is
+noticed, and a new connection tried, while the lease lasts. Each asks on arrival whether it is the server's own, or lent
 by a pooler for one transaction at a time; there nothing is prepared, and every transaction brings its settings along. Whatever goes
 wrong with a connection is an `Outage`; callers wait and ask again. Statements that PostgreSQL refuses because of the values given
 are `Refusal`s.
@@ -16,19 +17,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import math
+import os
 import re
+import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, assert_never
 from uuid import UUID
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, pq
 from psycopg.abc import Buffer
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.datetime import TimestamptzLoader
 
@@ -64,10 +70,12 @@ from .recall import (
 )
 
 STATEMENT_DEADLINE = 15.0
-"""Seconds after which an unanswered statement means that the connection is gone."""
+"""Seconds, at most, after which an unanswered statement means that the connection is gone."""
 CONNECT_DEADLINE = 10.0
-LOCK_PATIENCE_MS = 1000
-"""Milliseconds a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
+CONNECT_LEAST = 2.0
+"""Seconds that libpq gives a host at least."""
+LOCK_PATIENCE = 1.0
+"""Seconds, at most, a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
 EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
 REASON_MOST = 500
 """Characters of a reason that are kept."""
@@ -80,12 +88,32 @@ _NONE_ASIDE = "r.id <> all ('{}')"
 _CLAIM_FIELDS = tuple(f.name for f in dataclasses.fields(Claim))
 
 
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long PostgreSQL is waited for, in seconds."""
+
+    statement: float = STATEMENT_DEADLINE
+    connect: float = CONNECT_DEADLINE
+
+    @classmethod
+    def within(cls, lease: float) -> Deadlines:
+        """A renewal is asked for at a third of the lease. Should it go unanswered there is time for a new connection and another one."""
+        return cls(min(STATEMENT_DEADLINE, max(1.0, lease / 4)), min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease / 4)))
+
+    def connecting(self, dsn: str) -> float:
+        """Until each of a DSN's hosts has been asked."""
+        return max(self.connect, CONNECT_LEAST * _hosts(conninfo_to_dict(dsn)))
+
+
 class Outage(Exception):
     """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, asked_at: float = math.inf, *, for_all: bool = False) -> None:
+        """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either."""
         super().__init__(reason)
         self.reason = reason
+        self.asked_at = asked_at
+        self.for_all = for_all
 
 
 class Refusal(Exception):
@@ -150,36 +178,61 @@ class Backlog:
     """Seconds for which the oldest of them has been due; 0 where there is none."""
 
 
-def connection_info(dsn: str, name: str) -> dict[str, Any]:
+def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLINE) -> dict[str, Any]:
     """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer.
 
-    Of several hosts the last one, too, is asked within the deadline, should those before it be silent; and the one that takes writes is
-    meant, unless the DSN says otherwise: after a failover the first may be a standby.
+    `connect_within`: seconds. Of several hosts the last one, too, is asked within them, should those before it be silent (but each gets
+    two seconds); and the one that takes writes is meant, unless the DSN says otherwise: after a failover the first may be a standby.
     """
     given = conninfo_to_dict(dsn)
-    hosts = max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
+    hosts = _hosts(given)
     which = {"target_session_attrs": "read-write"} if hosts > 1 and not given.get("target_session_attrs") else {}
     return which | {
         "conninfo": dsn,
         "application_name": name,
-        "connect_timeout": max(2, int(CONNECT_DEADLINE / hosts)),
+        "connect_timeout": int(max(CONNECT_LEAST, connect_within / hosts)),
         "keepalives": 1,
-        "keepalives_idle": 15,
-        "keepalives_interval": 5,
+        "keepalives_idle": int(1.5 * connect_within),
+        "keepalives_interval": int(0.5 * connect_within),
         "keepalives_count": 3,
-        "tcp_user_timeout": 20_000,
+        "tcp_user_timeout": int(2000 * connect_within),
         "client_encoding": "utf8",
         "autocommit": True,
     }
 
 
-async def arrive(conn: psycopg.AsyncConnection[Any]) -> bool:
+class Connection(psycopg.AsyncConnection[Any]):
+    """One that is hung up where what it was asked is broken off: by a deadline, or by its task's end.
+
+    psycopg would first ask the server to cancel, over a new connection, and then wait for the old one to say so: five seconds each, and
+    a deadline is meant for a server that says nothing. PostgreSQL gives up by itself: see `arrive`.
+    """
+
+    async def cancel_safe(self, *, timeout: float = 0.0) -> None:
+        with suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
+            same.shutdown(socket.SHUT_RDWR)
+
+
+def _hosts(given: Mapping[str, Any]) -> int:
+    return max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
+
+
+def _manners(seconds: float) -> dict[str, str]:
+    """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
+    return {
+        "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
+        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
+    }  # fmt: skip
+
+
+async def arrive(conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE) -> bool:
     """The first question on a connection. Returns whether it is the server's own: then it has our settings from now on.
 
-    False: a pooler stands in between, and what was set would stay behind for others.
+    `seconds`: the deadline of a statement; after twice that PostgreSQL, too, is rid of a connection whose peer has vanished, and of
+    the locks that it held. False: a pooler stands in between, and what was set would stay behind for others.
     """
     cursor = conn.cursor(row_factory=tuple_row)
-    values = {"pid": conn.pgconn.backend_pid, "lock": str(LOCK_PATIENCE_MS), "statement": str(int(STATEMENT_DEADLINE * 1000))}
+    values = {"pid": conn.pgconn.backend_pid} | _manners(seconds)
     question = statements.load("ledger")["arrive"].encode()
     try:
         await cursor.execute(question, values, prepare=False)
@@ -207,6 +260,25 @@ def said(error: BaseException) -> str:
     return line
 
 
+def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
+    """Whether a connection was refused as everybody's is: nobody listens there, or PostgreSQL is starting up or shutting down.
+
+    False where others may be let in, or be in already: no answer, no way there, too many clients, a password that is wrong. Of several
+    hosts none may be listening.
+    """
+    attempts = str(error).split("\n- ")[1:] or [str(error)]
+    if all(any(word in attempt for word in _NOBODY_LISTENS) for attempt in attempts):
+        return True
+    # What a server said follows two blanks, and may be in any language. libpq's ping knows it by its code. It holds the whole process up, but
+    # this server has just answered.
+    if _hosts(conninfo_to_dict(dsn)) > 1 or ":  " not in attempts[-1]:
+        return False
+    return pq.PGconn.ping(make_conninfo(dsn, connect_timeout=int(CONNECT_LEAST)).encode()) == pq.Ping.REJECT
+
+
+# The words of the C library, which libpq quotes.
+_NOBODY_LISTENS = (os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT))
+
 _OF_A_DSN = re.compile(r"connection (?:option|info)|URI|percent-encoded|port number")
 
 
@@ -226,8 +298,11 @@ class _Line:
     connection shows only when it is used, and then the same outage would be told again.
     """
 
-    def __init__(self, dsn: str, name: str, siblings: list[_Line], *, prepare: bool = True) -> None:
-        self._info = connection_info(dsn, name)
+    def __init__(self, dsn: str, name: str, deadlines: Deadlines, siblings: list[_Line], *, prepare: bool = True) -> None:
+        self._dsn = dsn
+        self._info = connection_info(dsn, name, deadlines.connect)
+        self._within = deadlines.statement
+        self._connect_within = deadlines.connecting(dsn)
         self._prepare = prepare
         self._manners = statements.load("ledger")["manners"]
         self._lent = False
@@ -241,35 +316,40 @@ class _Line:
     async def ask(self, statement: str, values: Mapping[str, Any], after: str | None = None) -> list[dict[str, Any]]:
         """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
         async with self._turn:
+            asked_at = time.monotonic()
             try:
-                async with asyncio.timeout(STATEMENT_DEADLINE + CONNECT_DEADLINE) as deadline:
+                async with asyncio.timeout(self._connect_within + self._within) as deadline:
                     conn = await self._connected()
-                    # PostgreSQL itself gives a statement up a second before, where it is there.
-                    deadline.reschedule(asyncio.get_running_loop().time() + STATEMENT_DEADLINE + 1)
-                    before = [part for part in (self._manners if self._lent else None, after) if part is not None]
+                    # PostgreSQL itself gives a statement up a little before, where it is there.
+                    deadline.reschedule(asyncio.get_running_loop().time() + self._within * 16 / 15)
+                    before: list[tuple[str, dict[str, str] | None]] = (
+                        [(self._manners, _manners(self._within))] if self._lent else []
+                    )
+                    before += [] if after is None else [(after, None)]
                     prepare = self._prepare and not self._lent
                     if not before:
                         cursor = await conn.execute(statement.encode(), values, prepare=prepare)
                     else:
                         async with conn.pipeline(), conn.transaction():
-                            for part in before:
-                                await conn.execute(part.encode(), prepare=False)
+                            for part, its in before:
+                                await conn.execute(part.encode(), its, prepare=False)
                             cursor = await conn.execute(statement.encode(), values, prepare=prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
                 await self._break()
-                raise Outage("no answer within the deadline") from None
+                raise Outage("no answer within the deadline", asked_at) from None
             except psycopg.Error as error:
                 if _is_refusal(error):
                     raise Refusal(said(error), error.sqlstate) from error
+                for_all = self._conn is None and takes_nobody(error, self._dsn)
                 await self._break()
-                raise Outage(said(error)) from error
+                raise Outage(said(error), asked_at, for_all=for_all) from error
             except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 await self._drop()
                 raise Refusal(f"a text that is not UTF-8: {error.reason}", errors.CharacterNotInRepertoire.sqlstate) from error
             except OSError as error:
                 await self._break()
-                raise Outage(said(error)) from error
+                raise Outage(said(error), asked_at) from error
             except BaseException:
                 # Cancelled in mid-statement: what the connection would say next belongs to nobody.
                 await self._drop()
@@ -280,9 +360,10 @@ class _Line:
             await self._drop()
             self._suspect = False
         if self._conn is None or self._conn.closed:
-            self._conn = await psycopg.AsyncConnection.connect(**self._info, row_factory=dict_row)
+            self._conn = None
+            self._conn = await Connection.connect(**self._info, row_factory=dict_row)
             await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-            self._lent = not await arrive(self._conn)
+            self._lent = not await arrive(self._conn, self._within)
         return self._conn
 
     async def _break(self) -> None:
@@ -311,9 +392,10 @@ class Ledger:
         self._lease = lease
         self._fleet = fleet
         self._lines: list[_Line] = []
-        self._claims, self._settles, self._renewals = (_Line(dsn, name, self._lines) for _ in range(3))
+        deadlines = Deadlines.within(lease)
+        self._claims, self._settles, self._renewals = (_Line(dsn, name, deadlines, self._lines) for _ in range(3))
         # Opened only where the application holds a row locked.
-        self._patient = _Line(dsn, name, self._lines, prepare=False)
+        self._patient = _Line(dsn, name, deadlines, self._lines, prepare=False)
         self._sql = statements.load("ledger")
         self._aside: dict[str, float] = {}
         self._left: dict[str, float] = {}

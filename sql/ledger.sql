@@ -5,13 +5,19 @@
 -- The first question on a connection: is it the server's own? A pooler announces a backend of its own making, and passes each transaction
 -- to another one. On the server's own connection these settings then hold, whatever the database or the account has for others: a bound
 -- on waiting for locks, as an insert that the application keeps open can hold up an index entry; no other isolation, no shorter
--- deadlines, than our statements are made for. Dates come in the one style that psycopg reads, also through a pooler: that much it passes.
+-- deadlines, than our statements are made for; and bounds on waiting for us, as the locks of a worker that was cut off in the middle of
+-- a transaction must not outlive its lease. Dates come in the one style that psycopg reads, also through a pooler: that much it passes.
 -- Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three times
 -- as much. And a plan that was made while a table was empty must not go on reading it from end to end. Before PostgreSQL 18 a scan that is
 -- held back so, and can't be helped, looks dear enough to be compiled, at a few hundred milliseconds each time.
 select d.direct,
     case when d.direct then set_config('lock_timeout', %(lock)s, false) end,
     case when d.direct then set_config('statement_timeout', %(statement)s, false) end,
+    case when d.direct then set_config('idle_in_transaction_session_timeout', %(statement)s, false) end,
+    case when d.direct then set_config('tcp_keepalives_idle', %(idle)s, false) end,
+    case when d.direct then set_config('tcp_keepalives_interval', %(interval)s, false) end,
+    case when d.direct then set_config('tcp_keepalives_count', '3', false) end,
+    case when d.direct then set_config('tcp_user_timeout', %(unheard)s, false) end,
     case when d.direct then set_config('default_transaction_isolation', 'read committed', false) end,
     case when d.direct then set_config('idle_session_timeout', '0', false) end,
     case when d.direct then set_config('plan_cache_mode', 'force_generic_plan', false) end,
@@ -22,7 +28,8 @@ from (select pg_backend_pid() = %(pid)s as direct) d;
 
 -- name: manners
 -- The same for one transaction, where a pooler lends the connection: as nothing may stay behind on it.
-select set_config('lock_timeout', '1000', true), set_config('statement_timeout', '15000', true);
+select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout', %(statement)s, true),
+    set_config('idle_in_transaction_session_timeout', %(statement)s, true);
 
 -- name: claim
 -- "These rows are yours" and "the next is due in s seconds", from one snapshot, so that there is no gap between the two.

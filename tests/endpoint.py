@@ -27,6 +27,7 @@ class Request:
     body: bytes
     ended_at: float | None = None
     """Monotonic instant at which it was answered (or the peer hung up)."""
+    answered: bool = False
 
     @property
     def document(self) -> dict[str, Any]:
@@ -94,11 +95,11 @@ class Endpoint:
         self._changed = asyncio.Condition()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
-        self.port = 0
+        self.host, self.port = "127.0.0.1", 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/sessions/{{session_id}}/run"
+        return f"http://{self.host}:{self.port}/sessions/{{session_id}}/run"
 
     def script(self, session: str, *answers: Answer) -> None:
         """How calls of this session are answered, in turn; the last answer stays."""
@@ -121,9 +122,11 @@ class Endpoint:
         await self.until(lambda: len(self.requests if session is None else self.of(session)) >= n, within)
         return self.requests if session is None else self.of(session)
 
-    async def start(self, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port or self.port, limit=1 << 26)
-        self.port = self._server.sockets[0].getsockname()[1]
+    async def start(self, port: int = 0, on: socket.socket | None = None) -> None:
+        """Listen on that port of 127.0.0.1, or on a socket that listens already."""
+        where = {"sock": on} if on is not None else {"host": "127.0.0.1", "port": port or self.port}
+        self._server = await asyncio.start_server(self._serve, **where, limit=1 << 26)
+        self.host, self.port = self._server.sockets[0].getsockname()[:2]
 
     async def stop(self) -> None:
         """Refuse connections from now on, and break those that are open. `start()` takes the same port again."""
@@ -177,6 +180,7 @@ class Endpoint:
         answer = self.default if not script else script[0] if len(script) == 1 else script.pop(0)
         while not isinstance(answer, Raw):
             answer = await self._pass(answer, reader) if isinstance(answer, Gate) else await answer(request)
+        request.answered = bool(answer.data)
         writer.write(answer.data)
         with suppress(ConnectionError):
             await writer.drain()

@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -54,10 +54,10 @@ def server() -> Iterator[str]:
         yield stack.enter_context(embedded()).dsn()
 
 
-def embedded(*, tcp: bool = False) -> EmbeddedServer:
+def embedded(*, tcp: bool = False, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
     """A server of the caller's own, not yet started, to be killed and started again; RECALL_TEST_PG_BINDIR counts."""
     bindir = os.environ.get("RECALL_TEST_PG_BINDIR") or None
-    return EmbeddedServer(base=_memory(), bindir=bindir, tcp=tcp, settings=SETTINGS)
+    return EmbeddedServer(base=_memory(), bindir=bindir, tcp=tcp, settings=SETTINGS | dict(settings or {}))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Proxy:
         self._target = conninfo_to_dict(dsn)
         self._direct = dsn
         self._server: asyncio.Server | None = None
-        self._lines: set[_Line] = set()
+        self._lines: dict[_Line, None] = {}
         self._refusing = False
         self._silent = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,6 +70,15 @@ class Proxy:
         for line in self._lines:
             line.dead = True
 
+    def forget(self, n: int) -> None:
+        """Let one connection, the n-th of those that are open, hear nothing any more; new ones pass: as behind a router that forgot it."""
+        list(self._lines)[n].dead = True
+
+    @property
+    def open(self) -> int:
+        """How many connections are open."""
+        return len(self._lines)
+
     def heal(self) -> None:
         """Let new connections pass. Those that were half-open stay so, as behind a router that forgot them."""
         self._refusing = self._silent = False
@@ -102,7 +111,7 @@ class Proxy:
         if self._refusing:
             _reset(line)
             return
-        self._lines.add(line)
+        self._lines[line] = None
         task = asyncio.create_task(self._carry(line, reader))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -123,7 +132,7 @@ class Proxy:
         except OSError:
             pass
         finally:
-            self._lines.discard(line)
+            self._lines.pop(line, None)
             _reset(line)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -2,6 +2,11 @@
 
 All leases are renewed at once at a third of their length; also those of runs that have ended and wait to be settled. When the bell
 rings, a look tells whether somebody ended a recall that is being run: its call is aborted at once.
+
+A worker that is cut off breaks its calls off a twelfth of a lease before their leases end, so that its successor's run does not meet
+its own. By the monotonic clock, counted from when the last renewal that went well was asked for: PostgreSQL's lease ends later. Not where
+PostgreSQL takes nobody, as while it is restarted: then nobody takes leases either, nor for a third of a lease after it. Nor where a lock
+of the application is all that stands in the way.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from .run import Run
 CHUNK = 2000
 LOCKED_PAUSE = 1.0
 OUTAGE_PAUSE = (0.1, 0.5)
+UNRENEWED = "its lease could not be renewed"
 LOOK_PAUSE = 0.1
 """Seconds between two looks at least; a look that takes long is waited for twenty times as long."""
 
@@ -68,14 +74,42 @@ class Keeper:
                         pause = min(LOCKED_PAUSE, pause / 4)
                     for id, state in states.items():
                         if state == "renewed":
-                            runs[id].held_until = asked_at + self._lease
+                            runs[id].held_until = runs[id].ours_until = asked_at + self._lease
+                        elif state == "locked":
+                            self._is_left(runs[id], asked_at)
                     self._part(chunk, states)
             except Outage as outage:
-                self._reach.lost(outage.reason)
+                self._reach.lost(outage.reason, outage.asked_at)
+                if outage.for_all:
+                    for run in runs.values():
+                        self._is_left(run, outage.asked_at)
                 pause = min(self._lease / 12, random.uniform(*OUTAGE_PAUSE))
             except Refusal as refusal:
                 self._reach.lost(refusal.reason)
                 pause = min(self._lease / 12, 1.0)
+
+    def _is_left(self, run: Run, since: float) -> None:
+        """What nobody could take just now is left to us for a third of a lease from then: see `claim`."""
+        run.ours_until = max(run.ours_until, since + self._lease / 3)
+
+    async def let_go_in_time(self) -> None:
+        """Break off the calls whose leases are about to end. Returns only by cancellation."""
+        margin = self._lease / 12
+        while True:
+            going = [run for run in self._held().values() if run.goes_on]
+            began = time.monotonic()
+            wait = min([self._lease / 4, *(run.ours_until - margin - began for run in going)])
+            if wait > 0:
+                await asyncio.sleep(wait)
+                continue
+            for run in going:
+                if run.ours_until < began:
+                    # Past the end, and not broken off before: this process stood still. PostgreSQL knows whether the lease is gone, and is
+                    # asked before a run is broken off that is still ours.
+                    self._renew_now.set()
+                    run.ours_until = began + self._lease / 4
+                elif run.ours_until - margin <= began:
+                    self._let_go(run, UNRENEWED)
 
     async def look(self) -> None:
         """Look at each ring whether the runs in hand are still ours. Returns only by cancellation."""

@@ -6,6 +6,7 @@ which those who still run them settle and renew.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ class Reach:
         self._events = events
         self._lease = lease
         self._lost_at: float | None = None
+        self._found_at = 0.0
         self._courteous_until = 0.0
         self._on_return: list[Callable[[], None]] = []
 
@@ -37,14 +39,16 @@ class Reach:
         if late > self._lease / 3:
             self._return()
 
-    def lost(self, reason: str) -> None:
-        if self._lost_at is None:
+    def lost(self, reason: str, asked_at: float = math.inf) -> None:
+        """`asked_at`: monotonic instant of what went unanswered. Asked before PostgreSQL was found again, it is no news."""
+        if self._lost_at is None and asked_at >= self._found_at:
             self._lost_at = time.monotonic()
             self._events.tell("database.lost", reason=reason)
 
     def found(self) -> None:
         if self._lost_at is not None:
-            seconds = time.monotonic() - self._lost_at
+            self._found_at = time.monotonic()
+            seconds = self._found_at - self._lost_at
             self._lost_at = None
             self._events.tell("database.found", after_s=round(seconds, 3))
             self._return()

@@ -14,6 +14,8 @@ class Run:
     call: Call
     held_until: float
     """Monotonic instant up to which its lease is ours for certain: counted from when the claim or the last renewal was asked for."""
+    ours_until: float
+    """Monotonic instant up to which nobody else runs it: with its lease, or beyond that, as long as nobody could take it."""
     task: asyncio.Task[None] | None = field(default=None)
     aborted: str | None = None
     """Why the call was broken off by us, if it was."""
@@ -22,9 +24,13 @@ class Run:
     def claim(self) -> Claim:
         return self.call.claim
 
+    @property
+    def goes_on(self) -> bool:
+        return self.task is not None and not self.task.done() and self.aborted is None
+
     def abort(self, reason: str) -> bool:
         """Break the call off; what has ended already stays as it ended. Returns whether there was anything to break off."""
-        if self.task is None or self.task.done() or self.aborted is not None:
+        if self.task is None or not self.goes_on:
             return False
         self.aborted = reason
         self.task.cancel()

@@ -84,7 +84,7 @@ class Settler:
                     answers = await self._ledger.settle(judged)
                 except Outage as outage:
                     self._waiting = batch + self._waiting
-                    self._reach.lost(outage.reason)
+                    self._reach.lost(outage.reason, outage.asked_at)
                     await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
                     continue
                 self._reach.found()

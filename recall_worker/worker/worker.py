@@ -21,7 +21,7 @@ from uuid import UUID
 from .. import judge as judging
 from ..bell import Bell
 from ..events import Events
-from ..ledger import Backlog, Claimed, Ledger, Outage, Refusal
+from ..ledger import Backlog, Claimed, Deadlines, Ledger, Outage, Refusal
 from ..protocols import Call, Protocol, hushed, traceparent
 from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
 from ..settings import Settings
@@ -73,7 +73,8 @@ class Worker:
         self._ledger = Ledger(settings.dsn, name, settings.lease, fleet=settings.fleet_concurrency)
         self._endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
         self._shout: asyncio.Task[None] | None = None
-        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, self._ledger.ring, events)
+        deadlines = Deadlines.within(settings.lease)
+        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, self._ledger.ring, events, deadlines)
         self._reach = Reach(events, settings.lease)
         self._settler = Settler(self._ledger, self._policy, events, self._reach, self._free)
         self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
@@ -152,6 +153,7 @@ class Worker:
                         ("settler", self._settler.run()),
                         ("renewals", self._keeper.renew()),
                         ("looks", self._keeper.look()),
+                        ("ends of leases", self._keeper.let_go_in_time()),
                         ("beats", self._beat()),
                     )
                 ]
@@ -218,7 +220,7 @@ class Worker:
             if claimed.moved:
                 await self._plan()
         except Outage as outage:
-            self._reach.lost(outage.reason)
+            self._reach.lost(outage.reason, outage.asked_at)
             return random.uniform(*OUTAGE_PAUSE)
         except Refusal as refusal:
             self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
@@ -265,7 +267,8 @@ class Worker:
         placed = await self._place(placements) if placements else {}
         for claim in claimed.claims:
             call = Call(placed.get(claim.lease, claim), claimed.asked_at, traceparent=self.traceparent())
-            run = Run(call, claimed.asked_at + self._settings.lease)
+            held_until = claimed.asked_at + self._settings.lease
+            run = Run(call, held_until, held_until)
             self._runs[claim.lease] = run
             self._idle.clear()
             self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
@@ -277,6 +280,8 @@ class Worker:
                 if claim.lease in to_place and claim.lease not in placed
                 else "stopping"
                 if self._stop.is_set()
+                else "its claim was answered too late"
+                if time.monotonic() > held_until - self._settings.lease / 3
                 else None
             )
             if unsent is not None:
@@ -372,7 +377,7 @@ class Worker:
             try:
                 return await self._ledger.accept(claim, accepted, 0.0 if sent_at is None else time.monotonic() - sent_at)
             except Outage as outage:
-                self._reach.lost(outage.reason)
+                self._reach.lost(outage.reason, outage.asked_at)
                 await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
             except Refusal as refusal:
                 self._events.tell("worker.stumbled", doing="accept", recall=claim.id, reason=refusal.reason)
@@ -452,11 +457,21 @@ class Worker:
         if self._runs:
             released = sum(run.abort("the worker stopped in mid-run") for run in list(self._runs.values()))
             self._events.tell("worker.released", runs=released)
-            await asyncio.wait((idle,), timeout=SETTLE_PATIENCE)
+            until = time.monotonic() + SETTLE_PATIENCE
+            while (left := until - time.monotonic()) > 0 and not idle.done() and not self._is_hurried_away:
+                await asyncio.wait((idle,), timeout=min(0.2, left))
+                self.turned_at = time.monotonic()
         for task in (hurry, idle):
             task.cancel()
 
+    @property
+    def _is_hurried_away(self) -> bool:
+        """A second signal does not wait for a PostgreSQL that is lost: the leases end by themselves."""
+        return self._hurry.is_set() and self._reach.is_lost
+
     async def _say_goodbye(self) -> None:
+        if self._is_hurried_away:
+            return
         try:
             async with asyncio.timeout(2):
                 await self._ledger.leave()

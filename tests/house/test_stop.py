@@ -203,6 +203,31 @@ async def test_with_a_run_while_postgresql_is_away(
     await other.hears("recall.settled", recall=recall, attempt=2)
 
 
+@pytest.mark.parametrize("how", ["cut", "silent"])
+async def test_by_a_second_signal_while_postgresql_is_away(
+    how: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Who asks twice does not wait for a PostgreSQL that is lost: neither in the drain nor for the settles; the lease ends by itself."""
+    gate = Gate()
+    endpoint.script("s", gate, reply())
+    async with Proxy(database) as proxy:
+        daemon = await daemons.start(lease=3, drain_timeout=600, dsn=proxy.dsn)
+        recall = await promise(app, "s", "once")
+        await gate.entered.wait()
+        proxy.cut() if how == "cut" else proxy.blackhole()
+        await daemon.hears("database.lost")
+        daemon.signal(signal.SIGTERM)
+        await daemon.hears("worker.draining")
+        asked = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert await daemon.exit() == 0
+        assert time.monotonic() - asked < 5, "neither for the last settles, ten seconds, nor for the goodbye"
+        await gate.hung_up.wait()
+    assert daemon.events[-1]["event"] == "worker.stopped"
+    other = await daemons.start(lease=3)
+    await other.hears("recall.settled", recall=recall, attempt=2)
+
+
 async def test_at_startup(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """SIGTERM at any moment of the start ends the process soon and in order, and leaves nothing leased that was not called."""
     began = time.monotonic()
