@@ -8,6 +8,7 @@ Never here: anything of recall-worker's beyond its wheel.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -43,15 +44,15 @@ def cache() -> Path:
     return folder
 
 
-def debian() -> Path:
-    """The folder with a Debian that has systemd and Python, made where it is not there yet. Not to be changed: copy it."""
-    made = cache() / f"{SUITE}-systemd"
+def debian(packages: str = PACKAGES) -> Path:
+    """The folder with a Debian that has these packages, made where it is not there yet. Not to be changed: copy it."""
+    made = cache() / f"{SUITE}-{hashlib.sha256(packages.encode()).hexdigest()[:8]}"
     if not made.is_dir():
         half = made.with_name(f"{made.name}.{uuid4().hex[:8]}")
         said = [
             "debootstrap",
             "--variant=minbase",
-            f"--include={PACKAGES}",
+            f"--include={packages}",
             SUITE,
             str(half),
             os.environ.get("RECALL_TEST_MIRROR", MIRROR),

@@ -168,7 +168,9 @@ async def worker_of(box: Machine, unit: str, db: Connection, within: float = 30)
 
 async def until(box: Machine, unit: str, name: str, wanted: str, within: float = 60) -> None:
     async with asyncio.timeout(within):
-        while (await asyncio.to_thread(box.show, unit, name)) != wanted:
+        while True:
+            if await asyncio.to_thread(box.show, unit, name) == wanted:
+                return
             await asyncio.sleep(0.1)
 
 
