@@ -1,0 +1,93 @@
+"""The systemd units: what systemd itself says of them, and that those which should agree do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recall_worker.settings import Settings, ignored
+from recall_worker.worker.process import STANDSTILL
+from recall_worker.worker.worker import SETTLE_PATIENCE
+
+UNITS = Path(__file__).parent.parent / "systemd"
+SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
+EXPOSURE_MOST = 1.5
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="not installed: systemd-analyze")
+
+
+def lines(unit: str) -> list[str]:
+    return [line for line in (UNITS / unit).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def value(unit: str, name: str) -> str:
+    (found,) = [line.partition("=")[2] for line in lines(unit) if line.startswith(f"{name}=")]
+    return found
+
+
+def installed(folder: Path) -> Path:
+    """The units as they would be on a host where the program is there."""
+    for path in UNITS.iterdir():
+        text = path.read_text(encoding="utf-8").replace("/opt/recall-worker/bin/recall-worker", "/bin/true")
+        (folder / path.name).write_text(text, encoding="utf-8")
+    shutil.copy(folder / "recall-worker@.service", folder / "recall-worker@1.service")
+    return folder
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
+    units = [
+        str(path)
+        for path in installed(tmp_path).iterdir()
+        if path.suffix in (".service", ".timer", ".target") and "@." not in path.name
+    ]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False)
+    ours = [line for line in done.stderr.splitlines() if "recall-worker" in line]
+    assert done.returncode == 0 and ours == []
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", SERVICES)
+def test_exposure(unit: str, tmp_path: Path) -> None:
+    """What `systemd-analyze security` reads, out of ten: as little as a process that talks to two addresses needs."""
+    path = installed(tmp_path) / unit.replace("@.", "@1.")
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path)], capture_output=True, text=True, check=True
+    )
+    (said,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert float(said) <= EXPOSURE_MOST, done.stdout
+
+
+def test_one_and_many_are_the_same() -> None:
+    """The single unit and the template differ in what they are called, and in nothing else."""
+    one, many = lines("recall-worker.service"), lines("recall-worker@.service")
+    assert [line for line in one if not line.startswith("Description=")] == [
+        line for line in many if not line.startswith("Description=")
+    ]
+
+
+def test_jobs_are_as_bounded_as_the_worker() -> None:
+    hardening = [line for line in lines("recall-worker.service") if line in lines("recall-worker-migrate.service")]
+    assert len(hardening) > 30 and set(hardening) <= set(lines("recall-worker-prune.service"))
+
+
+@pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
+def test_bounds_leave_room_for_what_the_daemon_does(unit: str) -> None:
+    """A drain at the default, its last settles and the goodbye fit into the stop; the longest turn of the loop into the watchdog."""
+    default = Settings()
+    assert float(value(unit, "TimeoutStopSec")) > default.drain_timeout + SETTLE_PATIENCE + 2
+    assert float(value(unit, "WatchdogSec")) * 2 / 3 > STANDSTILL - default.poll_interval
+    assert value(unit, "StartLimitIntervalSec") == "0" and value(unit, "Restart") == "always"
+
+
+def test_the_example_environment_is_all_settings() -> None:
+    """Each name in it is a setting that exists, commented out or not; none is a secret, and what prune reads is the unit's own."""
+    text = (UNITS / "recall-worker.env").read_text(encoding="utf-8")
+    names = re.findall(r"^#? ?([A-Z_]+)=", text, re.M)
+    assert "RECALL_RUN_URL" in names and ignored(dict.fromkeys(names, "x")) == []
+    assert not {"RECALL_DSN", "RECALL_RUN_TOKEN", "RECALL_SIGNING_SECRET", "RECALL_LISTEN_DSN"} & set(names)
+    assert "${PRUNE_OLDER_THAN}" in value("recall-worker-prune.service", "ExecStart")
