@@ -1,0 +1,391 @@
+"""What is done to the stage, and when: each kind of fault begins, lasts, is healed, and is on record with whom it struck.
+
+The order is the seed's: every kind once before any comes again, now and then two at a time, with a calm phase after each. How long a kind
+took to recover from is measured from its healing until nothing is due and unclaimed any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from .hand import Hand
+from .stage import FAKETIME, LEASE, Replica, Stage
+
+
+@dataclass(slots=True, eq=False)
+class Fault:
+    """Instants are seconds of the epoch."""
+
+    kind: str
+    began: float
+    slots: frozenset[str]
+    ended: float | None = None
+    recovered: float | None = None
+    """When nothing was due and unclaimed any more; None where two faults overlapped, or it never was."""
+    alone: bool = True
+
+    def strikes(self, slot: str, start: float, end: float) -> bool:
+        """Whether it was on, for this slot, at any time between."""
+        return slot in self.slots and self.began <= end and (self.ended is None or self.ended >= start)
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended or time.time()) - self.began
+
+
+Strike = Callable[["Scene"], Awaitable[None]]
+
+
+class Scene:
+    """One fault on the stage, with dice of its own."""
+
+    def __init__(self, stage: Stage, hand: Hand, dice: random.Random, fault: Fault) -> None:
+        self.stage, self.hand, self.dice, self.fault = stage, hand, dice, fault
+
+    def victims(self, most: int = 1) -> list[Replica]:
+        """Some replicas, never all of them; they are on record."""
+        chosen = self.dice.sample(self.stage.replicas, k=min(self.dice.randint(1, most), max(1, len(self.stage.replicas) - 1)))
+        self.fault.slots = frozenset(r.slot for r in chosen)
+        return chosen
+
+    def everybody(self) -> list[Replica]:
+        self.fault.slots = frozenset(r.slot for r in self.stage.replicas)
+        return self.stage.replicas
+
+    async def lasts(self, least: float, most: float) -> None:
+        await asyncio.sleep(self.dice.uniform(least, most))
+
+    async def terminate(self, name: str) -> None:
+        with suppress(psycopg.Error):
+            async with await psycopg.AsyncConnection.connect(self.stage.dsn, autocommit=True, connect_timeout=3) as conn:
+                await conn.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name like %s", [name]
+                )
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+async def kill(scene: Scene) -> None:
+    for replica in scene.victims(2):
+        replica.signal(signal.SIGKILL)
+
+
+async def term(scene: Scene) -> None:
+    (replica,) = scene.victims()
+    statuses = len(replica.statuses)
+    replica.signal(signal.SIGTERM)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(25):
+            await replica.ends(statuses)
+
+
+async def _stop(scene: Scene, least: float, most: float) -> None:
+    (replica,) = scene.victims()
+    replica.signal(signal.SIGSTOP)
+    try:
+        await scene.lasts(least, most)
+    finally:
+        replica.signal(signal.SIGCONT)
+
+
+async def stop_short(scene: Scene) -> None:
+    await _stop(scene, 0.3, LEASE / 3)
+
+
+async def stop_long(scene: Scene) -> None:
+    """Longer than a lease: it must find its leases gone, and settle nothing."""
+    await _stop(scene, LEASE * 1.3, LEASE * 2)
+
+
+async def clock(scene: Scene) -> None:
+    """The host's clock jumps by hours, or by a second; it stays so."""
+    for replica in scene.victims(2):
+        replica.clock.write_text(scene.dice.choice(("+0", "+3h", "-7h", "+1", "-1", "+40d", "-40d")))
+    await scene.lasts(0.5, 1)
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+async def postgres_kill_short(scene: Scene) -> None:
+    await scene.stage.kill_postgres()
+    try:
+        await scene.lasts(0.1, 1)
+    finally:
+        await scene.stage.revive_postgres()
+
+
+async def postgres_kill_long(scene: Scene) -> None:
+    """For three leases, with runs open: their owners come first afterwards."""
+    await scene.stage.kill_postgres()
+    try:
+        await scene.lasts(LEASE * 3, LEASE * 3.2)
+    finally:
+        await scene.stage.revive_postgres()
+
+
+async def postgres_restart(scene: Scene) -> None:
+    await asyncio.to_thread(scene.stage.server.shutdown)
+    await scene.stage.revive_postgres()
+
+
+async def bells(scene: Scene) -> None:
+    await scene.terminate("recall-worker bell%")
+
+
+async def ledgers(scene: Scene) -> None:
+    await scene.terminate("recall-worker ledger%")
+
+
+async def lone_ring(scene: Scene) -> None:
+    """Every bell is cut off, and while nobody hears one recall is inserted, due at once; nothing else is done that could wake anybody."""
+    rate, scene.hand.rate = scene.hand.rate, 0
+    try:
+        await scene.lasts(1, 1.5)
+        await scene.terminate("recall-worker bell%")
+        await scene.hand.promise("immediate", 0)
+        await scene.lasts(4, 5)
+    finally:
+        scene.hand.rate = rate
+
+
+async def full_house(scene: Scene) -> None:
+    """All connections that PostgreSQL has are taken, and those of the workers broken: they can't come back for a while."""
+    taken: list[psycopg.AsyncConnection[Any]] = []
+    try:
+        await scene.terminate("recall-worker%")
+        until = time.monotonic() + scene.dice.uniform(3, 6)
+        while time.monotonic() < until:
+            try:
+                taken.append(await psycopg.AsyncConnection.connect(scene.stage.dsn, autocommit=True, connect_timeout=3))
+            except psycopg.OperationalError:
+                await asyncio.sleep(0.02)
+    finally:
+        for conn in taken:
+            conn.pgconn.finish()
+
+
+async def full_disk(scene: Scene) -> None:
+    """No room is left for the database's files: it refuses to write, or dies for want of room for its log."""
+    ballast = await asyncio.to_thread(scene.stage.fill_disk)
+    try:
+        await scene.lasts(3, 6)
+    finally:
+        if ballast is not None:
+            ballast.unlink(missing_ok=True)
+        await scene.stage.revive_postgres()
+
+
+async def locks(scene: Scene) -> None:
+    """Transactions of the application hold rows for longer than a lease, by locking or by changing them, in mid-run or before."""
+
+    async def hold(how: str, end: str) -> None:
+        with suppress(psycopg.Error):
+            async with await psycopg.AsyncConnection.connect(scene.stage.dsn, connect_timeout=3) as conn:
+                await conn.execute("set lock_timeout = '2s'")
+                await conn.execute(
+                    how.replace(
+                        "SOME",
+                        "(select id from session_recalls where status in ('pending', 'running') order by random() limit 8)",
+                    ).encode()
+                )
+                await scene.lasts(LEASE * 1.2, LEASE * 1.6)
+                await conn.execute(end.encode())
+
+    await asyncio.gather(
+        hold("select from session_recalls where id in SOME for update skip locked", "commit"),
+        hold("update session_recalls set internal_comment = 'looked at' where id in SOME", "commit"),
+        hold("update session_recalls set internal_comment = 'looked at' where id in SOME", "rollback"),
+    )
+
+
+# --- ways ------------------------------------------------------------------------------------------------------------
+
+
+async def database_cut(scene: Scene) -> None:
+    victims = scene.victims(2)
+    for replica in victims:
+        replica.proxy.cut()
+    await scene.lasts(0.5, LEASE / 2)
+    for replica in victims:
+        replica.proxy.heal()
+
+
+async def database_cut_for_all(scene: Scene) -> None:
+    for replica in scene.everybody():
+        replica.proxy.cut()
+    await scene.lasts(LEASE * 1.2, LEASE * 2)
+    for replica in scene.stage.replicas:
+        replica.proxy.heal()
+
+
+async def database_slow(scene: Scene) -> None:
+    victims = scene.victims(2)
+    for replica in victims:
+        replica.proxy.delay(0.2)
+    await scene.lasts(3, 5)
+    for replica in victims:
+        replica.proxy.heal()
+
+
+async def database_half_open(scene: Scene) -> None:
+    """Every connection of a worker is forgotten on the way; new ones pass."""
+    (replica,) = scene.victims()
+    replica.proxy.blackhole()
+    await asyncio.sleep(0.05)
+    replica.proxy.heal()
+    # It takes as long as its deadlines to be noticed, and is on as long.
+    await scene.lasts(LEASE, LEASE * 1.5)
+
+
+async def database_silent(scene: Scene) -> None:
+    """One worker is cut off from the database, without a word, for longer than a lease."""
+    (replica,) = scene.victims()
+    replica.proxy.blackhole()
+    await scene.lasts(LEASE * 1.3, LEASE * 2)
+    replica.proxy.heal()
+
+
+async def api_cut(scene: Scene) -> None:
+    scene.everybody()
+    scene.stage.way.cut()
+    await scene.lasts(0.5, 3)
+    scene.stage.way.heal()
+
+
+async def api_slow(scene: Scene) -> None:
+    scene.everybody()
+    scene.stage.way.delay(0.4)
+    await scene.lasts(3, 5)
+    scene.stage.way.heal()
+
+
+async def api_silent(scene: Scene) -> None:
+    """Its connections, and new ones, stay open and say nothing. What was half-open stays so."""
+    scene.everybody()
+    scene.stage.way.blackhole()
+    await scene.lasts(0.5, 4)
+    scene.stage.way.heal()
+
+
+async def api_down(scene: Scene) -> None:
+    scene.everybody()
+    scene.stage.api.mood = "down"
+    await scene.lasts(2, 5)
+    scene.stage.api.mood = None
+
+
+async def api_misconfigured(scene: Scene) -> None:
+    scene.everybody()
+    scene.stage.api.mood = "misconfigured"
+    await scene.lasts(2, 5)
+    scene.stage.api.mood = None
+
+
+KINDS: dict[str, Strike] = {
+    strike.__name__.replace("_", " "): strike
+    for strike in (
+        kill, term, stop_short, stop_long, clock,
+        postgres_kill_short, postgres_kill_long, postgres_restart, bells, ledgers, lone_ring, full_house, full_disk, locks,
+        database_cut, database_cut_for_all, database_slow, database_half_open, database_silent,
+        api_cut, api_slow, api_silent, api_down, api_misconfigured,
+    )
+}  # fmt: skip
+
+WAITING = """
+select count(*) from session_recalls r
+where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) < now() - interval '0.3 seconds'
+    and (r.lease is not null or not exists (
+        select from session_recalls o
+        where o.session_id = r.session_id and o.id <> r.id and o.status in ('pending', 'running') and o.lease is not null))
+"""
+RECOVERED_WITHIN = 40.0
+"""Seconds after which what is due must be claimed again, whatever it was: the longest is the breaker's pause between two probes."""
+
+
+class Schedule:
+    def __init__(self, stage: Stage, hand: Hand, seed: int, kinds: list[str]) -> None:
+        self._stage, self._hand = stage, hand
+        self._dice = random.Random(f"faults {seed}")
+        self._kinds = [kind for kind in kinds if (kind != "full disk" or stage.has_room) and (kind != "clock" or FAKETIME)]
+        self._deck: list[str] = []
+        self.faults: list[Fault] = []
+        self.calm: list[tuple[float, float]] = []
+        """Stretches in which nothing was wrong and nothing was left over."""
+        self.stuck: list[str] = []
+
+    async def run(self, seconds: float, calm: tuple[float, float] = (3.0, 6.0)) -> None:
+        """Strike and heal, until the time is up."""
+        end = time.monotonic() + seconds
+        await self._recovered()
+        while True:
+            began = time.time()
+            await asyncio.sleep(self._dice.uniform(*calm))
+            self.calm.append((began, time.time()))
+            if time.monotonic() >= end:
+                return
+            two = self._dice.random() < 0.3 and len(self._kinds) > 2
+            chosen = [self._next() for _ in range(2 if two else 1)]
+            faults = await asyncio.gather(
+                *(self._strike(kind, alone=not two, after=n * self._dice.uniform(0, 2)) for n, kind in enumerate(chosen))
+            )
+            healed = time.time()
+            if await self._recovered():
+                for fault in faults:
+                    fault.recovered = time.time() if fault.alone else None
+            else:
+                self.stuck.append(
+                    f"{' and '.join(chosen)}: something is due and unclaimed {time.time() - healed:.0f} s after it was healed"
+                )
+
+    def _next(self) -> str:
+        if not self._deck:
+            self._deck = self._dice.sample(self._kinds, k=len(self._kinds))
+        return self._deck.pop()
+
+    async def _strike(self, kind: str, *, alone: bool, after: float) -> Fault:
+        await asyncio.sleep(after)
+        fault = Fault(kind, time.time(), frozenset(), alone=alone)
+        self.faults.append(fault)
+        await KINDS[kind](Scene(self._stage, self._hand, random.Random(self._dice.random()), fault))
+        fault.ended = time.time()
+        return fault
+
+    async def _recovered(self) -> bool:
+        """Wait until nothing is due and unclaimed; False where that takes too long."""
+        end = time.monotonic() + RECOVERED_WITHIN
+        while time.monotonic() < end:
+            async with _asking(self._stage.dsn) as conn:
+                while conn is not None and time.monotonic() < end:
+                    found = await (await conn.execute(WAITING.encode())).fetchone()
+                    if found is not None and found[0] == 0:
+                        return True
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
+        return False
+
+
+@asynccontextmanager
+async def _asking(dsn: str) -> AsyncIterator[psycopg.AsyncConnection[Any] | None]:
+    """A connection for looking; None, and no error, where PostgreSQL does not answer."""
+    conn: psycopg.AsyncConnection[Any] | None = None
+    try:
+        conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True, connect_timeout=3)
+    except psycopg.OperationalError:
+        yield None
+        return
+    try:
+        with suppress(psycopg.OperationalError):
+            yield conn
+    finally:
+        conn.pgconn.finish()
