@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -26,10 +26,11 @@ class Daemon:
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, environ: Mapping[str, str], *options: str) -> Self:
+    async def start(cls, environ: Mapping[str, str], *options: str, before: Sequence[str] = ()) -> Self:
+        """`before`: words that the command line begins with, such as those of a program that runs it somewhere else."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", "run", *options,
+            *before, sys.executable, "-m", "recall_worker", "run", *options,
             env=kept | {"RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "debug"} | dict(environ),
             stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL, limit=1 << 22,
         )  # fmt: skip
@@ -102,10 +103,10 @@ class Daemons:
         self.environ = dict(environ)
         self._all: list[Daemon] = []
 
-    async def start(self, *options: str, ready: bool = True, **settings: Any) -> Daemon:
+    async def start(self, *options: str, ready: bool = True, before: Sequence[str] = (), **settings: Any) -> Daemon:
         """`settings`: `lease=3` becomes RECALL_LEASE=3. Waits until the daemon listens, unless told not to."""
         more = {"RECALL_" + name.upper(): str(value) for name, value in settings.items()}
-        daemon = await Daemon.start(self.environ | more, *options)
+        daemon = await Daemon.start(self.environ | more, *options, before=before)
         self._all.append(daemon)
         if ready:
             await daemon.hears("bell.listening")

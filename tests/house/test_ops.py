@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -327,3 +328,22 @@ async def test_scrapes_cost_one_question(app: Application, endpoint: Endpoint, d
         scrapes += 1
     assert scrapes > 10 and time.monotonic() - began > 4
     gate.open()
+
+
+@pytest.fixture
+def bare_proc() -> list[str]:
+    """What a command line begins with to run where /proc shows processes and nothing else."""
+    program = 'mount -t proc -o subset=pid proc /proc && [ ! -e /proc/stat ] && exec "$@"'
+    words = ["unshare", "--mount", "sh", "-c", program, "sh"]
+    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace with a /proc of its own needs root, and a kernel from 5.8 on")
+    return words
+
+
+async def test_the_process_is_told_of_where_proc_is_bare(bare_proc: list[str], daemons: Daemons) -> None:
+    """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the process are on the page all the same."""
+    daemon = await daemons.start(ops_listen=0, before=bare_proc)
+    found = {name: number for (name, _), number in (await scrape(daemon)).items()}
+    assert abs(found["process_start_time_seconds"] - time.time()) < 60
+    assert found["process_resident_memory_bytes"] > 1e7 and found["process_cpu_seconds_total"] > 0
+    assert 0 < found["process_open_fds"] < found["process_max_fds"]
