@@ -27,7 +27,7 @@ class Daemon:
 
     @classmethod
     async def start(cls, environ: Mapping[str, str], *options: str, before: Sequence[str] = ()) -> Self:
-        """`before`: words that the command line begins with, such as those of a program that runs it somewhere else."""
+        """`before`: words of a command that becomes the daemon, such as `ip netns exec NAME`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
             *before, sys.executable, "-m", "recall_worker", "run", *options,
@@ -99,14 +99,15 @@ class Daemon:
 class Daemons:
     """Starts daemons with common settings; kills what is left at the end."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], before: Sequence[str] = ()) -> None:
         self.environ = dict(environ)
+        self._before = before
         self._all: list[Daemon] = []
 
-    async def start(self, *options: str, ready: bool = True, before: Sequence[str] = (), **settings: Any) -> Daemon:
+    async def start(self, *options: str, ready: bool = True, **settings: Any) -> Daemon:
         """`settings`: `lease=3` becomes RECALL_LEASE=3. Waits until the daemon listens, unless told not to."""
         more = {"RECALL_" + name.upper(): str(value) for name, value in settings.items()}
-        daemon = await Daemon.start(self.environ | more, *options, before=before)
+        daemon = await Daemon.start(self.environ | more, *options, before=self._before)
         self._all.append(daemon)
         if ready:
             await daemon.hears("bell.listening")

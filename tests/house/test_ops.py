@@ -342,8 +342,9 @@ def bare_proc() -> list[str]:
 
 async def test_the_process_is_told_of_where_proc_is_bare(bare_proc: list[str], daemons: Daemons) -> None:
     """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the process are on the page all the same."""
-    daemon = await daemons.start(ops_listen=0, before=bare_proc)
-    found = {name: number for (name, _), number in (await scrape(daemon)).items()}
+    async with Daemons(daemons.environ, before=bare_proc) as elsewhere:
+        daemon = await elsewhere.start(ops_listen=0)
+        found = {name: number for (name, _), number in (await scrape(daemon)).items()}
     assert abs(found["process_start_time_seconds"] - time.time()) < 60
     assert found["process_resident_memory_bytes"] > 1e7 and found["process_cpu_seconds_total"] > 0
     assert 0 < found["process_open_fds"] < found["process_max_fds"]
