@@ -94,7 +94,7 @@ class Settings:
 
 _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
-_ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
+_ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
 _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 

@@ -48,6 +48,7 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
         "max_attempts": ("4", "5"), "session_limit": ("5/h", "9/h,50/d"), "fleet_concurrency": ("7", "8"),
         "langgraph_assistant": ("a", "b"), "agno_agent": ("a", "b"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
+        "ops_listen": ("9464", "[::1]:9465"),
     }  # fmt: skip
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
@@ -59,6 +60,18 @@ def test_every_setting_has_its_variable(name: str) -> None:
     nothing: dict[str, Any] = {name: None}
     assert getattr(settings.read({variable: first}, **nothing), name) == kind(first)
     assert FIELDS[name].metadata["says"]
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ("9464", ("127.0.0.1", 9464)), ("0.0.0.0:9464", ("0.0.0.0", 9464)), ("[::1]:9464", ("::1", 9464)),
+        ("ops.example:0", ("ops.example", 0)), ("", None),
+    ],
+)  # fmt: skip
+def test_where_the_pages_are(given: str, means: tuple[str, int] | None) -> None:
+    """A port alone is this host's own: the pages ask nobody who they are."""
+    assert settings.read({"RECALL_OPS_LISTEN": given}).ops_address == means
 
 
 def test_settings_are_frozen() -> None:
@@ -106,6 +119,11 @@ WRONG = [
     ({"RECALL_RUN_TOKEN": "tökén"}, "RECALL_RUN_TOKEN holds characters that no HTTP header can carry"),
     ({"RECALL_RUN_TOKEN": "a\r\nX-Injected: yes"}, "RECALL_RUN_TOKEN holds a control character"),
     ({"RECALL_SIGNING_SECRET": "whsec_not base64"}, "RECALL_SIGNING_SECRET starts with whsec_ but is not base64"),
+    ({"RECALL_OPS_LISTEN": ":9464"}, "RECALL_OPS_LISTEN is ':9464': give host:port"),
+    ({"RECALL_OPS_LISTEN": "::1:9464"}, "RECALL_OPS_LISTEN is '::1:9464': give host:port"),
+    ({"RECALL_OPS_LISTEN": "here"}, "RECALL_OPS_LISTEN is 'here': give host:port"),
+    ({"RECALL_OPS_LISTEN": "http://here:80"}, "RECALL_OPS_LISTEN is 'http://here:80': give host:port"),
+    ({"RECALL_OPS_LISTEN": "65536"}, "RECALL_OPS_LISTEN is '65536': give host:port"),
     ({"RECALL_CA_FILE": "/nowhere/ca.pem"}, "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read"),
 ]
 

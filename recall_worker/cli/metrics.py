@@ -9,6 +9,7 @@ Never here: HTTP (ops), questions to PostgreSQL (ops brings the answer).
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, get_args
@@ -95,7 +96,7 @@ class Metrics:
         )
         build.info({"version": version("recall-worker"), "python": platform.python_version(), "schema": str(generation())})
         self.registry.register(_Now(self))
-        ProcessCollector(registry=self.registry)
+        _Process(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
     def page(self, accept: str) -> tuple[bytes, str]:
@@ -189,6 +190,13 @@ class Metrics:
     @staticmethod
     def _gauge(name: str, says: str, value: float) -> Metric:
         return GaugeMetricFamily(f"recall_worker_{name}", says, value=float(value))
+
+
+class _Process(ProcessCollector):
+    """Where /proc shows processes alone, as below systemd's ProcSubset=pid, it does not tell the moment of boot; then there would be nothing."""
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _Now(Collector):

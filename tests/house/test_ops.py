@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..daemon import Daemon, Daemons
 from ..endpoint import Endpoint, Gate, reply
 from ..proxy import Proxy
 from .test_corridor import soon
-from .test_lease import promise
+from .test_lease import eventually, promise, rows
 from .test_outage import own_server, replicas
 
 __all__ = ["own_server", "replicas"]  # fixtures
@@ -105,6 +106,37 @@ async def test_the_counts_are_the_endpoints_own(app: Application, endpoint: Endp
     assert (value(found, "recalls_overdue"), value(found, "oldest_due_seconds")) == (0, 0)
     assert value(found, "bell_state", state="listening") == value(found, "database_up") == 1
     assert value(found, "breaker_open") == value(found, "draining") == value(found, "leases_lost_total") == 0
+
+
+async def test_a_fleets_counts_add_up(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+    """Three workers share two hundred recalls that end in all kinds of ways: together they count what the endpoint read and the marks say."""
+    for n in range(0, 200, 5):
+        endpoint.script(f"s{n}", reply(409, headers={"retry-after": "1"}), reply())
+        endpoint.script(f"s{n + 1}", reply(200, {"status": "failed"}), reply())
+        endpoint.script(f"s{n + 2}", reply(422))
+    workers = [await daemons.start(ops_listen=0, concurrency=8, max_attempts=1) for _ in range(3)]
+    for n in range(200):
+        await promise(app, f"s{n}")
+    await eventually(
+        db, "select 1 from session_recalls having count(*) filter (where status in ('pending', 'running')) = 0", within=60
+    )
+    for worker in workers:
+        await worker.until(lambda worker=worker: len(worker.told("recall.settled")) == len(worker.told("recall.claimed")))  # type: ignore[misc]
+    pages = [await scrape(worker) for worker in workers]
+    counted = {
+        outcome: sum(value(page, "outcomes_total", outcome=outcome) or 0 for page in pages)
+        for outcome in ("answered", "busy", "failed", "refused", "unknown", "unavailable")
+    }
+    assert counted == {"answered": 120, "busy": 40, "failed": 40, "refused": 40, "unknown": 0, "unavailable": 0}
+    assert sum(counted.values()) == len(endpoint.requests) == 240
+    marks = {
+        row["outcome"]: row["n"]
+        for row in await rows(db, "select outcome, sum(calls)::int as n from recall_attempts group by outcome")
+    }
+    assert marks == {outcome: n for outcome, n in counted.items() if n}
+    for name in ("lag_seconds_count", "run_duration_seconds_count", "settle_batch_size_sum", "recalls_claimed_total"):
+        assert sum(value(page, name) or 0 for page in pages) == 240, name
+    assert sum(value(page, "lateness_seconds_count") or 0 for page in pages) == 200
 
 
 async def test_what_is_due_and_in_nobodys_hand(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
@@ -327,3 +359,23 @@ async def test_scrapes_cost_one_question(app: Application, endpoint: Endpoint, d
         scrapes += 1
     assert scrapes > 10 and time.monotonic() - began > 4
     gate.open()
+
+
+@pytest.fixture
+def bare_proc() -> list[str]:
+    """What a command line begins with to run where /proc shows processes and nothing else."""
+    program = 'mount -t proc -o subset=pid proc /proc && [ ! -e /proc/stat ] && exec "$@"'
+    words = ["unshare", "--mount", "sh", "-c", program, "sh"]
+    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace with a /proc of its own needs root, and a kernel from 5.8 on")
+    return words
+
+
+async def test_the_process_is_told_of_where_proc_is_bare(bare_proc: list[str], daemons: Daemons) -> None:
+    """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the process are on the page all the same."""
+    async with Daemons(daemons.environ, before=bare_proc) as elsewhere:
+        daemon = await elsewhere.start(ops_listen=0)
+        found = {name: number for (name, _), number in (await scrape(daemon)).items()}
+    assert abs(found["process_start_time_seconds"] - time.time()) < 60
+    assert found["process_resident_memory_bytes"] > 1e7 and found["process_cpu_seconds_total"] > 0
+    assert 0 < found["process_open_fds"] < found["process_max_fds"]

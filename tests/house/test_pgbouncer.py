@@ -28,6 +28,7 @@ from ..test_cli import operate
 from .test_bell import listening
 from .test_corridor import soon
 from .test_lease import calls, eventually, promise, rows
+from .test_ops import read, scrape, value
 from .test_outage import same_process
 
 POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
@@ -288,3 +289,20 @@ async def test_recalls_through_it(pooled: str, app: Application) -> None:
             assert await recalls.due() == [] and await recalls.next_trigger_at() is not None
             assert await recalls.sessions_with_pending(["s", "t"]) == {"s"}
             assert await recalls.cancel("s") == 1
+
+
+async def test_the_pages_through_a_pooler(
+    pooled: str, database: str, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """What /readyz and /metrics ask goes through it like all the rest, and leaves nothing behind."""
+    gate = Gate()
+    endpoint.script("first", gate)
+    daemon = await daemons.start(dsn=pooled, listen_dsn=database, ops_listen=0, concurrency=1)
+    await promise(app, "first", "once")
+    await gate.entered.wait()
+    await promise(app, "second", "once", -5)
+    async with busy(pooled):
+        assert (await read(daemon, "/readyz")).text == "ready\n"
+        assert value(await scrape(daemon), "recalls_overdue") == 1
+    gate.open()
+    await daemon.hears("recall.settled", times=2)
