@@ -215,6 +215,14 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
     assert kept.told("recall.aborted") == kept.told("bell.lost") == []
 
 
+def test_the_hosts_are_removed_also_after_a_failure() -> None:
+    with pytest.raises(ZeroDivisionError), network.Network("a", "b") as net:
+        namespaces = [net[name].namespace for name in ("a", "b")]
+        assert all(Path(f"/run/netns/{namespace}").exists() for namespace in namespaces)
+        _ = 1 / 0
+    assert not any(Path(f"/run/netns/{namespace}").exists() for namespace in namespaces)
+
+
 async def test_both_workers_and_the_database(hosts: Hosts) -> None:
     """The database is alone: both break off, nobody takes anything, and afterwards each run is called again under its key."""
     hosts.api.default = run
