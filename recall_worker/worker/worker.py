@@ -134,8 +134,9 @@ class Worker:
             await self._ledger.ring(channel)
         except Outage as outage:
             self._reach.lost(outage.reason, outage.asked_at)
+            # Whether it is found again is for those to say who write: a standby, too, can be rung.
+            self._wake.set()
             raise
-        self._reach.found()
 
     async def _claim_until_stopped(self) -> None:
         while not self._stop.is_set():

@@ -35,10 +35,11 @@ PARTED = 3 * LEASE
 LATE = 2.5
 """Seconds that this machine may be late."""
 
+LACKING = network.lacking()
 pytestmark = [
     pytest.mark.full,
     pytest.mark.timeout(180),
-    pytest.mark.skipif(network.lacking() is not None, reason=str(network.lacking())),
+    pytest.mark.skipif(LACKING is not None, reason=str(LACKING)),
 ]
 
 
