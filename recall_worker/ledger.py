@@ -267,7 +267,7 @@ def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
     hosts none may be listening.
     """
     attempts = str(error).split("\n- ")[1:] or [str(error)]
-    if all(any(word in attempt for word in _NOBODY_LISTENS) for attempt in attempts):
+    if all(_REFUSED in attempt or (_MISSING in attempt and "/.s.PGSQL." in attempt) for attempt in attempts):
         return True
     # What a server said follows two blanks, and may be in any language. libpq's ping knows it by its code. It holds the whole process up, but
     # this server has just answered.
@@ -277,7 +277,7 @@ def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
 
 
 # The words of the C library, which libpq quotes.
-_NOBODY_LISTENS = (os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT))
+_REFUSED, _MISSING = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
 
 _OF_A_DSN = re.compile(r"connection (?:option|info)|URI|percent-encoded|port number")
 

@@ -74,7 +74,7 @@ class Worker:
         self._endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
         self._shout: asyncio.Task[None] | None = None
         deadlines = Deadlines.within(settings.lease)
-        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, self._ledger.ring, events, deadlines)
+        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._ring, self._echo, events, deadlines)
         self._reach = Reach(events, settings.lease)
         self._settler = Settler(self._ledger, self._policy, events, self._reach, self._free)
         self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
@@ -176,6 +176,16 @@ class Worker:
         self._wake.set()
         if self._runs:
             self._keeper.ring()
+
+    async def _echo(self, channel: str) -> None:
+        """Ring the bell itself. It goes over the line of the renewals: an outage may show here first, and holds them up."""
+        try:
+            await self._ledger.ring(channel)
+        except Outage as outage:
+            self._reach.lost(outage.reason, outage.asked_at)
+            # Whether it is found again is for those to say who write: a standby, too, can be rung.
+            self._wake.set()
+            raise
 
     async def _claim_until_stopped(self) -> None:
         while not self._stop.is_set():

@@ -304,8 +304,7 @@ def _lagging(records: Records) -> Iterator[tuple[float, str]]:
         calls = records.by_recall[promise.id]
         if promise.kind == "recurring" or promise.moves or not calls or not promise.certain or promise.maybe_ended:
             continue
-        if (
-            any(start <= promise.due and promise.due + 0.05 <= end for start, end in records.calm)
-            and promise.session not in chains
-        ):
-            yield calls[0].at - promise.due, calls[0].key
+        for start, end in records.calm:
+            # What happens after the calm phase is the next fault's doing.
+            if start <= promise.due < end and promise.session not in chains:
+                yield min(calls[0].at, end) - promise.due, calls[0].key

@@ -201,6 +201,27 @@ async def test_a_row_that_the_application_holds_locked(
     assert await owner.stop() == 0
 
 
+async def test_a_run_whose_row_is_held_locked(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Its lease can't be renewed for two leases, but nobody else can take it either: it goes on, and is settled."""
+    gate = Gate()
+    endpoint.script("locked", gate)
+    owner = await daemons.start(lease=2)
+    recall = await promise(app, "locked", "once")
+    await gate.entered.wait()
+    other = await daemons.start(lease=2)
+    async with connected(database) as holder, holder.transaction():
+        await holder.execute("select from session_recalls where session_id = 'locked' for update")
+        await eventually(db, "select 1 from session_recalls where lease_until < now() - interval '2 seconds'")
+    await eventually(db, HELD, ["locked"])
+    gate.open()
+    await owner.hears("recall.settled", recall=recall, attempt=1, status="fired")
+    assert len(endpoint.requests) == 1
+    for daemon in (owner, other):
+        assert [daemon.told(event) for event in ("recall.aborted", "lease.taken", "lease.lost", "database.lost")] == [[]] * 4
+
+
 async def test_a_cancel_in_mid_run_aborts_by_the_bell(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
