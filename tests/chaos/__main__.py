@@ -46,6 +46,7 @@ async def audit(
         hand = await stack.enter_async_context(Hand(stage.dsn, seed))
         hand.rate = rate
         schedule = Schedule(stage, hand, seed, kinds or list(KINDS))
+        await stage.up()
         silence = asyncio.Event()
         living = asyncio.create_task(hand.live(silence))
         await schedule.run(minutes * 60)
@@ -54,9 +55,8 @@ async def audit(
         left = await _drained(hand)
         rows, marks = await hand.insist(_tables)
         statuses = await stage.end()
-        account = accounting.settle_up(
-            Records(api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm)
-        )
+        records = Records(api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm)
+        account = accounting.settle_up(records)
         account.findings += [f"recovery: {said}" for said in schedule.stuck]
         if left:
             account.findings.append(f"drain: {left} recalls had not ended {DRAIN_MOST:.0f} s after the application fell silent")
@@ -67,6 +67,7 @@ async def audit(
             for status in r.statuses
             if status not in (0, -9)
         ]
+        (folder / "evidence").write_text(_evidence(account, records), encoding="utf-8")
         account.facts["workers started"] = sum(r.starts for r in stage.replicas)
         return account, schedule
 
@@ -104,6 +105,18 @@ async def _tables(conn: psycopg.AsyncConnection[Any]) -> tuple[list[dict[str, An
         rows = await (await cursor.execute("select * from session_recalls")).fetchall()
         marks = await (await cursor.execute("select * from recall_attempts")).fetchall()
     return rows, marks
+
+
+def _evidence(account: Account, records: Records) -> str:
+    """All that is on record of the recalls and sessions that findings name."""
+    said = "\n".join(account.findings)
+    lines = [said]
+    for promise in records.journal.promises.values():
+        if promise.id in said or f" {promise.session}:" in said:
+            lines += ["", str(promise), str(records.rows.get(promise.id))]
+            lines += [f"  {call}" for call in records.by_recall[promise.id]]
+            lines += [f"  {mark}" for mark in records.marks_of[promise.id]]
+    return "\n".join([*lines, "", *map(str, records.faults), *map(str, records.calm)])
 
 
 def told(seed: int, minutes: float, account: Account, schedule: Schedule) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def main() -> int:
     for seed in range(int(first), int(last or first) + 1):
         folder = scratch()
         try:
-            site = install(folder, given.patch)
+            site = install(folder, given.patch and given.patch.resolve())
             account, schedule = asyncio.run(
                 audit(seed, given.minutes, site=site, folder=folder, replicas=given.replicas, kinds=kinds, rate=given.rate)
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg
 
-from .hand import Hand
+from .hand import Hand, Promise
 from .stage import FAKETIME, LEASE, Replica, Stage
 
 
@@ -32,6 +32,8 @@ class Fault:
     recovered: float | None = None
     """When nothing was due and unclaimed any more; None where two faults overlapped, or it never was."""
     alone: bool = True
+    lone: Promise | None = None
+    """What was inserted while nobody heard."""
 
     def strikes(self, slot: str, start: float, end: float) -> bool:
         """Whether it was on, for this slot, at any time between."""
@@ -41,6 +43,13 @@ class Fault:
     def seconds(self) -> float:
         return (self.ended or time.time()) - self.began
 
+
+STIRRING = """
+select count(*) from session_recalls
+where status in ('pending', 'running') and (lease is not null or trigger_at < now() + interval '5 seconds')
+"""
+HEARD_WITHIN = 3.0
+"""Seconds in which a bell is back and its worker has looked: a reconnect, and some."""
 
 Strike = Callable[["Scene"], Awaitable[None]]
 
@@ -148,13 +157,16 @@ async def ledgers(scene: Scene) -> None:
 
 
 async def lone_ring(scene: Scene) -> None:
-    """Every bell is cut off, and while nobody hears one recall is inserted, due at once; nothing else is done that could wake anybody."""
+    """Every bell is cut off, and while nobody hears one recall is inserted, due at once, with nothing else about that could wake anybody."""
     rate, scene.hand.rate = scene.hand.rate, 0
     try:
-        await scene.lasts(1, 1.5)
-        await scene.terminate("recall-worker bell%")
-        await scene.hand.promise("immediate", 0)
-        await scene.lasts(4, 5)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(25), _asking(scene.stage.dsn) as conn:
+                while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):
+                    await asyncio.sleep(0.1)
+                await scene.terminate("recall-worker bell%")
+                scene.fault.lone = await scene.hand.promise("immediate", 0)
+                await scene.lasts(HEARD_WITHIN + 0.5, HEARD_WITHIN + 1)
     finally:
         scene.hand.rate = rate
 

@@ -116,7 +116,7 @@ class Hand:
                 "cron": "* * * * *",
                 "time_zone": self._dice.choice(("UTC", "Europe/Berlin")),
             }
-            await self.promise("recurring", self._dice.uniform(0, 2), times=2, **cron)
+            await self.promise("recurring", self._dice.uniform(0, 2), interval=60, times=2, **cron)
         else:
             await self._touch()
 
@@ -201,9 +201,9 @@ class Hand:
         left = self._chains.get(session, 0)
         if left > 0:
             self._chains[session] = left - 1
-            if await self.promise("immediate", 0, session=session) is None and all(
-                p.ended is None and not p.maybe_ended for p in self._by_session[session]
-            ):
+            # One that was moved in mid-run runs again beside its own next link; where one was ended the session may be gone.
+            plain = all(p.ended is None and not p.maybe_ended and not p.moves for p in self._by_session[session])
+            if await self.promise("immediate", 0, session=session) is None and plain:
                 self.journal.strange.append(f"{session}: the next link was refused in mid-run")
 
     # --- its connections ---------------------------------------------------------------------------------------------

@@ -188,6 +188,12 @@ class Stage:
 
     # --- PostgreSQL --------------------------------------------------------------------------------------------------
 
+    async def up(self) -> None:
+        """Wait until every replica is at work."""
+        async with asyncio.timeout(60):
+            while not all(replica.log.exists() and replica.events("worker.ready") for replica in self.replicas):  # noqa: ASYNC110 - a log
+                await asyncio.sleep(0.05)
+
     async def kill_postgres(self) -> None:
         await asyncio.to_thread(self.server.kill)
 
