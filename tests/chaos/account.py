@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from .api import DEFINITE, Api, Call
-from .faults import Fault
+from .faults import HEARD_WITHIN, Fault
 from .hand import Journal, Promise
 from .stage import LEASE
 
@@ -92,6 +92,7 @@ def settle_up(records: Records) -> Account:
         after_the_end,
         leases,
         lateness,
+        heard,
     ):
         account.take(rule.__name__.replace("_", " "), rule(records))
     replayed = sum(len(calls) - 1 for calls in records.by_key.values())
@@ -296,6 +297,15 @@ def lateness(records: Records) -> Iterator[str]:
     for lag, key in _lagging(records):
         if lag > LAG_MOST:
             yield f"{key} was called {lag:.1f} s after it was due, in a calm phase"
+
+
+def heard(records: Records) -> Iterator[str]:
+    """Whoever listens again looks: what was inserted while nobody heard does not wait for the regular look."""
+    for fault in records.faults:
+        if fault.lone is not None and fault.alone and fault.lone.certain:
+            calls = records.by_recall[fault.lone.id]
+            if not calls or calls[0].at - fault.lone.due > HEARD_WITHIN:
+                yield f"{fault.lone.id} was inserted while no bell heard, and was not called within {HEARD_WITHIN:g} s"
 
 
 def _lags(records: Records) -> Iterator[float]:

@@ -162,7 +162,7 @@ async def lone_ring(scene: Scene) -> None:
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(25), _asking(scene.stage.dsn) as conn:
-                while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):
+                while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
                 await scene.terminate("recall-worker bell%")
                 scene.fault.lone = await scene.hand.promise("immediate", 0)
