@@ -5,9 +5,9 @@
     python -m benchmarks --only wake,backlog --quick      # a look, in a minute or two
     python -m benchmarks --report docs/performance.json --docs docs/performance.md --plots docs/plots    # nothing is measured anew
 
-The first takes some twenty minutes and wants the machine to itself. It needs no services: PostgreSQL is the embedded one, on a data directory
-of its own with the settings that PostgreSQL comes with (fsync on; only max_connections is raised, for twenty replicas of each), and is removed afterwards.
-The wheel of this checkout and the npm packages are installed into a cache directory (BENCH_CACHE, else below the user's cache).
+The first takes some twenty minutes and wants the machine to itself. It needs no services: PostgreSQL is the embedded one, on a data directory of
+its own with the settings that PostgreSQL comes with (fsync on; only max_connections is raised, for twenty replicas of each), and is removed
+afterwards. The wheel of this checkout and the npm packages are installed into a cache directory (BENCH_CACHE, else below the user's cache).
 
 How it is measured
 - The sink is one process that answers at once and stamps each request's arrival with the monotonic clock, which all processes of a host share.

@@ -38,7 +38,7 @@ def _pgbench(field: Field, due: str, seconds: int) -> float:
         ("message", "'Look at the build again, and say whether it is green.'"),
         ("due", due),
     ):
-        text = text.replace(f"%({name})s", value)
+        text = text.replace(f"%({name})s", f"({value})")
     script = field.ground.scratch / "insert.sql"
     script.write_text(" ".join(text.split()) + ";\n")
     command = [field.ground.server.bindir / "pgbench", "-n", "-c", "32", "-j", "2", "-T", str(seconds), "-f", script, field.dsn]
