@@ -88,7 +88,11 @@ def _claim_time(field: Field) -> dict[str, Any]:
     sql = statements.load("ledger")
     values = {"slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": []}
     with psycopg.connect(field.dsn, autocommit=True) as connection:
-        given = {"pid": connection.pgconn.backend_pid, "lock": str(LOCK_PATIENCE_MS), "statement": str(int(STATEMENT_DEADLINE * 1000))}
+        given = {
+            "pid": connection.pgconn.backend_pid,
+            "lock": str(LOCK_PATIENCE_MS),
+            "statement": str(int(STATEMENT_DEADLINE * 1000)),
+        }
         connection.execute(sql["arrive"].encode(), given, prepare=False)
 
         def claim(before: str = "") -> tuple[float, list[Any]]:

@@ -113,7 +113,7 @@ async def post(
             "Idempotency-Key": key,
             "Recall-Attempt": str(claim.attempt),
             "Recall-Lateness": f"{lateness:.6f}",
-            "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            "traceparent": f"00-{(trace := secrets.token_hex(24))[:32]}-{trace[32:]}-01",
         }
         if secret is not None:
             timestamp = int(time.time())
@@ -159,7 +159,10 @@ def body(claim: Claim) -> bytes:
             "missed": claim.missed,
         },
     }
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _WRITER.encode(document).encode("ascii")
+
+
+_WRITER = json.JSONEncoder(separators=(",", ":"))
 
 
 def nameable(name: str) -> bool:
@@ -287,11 +290,12 @@ def _kind(answer: Answer) -> str:
 
 
 _NO_JSON = object()
+_READER = json.JSONDecoder(parse_int=str)
 
 
 def _json(text: bytes) -> Any:
     try:
-        return json.loads(text, parse_int=str)
+        return _READER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (ValueError, RecursionError):
         return _NO_JSON
 
