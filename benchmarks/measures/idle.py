@@ -6,6 +6,8 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import psycopg
+
 from ..contenders import OURS, PEERS, Contest
 from ..figures import judged, number, table
 from ..ground import memory
@@ -29,13 +31,15 @@ def measure(contest: Contest) -> dict[str, Any]:
         before = {name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()}
         time.sleep(seconds)
         for name, field in fields.items():
+            database = psycopg.conninfo.conninfo_to_dict(field.dsn)["dbname"]
+            open_now = ground.maintenance.execute(
+                "select count(*) from pg_stat_activity where datname = %s", [database]
+            ).fetchall()
             found[name] = {
                 "cpu_ms": (field.cpu() - before[name][1]) * 1000 * 60 / seconds,
                 "mib": memory(field.processes[0].pid),
-                "connections": ground.maintenance.execute(
-                    "select count(*) from pg_stat_activity where datname = %s", [field.dsn.split("/")[3].split("?")[0]]
-                ).fetchone()[0],
-            }  # fmt: skip
+                "connections": open_now[0][0],
+            }
             field.stop()
         time.sleep(0.5)
         for name, field in fields.items():
