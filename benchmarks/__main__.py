@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MEASURES = ("wake", "timers", "backlog", "inflight", "growth", "idle", "inserting", "endurance", "start")
+MEASURES = ("wake", "timers", "backlog", "parts", "inflight", "growth", "idle", "inserting", "endurance", "start")
 BEGIN, END = "<!-- measured: written by `python -m benchmarks`, from {} -->\n", "<!-- /measured -->\n"
 
 

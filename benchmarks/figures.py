@@ -23,6 +23,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def curve(values: Sequence[float]) -> list[float]:
+    """The distribution in steps of two per cent."""
+    return [round(percentile(values, share / 100), 3) for share in range(0, 101, 2)]
+
+
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Spread:
     """Round by round, as the machine's slow minutes hit both."""
     return spread([a / b for a, b in zip(mine, theirs, strict=True)])

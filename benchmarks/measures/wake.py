@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from typing import Any
 
 from ..contenders import OURS, PEERS, Contest, rotated
-from ..figures import judged, percentile, ratio, shown, spread, table
+from ..figures import curve, judged, percentile, ratio, shown, spread, table
 
 TITLE = "Waking: from commit to request"
 SLOTS = 10
@@ -49,6 +50,7 @@ def _one(contest: Contest, name: str, replicas: int, inserts: int, *, counting: 
         late = [(arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived]
         figures: dict[str, Any] = {
             "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": inserts - len(late),
+            "curve": curve(late),
             "postgres_ms": used[0] * 1000 / inserts, "workers_ms": used[1] * 1000 / inserts,
         }  # fmt: skip
         if counting:
@@ -57,7 +59,6 @@ def _one(contest: Contest, name: str, replicas: int, inserts: int, *, counting: 
             field.connection.close()
             time.sleep(0.5)
             figures["transactions"] = (ground.transactions(field.dsn) - before[0]) / inserts - 1
-            figures["late"] = [round(value, 3) for value in sorted(late)]
         return figures
 
 
@@ -87,6 +88,10 @@ def report(found: dict[str, Any]) -> str:
                 rows,
             )
         )
+        lost = [
+            f"{name} {sum(run['never'] for run in runs)}" for name, runs in by_name.items() if any(run["never"] for run in runs)
+        ]
+        parts.append(f"\nNot called for within ten seconds: {', '.join(lost)}.\n" if lost else "")
         parts.append("\n" + _targets(by_name) + "\n")
     return "".join(parts)
 
@@ -106,9 +111,9 @@ def _targets(by_name: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], axes: Any) -> None:
     by_name = found[next(iter(found))]
     for name, runs in by_name.items():
-        late = runs[0].get("late") or []
-        if late:
-            axes.plot(late, [(n + 1) / len(late) for n in range(len(late))], label=name)
+        # The median of the rounds, step by step.
+        late = [statistics.median(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
+        axes.plot(late, [n / (len(late) - 1) for n in range(len(late))], label=name)
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds from commit to request, one idle replica")
     axes.set_ylabel("share of inserts")
