@@ -5,7 +5,7 @@
     python -m benchmarks --only wake,backlog --quick      # a look, in a minute or two
     python -m benchmarks --report docs/performance.json --docs docs/performance.md --plots docs/plots    # nothing is measured anew
 
-The first takes some twenty minutes and wants the machine to itself. It needs no services: PostgreSQL is the embedded one, on a data directory of
+The first takes some twenty-five minutes and wants the machine to itself. It needs no services: PostgreSQL is the embedded one, on a data directory of
 its own with the settings that PostgreSQL comes with (fsync on; only max_connections is raised, for twenty replicas of each), and is removed
 afterwards. The wheel of this checkout and the npm packages are installed into a cache directory (BENCH_CACHE, else below the user's cache).
 

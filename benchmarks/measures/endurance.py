@@ -25,7 +25,7 @@ where c.relkind in ('r', 'i') and c.relname ~ 'recall' and pg_relation_size(c.oi
 def measure(contest: Contest) -> dict[str, Any]:
     contest.present(OURS)
     ground = contest.ground
-    seconds = 20.0 if ground.quick else 300.0
+    seconds = 20.0 if ground.quick else 240.0
     samples: list[dict[str, Any]] = []
     with contest.field(OURS) as field:
         field.start(SLOTS)

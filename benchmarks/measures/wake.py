@@ -26,7 +26,7 @@ def measure(contest: Contest) -> dict[str, Any]:
         for round in range(rounds):
             for name in rotated(names, round):
                 found[str(replicas)][name].append(
-                    _one(contest, name, replicas, 60 if quick else 250, counting=round == 0 and not quick)
+                    _one(contest, name, replicas, 60 if quick else 200, counting=round == 0 and not quick)
                 )
     return found
 
