@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from operator import itemgetter
 from typing import Any, assert_never
 from uuid import UUID
@@ -169,7 +170,7 @@ async def arrive(conn: psycopg.AsyncConnection[Any]) -> bool:
 
     False: a pooler stands in between, and what was set would stay behind for others.
     """
-    cursor = conn.cursor(row_factory=tuple_row)
+    cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
     values = {"pid": conn.pgconn.backend_pid, "lock": str(LOCK_PATIENCE_MS), "statement": str(int(STATEMENT_DEADLINE * 1000))}
     question = statements.load("ledger")["arrive"].encode()
     try:
@@ -231,7 +232,8 @@ class _Line:
 
     async def ask(self, statement: str, values: Mapping[str, Any], after: str | None = None) -> list[dict[str, Any]]:
         """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
-        values = {name: _array(value) if isinstance(value, list) else value for name, value in values.items()}
+        text, names = _numbered(statement)
+        given = [_array(value) if isinstance(value := values[name], list) else value for name in names]
         async with self._turn:
             try:
                 async with asyncio.timeout(STATEMENT_DEADLINE + CONNECT_DEADLINE) as deadline:
@@ -241,12 +243,12 @@ class _Line:
                     before = [part for part in (self._manners if self._lent else None, after) if part is not None]
                     prepare = self._prepare and not self._lent
                     if not before:
-                        cursor = await conn.execute(statement.encode(), values, prepare=prepare)
+                        cursor = await conn.execute(text, given, prepare=prepare)
                     else:
                         async with conn.pipeline(), conn.transaction():
                             for part in before:
                                 await conn.execute(part.encode(), prepare=False)
-                            cursor = await conn.execute(statement.encode(), values, prepare=prepare)
+                            cursor = await conn.execute(text, given, prepare=prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
                 await self._break()
@@ -272,7 +274,9 @@ class _Line:
             await self._drop()
             self._suspect = False
         if self._conn is None or self._conn.closed:
-            self._conn = await psycopg.AsyncConnection.connect(**self._info, row_factory=dict_row)
+            self._conn = await psycopg.AsyncConnection.connect(
+                **self._info, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor
+            )
             await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
             self._lent = not await arrive(self._conn)
         return self._conn
@@ -579,6 +583,15 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
         "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
+
+
+@cache
+def _numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
+    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
+    ours apart each time that it is run."""
+    numbers: dict[str, int] = {}
+    text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
+    return text.replace("%%", "%").encode(), tuple(numbers)
 
 
 def _array(values: Sequence[Any]) -> str:
