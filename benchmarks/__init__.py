@@ -16,11 +16,12 @@ How it is measured
   A ratio is of two runs of one round. Shown are the medians of the rounds, with the least and the most.
 - recall-worker is the installed wheel with its defaults, but for slots: attempts written, its log at info going to a file.
 - Peers as their documents advise for speed, and without a log: procrastinate with LISTEN and a pool; PgQueuer with asyncpg's pool, uvloop, its
-  recommended autovacuum settings, a batch as large as there are slots, and slots kept by a semaphore, as its own cap waits a tenth of a second
-  whenever it is reached; graphile-worker with the local queue and the batched completion of its performance page, undici with keep-alive.
-  The Python ones call through aiohttp, as recall-worker does. None of them keeps a lease or fences what it settles, PgQueuer and graphile-worker
-  delete what is done, and a run's history is kept by recall-worker and PgQueuer alone.
-- The bare loop is aiohttp with as many tasks as there are slots: no database, the same body and headers. No client in Python goes faster with it.
+  recommended autovacuum settings, a batch as large as there are slots, and slots kept by a semaphore: it then takes all that waits into its memory.
+  By its own cap, which takes no more than it may run, it waits a tenth of a second whenever the cap is reached: a row of its own. graphile-worker
+  with the local queue and the batched completion of its performance page (it takes five hundred jobs into its memory), undici with keep-alive.
+  The Python ones call through aiohttp, as recall-worker does. What is done is deleted by PgQueuer and graphile-worker, and kept by the others;
+  of each run a history is kept by all but graphile-worker.
+- The bare loop is aiohttp with as many tasks as there are slots: no database, the same body and headers. Nothing over aiohttp is faster.
 - CPU is what the kernel says of the processes (schedstat): the worker's, and PostgreSQL's with all its children.
 
 `transport.py`, beside this, compares HTTP clients; it stands alone.

@@ -23,7 +23,7 @@ import psycopg
 from .ground import ROOT, Ground, cpu, run, tree
 from .peers import MESSAGE
 
-OURS, LOOP = "recall-worker", "bare loop"
+OURS, LOOP, CAPPED = "recall-worker", "bare loop", "PgQueuer, by its own cap"
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,18 @@ CONTENDERS = {
             lambda ground, dsn, url, slots: (["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)], {}),
             9000,
         ),
+        Contender(
+            CAPPED,
+            _PGQUEUER.format(_JOB.format("%(session)s::text"), ""),
+            _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
+            _pgqueuer_install,
+            _python("pgqueuer-capped"),
+            4000,
+        ),
         Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
     )
 }
-PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP))
+PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP, CAPPED))
 
 
 class Field:

@@ -78,7 +78,7 @@ async def procrastinate(dsn: str, caller: Caller, slots: int) -> None:
         await app.run_worker_async(concurrency=slots, wait=True, listen_notify=True)
 
 
-async def pgqueuer(dsn: str, caller: Caller, slots: int) -> None:
+async def pgqueuer(dsn: str, caller: Caller, slots: int, capped: bool = False) -> None:
     import asyncpg
     from pgqueuer import PgQueuer
     from pgqueuer.db import AsyncpgPoolDriver
@@ -93,16 +93,25 @@ async def pgqueuer(dsn: str, caller: Caller, slots: int) -> None:
             payload = json.loads(job.payload)
             await caller.call(payload["session"], payload["message"])
 
-        await queue.run(batch_size=slots)
+        if capped:
+            # A batch may be half of the cap at most.
+            await queue.run(batch_size=max(1, slots // 2), max_concurrent_tasks=slots)
+        else:
+            await queue.run(batch_size=slots)
+
+
+async def pgqueuer_capped(dsn: str, caller: Caller, slots: int) -> None:
+    await pgqueuer(dsn, caller, slots, capped=True)
 
 
 async def main(name: str, dsn: str, url: str, slots: int) -> None:
-    await {"loop": loop, "procrastinate": procrastinate, "pgqueuer": pgqueuer}[name](dsn, Caller(url, slots), slots)
+    work = {"loop": loop, "procrastinate": procrastinate, "pgqueuer": pgqueuer, "pgqueuer-capped": pgqueuer_capped}[name]
+    await work(dsn, Caller(url, slots), slots)
 
 
 if __name__ == "__main__":
     name, dsn, url, slots = sys.argv[1:]
-    if name == "pgqueuer":
+    if name.startswith("pgqueuer"):
         import uvloop
 
         uvloop.run(main(name, dsn, url, int(slots)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..contenders import CONTENDERS, LOOP, OURS, PEERS, Contest, rotated
+from ..contenders import CAPPED, CONTENDERS, LOOP, OURS, PEERS, Contest, rotated
 from ..figures import judged, ratio, shown, spread, table
 
 TITLE = "Throughput: a backlog"
@@ -15,7 +15,7 @@ RAMP = 1.0
 
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
-    peers = contest.present(*PEERS)
+    peers = contest.present(*PEERS, CAPPED)
     found: dict[str, Any] = {}
     for slots in (50,) if quick else (10, 50, 200, 1000):
         # procrastinate fetches one job at a time: more slots change nothing for it.
@@ -87,9 +87,10 @@ def report(found: dict[str, Any]) -> str:
         said += judged(
             f"against the bare loop at {slots}", ratio(mine, _rates(by_name, LOOP))["median"], 0.9, at_least=True, unit=" ×"
         )
-        if "PgQueuer" in by_name:
-            against = ratio(mine, _rates(by_name, "PgQueuer"))["median"]
-            said += judged(f"against PgQueuer at {slots}", against, 2.5, at_least=True, unit=" ×")
+        for name in (name for name in ("PgQueuer", CAPPED) if name in by_name):
+            said += judged(
+                f"against {name} at {slots}", ratio(mine, _rates(by_name, name))["median"], 2.5, at_least=True, unit=" ×"
+            )
         said += "\n"
     return said
 
