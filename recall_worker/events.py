@@ -7,6 +7,7 @@ Never here: secrets, messages of recalls, internal comments.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -75,7 +76,7 @@ def configure(level: str, format: str) -> None:
     """Set the log up for this process. `format`: auto (console on a terminal, else JSON), json, console."""
     console = format == "console" or (format == "auto" and sys.stderr.isatty())
     renderer: Any = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer(default=str)
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer(_line)
     )
     facts: list[Any] = [
         structlog.processors.add_log_level,
@@ -117,6 +118,13 @@ def _shown(name: str, fact: Any) -> Any:
         # A traceback keeps its lines, set in so that what it quotes can't pass for an event.
         return "\n".join("  " + harmless(line) for line in fact.split("\n"))
     return harmless(fact)
+
+
+_WRITER = json.JSONEncoder(default=str)
+
+
+def _line(facts: Any, **_: Any) -> str:
+    return _WRITER.encode(facts)
 
 
 def _finite(_: Any, __: str, facts: Any) -> Any:

@@ -24,10 +24,12 @@ import os
 import re
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
+from operator import itemgetter
 from typing import Any, assert_never
 from uuid import UUID
 
@@ -85,7 +87,7 @@ BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 _NONE_ASIDE = "r.id <> all ('{}')"
 
-_CLAIM_FIELDS = tuple(f.name for f in dataclasses.fields(Claim))
+_CLAIM_FIELDS = itemgetter(*(f.name for f in dataclasses.fields(Claim)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ async def arrive(conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_
     `seconds`: the deadline of a statement; after twice that PostgreSQL, too, is rid of a connection whose peer has vanished, and of
     the locks that it held. False: a pooler stands in between, and what was set would stay behind for others.
     """
-    cursor = conn.cursor(row_factory=tuple_row)
+    cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
     values = {"pid": conn.pgconn.backend_pid} | _manners(seconds)
     question = statements.load("ledger")["arrive"].encode()
     try:
@@ -315,6 +317,8 @@ class _Line:
 
     async def ask(self, statement: str, values: Mapping[str, Any], after: str | None = None) -> list[dict[str, Any]]:
         """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
+        text, names = _numbered(statement)
+        given = [_array(value) if isinstance(value := values[name], list) else value for name in names]
         async with self._turn:
             asked_at = time.monotonic()
             try:
@@ -328,12 +332,12 @@ class _Line:
                     before += [] if after is None else [(after, None)]
                     prepare = self._prepare and not self._lent
                     if not before:
-                        cursor = await conn.execute(statement.encode(), values, prepare=prepare)
+                        cursor = await conn.execute(text, given, prepare=prepare)
                     else:
                         async with conn.pipeline(), conn.transaction():
                             for part, its in before:
-                                await conn.execute(part.encode(), its, prepare=False)
-                            cursor = await conn.execute(statement.encode(), values, prepare=prepare)
+                                await psycopg.AsyncCursor(conn).execute(part.encode(), its, prepare=False)
+                            cursor = await conn.execute(text, given, prepare=prepare)
                     return await cursor.fetchall() if cursor.description else []
             except TimeoutError:
                 await self._break()
@@ -361,7 +365,7 @@ class _Line:
             self._suspect = False
         if self._conn is None or self._conn.closed:
             self._conn = None
-            self._conn = await Connection.connect(**self._info, row_factory=dict_row)
+            self._conn = await Connection.connect(**self._info, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor)
             await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
             self._lent = not await arrive(self._conn, self._within)
         return self._conn
@@ -495,7 +499,7 @@ class Ledger:
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
         rows = await self._claims.ask(self._sql["moved"], {})
-        return [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows]
+        return [Claim(*_CLAIM_FIELDS(row)) for row in rows]
 
     async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
         """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
@@ -623,7 +627,7 @@ class Ledger:
 
 
 def _claims_in(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    return [Claim(**{f: row[f] for f in _CLAIM_FIELDS}) for row in rows if row["id"] is not None]
+    return [Claim(*_CLAIM_FIELDS(row)) for row in rows if row["id"] is not None]
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:
@@ -689,6 +693,30 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
         "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
+
+
+@cache
+def _numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
+    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
+    ours apart each time that it is run."""
+    numbers: dict[str, int] = {}
+    text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
+    return text.replace("%%", "%").encode(), tuple(numbers)
+
+
+def _array(values: Sequence[Any]) -> str:
+    """A list as PostgreSQL reads an array; of what, the statement says. psycopg's own way finds out for each element how to write it, which
+    costs a settle more than all the rest of it."""
+    return "{" + ",".join([_WRITTEN[type(value)](value) for value in values]) + "}"
+
+
+def _quoted(value: object) -> str:
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+_WRITTEN: Mapping[type, Callable[[Any], str]] = {
+    type(None): lambda _: "null", bool: str, int: str, float: repr, str: _quoted, UUID: str, datetime: _quoted,
+}  # fmt: skip
 
 
 def _told(reason: str | None) -> str | None:

@@ -20,7 +20,8 @@ from ..settings import Settings
 
 def traceparent() -> str:
     """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found by it."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    ids = secrets.token_hex(24)
+    return f"00-{ids[:32]}-{ids[32:]}-01"
 
 
 @dataclass(slots=True)

@@ -158,7 +158,10 @@ def body(claim: Claim) -> bytes:
             "missed": claim.missed,
         },
     }
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _WRITER.encode(document).encode("ascii")
+
+
+_WRITER = json.JSONEncoder(separators=(",", ":"))
 
 
 def nameable(name: str) -> bool:
@@ -286,11 +289,12 @@ def _kind(answer: Answer) -> str:
 
 
 _NO_JSON = object()
+_READER = json.JSONDecoder(parse_int=str)
 
 
 def _json(text: bytes) -> Any:
     try:
-        return json.loads(text, parse_int=str)
+        return _READER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (ValueError, RecursionError):
         return _NO_JSON
 

@@ -34,6 +34,8 @@ from .settler import Settler
 FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
 """Seconds between two looks at something due that can't be claimed: doubling from the first to the most."""
 OUTAGE_PAUSE = (0.1, 0.5)
+TICK = 0.001
+"""Seconds before an instant from which on the loop turns without sleeping: its sleeps are whole milliseconds, rounded up."""
 BEAT_EVERY = 60.0
 ENDED = (*FINAL, "deleted")
 """What the application can make of a recall in mid-run."""
@@ -195,10 +197,11 @@ class Worker:
             self.turned_at = time.monotonic()
             if wait > 0:
                 try:
-                    async with asyncio.timeout(wait):
+                    async with asyncio.timeout(wait - TICK):
                         await self._wake.wait()
                 except TimeoutError:
-                    pass
+                    while time.monotonic() < self.turned_at + wait and not self._wake.is_set():  # noqa: ASYNC110 - for less than a TICK
+                        await asyncio.sleep(0)
                 self._reach.woke(time.monotonic() - self.turned_at - wait)
                 self.turned_at = time.monotonic()
 

@@ -1,0 +1,134 @@
+"""`python -m benchmarks`: measures, says it in tables, and writes it down. See the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MEASURES = ("wake", "timers", "backlog", "parts", "inflight", "growth", "idle", "inserting", "endurance", "start")
+BEGIN, END = "<!-- measured: written by `python -m benchmarks`, from {} -->\n", "<!-- /measured -->\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=list(MEASURES), metavar="MEASURE,…", help=", ".join(MEASURES)
+    )
+    parser.add_argument("--quick", action="store_true", help="shorter and fewer of everything: to see that it works")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write the figures; those of measures not run now are kept"
+    )
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="the document whose marked part is written anew")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="where to draw SVGs")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: report these figures")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.only) - set(MEASURES):
+        parser.error(f"no such measure: {', '.join(sorted(unknown))}")
+    source = given.report or given.json
+    figures = (
+        json.loads(given.report.read_text(encoding="utf-8"))
+        if given.report
+        else measured(given.only, quick=given.quick, kept=given.json)
+    )
+    print(reported(figures, plots=given.plots))
+    if given.plots:
+        draw(figures, given.plots)
+    if given.docs:
+        write(given.docs, figures, source, given.plots)
+    return 0
+
+
+def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, Any]:
+    from .contenders import Contest
+    from .ground import Ground
+
+    figures: dict[str, Any] = {"machine": {}, "measures": {}}
+    if kept and kept.exists():
+        figures = json.loads(kept.read_text(encoding="utf-8"))
+    with Ground(quick=quick) as ground:
+        figures["machine"] = ground.machine() | {"quick": "yes"} if quick else ground.machine()
+        contest = Contest(ground)
+        for name in only:
+            began, load = time.monotonic(), os.getloadavg()[0]
+            print(f"{name} …", end=" ", file=sys.stderr, flush=True)
+            found = _module(name).measure(contest)
+            figures["measures"][name] = {
+                "seconds": round(time.monotonic() - began, 1),
+                "load_before": round(load, 2),
+                "found": found,
+            }
+            print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(rounded(figures), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, reason in contest.missing.items():
+            print(f"without {name}: {reason}", file=sys.stderr)
+    return figures
+
+
+def rounded(value: Any) -> Any:
+    """Six figures say all that a clock knows."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value
+
+
+def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | None = None) -> str:
+    """The figures as Markdown, with the plots as seen from a document in the folder `beside`."""
+    figures = rounded(figures)
+    said = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".\n"
+    for name in MEASURES:
+        if name not in figures["measures"]:
+            continue
+        module = _module(name)
+        said += f"\n## {module.TITLE}\n\n{module.report(figures['measures'][name]['found'])}"
+        if plots and hasattr(module, "plot"):
+            said += f"\n![{module.TITLE}]({os.path.relpath(plots, beside or '.')}/{name}.svg)\n"
+    return said
+
+
+def draw(figures: dict[str, Any], directory: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "recall-worker"
+    import matplotlib.pyplot as pyplot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in MEASURES:
+        module = _module(name)
+        if name in figures["measures"] and hasattr(module, "plot"):
+            figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+            axes.set_title(module.TITLE)
+            axes.grid(alpha=0.3)
+            module.plot(figures["measures"][name]["found"], axes)
+            figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
+            pyplot.close(figure)
+
+
+def write(document: Path, figures: dict[str, Any], source: Path | None, plots: Path | None) -> None:
+    """The part between the marks, anew."""
+    text = document.read_text(encoding="utf-8")
+    begin = BEGIN.format(source.name if source else "a run")
+    start, end = text.index("<!-- measured:"), text.index(END)
+    document.write_text(
+        text[:start] + begin + "\n" + reported(figures, plots, document.parent) + "\n" + text[end:], encoding="utf-8"
+    )
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f".measures.{name}", __package__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

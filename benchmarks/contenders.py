@@ -1,0 +1,285 @@
+"""Who is compared: how each one's schema is made, how rows are written for it, and how its workers are started.
+
+The statements are what each library's own "defer", "enqueue" or "add_job" sends, with `%(session)s`, `%(message)s` and `%(due)s` (null: now).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg
+
+from .ground import ROOT, Ground, cpu, run, tree
+from .peers import MESSAGE
+
+OURS, LOOP, CAPPED = "recall-worker", "bare loop", "PgQueuer, by its own cap"
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    one: str
+    """Writes one row."""
+    many: str
+    """Writes `%(n)s` rows, their sessions named `%(session)s` and a number."""
+    install: Callable[[Ground, str], None]
+    command: Callable[[Ground, str, str, int], tuple[list[str], dict[str, str]]]
+    """(ground, dsn, url, slots) → arguments and further environment."""
+    speed: int
+    """Runs a second that it does not reach: as many rows wait for it as it could do."""
+
+
+def _ours_install(ground: Ground, dsn: str) -> None:
+    arguments, more = _ours("migrate")(ground, dsn, "http://127.0.0.1/", 1)
+    subprocess.run(arguments, env=_environment(more), check=True, capture_output=True)
+
+
+def _ours(command: str) -> Callable[[Ground, str, str, int], tuple[list[str], dict[str, str]]]:
+    def made(ground: Ground, dsn: str, url: str, slots: int) -> tuple[list[str], dict[str, str]]:
+        settings = {"RECALL_DSN": dsn, "RECALL_RUN_URL": url, "RECALL_CONCURRENCY": str(slots)}
+        return [sys.executable, "-m", "recall_worker", command], settings | {"PYTHONPATH": str(ground.installed)}
+
+    return made
+
+
+def _python(name: str) -> Callable[[Ground, str, str, int], tuple[list[str], dict[str, str]]]:
+    return lambda ground, dsn, url, slots: (
+        [sys.executable, "-m", "benchmarks.peers", name, dsn, url, str(slots)],
+        {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def _procrastinate_install(ground: Ground, dsn: str) -> None:
+    import procrastinate
+
+    app = procrastinate.App(connector=procrastinate.SyncPsycopgConnector(conninfo=dsn))
+    with app.open():
+        app.schema_manager.apply_schema()
+
+
+def _pgqueuer_install(ground: Ground, dsn: str) -> None:
+    import asyncpg
+    from pgqueuer.db import AsyncpgDriver
+    from pgqueuer.queries import Queries
+
+    async def install() -> None:
+        connection = await asyncpg.connect(dsn)
+        queries = Queries(AsyncpgDriver(connection))
+        await queries.install()
+        await queries.optimize_autovacuum()
+        await connection.close()
+
+    asyncio.run(install())
+
+
+def _graphile_install(ground: Ground, dsn: str) -> None:
+    run("node", str(ground.npm / "node_modules/graphile-worker/dist/cli.js"), "--schema-only", "-c", dsn)
+
+
+_COLUMNS = """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
+    additional_context_message, status, created_at, updated_at)"""
+_JOB = "jsonb_build_object('session', {}, 'message', %(message)s::text)"
+_PGQUEUER = """with made as (
+    insert into pgqueuer (priority, entrypoint, payload, execute_after, status)
+    select 0, 'call', convert_to({}::text, 'UTF8'), coalesce(%(due)s::timestamptz, now()), 'queued'{}
+    returning id, entrypoint, priority
+)
+insert into pgqueuer_log (job_id, status, entrypoint, priority) select id, 'queued', entrypoint, priority from made"""
+_SERIES = " from generate_series(1, %(n)s) n"
+_NTH = "%(session)s::text || n"
+
+CONTENDERS = {
+    made.name: made
+    for made in (
+        Contender(
+            OURS,
+            f"""{_COLUMNS} values (%(session)s, %(session)s, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
+                %(message)s, 'pending', now(), now())""",
+            f"""{_COLUMNS} select {_NTH}, {_NTH}, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
+                %(message)s, 'pending', now(), now(){_SERIES}""",
+            _ours_install,
+            _ours("run"),
+            9000,
+        ),
+        Contender(
+            "procrastinate",
+            f"""select procrastinate_defer_jobs_v1(array[row('default', 'call', 0, null, null, {_JOB.format("%(session)s::text")},
+                %(due)s::timestamptz)::procrastinate_job_to_defer_v1])""",
+            f"""select procrastinate_defer_jobs_v1(array_agg(row('default', 'call', 0, null, null, {_JOB.format(_NTH)},
+                %(due)s::timestamptz)::procrastinate_job_to_defer_v1)){_SERIES}""",
+            _procrastinate_install,
+            _python("procrastinate"),
+            1000,
+        ),
+        Contender(
+            "PgQueuer",
+            _PGQUEUER.format(_JOB.format("%(session)s::text"), ""),
+            _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
+            _pgqueuer_install,
+            _python("pgqueuer"),
+            6000,
+        ),
+        Contender(
+            "graphile-worker",
+            f"select graphile_worker.add_job('call', {_JOB.format('%(session)s::text')}::json, run_at => %(due)s::timestamptz)",
+            f"""select count(*) from graphile_worker.add_jobs((select array_agg(('call', {_JOB.format(_NTH)}::json, null,
+                %(due)s::timestamptz, null, null, null, null)::graphile_worker.job_spec){_SERIES}))""",
+            _graphile_install,
+            lambda ground, dsn, url, slots: (["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)], {}),
+            9000,
+        ),
+        Contender(
+            CAPPED,
+            _PGQUEUER.format(_JOB.format("%(session)s::text"), ""),
+            _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
+            _pgqueuer_install,
+            _python("pgqueuer-capped"),
+            4000,
+        ),
+        Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
+    )
+}
+PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP, CAPPED))
+
+
+class Field:
+    """A contender on its own database: rows are written, workers started."""
+
+    def __init__(self, ground: Ground, contender: Contender, dsn: str) -> None:
+        self.ground = ground
+        self.contender = contender
+        self.dsn = dsn
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._logs: list[IO[bytes]] = []
+        self.connection = psycopg.connect(dsn, autocommit=True)
+        self._warmed = 0
+
+    def insert(self, session: str, due: datetime | None = None) -> int:
+        """Write one row; the monotonic instant at which its commit was known."""
+        self.connection.execute(self.contender.one, {"session": session, "message": MESSAGE, "due": due})
+        return time.monotonic_ns()
+
+    def fill(self, session: str, rows: int, due: datetime | None = None) -> None:
+        """Write many rows, some thousands in one transaction."""
+        for start in range(0, rows, 5000):
+            self.connection.execute(
+                self.contender.many,
+                {"session": f"{session}{start}-", "message": MESSAGE, "due": due, "n": min(5000, rows - start)},
+            )
+
+    def start(self, slots: int, workers: int = 1, **settings: Any) -> None:
+        """Start workers. `settings` of ours: lease=30 becomes RECALL_LEASE."""
+        arguments, more = self.contender.command(self.ground, self.dsn, self.ground.sink.url, slots)
+        more |= {f"RECALL_{name.upper()}": str(value) for name, value in settings.items()}
+        for _ in range(workers):
+            log = (self.ground.scratch / f"log-{len(self.processes)}").open("wb")
+            self._logs.append(log)
+            self.processes.append(
+                subprocess.Popen(
+                    arguments, env=_environment(more), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.ground.scratch
+                )
+            )
+
+    def settle_down(self, within: float = 60.0) -> None:
+        """Wait until all workers are about: a first row was called for, and no more connections are being opened."""
+        self.ground.sink.reset()
+        self._warmed += 1
+        self.insert(f"p-warm-{self._warmed}")
+        if not self.ground.sink.wait(within, probes=1)["probes"]:
+            raise RuntimeError(f"{self.contender.name} does not call: {self.log()[-2000:]}")
+        before, since = -1, time.monotonic()
+        while time.monotonic() - since < 1.5:
+            row = self.connection.execute("select count(*) from pg_stat_activity where datname = current_database()").fetchone()
+            assert row is not None
+            if row[0] < len(self.processes) or row[0] != before:
+                before, since = row[0], time.monotonic()
+            time.sleep(0.1)
+        self.ground.sink.reset()
+
+    def pids(self) -> list[int]:
+        return [pid for process in self.processes for pid in tree(process.pid)]
+
+    def cpu(self) -> float:
+        return cpu(self.pids())
+
+    def log(self) -> str:
+        return (self.ground.scratch / "log-0").read_text(errors="replace")
+
+    def stop(self, kill: bool = True) -> None:
+        """End all workers: at once, as most of what is measured leaves rows that nobody needs."""
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        for process in self.processes:
+            process.wait()
+        for log in self._logs:
+            log.close()
+        self.processes.clear()
+        self._logs.clear()
+
+    def scalar(self, statement: str) -> Any:
+        row = self.connection.execute(statement.encode()).fetchone()
+        return None if row is None else row[0]
+
+
+class Contest:
+    """The contenders that this machine has the packages for; their empty databases are made once."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.missing: dict[str, str] = {}
+        self._templates: dict[str, str] = {}
+
+    @contextmanager
+    def field(self, name: str) -> Iterator[Field]:
+        """A contender on a new database of its own. Raises LookupError where it can't be had."""
+        contender = CONTENDERS[name]
+        with self.ground.database(self._template(contender)) as dsn:
+            field = Field(self.ground, contender, dsn)
+            try:
+                yield field
+            finally:
+                field.stop()
+                field.connection.close()
+
+    def present(self, *names: str) -> list[str]:
+        """Those of them that can be had here."""
+        found = []
+        for name in names:
+            if name in self.missing:
+                continue
+            try:
+                self._template(CONTENDERS[name])
+                found.append(name)
+            except (ImportError, OSError, subprocess.CalledProcessError) as error:
+                self.missing[name] = f"{type(error).__name__}: {error}"
+        return found
+
+    def _template(self, contender: Contender) -> str:
+        if contender.name not in self._templates:
+            name = "template_" + contender.name.replace(" ", "_").replace("-", "_").lower()
+            self.ground.maintenance.execute(f'create database "{name}"'.encode())
+            contender.install(self.ground, self.ground.server.dsn(name))
+            self._templates[contender.name] = name
+        return self._templates[contender.name]
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECALL_", "PG", "PYTHON"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"} | more
+
+
+def rotated(names: list[str], round: int) -> list[str]:
+    """The names, beginning with another one each round."""
+    turn = round % len(names) if names else 0
+    return names[turn:] + names[:turn]

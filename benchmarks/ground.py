@@ -1,0 +1,237 @@
+"""The ground on which everything is measured: PostgreSQL, the sink, the installed packages, the kernel's clocks.
+
+Never here: what is measured (measures/), who is compared (contenders.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from psycopg import sql
+
+from recall_worker.cli.embedded import EmbeddedServer
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+class Sink:
+    """The sink's process. Times are monotonic nanoseconds, as time.monotonic_ns() gives."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "sink.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.url = f"http://127.0.0.1:{self._read()['port']}/s/{{session_id}}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return found
+
+    def _ask(self, do: str, **more: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+        return self._read()
+
+    def reset(self, hold: float = 0.0) -> None:
+        """Forget all arrivals; from now on hold sessions named h… for so many seconds."""
+        self._ask("reset", hold=hold)
+
+    def state(self) -> dict[str, Any]:
+        return self._ask("state")
+
+    def wait(self, within: float, **least: int) -> dict[str, Any]:
+        """Wait until so many arrivals (`count`), `probes`, or calls that are `held`; returns the state, reached or not."""
+        return self._ask("wait", within=within, **least)
+
+    def between(self, since: int, until: int) -> int:
+        """How many requests arrived in this span."""
+        return int(self._ask("between", since=since, until=until)["count"])
+
+    def probes(self) -> dict[str, int]:
+        """When each probe (a session named p…) arrived first."""
+        return self._ask("probes")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class Ground:
+    """PostgreSQL and the sink, for as long as the block runs."""
+
+    def __init__(self, *, quick: bool) -> None:
+        self.quick = quick
+        self._numbers = count(1)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recall-bench-", dir="/var/tmp")))
+            self.scratch.chmod(0o711)
+            # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL comes.
+            self.server = stack.enter_context(EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"}))
+            self.sink = Sink()
+            stack.callback(self.sink.close)
+            self.maintenance: Connection = stack.enter_context(psycopg.connect(self.server.dsn(), autocommit=True))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    # --- databases -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def database(self, template: str = "template0") -> Iterator[str]:
+        """A database for as long as the block runs: its DSN."""
+        name = f"bench_{next(self._numbers)}"
+        self.maintenance.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
+        try:
+            yield self.server.dsn(name)
+        finally:
+            self.maintenance.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+            # The next one should not pay for what this one left to be written.
+            self.maintenance.execute("checkpoint")
+
+    def transactions(self, dsn: str) -> int:
+        """Transactions of this database so far, as PostgreSQL counts them: a backend tells its own within a second."""
+        name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
+        self.maintenance.execute("select pg_stat_clear_snapshot()")
+        row = self.maintenance.execute(
+            "select xact_commit + xact_rollback from pg_stat_database where datname = %s", [name]
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def postgres_cpu(self) -> float:
+        """Seconds of CPU that PostgreSQL's living processes have used."""
+        return cpu(self.server.processes())
+
+    # --- what is installed ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def cache(self) -> Path:
+        given = os.environ.get("BENCH_CACHE")
+        place = (
+            Path(given)
+            if given
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recall-worker-benchmarks"
+        )
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    @cached_property
+    def installed(self) -> Path:
+        """Where the wheel of this checkout is installed, without its dependencies, which are this interpreter's."""
+        digest = hashlib.sha256()
+        for path in sorted([ROOT / "pyproject.toml", *(ROOT / "recall_worker").rglob("*.py"), *(ROOT / "sql").rglob("*.sql")]):
+            digest.update(path.read_bytes())
+        place = self.cache / f"wheel-{digest.hexdigest()[:12]}"
+        if not place.exists():
+            for old in self.cache.glob("wheel-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{place}.new", str(ROOT))
+            Path(f"{place}.new").rename(place)
+        return place
+
+    @cached_property
+    def npm(self) -> Path:
+        """Where the npm packages of package.json are installed, with graphile.mjs beside them. Raises OSError where there is no npm."""
+        place = self.cache / "npm"
+        place.mkdir(exist_ok=True)
+        wanted = (HERE / "package.json").read_bytes()
+        kept = place / "package.json"
+        if not kept.exists() or kept.read_bytes() != wanted or not (place / "node_modules").exists():
+            kept.write_bytes(wanted)
+            run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(place))
+        shutil.copy(HERE / "graphile.mjs", place)
+        return place
+
+    def machine(self) -> dict[str, str]:
+        """What was measured on, and with: no names of hosts, no paths."""
+        packages = ("recall-worker", "psycopg", "aiohttp", "procrastinate", "pgqueuer", "asyncpg", "uvloop")
+        found = {"measured": time.strftime("%Y-%m-%d", time.gmtime()), "CPU": processor(), "cores": str(os.cpu_count())}
+        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        found["system"] = f"{platform.system()} {platform.release().split('-')[0]}"
+        row = self.maintenance.execute("select current_setting('server_version'), current_setting('fsync')").fetchone()
+        assert row is not None
+        found["PostgreSQL"], found["fsync"] = str(row[0]), str(row[1])
+        found["Python"] = platform.python_version()
+        for name in packages:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                found[name] = "not installed"
+        try:
+            found["Node.js"] = run("node", "--version").strip().removeprefix("v")
+            found["graphile-worker"] = json.loads((self.npm / "node_modules/graphile-worker/package.json").read_text())["version"]
+        except (OSError, subprocess.CalledProcessError):
+            found["graphile-worker"] = "not installed"
+        return found
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def cpu(pids: Iterable[int]) -> float:
+    """Seconds of CPU that these processes have used, by all of their threads, to the nanosecond."""
+    total = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            try:
+                total += int(thread.read_text().split()[0])
+            except (OSError, ValueError):
+                pass  # It has ended since.
+    return total / 1e9
+
+
+def memory(pid: int) -> float:
+    """MiB that a process holds resident."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    fields = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
+    return int(fields["Rss"]) / 1024
+
+
+def tree(pid: int) -> list[int]:
+    """A process and its children."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += [int(word) for word in path.read_text().split()]
+        except OSError:
+            pass
+    return [pid, *(below for child in children for below in tree(child))]

@@ -1,0 +1,63 @@
+"""What a replica costs that has nothing to do."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+
+from ..contenders import OURS, PEERS, Contest
+from ..figures import judged, number, table
+from ..ground import memory
+from .wake import STATISTICS_LAG
+
+TITLE = "Idle"
+SLOTS = 50
+
+
+def measure(contest: Contest) -> dict[str, Any]:
+    ground = contest.ground
+    seconds = 15.0 if ground.quick else 120.0
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        fields = {name: stack.enter_context(contest.field(name)) for name in contest.present(OURS, *PEERS)}
+        for field in fields.values():
+            field.start(SLOTS)
+            field.settle_down()
+            field.connection.close()
+        time.sleep(STATISTICS_LAG + 1)
+        before = {name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()}
+        time.sleep(seconds)
+        for name, field in fields.items():
+            database = psycopg.conninfo.conninfo_to_dict(field.dsn)["dbname"]
+            open_now = ground.maintenance.execute(
+                "select count(*) from pg_stat_activity where datname = %s", [database]
+            ).fetchall()
+            found[name] = {
+                "cpu_ms": (field.cpu() - before[name][1]) * 1000 * 60 / seconds,
+                "mib": memory(field.processes[0].pid),
+                "connections": open_now[0][0],
+            }
+            field.stop()
+        time.sleep(0.5)
+        for name, field in fields.items():
+            found[name]["transactions"] = (ground.transactions(field.dsn) - before[name][0]) * 60 / seconds
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    rows = [
+        [name, number(f["transactions"]), number(f["cpu_ms"]), number(f["mib"]), str(f["connections"])]
+        for name, f in found.items()
+    ]
+    said = table(["", "transactions a minute", "CPU a minute, ms", "resident memory, MiB", "connections"], rows) + "\n"
+    said += judged("transactions a minute", found[OURS]["transactions"], 6)
+    python = [name for name in ("procrastinate", "PgQueuer") if name in found]
+    if python:
+        leanest = min(python, key=lambda name: float(found[name]["mib"]))
+        said += judged(
+            f"memory against the leanest Python peer's ({leanest})", found[OURS]["mib"] / found[leanest]["mib"], 1.0, unit=" ×"
+        )
+    return said

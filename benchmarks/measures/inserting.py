@@ -1,0 +1,61 @@
+"""What the table's triggers cost the application that inserts: pgbench with 32 clients, no worker about."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+from ..contenders import CONTENDERS, OURS, PEERS, Contest, Field, rotated
+from ..figures import judged, ratio, shown, spread, table
+
+TITLE = "Inserting: pgbench, 32 clients"
+PLAIN, LATER, NEAR = "recall-worker, triggers off", "recall-worker, due in two hours", "recall-worker, due now"
+
+
+def measure(contest: Contest) -> dict[str, Any]:
+    quick = contest.ground.quick
+    peers = [] if quick else contest.present(*PEERS)
+    contest.present(OURS)
+    names = [PLAIN, LATER, NEAR, *peers]
+    found: dict[str, Any] = {name: [] for name in names}
+    for round in range(1 if quick else 3):
+        for name in rotated(names, round):
+            with contest.field(OURS if name in (PLAIN, LATER, NEAR) else name) as field:
+                if name == PLAIN:
+                    field.connection.execute("alter table session_recalls disable trigger user")
+                found[name].append(
+                    _pgbench(field, "now() + interval '2 hours'" if name in (PLAIN, LATER) else "now()", 2 if quick else 5)
+                )
+    return found
+
+
+def _pgbench(field: Field, due: str, seconds: int) -> float:
+    """Inserts a second."""
+    text = CONTENDERS[field.contender.name].one
+    for name, value in (
+        ("session", "gen_random_uuid()::text"),
+        ("message", "'Look at the build again, and say whether it is green.'"),
+        ("due", due),
+    ):
+        text = text.replace(f"%({name})s", f"({value})")
+    script = field.ground.scratch / "insert.sql"
+    script.write_text(" ".join(text.split()) + ";\n")
+    command = [field.ground.server.bindir / "pgbench", "-n", "-c", "32", "-j", "2", "-T", str(seconds), "-f", script, field.dsn]
+    said = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+    found = re.search(r"tps = ([\d.]+)", said)
+    assert found is not None, said
+    return float(found[1])
+
+
+def report(found: dict[str, Any]) -> str:
+    plain = found[PLAIN]
+    rows = [[name, shown(spread(rates)), "" if name == PLAIN else shown(ratio(rates, plain))] for name, rates in found.items()]
+    said = table(["", "inserts/s", "of those with triggers off"], rows) + "\n"
+    said += judged("recalls due later", ratio(found[LATER], plain)["median"], 0.95, at_least=True, unit=" ×")
+    near = spread(found[NEAR])["median"]
+    return said + (
+        f"\nWhat is due within a minute rings, and a ring takes a lock at commit that spans the database: {near:,.0f} such inserts a second"
+        " are the most here. An application that nears this rate should insert them due a minute ahead, or turn to polling: drop the"
+        " trigger `recall_ring_insert`, and set RECALL_POLL_INTERVAL to the lateness that it can bear.\n"
+    )

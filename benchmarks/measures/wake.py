@@ -1,0 +1,120 @@
+"""From the commit of an insert to the request's arrival, at idle workers; and what an insert costs where many are idle."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from typing import Any
+
+from ..contenders import OURS, PEERS, Contest, rotated
+from ..figures import curve, judged, percentile, ratio, shown, spread, table
+
+TITLE = "Waking: from commit to request"
+SLOTS = 10
+STATISTICS_LAG = 10.5
+"""Seconds after which an idle backend has told its counters."""
+
+
+def measure(contest: Contest) -> dict[str, Any]:
+    quick = contest.ground.quick
+    names = contest.present(OURS, *PEERS)
+    found: dict[str, Any] = {}
+    for replicas in (1, 5) if quick else (1, 20):
+        rounds = 1 if quick else 3 if replicas == 1 else 2
+        found[str(replicas)] = {name: [] for name in names}
+        for round in range(rounds):
+            for name in rotated(names, round):
+                found[str(replicas)][name].append(
+                    _one(contest, name, replicas, 60 if quick else 200, counting=round == 0 and not quick)
+                )
+    return found
+
+
+def _one(contest: Contest, name: str, replicas: int, inserts: int, *, counting: bool) -> dict[str, Any]:
+    ground = contest.ground
+    with contest.field(name) as field:
+        field.start(SLOTS, replicas)
+        field.settle_down()
+        if counting:
+            time.sleep(STATISTICS_LAG)
+        before = ground.transactions(field.dsn), ground.postgres_cpu(), field.cpu()
+        committed = {}
+        for n in range(inserts):
+            session = f"p{n}"
+            committed[session] = field.insert(session)
+            time.sleep(random.uniform(0.012, 0.03))
+        ground.sink.wait(10, probes=inserts)
+        used = ground.postgres_cpu() - before[1], field.cpu() - before[2]
+        arrived = ground.sink.probes()
+        late = [(arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived]
+        figures: dict[str, Any] = {
+            "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": inserts - len(late),
+            "curve": curve(late),
+            "postgres_ms": used[0] * 1000 / inserts, "workers_ms": used[1] * 1000 / inserts,
+        }  # fmt: skip
+        if counting:
+            # A backend that ends has told all.
+            field.stop()
+            field.connection.close()
+            time.sleep(0.5)
+            figures["transactions"] = (ground.transactions(field.dsn) - before[0]) / inserts - 1
+        return figures
+
+
+def report(found: dict[str, Any]) -> str:
+    parts = []
+    for replicas, by_name in found.items():
+        rows = [
+            [
+                name,
+                *(shown(spread([run[figure] for run in runs])) for figure in ("p50", "p99", "most", "postgres_ms", "workers_ms")),
+                *(f"{run['transactions']:.1f}" if "transactions" in (run := runs[0]) else "" for _ in "1"),
+            ]
+            for name, runs in by_name.items()
+        ]
+        parts.append(f"At {replicas} idle replica{'s' if replicas != '1' else ''}, milliseconds:\n\n")
+        parts.append(
+            table(
+                [
+                    "",
+                    "p50",
+                    "p99",
+                    "most",
+                    "PostgreSQL's CPU an insert",
+                    "workers' CPU an insert",
+                    "transactions an insert (besides it)",
+                ],
+                rows,
+            )
+        )
+        lost = [
+            f"{name} {sum(run['never'] for run in runs)}" for name, runs in by_name.items() if any(run["never"] for run in runs)
+        ]
+        parts.append(f"\nNot called for within ten seconds: {', '.join(lost)}.\n" if lost else "")
+        parts.append("\n" + _targets(by_name) + "\n")
+    return "".join(parts)
+
+
+def _targets(by_name: dict[str, Any]) -> str:
+    peers = [name for name in by_name if name != OURS]
+    if not peers:
+        return ""
+    said = ""
+    for figure, target in (("p50", 0.8), ("p99", 1.0)):
+        best = min(peers, key=lambda name: spread([run[figure] for run in by_name[name]])["median"])
+        mine, theirs = ([run[figure] for run in by_name[name]] for name in (OURS, best))
+        said += judged(f"{figure} against the best peer's ({best})", ratio(mine, theirs)["median"], target, unit=" ×")
+    return said
+
+
+def plot(found: dict[str, Any], axes: Any) -> None:
+    by_name = found[next(iter(found))]
+    for name, runs in by_name.items():
+        # The median of the rounds, step by step.
+        late = [statistics.median(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
+        axes.plot(late, [n / (len(late) - 1) for n in range(len(late))], label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds from commit to request, one idle replica")
+    axes.set_ylabel("share of inserts")
+    axes.legend()
