@@ -62,7 +62,6 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
             found = _module(name).measure(contest)
             figures["measures"][name] = {
                 "seconds": round(time.monotonic() - began, 1),
-                "load_before": round(load, 2),
                 "found": found,
             }
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
