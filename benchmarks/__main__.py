@@ -52,15 +52,16 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
     if kept and kept.exists():
         figures = json.loads(kept.read_text(encoding="utf-8"))
     with Ground(quick=quick) as ground:
-        figures["machine"] = ground.machine() | {"quick": "yes"} if quick else ground.machine()
+        figures["machine"] = (
+            ground.machine() | {"load when it began": f"{os.getloadavg()[0]:.1f}"} | ({"quick": "yes"} if quick else {})
+        )
         contest = Contest(ground)
         for name in only:
-            began, load = time.monotonic(), os.getloadavg()[0]
+            began = time.monotonic()
             print(f"{name} …", end=" ", file=sys.stderr, flush=True)
             found = _module(name).measure(contest)
             figures["measures"][name] = {
                 "seconds": round(time.monotonic() - began, 1),
-                "load_before": round(load, 2),
                 "found": found,
             }
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

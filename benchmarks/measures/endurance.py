@@ -113,4 +113,4 @@ def plot(found: dict[str, Any], axes: Any) -> None:
     right.set_ylabel("MiB, thousands of rows")
     right.set_ylim(bottom=0)
     lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="upper left")
+    axes.legend(lines, [line.get_label() for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)

@@ -115,6 +115,7 @@ def plot(found: dict[str, Any], axes: Any) -> None:
         late = [statistics.median(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
         axes.plot(late, [n / (len(late) - 1) for n in range(len(late))], label=name)
     axes.set_xscale("log")
+    axes.set_xlim(left=0.5)  # Some requests are there before their inserter knows of its commit.
     axes.set_xlabel("milliseconds from commit to request, one idle replica")
     axes.set_ylabel("share of inserts")
     axes.legend()
