@@ -219,7 +219,7 @@ def _hosts(given: Mapping[str, Any]) -> int:
     return max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
 
 
-def _manners(seconds: float) -> dict[str, str]:
+def manners(seconds: float) -> dict[str, str]:
     """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
     return {
         "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
@@ -234,7 +234,7 @@ async def arrive(conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_
     the locks that it held. False: a pooler stands in between, and what was set would stay behind for others.
     """
     cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-    values = {"pid": conn.pgconn.backend_pid} | _manners(seconds)
+    values = {"pid": conn.pgconn.backend_pid} | manners(seconds)
     question = statements.load("ledger")["arrive"].encode()
     try:
         await cursor.execute(question, values, prepare=False)
@@ -327,7 +327,7 @@ class _Line:
                     # PostgreSQL itself gives a statement up a little before, where it is there.
                     deadline.reschedule(asyncio.get_running_loop().time() + self._within * 16 / 15)
                     before: list[tuple[str, dict[str, str] | None]] = (
-                        [(self._manners, _manners(self._within))] if self._lent else []
+                        [(self._manners, manners(self._within))] if self._lent else []
                     )
                     before += [] if after is None else [(after, None)]
                     prepare = self._prepare and not self._lent

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from recall_worker import statements
-from recall_worker.ledger import LOCK_PATIENCE_MS, STATEMENT_DEADLINE
+from recall_worker.ledger import STATEMENT_DEADLINE, manners
 
 from ..contenders import OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, number, percentile, shown, spread, table
@@ -86,13 +86,18 @@ def _load(field: Field, first: int, last: int) -> None:
 def _claim_time(field: Field) -> dict[str, Any]:
     """Milliseconds of a claim of ten rows as the worker makes it: prepared, and committed."""
     sql = statements.load("ledger")
-    values = {"slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": []}
+    values = {
+        "slots": CLAIMED,
+        "lease": 60.0,
+        "worker": "bench",
+        "take_expired": True,
+        "fleet": None,
+        "aside": [],
+        "in_hand": [],
+        "left": [],
+    }
     with psycopg.connect(field.dsn, autocommit=True) as connection:
-        given = {
-            "pid": connection.pgconn.backend_pid,
-            "lock": str(LOCK_PATIENCE_MS),
-            "statement": str(int(STATEMENT_DEADLINE * 1000)),
-        }
+        given = {"pid": connection.pgconn.backend_pid} | manners(STATEMENT_DEADLINE)
         connection.execute(sql["arrive"].encode(), given, prepare=False)
 
         def claim(before: str = "") -> tuple[float, list[Any]]:

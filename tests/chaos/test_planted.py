@@ -1,0 +1,48 @@
+"""The account is itself audited: each planted defect, applied to what is shipped, turns it red by the rule that is there for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATCHES = sorted((Path(__file__).parent / "patches").glob("*.diff"))
+FOUND_BY = {
+    "cancel_overwritten": ("bells", 0.2, "after the end"),
+    "no_fence": ("stop long", 0.8, "settled twice|at once|numbers|contract"),
+    "no_look_after_reconnect": ("lone ring", 0.5, "heard"),
+    "second_key_on_unknown": ("bells", 0.1, "second keys"),
+    "settled_before_the_answer": ("bells", 0.1, "endings"),
+    "taken_before_living_owners": ("postgres kill long", 0.6, "replays"),
+}
+"""For each: the faults that bring it out, for how many minutes, and the rules that find it."""
+
+
+def test_every_patch_is_for_a_rule() -> None:
+    assert {patch.stem for patch in PATCHES} == set(FOUND_BY) and len(FOUND_BY) >= 5
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=[patch.stem for patch in PATCHES])
+def test_it_applies_to_what_is_shipped(patch: Path) -> None:
+    done = subprocess.run(
+        ["patch", "-p1", "--fuzz=0", "--dry-run", "-i", str(patch)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("patch", PATCHES, ids=[patch.stem for patch in PATCHES])
+def test_a_planted_defect_is_found(patch: Path, tmp_path: Path) -> None:
+    """Without it the same rules find nothing: the audit that CI runs."""
+    only, minutes, rules = FOUND_BY[patch.stem]
+    result = tmp_path / "result.json"
+    words = ["--seed", "11", "--minutes", str(minutes), "--only", only, "--patch", str(patch), "--json", str(result)]
+    done = subprocess.run([sys.executable, "-m", "tests.chaos", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and result.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    (told,) = json.loads(result.read_text(encoding="utf-8"))
+    assert any(found.split(":")[0] in rules.split("|") for found in told["findings"]), told["findings"]
