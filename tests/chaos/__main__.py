@@ -35,15 +35,9 @@ async def audit(
 ) -> tuple[Account, Schedule]:
     """One run of the audit: the account, and the faults."""
     async with AsyncExitStack() as stack:
-        hand: Hand | None = None
-
-        async def inside(session: str) -> None:
-            assert hand is not None
-            await hand.inside(session)
-
-        api = await stack.enter_async_context(Api(seed, inside))
+        api = await stack.enter_async_context(Api(seed))
         stage = await stack.enter_async_context(Stage(api, replicas, site, folder, {}))
-        hand = await stack.enter_async_context(Hand(stage.dsn, seed))
+        api.agent = hand = await stack.enter_async_context(Hand(stage.dsn, seed))
         hand.rate = rate
         schedule = Schedule(stage, hand, seed, kinds or list(KINDS))
         await stage.up()

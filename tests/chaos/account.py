@@ -144,8 +144,8 @@ def replays(records: Records) -> Iterator[str]:
             # a PostgreSQL that is gone for all from one that is gone for it, and breaks off.
             if first.how == "accepted" and records.on(first.at, second.at, OUTAGES):
                 continue
-            # The answer may not have arrived.
-            if records.on(first.ended - 1, first.ended + 1, API_WAY):
+            # The answer may not have arrived. A connection that was forgotten while it was open stays so when the way is healed.
+            if records.on(first.ended - 1, first.ended + 1, API_WAY) or records.on(first.at, first.ended, ("api silent",)):
                 continue
             yield f"{key}: answered {first.how} to {first.worker}, and asked again by {second.worker} {second.at - first.ended:.1f} s later"
 
@@ -174,7 +174,9 @@ def endings(records: Records) -> Iterator[str]:
                 yield f"lost: {promise.id} ({promise.kind}) is gone, and nobody deleted it"
             continue
         status = row["status"]
-        if status in ("pending", "running"):
+        if promise.ended == "cancelled" and status != "cancelled":
+            yield f"overwritten: {promise.id} ({promise.kind}) was cancelled by its application, and is {status}"
+        elif status in ("pending", "running"):
             yield f"lost: {promise.id} ({promise.kind}) is {status} still: {row['reason']}"
         elif status == "fired" and not any(records.succeeded(c) for c in calls):
             yield f"lost: {promise.id} ({promise.kind}) is fired, though no call of it was answered so"

@@ -12,10 +12,9 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import unquote
 
 DEFINITE = ("ok", "huge", "dribbled", "refused", "gone")
@@ -67,13 +66,22 @@ class Run:
     ended: float | None = None
 
 
+class Agent(Protocol):
+    """What an agent does itself, through its application."""
+
+    async def inside(self, session: str) -> None:
+        """In the middle of a run that ends well."""
+
+    async def leaving(self, recall: str) -> None:
+        """As the last thing in a run, right before its answer."""
+
+
 class Api:
     """`calls` are all POSTs in the order of their arrival; `runs` what was run, by key."""
 
-    def __init__(self, seed: int, inside: Callable[[str], Awaitable[None]]) -> None:
-        """`inside(session)`: what the agent does in mid-run."""
+    def __init__(self, seed: int) -> None:
         self._dice = random.Random(f"api {seed}")
-        self._inside = inside
+        self.agent: Agent | None = None
         self.calls: list[Call] = []
         self.runs: dict[str, Run] = {}
         self.polls = 0
@@ -241,11 +249,13 @@ class Api:
         return run
 
     async def _run(self, run: Run, seconds: float) -> None:
+        assert self.agent is not None
         try:
             await asyncio.sleep(seconds / 2)
             if run.result == "ok":
-                await self._inside(run.session)
+                await self.agent.inside(run.session)
             await asyncio.sleep(seconds / 2)
+            await self.agent.leaving(run.key.rpartition(":")[0])
         finally:
             run.ended = time.time()
             del self._busy[run.session]

@@ -131,11 +131,7 @@ class Hand:
         promise = self._dice.choice(young)
         what = self._dice.choice(("cancel", "delete", "skip", "skip", "move", "move"))
         if what == "cancel":
-            await self._end(
-                promise,
-                "cancelled",
-                "update session_recalls set status = 'cancelled', updated_at = now() where id = %s and status in ('pending', 'running')",
-            )
+            await self._cancel(promise)
         elif what == "delete":
             await self._end(
                 promise, "deleted", "delete from sessions where id = (select session_id from session_recalls where id = %s)"
@@ -153,6 +149,13 @@ class Hand:
                 at,
                 promise.id,
             )
+
+    async def _cancel(self, promise: Promise) -> None:
+        await self._end(
+            promise,
+            "cancelled",
+            "update session_recalls set status = 'cancelled', updated_at = now() where id = %s and status in ('pending', 'running')",
+        )
 
     async def _end(self, promise: Promise, how: str, statement: str) -> None:
         promise.maybe_ended = True
@@ -205,6 +208,12 @@ class Hand:
             plain = all(p.ended is None and not p.maybe_ended and not p.moves for p in self._by_session[session])
             if await self.promise("immediate", 0, session=session) is None and plain:
                 self.journal.strange.append(f"{session}: the next link was refused in mid-run")
+
+    async def leaving(self, recall: str) -> None:
+        """What an agent does last in its run: now and then it cancels what called it, in a race with the answer."""
+        promise = self.journal.promises.get(recall)
+        if promise is not None and promise.ended is None and not promise.maybe_ended and self._dice.random() < 0.03:
+            await self._cancel(promise)
 
     # --- its connections ---------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATCHES = sorted((Path(__file__).parent / "patches").glob("*.diff"))
 FOUND_BY = {
-    "cancel_overwritten": ("bells", 0.2, "after the end"),
+    "cancel_overwritten": ("bells", 0.2, "endings|after the end"),
     "no_fence": ("stop long", 0.8, "settled twice|at once|numbers|contract"),
     "no_look_after_reconnect": ("lone ring", 0.5, "heard"),
     "second_key_on_unknown": ("bells", 0.1, "second keys"),
