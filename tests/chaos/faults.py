@@ -48,6 +48,8 @@ STIRRING = """
 select count(*) from session_recalls
 where status in ('pending', 'running') and (lease is not null or trigger_at < now() + interval '5 seconds')
 """
+QUIET_WITHIN = 45.0
+"""Seconds in which what is due soon has ended when nothing new comes: the longest run, or two retries with their backoff."""
 HEARD_WITHIN = 3.0
 """Seconds in which a bell is back and its worker has looked: a reconnect, and some."""
 
@@ -161,7 +163,7 @@ async def lone_ring(scene: Scene) -> None:
     rate, scene.hand.rate = scene.hand.rate, 0
     try:
         with suppress(TimeoutError):
-            async with asyncio.timeout(25), _asking(scene.stage.dsn) as conn:
+            async with asyncio.timeout(QUIET_WITHIN), _asking(scene.stage.dsn) as conn:
                 while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
                 await scene.terminate("recall-worker bell%")
