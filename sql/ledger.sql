@@ -49,8 +49,10 @@ candidate as materialized (
         and r.id <> all ('{}') -- In this place the ledger leaves out rows that can't be claimed, or asks for one alone.
         -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
         and (r.lease is null or (%(take_expired)s and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-            -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost.
+            -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They wait for a third of
+            -- a lease longer: this statement may itself have been held up, by a process that stood still, since it was asked what is in hand.
             and r.id <> all (%(in_hand)s)
+            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
             -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
             and r.id <> all (%(left)s)))
         and (r.lease is not null or not exists (
@@ -139,7 +141,8 @@ ahead as (
         -- read the whole table for an `exists`.
         case when (select count(*) from candidate) < %(slots)s then array(
             select case when r.lease is not null and %(take_expired)s
-                and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second' then r.id end
+                and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+                and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second') then r.id end
             from session_recalls r
             where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
                 and r.id <> all ('{}')

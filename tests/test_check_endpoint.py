@@ -340,7 +340,12 @@ def seen() -> dict[str, Seen]:
         apis: dict[str, API | Small] = {name: make() for name, make in KEEPERS.items()}
         apis |= {name: make() for name, (make, _) in BREAKERS.items()}
         turn = asyncio.Semaphore(20)
-        return dict(zip(apis, await asyncio.gather(*(checked(api, turn) for api in apis.values())), strict=True))
+        found = dict(zip(apis, await asyncio.gather(*(checked(api, turn) for api in apis.values())), strict=True))
+        for name, (make, expected) in BREAKERS.items():
+            # It judges by time: where the machine was held up, the runs blur, and it is asked once more, alone.
+            if found[name].having(FAIL) != expected:
+                found[name] = await checked(make(), turn)
+        return found
 
     return asyncio.run(all_of_them())
 
