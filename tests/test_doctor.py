@@ -166,7 +166,7 @@ async def test_nothing_secret_is_told(ward: Ward) -> None:
 
 async def test_on_a_terminal(ward: Ward) -> None:
     """States are coloured, long lines go on under their beginning, what to try stands beneath; in a pipe a line is a line."""
-    ward.change("alter table session_recalls disable trigger recall_ring_insert")
+    ward.change("alter table session_recalls disable trigger recall_ring_earlier")
     said = await ward.examine(columns=80, TERM="xterm", NO_COLOR=None)
     lines = said.out.splitlines()
     assert max(len(plain(line)) for line in lines) <= 80
@@ -175,7 +175,7 @@ async def test_on_a_terminal(ward: Ward) -> None:
     assert re.search(r"\d+ ok, \d+ notes?, 1 problem\.", said.err)
     piped = await ward.examine()
     assert "\x1b" not in piped.out
-    seen = "recall_ring_insert is disabled: the application's changes are found by polls only"
+    seen = "recall_ring_earlier is disabled: the application's changes are found by polls only"
     assert f"problem  trigger   {seen}\n" in piped.out and piped.status == 1
 
 
@@ -323,7 +323,7 @@ async def test_a_trigger_that_does_not_fire(trigger: str, how: str, said: str, w
 
 def test_what_migrations_make() -> None:
     """The indexes and triggers are those of the migrations themselves, so that a new one is looked for, too."""
-    assert {"recall_before_insert", "recall_ring_insert"} <= set(room._made("trigger"))
+    assert {"recall_before_insert", "recall_ring_earlier"} <= set(room._made("trigger"))
     assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(room._made("index"))
 
 

@@ -791,13 +791,48 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(db: Connectio
 
 async def test_a_move_before_the_first_call_keeps_the_number(db: Connection, app: Application, ledgers: Ledgers) -> None:
     """Nothing was sent under the key yet: a recall that is rescheduled while it waits is still its first occurrence."""
-    id = await put(db, "s", 600.0)
+    id = await put(db, "s", 600.0, call_type="recurring", interval_seconds=7200)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     ledger = ledgers()
     claimed = await claim_one(ledger)
     assert honour(claimed) == as_moved(1)
     (placed,) = await ledger.place([(claimed, as_moved(1))])
     assert (placed.key, placed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
+
+
+@pytest.mark.parametrize(
+    ("due", "columns", "quiet", "rings"),
+    [
+        (0.0, {}, False, True),
+        (59.0, {}, False, True),
+        (61.0, {}, False, False),
+        (0.0, {"status": "cancelled"}, False, False),
+        (0.0, {"call_type": "recurring", "interval_seconds": 60}, False, True),
+        (0.0, {}, True, False),
+    ],
+    ids=["now", "within the horizon", "beyond it", "ended", "recurring", "turned off"],
+)
+async def test_which_inserts_ring(
+    due: float, columns: dict[str, Any], quiet: bool, rings: bool, db: Connection, database: str
+) -> None:
+    """What is due within a minute rings once, with nothing in it; what is due later costs nobody anything, and who inserts in bulk may be quiet."""
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as bell:
+        await bell.execute("listen session_recalls")
+        if quiet:
+            await db.execute("set recall_worker.rings = 'off'")
+        await put(db, "s", due, **columns)
+        await db.execute("select pg_notify('session_recalls', 'the end')")
+        heard = [notification.payload async for notification in bell.notifies(timeout=20, stop_after=1 + rings)]
+    assert heard == [""] * rings + ["the end"]
+
+
+async def test_a_one_shot_stands_where_it_is_put(db: Connection, app: Application, ledgers: Ledgers) -> None:
+    """It has no distance to skip: where it was never called, another time is simply its time."""
+    id = await put(db, "s", 600.0)
+    await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
+    claimed = await claim_one(ledgers())
+    assert honour(claimed) is None
+    assert (claimed.key, claimed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
 
 
 async def test_what_was_moved_again_is_not_placed(db: Connection, app: Application, ledgers: Ledgers) -> None:

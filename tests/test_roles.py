@@ -151,7 +151,7 @@ NOBODY = [
     "drop trigger recall_before_insert on session_recalls",
     "alter table session_recalls add column mine text", "alter table session_recalls disable trigger all",
     "alter table session_recalls disable trigger recall_before_insert", "alter table session_recalls owner to current_user",
-    "alter function recall_before_insert() reset all",
+    "alter function recall_before_insert() set search_path = nowhere",
     "create or replace function recall_ring() returns trigger language plpgsql as 'begin return null; end'",
     "create table mine (x text)", "create function mine() returns text language sql as 'select null::text'",
     "create trigger mine before update on session_recalls for each row execute function recall_ring()",

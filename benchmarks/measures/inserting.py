@@ -56,6 +56,6 @@ def report(found: dict[str, Any]) -> str:
     near = spread(found[NEAR])["median"]
     return said + (
         f"\nWhat is due within a minute rings, and a ring takes a lock at commit that spans the database: {near:,.0f} such inserts a second"
-        " are the most here. An application that nears this rate should insert them due a minute ahead, or turn to polling: drop the"
-        " trigger `recall_ring_insert`, and set RECALL_POLL_INTERVAL to the lateness that it can bear.\n"
+        " are the most here. An application that nears this rate should insert them due a minute ahead, ring once for many, or turn to"
+        " polling: connect with `options=-crecall_worker.rings=off`, and set RECALL_POLL_INTERVAL to the lateness that it can bear.\n"
     )

@@ -595,7 +595,7 @@ def _made(kind: str) -> list[str]:
 def _without(trigger: str) -> str:
     """What is amiss while a trigger does not fire."""
     if trigger == "recall_before_insert":
-        return "an agent can't schedule from inside a run, and a recall could loop"
+        return "what is inserted is found by polls only, an agent can't schedule from inside a run, and a recall could loop"
     if trigger.startswith("recall_ring"):
         return "the application's changes are found by polls only"
     return "its work is left undone"

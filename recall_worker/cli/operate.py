@@ -84,7 +84,7 @@ def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
 
         def said(row: Row) -> str:
             # One that had been moved comes back as the move has it, which the claim decides.
-            moved = row["planned_at"] != row["trigger_at"]
+            moved = row["planned_at"] not in (None, row["trigger_at"])
             return (
                 "due now, under a new key" if moved else f"due now, under the key {row['id']}:{row['occurrence']}.{row['rekey']}"
             )

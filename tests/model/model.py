@@ -55,8 +55,12 @@ class Row:
     called: list[tuple[str, datetime, int]] = field(default_factory=list)
     """Each call's key, nominal time and missed."""
 
+    stands: bool = False
+    """Whether it stands wherever it is put: a one-shot that was never claimed."""
+
     def __post_init__(self) -> None:
         self.planned = self.trigger
+        self.stands = not self.recurring
 
     def __repr__(self) -> str:
         return self.id
@@ -137,6 +141,7 @@ class Row:
         if taken or self.begun is not None:
             self.begun = min(self.begun or self.leased_at or now, now)
         self.attempt += 1
+        self.stands = False
         self.scheduled = self.scheduled or self.planned
         fresh = self.begun is None
         self.holder, self.leased_at, self.lease_until = worker, now, now + timedelta(seconds=LEASE)

@@ -232,6 +232,8 @@ class Lives(RuleBasedStateMachine):
         row = self._some(data)
         if row is not None:
             row.trigger = self.now + timedelta(seconds=ahead)
+            if row.stands:
+                row.planned = row.trigger
             self._app("update session_recalls set trigger_at = %s, updated_at = now() where id = %s", row.trigger, row.id)
 
     @precondition(lambda self: self.rows)
@@ -268,6 +270,7 @@ class Lives(RuleBasedStateMachine):
                 moved = row.trigger - row.planned
                 row.trigger = self.now
                 row.planned = self.now - moved
+                row.stands = False
             if what == "retry":
                 row.status, row.holder, row.leased_at, row.lease_until, row.paused = "pending", None, None, None, False
                 row.rekey, row.attempt, row.deferrals, row.failures, row.begun = row.rekey + 1, 0, 0, 0, None
@@ -481,7 +484,7 @@ class Lives(RuleBasedStateMachine):
                 "scheduled_for": row.scheduled, "last_outcome": row.last_outcome, "lease_until": row.lease_until,
             }  # fmt: skip
             if row.live:
-                told |= {"planned_at": row.planned, "missed": row.missed, "begun_at": row.begun}
+                told |= {"planned_at": None if row.stands else row.planned, "missed": row.missed, "begun_at": row.begun}
             assert {name: seen[name] for name in told} == told, id
             assert (seen["leased_by"] if seen["lease"] is not None else None) == row.holder
             assert (seen["paused_at"] is not None) is row.paused

@@ -1,33 +1,43 @@
 CREATE FUNCTION public.recall_before_insert() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'public', 'pg_temp'
     AS $$
 begin
-    if new.cadence not in ('interval', 'grid', 'cron') then
-        raise exception 'session_recalls: cadence is %, but there are interval, grid and cron', quote_literal(new.cadence)
-            using errcode = 'check_violation';
-    end if;
-    if new.call_type = 'recurring' and new.cadence = 'cron' then
-        if new.cron is null then
-            raise exception 'session_recalls: a recurring recall with cadence ''cron'' needs cron'
-                using errcode = 'check_violation', hint = 'Set cron to five fields, minute hour day month weekday, and time_zone to an IANA name.';
+    if new.call_type = 'recurring' or new.cadence <> 'interval' then
+        if new.cadence not in ('interval', 'grid', 'cron') then
+            raise exception 'session_recalls: cadence is %, but there are interval, grid and cron', pg_catalog.quote_literal(new.cadence)
+                using errcode = 'check_violation';
         end if;
-        if new.interval_seconds < 1 then
-            new.interval_seconds := null;
+        if new.call_type = 'recurring' and new.cadence = 'cron' then
+            if new.cron is null then
+                raise exception 'session_recalls: a recurring recall with cadence ''cron'' needs cron' using errcode = 'check_violation',
+                    hint = 'Set cron to five fields, minute hour day month weekday, and time_zone to an IANA name.';
+            end if;
+            if new.interval_seconds < 1 then
+                new.interval_seconds := null;
+            end if;
+        elsif new.call_type = 'recurring' and coalesce(new.interval_seconds, 0) < 1 then
+            raise exception 'session_recalls: a recurring recall needs interval_seconds of at least 1, not %',
+                coalesce(new.interval_seconds::text, 'null')
+                using errcode = 'check_violation',
+                    hint = 'Set interval_seconds to the distance between two occurrences in seconds, or use call_type ''once''.';
         end if;
-    elsif new.call_type = 'recurring' and coalesce(new.interval_seconds, 0) < 1 then
-        raise exception 'session_recalls: a recurring recall needs interval_seconds of at least 1, not %',
-            coalesce(new.interval_seconds::text, 'null')
-            using errcode = 'check_violation',
-                hint = 'Set interval_seconds to the distance between two occurrences in seconds, or use call_type ''once''.';
+        -- What its skips and moves are told apart by. A one-shot that was never called has no distance to skip, and simply stands where it is put.
+        new.planned_at := new.trigger_at;
     end if;
-    new.planned_at := new.trigger_at;
     if new.status = 'pending' then
-        -- A failed run, which is over, counts an attempt and begins a new key; an unknown one counts an attempt and keeps the key.
-        update session_recalls
-        set status = 'running'
-        where session_id = new.session_id and status = 'pending' and call_type <> 'recurring'
-            and (lease is not null or last_outcome = 'unknown' or attempt > rekey);
+        -- The slot of a one-shot that is run, or whose run may still go on. (A failed run, which is over, counts an attempt and begins a new
+        -- key; an unknown one counts an attempt and keeps the key.)
+        if exists (select from public.session_recalls where session_id = new.session_id and status = 'pending') then
+            update public.session_recalls
+            set status = 'running'
+            where session_id = new.session_id and status = 'pending' and call_type <> 'recurring'
+                and (lease is not null or last_outcome = 'unknown' or attempt > rekey);
+        end if;
+        -- Who inserts very many at once may do without, and has the workers find them at their next look: set recall_worker.rings = 'off'.
+        if new.trigger_at <= pg_catalog.now() + interval '60 seconds' and new.paused_at is null
+            and pg_catalog.current_setting('recall_worker.rings', true) is distinct from 'off' then
+            perform pg_catalog.pg_notify('session_recalls', '');
+        end if;
     end if;
     return new;
 end
@@ -255,8 +265,6 @@ CREATE TRIGGER recall_ring_deleted AFTER DELETE ON public.session_recalls FOR EA
 CREATE TRIGGER recall_ring_earlier AFTER UPDATE OF trigger_at, status, paused_at ON public.session_recalls FOR EACH ROW WHEN (((new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.paused_at IS NULL) AND (new.lease IS NULL) AND (old.lease IS NULL) AND (new.trigger_at <= (now() + '00:01:00'::interval)) AND ((new.trigger_at < old.trigger_at) OR (old.status <> ALL (ARRAY['pending'::text, 'running'::text])) OR (old.paused_at IS NOT NULL)))) EXECUTE FUNCTION public.recall_ring();
 
 CREATE TRIGGER recall_ring_ended AFTER UPDATE OF status ON public.session_recalls FOR EACH ROW WHEN (((new.lease IS NOT NULL) AND (new.lease = old.lease) AND (old.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.status <> ALL (ARRAY['pending'::text, 'running'::text])))) EXECUTE FUNCTION public.recall_ring();
-
-CREATE TRIGGER recall_ring_insert AFTER INSERT ON public.session_recalls FOR EACH ROW WHEN (((new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.paused_at IS NULL) AND (new.trigger_at <= (now() + '00:01:00'::interval)))) EXECUTE FUNCTION public.recall_ring();
 
 CREATE TRIGGER recall_ring_moved AFTER UPDATE OF trigger_at ON public.session_recalls FOR EACH ROW WHEN (((new.cadence = 'cron'::text) AND (new.lease IS NULL) AND (new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.trigger_at IS DISTINCT FROM old.trigger_at) AND (new.trigger_at IS DISTINCT FROM new.planned_at))) EXECUTE FUNCTION public.recall_ring();
 
