@@ -161,8 +161,10 @@ def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
 @given(session=TEXT, message=TEXT)
 @settings(deadline=None)
 def test_any_text_goes_into_the_body(session: str, message: str) -> None:
-    """The body is ASCII whatever is in it, and the texts can be read back."""
-    document = json.loads(body(claim_with(session_id=session, message=message)).decode("ascii"))
+    """The body is ASCII whatever is in it, byte for byte as the standard library would write it, and the texts can be read back."""
+    written = body(claim_with(session_id=session, message=message))
+    document = json.loads(written.decode("ascii"))
+    assert written == json.dumps(document, separators=(",", ":")).encode("ascii")
     assert (document["session_id"], document["user_message"]) == (session, message)
     assert document["system_message"] == "[Scheduled recall] " + message
 

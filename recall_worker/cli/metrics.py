@@ -148,7 +148,7 @@ class Metrics:
         """What is read off the worker at this moment."""
         vitals = self._vitals()
         yield self._gauge("slots", "Runs that this worker may have at once.", vitals.slots)
-        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they are settled.", vitals.slots_in_use)
+        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they end.", vitals.slots_in_use)
         yield self._gauge(
             "breaker_open",
             "1 while the breaker is open: the endpoint is in trouble, only probes go out.",

@@ -144,24 +144,23 @@ def header_key(key: str) -> str:
 
 
 def body(claim: Claim) -> bytes:
-    """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it."""
+    """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it.
+
+    Put together by hand, as it is made for every call and its shape is fixed: a tenth of the worker's time went into it.
+    """
     nominal = claim.scheduled_for.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    document = {
-        "session_id": claim.session_id,
-        "user_message": claim.message,
-        "system_message": f"[Scheduled recall] {claim.message}",
-        "recall": {
-            "id": claim.id,
-            "call_type": claim.call_type,
-            "occurrence": claim.occurrence,
-            "scheduled_for": nominal,
-            "missed": claim.missed,
-        },
-    }
-    return _WRITER.encode(document).encode("ascii")
+    message = _text(claim.message)
+    recall = (
+        f'{{"id":{_text(claim.id)},"call_type":{_text(claim.call_type)},"occurrence":{claim.occurrence},'
+        f'"scheduled_for":"{nominal}","missed":{claim.missed}}}'
+    )
+    return (
+        f'{{"session_id":{_text(claim.session_id)},"user_message":{message},"system_message":"[Scheduled recall] {message[1:]},'
+        f'"recall":{recall}}}'
+    ).encode("ascii")
 
 
-_WRITER = json.JSONEncoder(separators=(",", ":"))
+_text = json.JSONEncoder().encode
 
 
 def nameable(name: str) -> bool:

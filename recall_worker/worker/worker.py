@@ -82,6 +82,8 @@ class Worker:
         self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
         self._breaker = Breaker()
         self._runs: dict[UUID, Run] = {}
+        self._open = 0
+        """Of these, those that have not ended: each takes a slot. The others wait to be settled."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -89,6 +91,8 @@ class Worker:
         self._hurry = asyncio.Event()
         self._beat_now = asyncio.Event()
         self._floor = FLOOR_FIRST
+        self._more_waits = False
+        """Whether the last claim filled all slots: more may wait."""
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
         self.traceparent: Callable[[], str] = traceparent
@@ -118,7 +122,7 @@ class Worker:
     def vitals(self) -> Vitals:
         return Vitals(
             slots=self._settings.concurrency,
-            slots_in_use=len(self._runs),
+            slots_in_use=self._open,
             breaker=self._breaker.state,
             bell=self._bell.state,
             database_is_lost=self._reach.is_lost,
@@ -212,7 +216,7 @@ class Worker:
         allowed, changes_in = self._breaker.allowance(time.monotonic())
         if was_open and not self._breaker.is_open:
             self._events.tell("breaker.closed", reason="the probe was taken and is being run")
-        slots = self._settings.concurrency - len(self._runs)
+        slots = self._free_slots
         try:
             if allowed is not None and slots > 0:
                 allowed, changes_in = await self._share_probes(allowed, changes_in)
@@ -256,9 +260,11 @@ class Worker:
         return allowed, changes_in
 
     def _until_next(self, claimed: Claimed, slots: int, most: float) -> float:
-        if len(claimed.claims) >= slots:
-            # A settle wakes us. A probe that is being run is looked after, as its silence may close the breaker.
-            return min(most, 1.0) if self._breaker.is_open else most
+        self._more_waits = len(claimed.claims) >= slots
+        if self._more_waits:
+            # The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may close
+            # the breaker.
+            return min(most, 1.0) if self._breaker.is_open else most if self._free_slots <= 0 else 0.0
         if claimed.waiting or claimed.moved:
             self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
             most = min(most, wait)
@@ -283,6 +289,7 @@ class Worker:
             held_until = claimed.asked_at + self._settings.lease
             run = Run(call, held_until, held_until)
             self._runs[claim.lease] = run
+            self._open += 1
             self._idle.clear()
             self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
             if claim.taken_from is not None:
@@ -432,6 +439,9 @@ class Worker:
             self._beat_now.set()
         if isinstance(outcome, Misconfigured):
             self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
+        self._open -= 1
+        if self._more_waits:
+            self._wake.set()
         self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
 
     async def _tell_fleet(self) -> None:
@@ -439,6 +449,12 @@ class Worker:
             await self._ledger.endpoint_answers(self._endpoint)
         except (Outage, Refusal):
             pass  # The others find out by their own probes.
+
+    @property
+    def _free_slots(self) -> int:
+        """A run that has ended leaves its slot before it is settled, so that the next one is claimed meanwhile. Should PostgreSQL take no settles,
+        no more gather than there are slots."""
+        return min(self._settings.concurrency - self._open, 2 * self._settings.concurrency - len(self._runs))
 
     def _free(self, run: Run) -> None:
         self._runs.pop(run.claim.lease, None)
