@@ -6,6 +6,7 @@ The statements are what each library's own "defer", "enqueue" or "add_job" sends
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import subprocess
@@ -23,7 +24,8 @@ import psycopg
 from .ground import ROOT, Ground, cpu, run, tree
 from .peers import MESSAGE
 
-OURS, LOOP, CAPPED = "recall-worker", "bare loop", "PgQueuer, by its own cap"
+OURS, CAPPED = "recall-worker", "PgQueuer, by its own cap"
+LOOP, HTTPX_LOOP = "bare loop", "bare httpx loop"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def _pgqueuer_install(ground: Ground, dsn: str) -> None:
         await connection.close()
 
     asyncio.run(install())
+
+
+def _needs(module: str) -> None:
+    """Raises ImportError where it is not installed."""
+    importlib.import_module(module)
 
 
 def _graphile_install(ground: Ground, dsn: str) -> None:
@@ -148,9 +155,10 @@ CONTENDERS = {
             4000,
         ),
         Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
+        Contender(HTTPX_LOOP, "", "", lambda ground, dsn: _needs("httpx_aiohttp"), _python("loop-httpx"), 0),
     )
 }
-PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP, CAPPED))
+PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP, HTTPX_LOOP, CAPPED))
 
 
 class Field:

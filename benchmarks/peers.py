@@ -26,36 +26,63 @@ class Caller:
         )
 
     async def call(self, session: str, message: str) -> Any:
-        body = json.dumps(
-            {
-                "session_id": session,
-                "user_message": message,
-                "system_message": f"[Scheduled recall] {message}",
-                "recall": {
-                    "id": session,
-                    "call_type": "once",
-                    "occurrence": 1,
-                    "scheduled_for": "2027-01-31T09:00:00Z",
-                    "missed": 0,
-                },
-            },
-            separators=(",", ":"),
-        ).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Idempotency-Key": f"{session}:1",
-            "Recall-Attempt": "1",
-            "Recall-Lateness": "0.001000",
-            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-        }
         async with (
             self._room,
-            self._session.post(self._url.replace("{session_id}", session), data=body, headers=headers) as answer,
+            self._session.post(
+                self._url.replace("{session_id}", session), data=_body(session, message), headers=_headers(session)
+            ) as answer,
         ):
             return json.loads(await answer.read())
 
 
-async def loop(dsn: str, caller: Caller, slots: int) -> None:
+def _body(session: str, message: str) -> bytes:
+    document = {
+        "session_id": session,
+        "user_message": message,
+        "system_message": f"[Scheduled recall] {message}",
+        "recall": {
+            "id": session,
+            "call_type": "once",
+            "occurrence": 1,
+            "scheduled_for": "2027-01-31T09:00:00Z",
+            "missed": 0,
+        },
+    }
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def _headers(session: str) -> dict[str, str]:
+    return {
+        "Content-Type": "application/json",
+        "Idempotency-Key": f"{session}:1",
+        "Recall-Attempt": "1",
+        "Recall-Lateness": "0.001000",
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    }
+
+
+class HttpxCaller:
+    """The same through httpx, over the same transport (httpx-aiohttp)."""
+
+    def __init__(self, url: str, slots: int) -> None:
+        import httpx
+        from httpx_aiohttp import AiohttpTransport
+
+        self._url = url
+        self._client = httpx.AsyncClient(
+            transport=AiohttpTransport(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0)
+            )
+        )
+
+    async def call(self, session: str, message: str) -> Any:
+        answer = await self._client.post(
+            self._url.replace("{session_id}", session), content=_body(session, message), headers=_headers(session)
+        )
+        return json.loads(answer.content)
+
+
+async def loop(dsn: str, caller: Caller | HttpxCaller, slots: int) -> None:
     numbers = count()
 
     async def slot() -> None:
@@ -105,6 +132,9 @@ async def pgqueuer_capped(dsn: str, caller: Caller, slots: int) -> None:
 
 
 async def main(name: str, dsn: str, url: str, slots: int) -> None:
+    if name == "loop-httpx":
+        await loop(dsn, HttpxCaller(url, slots), slots)
+        return
     work = {"loop": loop, "procrastinate": procrastinate, "pgqueuer": pgqueuer, "pgqueuer-capped": pgqueuer_capped}[name]
     await work(dsn, Caller(url, slots), slots)
 

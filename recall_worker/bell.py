@@ -23,10 +23,12 @@ from uuid import uuid4
 import psycopg
 
 from .events import Events
-from .ledger import Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
+from .ledger import STATEMENT_DEADLINE, Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
-PROBE_EVERY = 30.0
+PROBE_EVERY = 60.0
+"""Seconds, as a replica that has nothing to do should cost nothing: what rings meanwhile on a dead connection, the regular look finds. Oftener
+where the lease is short."""
 PROBE_DEADLINE = 5.0
 ECHO_STEP = 0.2
 DOUBT_STEP = 5.0
@@ -53,7 +55,9 @@ class Bell:
         """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
         self._deadlines = deadlines
         self._connect_within = deadlines.connecting(dsn)
-        self._probe_every = min(PROBE_EVERY, 2 * deadlines.statement)
+        self._probe_every = (
+            PROBE_EVERY if deadlines.statement >= STATEMENT_DEADLINE else min(PROBE_EVERY, 2 * deadlines.statement)
+        )
         self._info = connection_info(dsn, f"recall-worker bell {worker}", deadlines.connect)
         self._ring = ring
         self._echo = echo

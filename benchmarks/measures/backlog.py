@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..contenders import CAPPED, CONTENDERS, LOOP, OURS, PEERS, Contest, rotated
+from ..contenders import CAPPED, CONTENDERS, HTTPX_LOOP, LOOP, OURS, PEERS, Contest, rotated
 from ..figures import judged, ratio, shown, spread, table
 
 TITLE = "Throughput: a backlog"
@@ -16,10 +16,11 @@ RAMP = 1.0
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
     peers = contest.present(*PEERS, CAPPED)
+    loops = [LOOP, *contest.present(HTTPX_LOOP)]
     found: dict[str, Any] = {}
     for slots in (50,) if quick else (10, 50, 200, 1000):
         # procrastinate fetches one job at a time: more slots change nothing for it.
-        names = [OURS, LOOP, *(name for name in peers if slots in (50, 200) and (name != "procrastinate" or slots == 50))]
+        names = [OURS, *loops, *(name for name in peers if slots in (50, 200) and (name != "procrastinate" or slots == 50))]
         found[str(slots)] = {name: [] for name in names}
         for round in range(1 if quick else 3):
             for name in rotated(names, round):
@@ -75,7 +76,7 @@ def report(found: dict[str, Any]) -> str:
                 shown(spread([run["rate"] for run in runs])),
                 "" if name == OURS else shown(ratio(mine, [run["rate"] for run in runs])),
                 shown(spread([run["worker_us"] for run in runs])),
-                "" if name == LOOP else shown(spread([run["postgres_us"] for run in runs])),
+                "" if name in (LOOP, HTTPX_LOOP) else shown(spread([run["postgres_us"] for run in runs])),
             ]
             for name, runs in by_name.items()
         ]
@@ -84,9 +85,10 @@ def report(found: dict[str, Any]) -> str:
             + table(["", "runs/s", "recall-worker does ×", "worker's CPU a run, µs", "PostgreSQL's, µs"], rows)
             + "\n"
         )
-        said += judged(
-            f"against the bare loop at {slots}", ratio(mine, _rates(by_name, LOOP))["median"], 0.9, at_least=True, unit=" ×"
-        )
+        for name in (name for name in (LOOP, HTTPX_LOOP) if name in by_name):
+            said += judged(
+                f"against the {name} at {slots}", ratio(mine, _rates(by_name, name))["median"], 0.9, at_least=True, unit=" ×"
+            )
         for name in (name for name in ("PgQueuer", CAPPED) if name in by_name):
             said += judged(
                 f"against {name} at {slots}", ratio(mine, _rates(by_name, name))["median"], 2.5, at_least=True, unit=" ×"
