@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import copy
+import dataclasses
+import pickle
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -107,14 +110,17 @@ HOUR = timedelta(hours=1)
         ({"after": HOUR, "until": NOON}, "only what recurs has an end"),
         ({"grid": HOUR, "time_zone": "Europe/Berlin"}, "goes with a cron expression"),
         ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "no time zone"),
-        ({"cron": "0 9 30 2 *"}, "no cron expression"),
+        ({"cron": "0 9 30 2 *"}, "never comes"),
         ({"cron": "0 0 9 * * *"}, "five fields"),
         ({"grid": HOUR, "times": 0}, "at least one"),
         ({"grid": HOUR, "failures": 0}, "at least one"),
         ({"grid": timedelta(seconds=0.5)}, "whole number of seconds"),
         ({"every": timedelta(0)}, "whole number of seconds"),
         ({"grid": HOUR, "jitter": timedelta(seconds=-1)}, "whole number of seconds"),
+        ({"grid": HOUR, "grace": timedelta(0)}, "grace is a whole number of seconds, at least 1"),
+        ({"grid": HOUR, "times": 2**31}, "at most 2147483647"),
         ({"grid": HOUR, "until": NOON}, "after its end"),
+        ({"grid": HOUR, "until": datetime.max.replace(tzinfo=cadence.zone("America/New_York"))}, "beyond the calendar"),
         ({"cron": "0 9 * * *", "after": timedelta.max}, "beyond the calendar"),
     ],
 )
@@ -134,3 +140,19 @@ def test_the_first_occurrence() -> None:
     found = cadence.plan(NOON, 0.5, jitter=timedelta(seconds=60), **daily)
     assert (found.call_type, found.cadence, found.interval, found.put_off) == ("recurring", "cron", 86_400, 30.0)
     assert cadence.plan(NOON, 0.0).call_type == "immediate" and cadence.plan(NOON, 0.0, after=HOUR).call_type == "once"
+
+
+def test_a_time_in_a_zone_of_ours() -> None:
+    """What `preview` gives can be copied, pickled, and scheduled again."""
+    when = datetime(2027, 7, 1, 9, tzinfo=cadence.zone("Europe/Berlin"))
+    assert copy.deepcopy(when) == pickle.loads(pickle.dumps(when)) == when
+    assert cadence.plan(NOON, 0.0, at=when).at == when and cadence.plan(NOON, 0.0, at=when).at.tzinfo is UTC  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("grace", "late"), [(-5, 1), (0, 1), (1, 1), (60, 60)])
+def test_too_late(grace: int, late: int) -> None:
+    """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in the instant at which it is due."""
+    claim = claim_with(call_type="recurring", interval=60, grace=grace, lateness=late)
+    assert cadence.too_late(claim) is None
+    said = cadence.too_late(dataclasses.replace(claim, lateness=late + 0.6))
+    assert said == f"{late + 1} s late, past its grace of {late} s"

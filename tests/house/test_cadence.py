@@ -118,11 +118,12 @@ async def test_plain_sql_leaves_the_first_moment_to_the_worker(db: Connection, e
     ("columns", "said"),
     [
         ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "there is no time zone 'Mars/Olympus'"),
-        ({"cron": "0 9 30 2 *"}, "'0 9 30 2 *' is no cron expression"),
+        ({"cron": "0 9 30 2 *"}, "'0 9 30 2 *' never comes"),
         ({"cron": "0 0 9 * * *"}, "it takes five fields"),
         ({"cron": "@daily"}, "it takes five fields"),
+        ({"cron": "9" * 5000 + " 9 * * *"}, "at most 1000 characters"),
     ],
-    ids=["an unknown zone", "30 February", "six fields", "a nickname"],
+    ids=["an unknown zone", "30 February", "six fields", "a nickname", "five thousand digits"],
 )
 @pytest.mark.parametrize("distance", [None, 86_400], ids=["unplanned", "planned"])
 async def test_what_nobody_can_keep_fails_with_its_reason(

@@ -165,7 +165,7 @@ class Row:
             if self._past_its_end(self.scheduled, self.occurrence):
                 self._finish("fired", "over", called=False)
                 return "ended"
-            allowed = None if self.grace is None else self.grace + (self.jitter or 0)
+            allowed = None if self.grace is None else max(1, self.grace) + (self.jitter or 0)
             if allowed is not None and (now - self.scheduled).total_seconds() > allowed:
                 self._misfire(now, allowed)
                 return "ended"
