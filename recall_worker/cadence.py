@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from importlib import resources
-from itertools import chain
+from itertools import chain, islice
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -262,21 +262,37 @@ def plan(
 def upcoming(recall: Recall, now: datetime) -> Iterator[datetime]:
     """The nominal times of a live recall that are ahead, as things stand; of an interval, if runs took no time. Raises CadenceError.
 
-    The first may be past: it is due, and stands for all that were missed up to now.
+    The first may be past: it is being run, or is due and stands for all that were missed up to now.
     """
-    first = recall.trigger_at if recall.scheduled_for is None else recall.scheduled_for
-    number = recall.occurrence
-    if recall.planned_at is not None and recall.planned_at != recall.trigger_at:
-        skip = _skipped(recall.trigger_at - recall.planned_at, recall.interval_seconds) if recall.call_type == "recurring" else 0
-        first = first + (recall.trigger_at - recall.planned_at) if skip else recall.trigger_at
-        number += skip
-    for moment in _moments(recall, first, now):
+    for number, moment in _numbered(recall, now):
         if recall.call_type == "recurring" and (
             (recall.times is not None and number > recall.times) or (recall.until_at is not None and moment > recall.until_at)
         ):
             return
         yield moment
-        number += 1
+
+
+def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
+    planned, number = recall.planned_at or recall.trigger_at, recall.occurrence
+    nominal = recall.scheduled_for or planned
+    moved = recall.trigger_at != planned
+    skip = _skipped(recall.trigger_at - planned, recall.interval_seconds) if recall.call_type == "recurring" else 0
+    if recall.leased_by is not None:
+        # In mid-run a move speaks of what comes after the run.
+        yield number, nominal
+        named = moved and not skip
+        after = _moments(recall, recall.trigger_at, now) if named else islice(_moments(recall, nominal, now), 1 + skip, None)
+        yield from enumerate(after, number + 1 + skip)
+        return
+    if moved:
+        nominal = recall.trigger_at
+        if skip and recall.cadence == "cron":
+            nominal = next(
+                islice(ticks(recall.cron or "", recall.time_zone, recall.scheduled_for or planned), skip - 1, None), FAR
+            )
+        elif skip and recall.cadence == "grid":
+            nominal = (recall.scheduled_for or planned) + (recall.trigger_at - planned)
+    yield from enumerate(_moments(recall, nominal, now), number + skip)
 
 
 def _moments(recall: Recall, first: datetime, now: datetime) -> Iterator[datetime]:
@@ -429,7 +445,7 @@ def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
     if not claim.recurring:
         return None
     if claim.times is not None and occurrence > claim.times:
-        return f"it had all of its {claim.times} occurrences"
+        return f"it had all of its {claim.times} occurrences" if claim.times != 1 else "it had its one occurrence"
     if claim.until is not None and falls > claim.until:
         return f"its next occurrence would be after {claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, where it ends"
     return None

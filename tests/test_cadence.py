@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recall_worker import cadence
-from recall_worker.recall import After
+from recall_worker.recall import After, Recall
 
 from .test_recall import NOON, claim_with
 
@@ -156,3 +157,71 @@ def test_too_late(grace: int, late: int) -> None:
     assert cadence.too_late(claim) is None
     said = cadence.too_late(dataclasses.replace(claim, lateness=late + 0.6))
     assert said == f"{late + 1} s late, past its grace of {late} s"
+
+
+# --- what is ahead ---------------------------------------------------------------------------------------------------
+
+
+def recall_with(**changes: Any) -> Recall:
+    """An hourly recall that waits for noon."""
+    columns: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Recall)) | {
+        "id": "r1", "session_id": "s1", "call_type": "recurring", "trigger_at": NOON, "planned_at": NOON, "interval_seconds": 3600,
+        "additional_context_message": "look", "status": "pending", "created_at": NOON, "updated_at": NOON, "occurrence": 1, "attempt": 0,
+        "cadence": "grid",
+    }  # fmt: skip
+    return Recall(**columns | changes)
+
+
+HOURLY = {"cadence": "cron", "cron": "0 * * * *"}
+RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
+
+
+@pytest.mark.parametrize(
+    ("columns", "hours"),
+    [
+        ({}, [0, 1, 2]),
+        ({"cadence": "interval"}, [0, 1, 2]),
+        (HOURLY, [0, 1, 2]),
+        (HOURLY | {"interval_seconds": None}, [0, 1, 2]),
+        ({"call_type": "once"}, [0]),
+        ({"times": 2}, [0, 1]),
+        ({"until_at": NOON + HOUR}, [0, 1]),
+        # Skipped once while it waits, called before or not.
+        ({"trigger_at": NOON + HOUR}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR, "cadence": "interval"}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR, "times": 2}, [1]),
+        ({"trigger_at": NOON + HOUR, "scheduled_for": NOON}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR} | HOURLY, [1, 2, 3]),
+        # By as much as from Friday to Monday: one working day less.
+        (
+            {"cadence": "cron", "cron": "0 12 * * mon-fri", "interval_seconds": 86_400, "trigger_at": NOON + 24 * HOUR},
+            [24, 48, 72],
+        ),
+        # Put at another time.
+        ({"trigger_at": NOON + HOUR / 2}, [0.5, 1.5, 2.5]),
+        ({"trigger_at": NOON + HOUR / 2} | HOURLY, [0.5, 1, 2]),
+        # Jitter puts off what is due, and not what it stands for.
+        ({"trigger_at": NOON + HOUR / 4, "planned_at": NOON + HOUR / 4, "scheduled_for": NOON}, [0, 1, 2]),
+        # In mid-run: what runs, then what comes after it.
+        (RUNNING, [0, 1, 2]),
+        (RUNNING | {"call_type": "once"}, [0]),
+        (RUNNING | {"trigger_at": NOON + HOUR}, [0, 2, 3]),
+        (RUNNING | {"trigger_at": NOON + HOUR} | HOURLY, [0, 2, 3]),
+        (RUNNING | {"trigger_at": NOON + HOUR, "times": 3}, [0, 2]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2}, [0, 0.5, 1.5]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2} | HOURLY, [0, 0.5, 1]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2, "call_type": "once"}, [0, 0.5]),
+    ],
+    ids=str,
+)
+def test_upcoming(columns: dict[str, Any], hours: list[float]) -> None:
+    """What `preview` says of a recall: hours from noon."""
+    found = islice(cadence.upcoming(recall_with(**columns), NOON - HOUR / 10), 3)
+    assert [(moment - NOON) / HOUR for moment in found] == hours
+
+
+@pytest.mark.parametrize("columns", [{}, HOURLY], ids=["grid", "cron"])
+def test_upcoming_after_downtime(columns: dict[str, Any]) -> None:
+    """One that is past, which stands for all that were missed, and then what is ahead."""
+    found = islice(cadence.upcoming(recall_with(**columns), NOON + 2.5 * HOUR), 3)
+    assert [(moment - NOON) / HOUR for moment in found] == [0, 3, 4]

@@ -771,6 +771,17 @@ def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
     assert made["until_at"] == "2030-07-01T07:00:00.000000Z"
 
 
+def test_preview_after_a_skip(waiting: str) -> None:
+    """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand for the time before."""
+    assert operate(waiting, "cancel", "r").status == 0
+    id = operate(waiting, "schedule", "s", "m", "--grid", "1h", "--jitter", "1m").out.strip()
+    before = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "3", "--json").document["occurrences"]]
+    assert operate(waiting, "skip", id).status == 0
+    after = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "2", "--json").document["occurrences"]]
+    assert after == before[1:]
+    assert "stands for" not in operate(waiting, "show", id).out
+
+
 def test_preview_of_what_is_over(waiting: str) -> None:
     """Nothing is ahead of a recall that has ended, and an id that nobody has is said to be none."""
     assert operate(waiting, "cancel", "r").status == 0

@@ -260,6 +260,8 @@ def _stands_for(row: Mapping[str, Any]) -> str | None:
     """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
     if row["status"] not in ("pending", "running") or row["scheduled_for"] in (None, row["trigger_at"]):
         return None
+    if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
+        return None  # It was moved, and will stand for something else.
     missed = f", and {row['missed']} missed after it" if row["missed"] else ""
     return f"{local(row['scheduled_for'])}{missed}"
 

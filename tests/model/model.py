@@ -129,6 +129,12 @@ class Row:
     def put_off(self) -> timedelta:
         return timedelta(seconds=CHANCE * (self.jitter or 0))
 
+    def ahead(self) -> datetime | None:
+        """The nominal time of what waits, as `preview` says it; None where the recall ends before it."""
+        k = self.skipped()
+        waits = self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
+        return None if self._past_its_end(waits, self.occurrence + k) else waits
+
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def claim(self, worker: str, now: datetime) -> str:

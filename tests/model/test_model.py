@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 
 from recall_worker import ledger as ledger_module
 from recall_worker import schema, statements
+from recall_worker.cadence import upcoming
 from recall_worker.judge import Policy, before_call, honour, judge, planned, runs_now
 from recall_worker.ledger import Dates, Ledger
 from recall_worker.recall import (
@@ -38,6 +39,7 @@ from recall_worker.recall import (
     Misconfigured,
     Moved,
     Outcome,
+    Recall,
     Refused,
     Settled,
     Unavailable,
@@ -500,6 +502,8 @@ class Lives(RuleBasedStateMachine):
                 told |= {"planned_at": row.planned, "missed": row.missed, "begun_at": row.begun}
             assert {name: seen[name] for name in told} == told, id
             assert (seen["leased_by"] if seen["lease"] is not None else None) == row.holder
+            if row.live and row.holder is None:
+                assert next(upcoming(Recall.of(seen), self.now), None) == row.ahead(), f"{id}: preview"
             assert (seen["paused_at"] is not None) is row.paused
 
 
