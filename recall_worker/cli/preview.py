@@ -77,7 +77,7 @@ def _show(moments: list[datetime], zone: tzinfo | None, now: datetime, told: dic
             ]
             for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
         ],
-        yields=[("WHEN", 0), ("", 12), ("UTC", 0)],
+        yields=[("UTC", 0), ("WHEN", 0), ("", 12)],
     )  # fmt: skip
     if not moments:
         tell("Nothing is ahead.")
