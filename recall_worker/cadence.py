@@ -3,9 +3,10 @@
 Three cadences. `interval`, the application's own rule and the default: interval_seconds after the run ended. `grid`: every interval_seconds
 of elapsed time from the first trigger, without drift. `cron`: five fields in an IANA time zone.
 
-Cron expressions are read by cronsim, which follows Debian's cron where clocks change: a fixed time in a gap falls on the first instant after
-it, a repeated fixed time on its first; fields that start with `*` follow elapsed time. Zones are those of the tzdata package, so that all
-replicas agree whatever their hosts have.
+Cron expressions are read by cronsim, as Debian's cron reads them: a fixed time in a gap falls on the first instant after it, a repeated
+fixed time on its first; where the minute or the hour starts with `*`, each instant counts at which the clock shows a match. The moments are
+worked out here, as cronsim goes on by whole hours, and so loses some on a day on which clocks change by half of one. Zones are those of the
+tzdata package, so that all replicas agree whatever their hosts have.
 
 On grid and cron the due moments up to an occurrence's first claim belong to it (it says how many it stands for besides its own); those that
 come later, while it runs or is put off, belong to the next. No clock is read here: the instants come with the claim.
@@ -13,11 +14,12 @@ come later, while it runs or is put off, belong to the next. No clock is read he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from importlib import resources
+from itertools import chain, islice
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -27,15 +29,32 @@ from .recall import After, AsMoved, At, Claim, Recall
 KINDS = ("interval", "grid", "cron")
 LONGEST = 2_147_483_647
 """Seconds of the longest interval, 68 years: as much as `interval_seconds` holds, but in a table that was made with a wider column."""
+GRACE_LEAST = 1
+"""Seconds of the shortest grace: nothing is called in the very instant at which it is due, so that none at all would never run."""
 COUNTED_MOST = 10_000
 """Cron moments are counted up to here: some seven days of an every-minute recall."""
 SKIPS_BELIEVED = 10
 """So many skips of one cron recall between two looks of any worker are taken for skips whatever they lead to."""
 FAR = datetime(9997, 1, 1, tzinfo=UTC)
+CRON_LONGEST = 1000
+"""Characters of the longest cron expression: three times what names every minute, hour, day and month."""
+SEARCHED = 50
+"""Years without a moment after which a cron expression never comes. The rarest, 29 February on a given weekday, waits 40."""
+
+_FOLDED = timedelta(hours=25)
+"""Clocks are put back by less than this."""
+_BEGINNING, _END = datetime(1, 1, 1), date(9999, 12, 30)
 
 
 class CadenceError(ValueError):
     """A cadence that nobody can keep, said in a sentence."""
+
+
+class Zone(ZoneInfo):
+    """A zone of the package's data. What has one can be copied and pickled: by its name."""
+
+    def __reduce__(self) -> tuple[Callable[[str | None], Zone], tuple[str]]:
+        return zone, (self.key,)
 
 
 @lru_cache(1)
@@ -44,34 +63,106 @@ def _zones() -> frozenset[str]:
 
 
 @lru_cache(256)
-def zone(name: str | None) -> ZoneInfo:
+def zone(name: str | None) -> Zone:
     """The IANA zone of this name, UTC for None. Raises CadenceError."""
     if name is not None and name not in _zones():
         raise CadenceError(f"there is no time zone {name!r}: give an IANA name, such as Europe/Berlin")
     name = name or "UTC"
     with resources.files("tzdata").joinpath("zoneinfo", *name.split("/")).open("rb") as data:
-        return ZoneInfo.from_file(data, key=name)
+        return Zone.from_file(data, key=name)
 
 
 def ticks(expression: str, time_zone: str | None, after: datetime) -> Iterator[datetime]:
     """The moments of a cron expression after an instant, as aware UTC datetimes. Raises CadenceError."""
-    where = zone(time_zone)
-    if len(expression.split()) != 5:
+    where, fields = zone(time_zone), _fields(expression)
+    try:
+        local = after.astimezone(where).replace(tzinfo=None)
+    except OverflowError:
+        return  # The end of the calendar.
+    # Where clocks were put back, what they show later may be earlier.
+    begin = max(local, _BEGINNING + _FOLDED) - _FOLDED
+    if where.utcoffset(begin) == where.utcoffset(local):
+        begin = local
+    last = after
+    for tick in chain.from_iterable(_batches(fields, where, begin)):
+        # Two fixed times in one gap fall on the same instant.
+        if tick > last:
+            last = tick
+            yield tick
+
+
+@lru_cache(256)
+def _fields(expression: str) -> CronSim:
+    """The fields as cronsim reads them; it is never iterated. Raises CadenceError."""
+    if len(expression) > CRON_LONGEST:
+        raise CadenceError(f"a cron expression has at most {CRON_LONGEST} characters, and this one {len(expression)}")
+    parts = expression.split()
+    if len(parts) != 5:
         raise CadenceError(f"{expression!r} is no cron expression: it takes five fields, minute hour day month weekday")
     try:
-        found = CronSim(expression, after.astimezone(where))
+        return CronSim(expression, _BEGINNING)
     except CronSimError as error:
-        raise CadenceError(f"{expression!r} is no cron expression: {str(error).lower()}") from None
-    last = after
+        reason = str(error).lower()
     try:
-        for moment in found:
-            tick = moment.astimezone(UTC)
-            # Two fixed times in one gap fall on the same instant; and in a repeated hour the wall clock runs behind the start.
-            if tick > last:
-                last = tick
-                yield tick
-    except (OverflowError, ValueError):
-        return  # The end of the calendar.
+        CronSim(" ".join([*parts[:3], "*", parts[4]]), _BEGINNING)
+    except CronSimError:
+        raise CadenceError(f"{expression!r} is no cron expression: {reason}") from None
+    if "day-of-month" in reason:
+        raise CadenceError(f"{expression!r} never comes: its months have no such day")
+    raise CadenceError(f"{expression!r} is no cron expression: {reason}")
+
+
+def _batches(fields: CronSim, where: ZoneInfo, begin: datetime) -> Iterator[list[datetime]]:
+    """All moments from a wall time on, in order."""
+    fixed = not (fields.parts[1].startswith("*") or fields.parts[2].startswith("*"))
+    minutes = [timedelta(minutes=minute) for minute in sorted(fields.minutes)]
+    held: list[datetime] = []
+    since, found = begin, begin.year
+    for hour in _hours(fields, begin):
+        if hour.year > found + SEARCHED:
+            break
+        offset = where.utcoffset(hour) or timedelta(0)
+        steady = where.utcoffset(hour.replace(minute=59, fold=1)) == offset
+        # Hours in which clocks change may interleave, where they are put back by more than one.
+        if held and (steady or hour - since > _FOLDED):
+            yield sorted(held)
+            held, found = [], hour.year
+        if steady:
+            base = hour.replace(tzinfo=UTC) - offset
+            yield [base + minute for minute in minutes]
+            found = hour.year
+        else:
+            since = since if held else hour
+            for minute in minutes:
+                held += _instants(hour + minute, where, fixed)
+    yield sorted(held)
+
+
+def _hours(fields: CronSim, begin: datetime) -> Iterator[datetime]:
+    """The hours of the wall's clock that match, from one on."""
+    day, hours, found = begin.date(), sorted(fields.hours), begin.year
+    while day < _END and day.year <= found + SEARCHED:
+        if day.month not in fields.months:
+            day = (day.replace(day=1) + timedelta(days=32)).replace(day=1)
+            continue
+        if fields.match_day(day):
+            found = day.year
+            for hour in hours:
+                if hour >= begin.hour or day > begin.date():
+                    yield datetime(day.year, day.month, day.day, hour)
+        day += timedelta(days=1)
+
+
+def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
+    """The instants at which a clock shows this; of a fixed time the first, be it that after the gap which swallowed it."""
+    while True:
+        passes = [wall.replace(tzinfo=where, fold=fold).astimezone(UTC) for fold in (0, 1)]
+        shown = [instant for instant in passes if instant.astimezone(where).replace(tzinfo=None) == wall]
+        if not fixed:
+            return shown
+        if shown:
+            return shown[:1]
+        wall += timedelta(minutes=1)
 
 
 def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
@@ -142,7 +233,8 @@ def plan(
             raise CadenceError("a time zone goes with a cron expression: intervals and grids are elapsed time")
     for said, count in (("times", times), ("failures", failures)):
         if count is not None and not 1 <= count <= LONGEST:
-            raise CadenceError(f"{said} is {count}: it is a number of occurrences, at least one")
+            raise CadenceError(f"{said} is {count}: it is a number of occurrences, at least one and at most {LONGEST}")
+    at, until = _utc(at), _utc(until)
     put_off = chance * (_whole("jitter", jitter, 0) or 0)
     distance = _whole("interval", every, 1) or _whole("grid", grid, 1)
     try:
@@ -163,28 +255,44 @@ def plan(
         at=at, after=None if after is None else after.total_seconds(), put_off=put_off,
         cadence="cron" if cron is not None else "grid" if grid is not None else "interval",
         interval=distance, cron=cron, time_zone=time_zone, until=until, times=times, failures=failures,
-        grace=_whole("grace", grace, 0), jitter=_whole("jitter", jitter, 0),
+        grace=_whole("grace", grace, GRACE_LEAST), jitter=_whole("jitter", jitter, 0),
     )  # fmt: skip
 
 
 def upcoming(recall: Recall, now: datetime) -> Iterator[datetime]:
     """The nominal times of a live recall that are ahead, as things stand; of an interval, if runs took no time. Raises CadenceError.
 
-    The first may be past: it is due, and stands for all that were missed up to now.
+    The first may be past: it is being run, or is due and stands for all that were missed up to now.
     """
-    first = recall.trigger_at if recall.scheduled_for is None else recall.scheduled_for
-    number = recall.occurrence
-    if recall.planned_at is not None and recall.planned_at != recall.trigger_at:
-        skip = _skipped(recall.trigger_at - recall.planned_at, recall.interval_seconds) if recall.call_type == "recurring" else 0
-        first = first + (recall.trigger_at - recall.planned_at) if skip else recall.trigger_at
-        number += skip
-    for moment in _moments(recall, first, now):
+    for number, moment in _numbered(recall, now):
         if recall.call_type == "recurring" and (
             (recall.times is not None and number > recall.times) or (recall.until_at is not None and moment > recall.until_at)
         ):
             return
         yield moment
-        number += 1
+
+
+def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
+    planned, number = recall.planned_at or recall.trigger_at, recall.occurrence
+    nominal = recall.scheduled_for or planned
+    moved = recall.trigger_at != planned
+    skip = _skipped(recall.trigger_at - planned, recall.interval_seconds) if recall.call_type == "recurring" else 0
+    if recall.leased_by is not None:
+        # In mid-run a move speaks of what comes after the run.
+        yield number, nominal
+        named = moved and not skip
+        after = _moments(recall, recall.trigger_at, now) if named else islice(_moments(recall, nominal, now), 1 + skip, None)
+        yield from enumerate(after, number + 1 + skip)
+        return
+    if moved:
+        nominal = recall.trigger_at
+        if skip and recall.cadence == "cron":
+            nominal = next(
+                islice(ticks(recall.cron or "", recall.time_zone, recall.scheduled_for or planned), skip - 1, None), FAR
+            )
+        elif skip and recall.cadence == "grid":
+            nominal = (recall.scheduled_for or planned) + (recall.trigger_at - planned)
+    yield from enumerate(_moments(recall, nominal, now), number + skip)
 
 
 def _moments(recall: Recall, first: datetime, now: datetime) -> Iterator[datetime]:
@@ -276,7 +384,7 @@ def _between(claim: Claim, last: datetime) -> int:
 def _within(claim: Claim) -> datetime:
     """What is due before this instant is past its grace."""
     try:
-        return claim.claimed_at - timedelta(seconds=max(0, claim.grace or 0) + max(0, claim.jitter or 0))
+        return claim.claimed_at - timedelta(seconds=_allowed(claim))
     except OverflowError:
         return datetime(1, 1, 2, tzinfo=UTC)
 
@@ -323,9 +431,13 @@ def jittered(claim: Claim, chance: float) -> float:
 
 def too_late(claim: Claim) -> str | None:
     """Why this occurrence is not run any more, in a sentence: it is later than its grace. What jitter put off is not late."""
-    if claim.grace is None or claim.lateness <= max(0, claim.grace) + max(0, claim.jitter or 0):
+    if claim.grace is None or claim.lateness <= _allowed(claim):
         return None
-    return f"{claim.lateness:.0f} s late, past its grace of {max(0, claim.grace)} s"
+    return f"{claim.lateness:.0f} s late, past its grace of {max(GRACE_LEAST, claim.grace)} s"
+
+
+def _allowed(claim: Claim) -> int:
+    return max(GRACE_LEAST, claim.grace or 0) + max(0, claim.jitter or 0)
 
 
 def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
@@ -333,7 +445,7 @@ def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
     if not claim.recurring:
         return None
     if claim.times is not None and occurrence > claim.times:
-        return f"it had all of its {claim.times} occurrences"
+        return f"it had all of its {claim.times} occurrences" if claim.times != 1 else "it had its one occurrence"
     if claim.until is not None and falls > claim.until:
         return f"its next occurrence would be after {claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, where it ends"
     return None
@@ -362,6 +474,13 @@ def _on_grid(claim: Claim, count: int) -> At:
 
 def _said(interval: int | None) -> str:
     return "null" if interval is None else str(interval)
+
+
+def _utc(when: datetime | None) -> datetime | None:
+    try:
+        return None if when is None else when.astimezone(UTC)
+    except OverflowError:
+        raise CadenceError(f"{when} is beyond the calendar") from None
 
 
 def _whole(name: str, span: timedelta | None, least: int) -> int | None:

@@ -119,6 +119,7 @@ class Recalls:
         now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
         if len(what.split()) > 1:
             where = cadence.zone(time_zone)
+            cadence.check(what, time_zone, now)
             return [moment.astimezone(where) for moment in islice(cadence.ticks(what, time_zone, now), count)]
         rows = await self._ask(self._reads["show"], {"id": what}, conn)
         if not rows:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import copy
+import dataclasses
+import pickle
+from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recall_worker import cadence
-from recall_worker.recall import After
+from recall_worker.recall import After, Recall
 
 from .test_recall import NOON, claim_with
 
@@ -107,14 +111,17 @@ HOUR = timedelta(hours=1)
         ({"after": HOUR, "until": NOON}, "only what recurs has an end"),
         ({"grid": HOUR, "time_zone": "Europe/Berlin"}, "goes with a cron expression"),
         ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "no time zone"),
-        ({"cron": "0 9 30 2 *"}, "no cron expression"),
+        ({"cron": "0 9 30 2 *"}, "never comes"),
         ({"cron": "0 0 9 * * *"}, "five fields"),
         ({"grid": HOUR, "times": 0}, "at least one"),
         ({"grid": HOUR, "failures": 0}, "at least one"),
         ({"grid": timedelta(seconds=0.5)}, "whole number of seconds"),
         ({"every": timedelta(0)}, "whole number of seconds"),
         ({"grid": HOUR, "jitter": timedelta(seconds=-1)}, "whole number of seconds"),
+        ({"grid": HOUR, "grace": timedelta(0)}, "grace is a whole number of seconds, at least 1"),
+        ({"grid": HOUR, "times": 2**31}, "at most 2147483647"),
         ({"grid": HOUR, "until": NOON}, "after its end"),
+        ({"grid": HOUR, "until": datetime.max.replace(tzinfo=cadence.zone("America/New_York"))}, "beyond the calendar"),
         ({"cron": "0 9 * * *", "after": timedelta.max}, "beyond the calendar"),
     ],
 )
@@ -134,3 +141,87 @@ def test_the_first_occurrence() -> None:
     found = cadence.plan(NOON, 0.5, jitter=timedelta(seconds=60), **daily)
     assert (found.call_type, found.cadence, found.interval, found.put_off) == ("recurring", "cron", 86_400, 30.0)
     assert cadence.plan(NOON, 0.0).call_type == "immediate" and cadence.plan(NOON, 0.0, after=HOUR).call_type == "once"
+
+
+def test_a_time_in_a_zone_of_ours() -> None:
+    """What `preview` gives can be copied, pickled, and scheduled again."""
+    when = datetime(2027, 7, 1, 9, tzinfo=cadence.zone("Europe/Berlin"))
+    assert copy.deepcopy(when) == pickle.loads(pickle.dumps(when)) == when
+    assert cadence.plan(NOON, 0.0, at=when).at == when and cadence.plan(NOON, 0.0, at=when).at.tzinfo is UTC  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("grace", "late"), [(-5, 1), (0, 1), (1, 1), (60, 60)])
+def test_too_late(grace: int, late: int) -> None:
+    """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in the instant at which it is due."""
+    claim = claim_with(call_type="recurring", interval=60, grace=grace, lateness=late)
+    assert cadence.too_late(claim) is None
+    said = cadence.too_late(dataclasses.replace(claim, lateness=late + 0.6))
+    assert said == f"{late + 1} s late, past its grace of {late} s"
+
+
+# --- what is ahead ---------------------------------------------------------------------------------------------------
+
+
+def recall_with(**changes: Any) -> Recall:
+    """An hourly recall that waits for noon."""
+    columns: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Recall)) | {
+        "id": "r1", "session_id": "s1", "call_type": "recurring", "trigger_at": NOON, "planned_at": NOON, "interval_seconds": 3600,
+        "additional_context_message": "look", "status": "pending", "created_at": NOON, "updated_at": NOON, "occurrence": 1, "attempt": 0,
+        "cadence": "grid",
+    }  # fmt: skip
+    return Recall(**columns | changes)
+
+
+HOURLY = {"cadence": "cron", "cron": "0 * * * *"}
+RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
+
+
+@pytest.mark.parametrize(
+    ("columns", "hours"),
+    [
+        ({}, [0, 1, 2]),
+        ({"cadence": "interval"}, [0, 1, 2]),
+        (HOURLY, [0, 1, 2]),
+        (HOURLY | {"interval_seconds": None}, [0, 1, 2]),
+        ({"call_type": "once"}, [0]),
+        ({"times": 2}, [0, 1]),
+        ({"until_at": NOON + HOUR}, [0, 1]),
+        # Skipped once while it waits, called before or not.
+        ({"trigger_at": NOON + HOUR}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR, "cadence": "interval"}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR, "times": 2}, [1]),
+        ({"trigger_at": NOON + HOUR, "scheduled_for": NOON}, [1, 2, 3]),
+        ({"trigger_at": NOON + HOUR} | HOURLY, [1, 2, 3]),
+        # By as much as from Friday to Monday: one working day less.
+        (
+            {"cadence": "cron", "cron": "0 12 * * mon-fri", "interval_seconds": 86_400, "trigger_at": NOON + 24 * HOUR},
+            [24, 48, 72],
+        ),
+        # Put at another time.
+        ({"trigger_at": NOON + HOUR / 2}, [0.5, 1.5, 2.5]),
+        ({"trigger_at": NOON + HOUR / 2} | HOURLY, [0.5, 1, 2]),
+        # Jitter puts off what is due, and not what it stands for.
+        ({"trigger_at": NOON + HOUR / 4, "planned_at": NOON + HOUR / 4, "scheduled_for": NOON}, [0, 1, 2]),
+        # In mid-run: what runs, then what comes after it.
+        (RUNNING, [0, 1, 2]),
+        (RUNNING | {"call_type": "once"}, [0]),
+        (RUNNING | {"trigger_at": NOON + HOUR}, [0, 2, 3]),
+        (RUNNING | {"trigger_at": NOON + HOUR} | HOURLY, [0, 2, 3]),
+        (RUNNING | {"trigger_at": NOON + HOUR, "times": 3}, [0, 2]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2}, [0, 0.5, 1.5]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2} | HOURLY, [0, 0.5, 1]),
+        (RUNNING | {"trigger_at": NOON + HOUR / 2, "call_type": "once"}, [0, 0.5]),
+    ],
+    ids=str,
+)
+def test_upcoming(columns: dict[str, Any], hours: list[float]) -> None:
+    """What `preview` says of a recall: hours from noon."""
+    found = islice(cadence.upcoming(recall_with(**columns), NOON - HOUR / 10), 3)
+    assert [(moment - NOON) / HOUR for moment in found] == hours
+
+
+@pytest.mark.parametrize("columns", [{}, HOURLY], ids=["grid", "cron"])
+def test_upcoming_after_downtime(columns: dict[str, Any]) -> None:
+    """One that is past, which stands for all that were missed, and then what is ahead."""
+    found = islice(cadence.upcoming(recall_with(**columns), NOON + 2.5 * HOUR), 3)
+    assert [(moment - NOON) / HOUR for moment in found] == [0, 3, 4]

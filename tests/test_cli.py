@@ -309,6 +309,11 @@ WRONG = [
     ("six fields", ["schedule", "s", "m", "--cron", "0 0 9 * * *"]),
     ("an unknown zone", ["schedule", "s", "m", "--cron", "0 9 * * *", "--tz", "Mars/Olympus"]),
     ("a zone without cron", ["schedule", "s", "m", "--grid", "1h", "--tz", "Europe/Berlin"]),
+    ("an unknown zone of a time", ["schedule", "s", "m", "--at", "2030-01-01", "--tz", "Mars/Olympus"]),
+    ("a number of five thousand digits", ["schedule", "s", "m", "--cron", "9" * 5000 + " 9 * * *"]),
+    ("a preview of that", ["preview", "9" * 5000 + " 9 * * *"]),
+    ("a preview from before the calendar", ["preview", "0 9 * * *", "--from", "0001-01-01"]),
+    ("a grace within which nothing can run", ["schedule", "s", "m", "--grid", "1h", "--grace", "0"]),
     ("an end of what happens once", ["schedule", "s", "m", "--in", "1h", "--times", "3"]),
     ("an end before the beginning", ["schedule", "s", "m", "--grid", "1h", "--until", "2020-01-01"]),
     ("no occurrence at all", ["schedule", "s", "m", "--grid", "1h", "--times", "0"]),
@@ -745,6 +750,36 @@ def test_preview_around_a_change_of_clocks() -> None:
         "Sat 2026-03-07 02:30:00  EST   -05:00 ", "Sun 2026-03-08 03:00:00  EDT   -04:00 ", "Mon 2026-03-09 02:30:00  EDT   -04:00 ",
     ]  # fmt: skip
     assert "clocks changed from -05:00" in lines[1] and "clocks" not in lines[0] + lines[2]
+
+
+def test_preview_from_a_moment_on() -> None:
+    """The time that is named counts itself, as with `schedule --at`."""
+    said = operate(None, "preview", "0 0 * * *", "--tz", "Europe/Berlin", "--from", "2027-03-28", "--count", "2")
+    assert [line[:25] for line in said.out.splitlines()[1:]] == ["Sun 2027-03-28 00:00:00  ", "Mon 2027-03-29 00:00:00  "]
+
+
+def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
+    """`--tz` says by which clock `--at` and `--until` are meant, with cron and without."""
+    assert operate(waiting, "cancel", "r").status == 0
+    berlin = ["--tz", "Europe/Berlin"]
+    for words in (["--at", "2030-07-01T09:00"], ["--cron", "0 9 * * *", "--at", "2030-07-01", "--until", "2030-07-01T09:00"]):
+        made = operate(waiting, "schedule", "s", "m", *words, *berlin, "--json").document
+        assert (made["trigger_at"], made["time_zone"]) == (
+            "2030-07-01T07:00:00.000000Z", "Europe/Berlin" if "--cron" in words else None,
+        )  # fmt: skip
+        assert operate(waiting, "cancel", made["id"]).status == 0
+    assert made["until_at"] == "2030-07-01T07:00:00.000000Z"
+
+
+def test_preview_after_a_skip(waiting: str) -> None:
+    """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand for the time before."""
+    assert operate(waiting, "cancel", "r").status == 0
+    id = operate(waiting, "schedule", "s", "m", "--grid", "1h", "--jitter", "1m").out.strip()
+    before = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "3", "--json").document["occurrences"]]
+    assert operate(waiting, "skip", id).status == 0
+    after = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "2", "--json").document["occurrences"]]
+    assert after == before[1:]
+    assert "stands for" not in operate(waiting, "show", id).out
 
 
 def test_preview_of_what_is_over(waiting: str) -> None:

@@ -560,8 +560,17 @@ async def test_a_cadence_that_makes_no_sense(told: dict[str, Any], recalls: Reca
 
 
 async def test_a_preview_of_nothing(recalls: Recalls) -> None:
-    """An id that there is not is a LookupError; six fields are a ValueError."""
+    """An id that there is not is a LookupError; six fields, and what never comes, are a ValueError."""
     with pytest.raises(LookupError):
         await recalls.preview("nobody")
     with pytest.raises(ValueError):
         await recalls.preview("0 0 9 * * *")
+    with pytest.raises(ValueError, match="never comes"):
+        await recalls.preview("0 0 */30 * mon#2")
+
+
+async def test_what_was_previewed_can_be_scheduled(recalls: Recalls) -> None:
+    """The moments of a preview, in their zone, are times like any other."""
+    (first,) = await recalls.preview("30 9 * * *", time_zone="Europe/Berlin", count=1)
+    made = await recalls.schedule("a", "m", cron="30 9 * * *", time_zone="Europe/Berlin", at=first, until=first)
+    assert made.trigger_at == made.until_at == first

@@ -114,8 +114,11 @@ def _lost(lease_until: datetime | None, seen: datetime | None, paused: datetime 
 
 def _history(row: Row) -> str | None:
     if row["lease"] is not None or not row["deferrals"]:
-        told = row["reason"] and row["run_reference"] is None
-        return f"its last call ended as {row['last_outcome']}: {row['reason']}" if told else None
+        if not row["reason"] or row["run_reference"] is not None:
+            return None
+        if row["last_outcome"] == "misfired":
+            return f"its last occurrence {row['reason']}"
+        return f"its last call ended as {row['last_outcome']}: {row['reason']}"
     kinds, calls = row["deferred_as"] or {}, row["deferred_calls"] or row["deferrals"]
     times = "once" if calls == 1 else f"{calls} times"
     if not kinds:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
 
 from .. import cadence, statements
 from ..events import harmless
 from ..recall import FINAL, Recall
 from .recalls import clock, connect, explained, instant, nature
-from .talk import USAGE, Trouble, command, print_json, print_table, relative, rfc3339, tell
+from .talk import USAGE, Trouble, command, length, print_json, print_table, relative, rfc3339, tell
 
 
 def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | None, count: int, as_json: bool) -> None:
     if len(what.split()) > 1:
-        with explained():
+        with explained("recall-worker preview --help"):
             where = cadence.zone(time_zone)
             now = datetime.now(UTC)
-            after = now if start is None else instant(start, "--from", where).astimezone(UTC)
+            # A start that is named counts itself, as with `schedule`; now does not.
+            after = now if start is None else instant(start, "--from", where).astimezone(UTC) - timedelta(microseconds=1)
             cadence.check(what, time_zone, after)
             moments = list(islice(cadence.ticks(what, time_zone, after), count))
         _show(moments, where, now, {"cron": what, "time_zone": where.key}, as_json)
@@ -38,25 +39,25 @@ def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | N
     recall = Recall.of(row)
     if recall.status in FINAL:
         raise Trouble(f"{recall.id} is {recall.status}: nothing is ahead of it", command("show", recall.id))
-    with explained():
+    with explained(command("show", recall.id)):
         where = cadence.zone(recall.time_zone)
         moments = list(islice(cadence.upcoming(recall, now), count))
     zone: tzinfo | None = where if recall.cadence == "cron" else None
     if not as_json:
-        tell(harmless(f"{recall.id}: {nature(row)}{_remarks(row)}"))
+        tell(harmless(f"{recall.id}: {nature(row)}{_remarks(row, recall)}"))
     _show(moments, zone, now, {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone}, as_json)
 
 
-def _remarks(row: dict[str, object]) -> str:
+def _remarks(row: dict[str, object], recall: Recall) -> str:
     said = []
-    if row["call_type"] == "recurring" and row["cadence"] == "interval":
+    if recall.call_type == "recurring" and recall.cadence == "interval":
         said.append("counted from each run's end: these are the earliest times, if runs took none")
     if row["lease"] is not None:
         said.append("the first is being run")
-    if row["paused_at"] is not None:
+    if recall.paused_at is not None:
         said.append("paused: nothing is called until it is resumed")
-    if row["jitter_seconds"]:
-        said.append(f"each due up to {row['jitter_seconds']} s later")
+    if recall.jitter_seconds:
+        said.append(f"each due up to {length(recall.jitter_seconds)} later")
     return "".join(f"; {remark}" for remark in said) + "."
 
 
@@ -76,7 +77,7 @@ def _show(moments: list[datetime], zone: tzinfo | None, now: datetime, told: dic
             ]
             for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
         ],
-        yields=[("WHEN", 0), ("", 12), ("UTC", 0)],
+        yields=[("UTC", 0), ("WHEN", 0), ("", 12)],
     )  # fmt: skip
     if not moments:
         tell("Nothing is ahead.")

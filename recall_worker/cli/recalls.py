@@ -74,7 +74,9 @@ def schedule(
         where = None if time_zone is None else cadence.zone(time_zone)
     told: dict[str, Any] = {
         "at": None if at is None else instant(at, "--at", where), "after": _span(after, "--in"), "every": _span(every, "--every"),
-        "grid": _span(grid, "--grid"), "cron": cron, "time_zone": time_zone,
+        "grid": _span(grid, "--grid"), "cron": cron,
+        # Besides cron it says by which clock --at and --until are meant.
+        "time_zone": time_zone if cron is not None or (at is None and until is None) else None,
         "until": None if until is None else instant(until, "--until", where), "times": times, "failures": failures,
         "grace": _span(grace, "--grace"), "jitter": _span(jitter, "--jitter"),
     }  # fmt: skip
@@ -105,12 +107,12 @@ def schedule(
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explained(hint: str = "recall-worker schedule --help") -> Iterator[None]:
     """What can't be kept is a trouble of usage."""
     try:
         yield
     except CadenceError as error:
-        raise Trouble(str(error), "recall-worker schedule --help", status=USAGE) from None
+        raise Trouble(str(error), hint, status=USAGE) from None
 
 
 def _span(text: str | None, option: str) -> timedelta | None:
@@ -126,7 +128,10 @@ def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
     """A time as people write it. Without an offset it is the wall clock's there (None: here). Raises Trouble."""
     try:
         when = datetime.fromisoformat(text)
-        return when if when.tzinfo is not None else when.astimezone() if where is None else when.replace(tzinfo=where)
+        if when.tzinfo is None:
+            when = when.astimezone() if where is None else when.replace(tzinfo=where)
+        when.astimezone(UTC) - timedelta(days=1)  # Within the calendar, wherever it is looked at.
+        return when
     except (ValueError, OverflowError):
         raise Trouble(
             f"{option} {text!r} is no time", f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00", status=USAGE
@@ -255,6 +260,8 @@ def _stands_for(row: Mapping[str, Any]) -> str | None:
     """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
     if row["status"] not in ("pending", "running") or row["scheduled_for"] in (None, row["trigger_at"]):
         return None
+    if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
+        return None  # It was moved, and will stand for something else.
     missed = f", and {row['missed']} missed after it" if row["missed"] else ""
     return f"{local(row['scheduled_for'])}{missed}"
 

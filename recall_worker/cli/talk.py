@@ -171,6 +171,8 @@ def span(seconds: float | Decimal | None) -> str:
     if seconds is None:
         return ""
     took = float(seconds)
+    if took <= -1:
+        return f"-{span(-took)}"
     return f"{took * 1000:.1f} ms" if abs(took) < 1 else f"{took:.1f} s" if abs(took) < 600 else str(timedelta(seconds=int(took)))
 
 

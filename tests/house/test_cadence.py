@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from recall_worker import Recalls
+
 from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
@@ -118,11 +120,12 @@ async def test_plain_sql_leaves_the_first_moment_to_the_worker(db: Connection, e
     ("columns", "said"),
     [
         ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "there is no time zone 'Mars/Olympus'"),
-        ({"cron": "0 9 30 2 *"}, "'0 9 30 2 *' is no cron expression"),
+        ({"cron": "0 9 30 2 *"}, "'0 9 30 2 *' never comes"),
         ({"cron": "0 0 9 * * *"}, "it takes five fields"),
         ({"cron": "@daily"}, "it takes five fields"),
+        ({"cron": "9" * 5000 + " 9 * * *"}, "at most 1000 characters"),
     ],
-    ids=["an unknown zone", "30 February", "six fields", "a nickname"],
+    ids=["an unknown zone", "30 February", "six fields", "a nickname", "five thousand digits"],
 )
 @pytest.mark.parametrize("distance", [None, 86_400], ids=["unplanned", "planned"])
 async def test_what_nobody_can_keep_fails_with_its_reason(
@@ -291,3 +294,34 @@ async def test_rescheduled_in_mid_run(
     assert (row["occurrence"], row["trigger_at"]) == (2, named)
     hour = named.replace(minute=0, second=0) + timedelta(hours=1)
     assert row["interval_seconds"] == (3600 if cadence == "grid" else (hour - named).total_seconds())
+
+
+@pytest.mark.parametrize("what", ["skip", "reschedule"])
+@pytest.mark.parametrize("cadence", ["grid", "cron"])
+async def test_moved_between_two_calls(
+    what: str, cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """The occurrence that was put off is over: what follows from the move is the next, with a key of its own."""
+    endpoint.script("s", reply(409, headers={"Retry-After": "3600"}), reply())
+    daemon = await daemons.start()
+    cron = {"cron": "0 * * * *"} if cadence == "cron" else {}
+    id = await put(db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron)
+    nominal_first = (await one(db, "s"))["trigger_at"]
+    await daemon.hears("recall.settled", recall=id, outcome="busy")
+    if what == "reschedule":
+        named = datetime.now(UTC) - timedelta(seconds=1)
+        assert await app.reschedule(id, named)
+        await daemon.hears("recall.settled", recall=id, outcome="answered")
+        first, second = told(endpoint, "s")
+        assert (first["occurrence"], second["occurrence"]) == (1, 2) and nominal(second) == named
+        assert endpoint.keys == [f"{id}:1", f"{id}:2"]
+        following = named.replace(minute=0, second=0, microsecond=0) if cadence == "cron" else named
+        assert (await one(db, "s"))["trigger_at"] == following + timedelta(hours=1)
+    else:
+        assert await app.skip_next("s")
+        # Skipped from where it waited, it stands for the moment after its own; on cron the worker is rung, and puts it there.
+        ahead = {"cron": "occurrence = 2 and trigger_at = planned_at", "grid": "trigger_at > planned_at"}[cadence]
+        row = await eventually(db, f"select * from session_recalls where id = %s and {ahead}", [id])
+        found = await Recalls().preview(id, count=2, conn=db)
+        assert found == [nominal_first + timedelta(hours=n) for n in (1, 2)]
+        assert len(endpoint.requests) == 1 and row["status"] == "pending"

@@ -133,6 +133,12 @@ class Row:
     def put_off(self) -> timedelta:
         return timedelta(seconds=CHANCE * (self.jitter or 0))
 
+    def ahead(self) -> datetime | None:
+        """The nominal time of what waits, as `preview` says it; None where the recall ends before it."""
+        k = self.skipped()
+        waits = self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
+        return None if self._past_its_end(waits, self.occurrence + k) else waits
+
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def claim(self, worker: str, now: datetime) -> str:
@@ -170,7 +176,7 @@ class Row:
             if self._past_its_end(self.scheduled, self.occurrence):
                 self._finish("fired", "over", called=False)
                 return "ended"
-            allowed = None if self.grace is None else self.grace + (self.jitter or 0)
+            allowed = None if self.grace is None else max(1, self.grace) + (self.jitter or 0)
             if allowed is not None and (now - self.scheduled).total_seconds() > allowed:
                 self._misfire(now, allowed)
                 return "ended"

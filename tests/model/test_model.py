@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 
 from recall_worker import ledger as ledger_module
 from recall_worker import schema, statements
+from recall_worker.cadence import upcoming
 from recall_worker.judge import Policy, before_call, honour, judge, planned, runs_now
 from recall_worker.ledger import Dates, Ledger
 from recall_worker.recall import (
@@ -38,6 +39,7 @@ from recall_worker.recall import (
     Misconfigured,
     Moved,
     Outcome,
+    Recall,
     Refused,
     Settled,
     Unavailable,
@@ -124,9 +126,12 @@ def world(server: str) -> Iterator[World]:
 
 class Lives(RuleBasedStateMachine):
     world: World
+    begun = 0
+    """Lives so far."""
 
     @initialize(start=st.sampled_from(STARTS))
     def begin(self, start: datetime) -> None:
+        type(self).begun += 1
         self.world.conn.execute("truncate session_recalls, recall_attempts")
         self.start = self.now = start
         self.world.set(start)
@@ -187,11 +192,11 @@ class Lives(RuleBasedStateMachine):
             assert holder is None, "taken though the session has one pending"
             self.rows[row.id] = row
 
-    @precondition(lambda self: self.now.month == 11 and self.now.day == 7 and self.now.hour == 6 and self.now.minute < 30)
-    @rule(session=st.sampled_from(SESSIONS))
-    def schedule_in_the_second_pass(self, session: str) -> None:
-        """Half past one has been, and the clock of New York shows a time before it again."""
-        self.schedule(session, "unplanned", 0, 60, REPEATED, None, None, None, None, None)
+    @precondition(lambda self: self.now.month == 11 and self.now.day == 7 and self.now.hour in (5, 6) and self.now.minute < 30)
+    @rule(session=st.sampled_from(SESSIONS), kind=st.sampled_from(["cron", "unplanned"]))
+    def schedule_in_the_repeated_hour(self, session: str, kind: str) -> None:
+        """Half past one is near; or it has been, and the clock of New York shows a time before it again."""
+        self.schedule(session, kind, 0, 60, REPEATED, None, None, None, None, None)
 
     def _some(self, data: st.DataObject, *, live: bool = True) -> Row | None:
         some = [r for r in self.rows.values() if r.live is live]
@@ -353,18 +358,31 @@ class Lives(RuleBasedStateMachine):
     @rule(
         worker=st.sampled_from(WORKERS),
         outcomes=st.lists(st.sampled_from(LIKELY), min_size=1, max_size=4),
-        late=st.sampled_from([0, 0, 150, 9000]),
+        late=st.sampled_from([0, 0, 150, 9000]) | st.none(),
     )
-    def live_on(self, worker: str, outcomes: list[str], late: int) -> None:
-        """Some occurrences one after the other: the next that is due is claimed (at once or late), called, and settled."""
+    def live_on(self, worker: str, outcomes: list[str], late: int | None) -> None:
+        """Some occurrences one after the other: the next that is due is claimed (at once, late, or in the instant of another moment),
+        called, and settled.
+        """
         for outcome in outcomes:
             self._to_due()
-            self.pass_time(late)
+            if late is None:
+                self._to_a_moment()
+            else:
+                self.pass_time(late)
             self.claim(worker, 3)
             self.the_rows_are_as_the_model_says()
             while self.open:
                 self._end(len(self.open) - 1, outcome, None)
                 self.the_rows_are_as_the_model_says()
+
+    def _to_a_moment(self) -> None:
+        """To the instant of the moment after the one that is due, of whichever recall has the nearest."""
+        due = [r for r in self.rows.values() if r.live and r.recurring and r.interval is not None and r.due_at <= self.now]
+        ahead = sorted(moment for r in due if (moment := r.nth(r.scheduled or r.planned, 1)) > self.now)
+        if ahead and ahead[0] - self.start < LONGEST:
+            self.now = ahead[0]
+            self.world.set(self.now)
 
     def _possible(self, worker: str) -> list[Row]:
         """What DESIGN lets this worker claim now."""
@@ -487,6 +505,8 @@ class Lives(RuleBasedStateMachine):
                 told |= {"planned_at": None if row.stands else row.planned, "missed": row.missed, "begun_at": row.begun}
             assert {name: seen[name] for name in told} == told, id
             assert (seen["leased_by"] if seen["lease"] is not None else None) == row.holder
+            if row.live and row.holder is None:
+                assert next(upcoming(Recall.of(seen), self.now), None) == row.ahead(), f"{id}: preview"
             assert (seen["paused_at"] is not None) is row.paused
 
 
@@ -513,4 +533,9 @@ def _live(world: World, examples: int) -> None:
         # A life is seconds long: what is found is shown as it was found. RECALL_MODEL_SHRINK takes the time to make it small.
         phases=[Phase.generate, Phase.shrink] if os.environ.get("RECALL_MODEL_SHRINK") else [Phase.generate],
     )  # fmt: skip
-    run_state_machine_as_test(Here, settings=Here.TestCase.settings)
+    try:
+        run_state_machine_as_test(Here, settings=Here.TestCase.settings)
+    except BaseException as error:
+        # What was found is lived once more, to be shown.
+        error.add_note(f"Found in life {Here.begun - 1}.")
+        raise

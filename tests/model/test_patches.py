@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,16 @@ def test_a_planted_defect_is_found(patch: Path, copy: Path) -> None:
     """The patch applies to what is shipped, and with it the model's test is red, by a life that went otherwise than DESIGN says."""
     applied = subprocess.run(["patch", "-p1", "--fuzz=0", "-i", str(patch)], cwd=copy, capture_output=True, text=True)
     assert applied.returncode == 0, f"{patch.name} no longer applies: {applied.stdout}{applied.stderr}"
+    begun = time.monotonic()
     found = live(copy)
+    took = time.monotonic() - begun
     assert found.returncode == 1, found.stdout[-3000:]
     assert "AssertionError" in found.stdout and "state.begin(" in found.stdout, found.stdout[-3000:]
+    which = re.search(r"Found in life ([0-9]+)[.]", found.stdout)
+    assert which is not None, found.stdout[-3000:]
+    # How fast, for whoever asks: pytest -rP.
+    steps = len(re.findall(r"state[.](?!begin|teardown)[a-z_]+[(]", found.stdout))
+    print(f"{patch.stem}: found after {took:.1f} s, in life {which[1]}, by {steps} steps")
 
 
 @pytest.mark.full
