@@ -179,14 +179,14 @@ def sandbox(server: str, template: str, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("sandbox")
     left_out = shutil.ignore_patterns(".git", ".venv", ".mirror", ".*_cache", "__pycache__", "dist", "node_modules")
     shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
-    for name in ("etc/systemd/system", "opt"):
+    # Each command stands alone, whatever was executed before it.
+    for name in ("etc/systemd/system", "etc/recall-worker/credentials", "etc/recall-worker/owner-credentials", "opt"):
         (folder / name).mkdir(parents=True)
     with postgres.database(server, template) as dsn, ExitStack() as stack:
         port = free_port()
         sandbox = Sandbox(folder, dsn, f"http://127.0.0.1:{port}/sessions/{{session_id}}/run")
         for name, secret in {"worker.dsn": dsn, "owner.dsn": dsn, "run.token": TOKEN}.items():
             (folder / "checkout" / name).write_text(secret, encoding="utf-8")
-        (folder / "etc/recall-worker").mkdir()
         (folder / "etc/recall-worker/token").write_text(TOKEN, encoding="utf-8")
         api = sandbox.start(f"exec recall-worker reference-api --port {port} --run-seconds 0.3")
         stack.callback(ended, api)
