@@ -41,6 +41,7 @@ LOUDNESS = {
     "recall.stranded": "error",
     "lease.taken": "warning",
     "lease.lost": "warning",
+    "lease.violated": "warning",
     "breaker.opened": "error",
     "breaker.probed": "warning",
     "breaker.closed": "info",

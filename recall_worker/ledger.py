@@ -731,7 +731,7 @@ def _settlement(row: Mapping[str, Any]) -> Settlement:
         case "again":
             return Settled("before")
         case "moved":
-            return Moved(row["trigger"], row["trigger_at"])
+            return Moved(row["trigger"], row["trigger_at"], row["as_settled"])
         case "locked":
             return Locked()
         case "lost":

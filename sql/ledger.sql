@@ -388,13 +388,16 @@ with told as (
         distance, failures)
 ),
 held as materialized (
-    select r.id, r.session_id, r.lease, r.status, r.trigger_at
+    select r.id, r.session_id, r.lease, r.status, r.trigger_at, r.updated_at, r.interval_seconds
     from session_recalls r
     where r.id = any (%(ids)s::text[])
     for update of r skip locked
 ),
 state as materialized (
     select t.id, t.lease, h.status as status_before, h.trigger_at,
+        -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
+        case when isfinite(h.trigger_at) and isfinite(h.updated_at)
+            then coalesce(abs(extract(epoch from h.trigger_at - h.updated_at) - h.interval_seconds) < 1, false) else false end as as_settled,
         case
             -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
             when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'
@@ -489,7 +492,7 @@ marked as (
             reason = excluded.reason, settled = excluded.settled
 )
 select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.trigger_at::text as trigger,
-    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at
+    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at, s.as_settled
 from state s
 left join written w on w.id = s.id and s.state = 'settled';
 

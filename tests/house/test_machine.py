@@ -127,7 +127,7 @@ async def load() -> AsyncIterator[Load]:
 
 @pytest.fixture
 def box(tmp_path: Path, wheels: tuple[Path, Path, Path], load: Load) -> Iterator[Machine]:
-    """The machine, set up as docs/operations.md says, nothing started."""
+    """The machine, set up as docs/deployment.md says, nothing started."""
     wheel, _, needed = wheels
     root = machine.copy(machine.debian(), tmp_path / "root")
     try:
