@@ -397,7 +397,7 @@ state as materialized (
     select t.id, t.lease, h.status as status_before, h.trigger_at,
         -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
         case when isfinite(h.trigger_at) and isfinite(h.updated_at)
-            then coalesce(abs(extract(epoch from h.trigger_at - h.updated_at) - h.interval_seconds) < 1, false) else false end as as_settled,
+            then coalesce(abs(extract(epoch from h.trigger_at - h.updated_at) - h.interval_seconds) < least(1, 0.01 * h.interval_seconds), false) else false end as as_settled,
         case
             -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
             when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'
