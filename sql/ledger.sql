@@ -517,7 +517,8 @@ where not exists (
 );
 
 -- name: beat
--- That this worker is about, for people to read. Whoever died without a word is forgotten after a day.
+-- That this worker is about, for people to read; and how many others are at hand before it, so that not all of a fleet look at once when
+-- something falls due. Whoever died without a word is forgotten after a day.
 with forgotten as (
     delete from recall_workers where seen_at < now() - interval '1 day' and worker <> %(worker)s
 ),
@@ -538,7 +539,12 @@ endless as (
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)
 on conflict (worker) do update
-    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell;
+    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell
+returning (
+    select count(*) from recall_workers w
+    where w.worker < %(worker)s and w.seen_at > now() - interval '90 seconds' and w.running < w.slots
+        and w.breaker = 'closed' and w.bell = 'listening'
+) as ahead;
 
 -- name: ring
 -- Whether a bell hears can only be told by a ring from another connection. The channel is that bell's own: nobody else is woken.

@@ -48,6 +48,7 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
     r"pip install '\.\[embedded,bench\]'|python -m benchmarks .*": (
         "tests/test_benchmarks.py", '"benchmarks", "--quick"', "takes the machine to itself for half an hour",
     ),
+    r"\.venv/bin/python -m tests\.chaos .*": (".ci/run", "-m tests.chaos --seed", "takes minutes, and a small file system of its own"),
     r"pip install fastapi .*|DATABASE_URL=.* uvicorn .*|RECALL_RUN_URL=.* recall-worker run &": (
         "tests/house/test_example.py", '"uvicorn", "app:app"', "that test plays the person, too",
     ),
