@@ -27,8 +27,9 @@ from .faults import KINDS, Schedule
 from .hand import Hand
 from .stage import FAKETIME, LEASE, Stage, install, scratch
 
-DRAIN_MOST = 150.0
-"""Seconds in which everything must have ended when the application has fallen silent: three attempts, their backoff, and some."""
+DRAIN_MOST = 330.0
+"""Seconds in which everything must have ended when the application has fallen silent: the longest backoff of a recall that was deferred again and
+again, and some. Most often it takes ten."""
 
 
 async def audit(

@@ -16,9 +16,10 @@ from typing import Any
 from .api import DEFINITE, Api, Call
 from .faults import HEARD_WITHIN, Fault
 from .hand import Journal, Promise
-from .stage import LEASE
+from .stage import LEASE, SETTINGS
 
 MAX_ATTEMPTS = 3
+RUN_TIMEOUT = float(SETTINGS["RECALL_RUN_TIMEOUT"])
 SLACK = 0.05
 """Seconds by which two instants of one host may seem to be in the wrong order."""
 LAG_MOST = 1.5
@@ -143,6 +144,9 @@ def replays(records: Records) -> Iterator[str]:
             # Accepted, but in an outage the reference could not be put on record before the lease ran out: through a proxy the worker can't tell
             # a PostgreSQL that is gone for all from one that is gone for it, and breaks off.
             if first.how == "accepted" and records.on(first.at, second.at, OUTAGES):
+                continue
+            # Accepted, and its polls met a way that cut, slowed or swallowed them until its time was up.
+            if first.how == "accepted" and records.on(first.at, second.at, API_WAY):
                 continue
             # The answer may not have arrived. A connection that was forgotten while it was open stays so when the way is healed.
             if records.on(first.ended - 1, first.ended + 1, API_WAY) or records.on(first.at, first.ended, ("api silent",)):
@@ -329,6 +333,9 @@ def _lagging(records: Records) -> Iterator[tuple[float, str]]:
             continue
         if calls[0].attempt > 1:
             continue  # Its first request was lost on the way, and is on record as unknown.
+        # What an API that fell silent keeps open takes slots until a run's time is up.
+        if records.on(promise.due - RUN_TIMEOUT - 1, promise.due, ("api silent",)):
+            continue
         for start, end in records.calm:
             # What happens after the calm phase is the next fault's doing.
             if start <= promise.due < end and promise.session not in chains:

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections import defaultdict
@@ -17,10 +18,12 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import psycopg
 import pytest
 
 from recall_worker import schema
+from recall_worker.protocols import wire
 
 from .. import network, postgres
 from ..application import CREATE_TABLES, Application
@@ -284,3 +287,38 @@ async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
     await account(hosts)
     for daemon in (one, two):
         assert [daemon.told(e) for e in ("database.lost", "bell.lost", "lease.lost", "lease.taken", "recall.aborted")] == [[]] * 5
+
+
+async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host says nothing any more, and answers no probe: the call breaks off as one that may have run, long before a run's time is up."""
+    async with AsyncExitStack() as stack:
+        net = stack.enter_context(network.Network("one", "api"))
+        api = Endpoint()
+        await api.start(on=stack.enter_context(closing(net["api"].socket())))
+        stack.push_async_callback(api.stop)
+        made = wire._socket
+
+        def there(address: aiohttp.AddrInfoType) -> socket.socket:
+            with net["one"].entered():
+                return made(address)
+
+        for name, value in (("_socket", there), ("PROBE_AFTER", 1), ("PROBE_EVERY", 1), ("PROBES", 2)):
+            monkeypatch.setattr(wire, name, value)
+        caller = wire.Wire()
+        stack.push_async_callback(caller.close)
+        gate = Gate()
+        api.script("s", gate)
+        sent = asyncio.Event()
+        call = asyncio.create_task(
+            caller.post(
+                api.url.replace("{session_id}", "s"), lambda: {"Idempotency-Key": "k:1"}, b'{"session_id":"s"}', 100.0, sent.set
+            )
+        )
+        await gate.entered.wait()
+        # While both hosts are there, silence alone breaks nothing off.
+        await asyncio.wait({call}, timeout=5)
+        assert sent.is_set() and not call.done()
+        net.cut("one", "api")
+        async with asyncio.timeout(20):
+            answer = await call
+        assert isinstance(answer, wire.NoAnswer) and answer.sent, answer
