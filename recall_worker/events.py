@@ -41,6 +41,7 @@ LOUDNESS = {
     "recall.stranded": "error",
     "lease.taken": "warning",
     "lease.lost": "warning",
+    "rows.pruned": "info",
     "breaker.opened": "error",
     "breaker.probed": "warning",
     "breaker.closed": "info",
