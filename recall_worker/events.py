@@ -41,6 +41,7 @@ LOUDNESS = {
     "recall.stranded": "error",
     "lease.taken": "warning",
     "lease.lost": "warning",
+    "lease.violated": "warning",
     "rows.pruned": "info",
     "breaker.opened": "error",
     "breaker.probed": "warning",

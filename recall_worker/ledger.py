@@ -613,9 +613,10 @@ class Ledger:
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
-    async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Tell people that this worker is about."""
-        await self._claims.ask(self._sql["beat"], {**facts, "worker": self._worker, "settings": json.dumps(settings)})
+    async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+        """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it."""
+        row = (await self._claims.ask(self._sql["beat"], {**facts, "worker": self._worker, "settings": json.dumps(settings)}))[0]
+        return int(row["ahead"])
 
     async def ring(self, channel: str) -> None:
         """Notify a channel: a bell that is not sure of being rung asks for it, as only another connection can tell."""
@@ -757,7 +758,7 @@ def _settlement(row: Mapping[str, Any]) -> Settlement:
         case "again":
             return Settled("before")
         case "moved":
-            return Moved(row["trigger"], row["trigger_at"])
+            return Moved(row["trigger"], row["trigger_at"], row["as_settled"])
         case "locked":
             return Locked()
         case "lost":

@@ -418,6 +418,8 @@ class Moved:
 
     trigger: str
     trigger_at: datetime
+    as_settled: bool
+    """Whether it is due an interval from when that was written: as another scheduler writes it after a run of its own."""
 
 
 @dataclass(frozen=True, slots=True)

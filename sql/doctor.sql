@@ -96,6 +96,14 @@ select count(*) as recalls, count(*) filter (where leased) as leased, min(due_at
     (select id from waiting order by due_at, id limit 1) as oldest
 from waiting;
 
+-- name: settled_by_others
+-- What was marked fired past the workers since they have been about, be it instead of them or after them: the application does so by hand, an
+-- old scheduler beside the workers with every recall. By the index on trigger_at, and so of what was due within two hours.
+select count(*) as recalls, (array_agg(r.id order by r.updated_at desc))[1] as last
+from session_recalls r
+where r.status = 'fired' and r.trigger_at between now() - interval '2 hours' and now()
+    and r.updated_at > greatest(%(since)s, now() - interval '1 hour') and (r.ended_at is null or r.updated_at > r.ended_at);
+
 -- name: held
 -- What is held back, by what, and one reason of each.
 select h.by, count(*) as recalls, min(h.since) as since, (array_agg(h.reason order by h.updated_at desc))[1] as reason, now() as now

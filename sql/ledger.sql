@@ -388,13 +388,16 @@ with told as (
         distance, failures)
 ),
 held as materialized (
-    select r.id, r.session_id, r.lease, r.status, r.trigger_at
+    select r.id, r.session_id, r.lease, r.status, r.trigger_at, r.updated_at, r.interval_seconds
     from session_recalls r
     where r.id = any (%(ids)s::text[])
     for update of r skip locked
 ),
 state as materialized (
     select t.id, t.lease, h.status as status_before, h.trigger_at,
+        -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
+        case when isfinite(h.trigger_at) and isfinite(h.updated_at)
+            then coalesce(abs(extract(epoch from h.trigger_at - h.updated_at) - h.interval_seconds) < least(1, 0.01 * h.interval_seconds), false) else false end as as_settled,
         case
             -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
             when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'
@@ -489,7 +492,7 @@ marked as (
             reason = excluded.reason, settled = excluded.settled
 )
 select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.trigger_at::text as trigger,
-    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at
+    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at, s.as_settled
 from state s
 left join written w on w.id = s.id and s.state = 'settled';
 
@@ -514,7 +517,8 @@ where not exists (
 );
 
 -- name: beat
--- That this worker is about, for people to read. Whoever died without a word is forgotten after a day.
+-- That this worker is about, for people to read; and how many others are at hand before it, so that not all of a fleet look at once when
+-- something falls due. Whoever died without a word is forgotten after a day.
 with forgotten as (
     delete from recall_workers where seen_at < now() - interval '1 day' and worker <> %(worker)s
 ),
@@ -535,7 +539,12 @@ endless as (
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)
 on conflict (worker) do update
-    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell;
+    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell
+returning (
+    select count(*) from recall_workers w
+    where w.worker < %(worker)s and w.seen_at > now() - interval '90 seconds' and w.running < w.slots
+        and w.breaker = 'closed' and w.bell = 'listening'
+) as ahead;
 
 -- name: ring
 -- Whether a bell hears can only be told by a ring from another connection. The channel is that bell's own: nobody else is woken.

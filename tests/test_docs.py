@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from typer.main import get_command
 
-from recall_worker.cli.app import app
 from recall_worker.cli.metrics import Metrics
 from recall_worker.ledger import Backlog
 from recall_worker.settings import Settings, variable
@@ -104,25 +102,45 @@ def test_the_metrics_documented_are_those_exported() -> None:
     assert MONITORING.read_text(encoding="utf-8").endswith(MARK + metrics_table())
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    """Each `recall-worker …` in the README names a command, with options that it takes."""
-    commands = getattr(get_command(app), "commands")  # noqa: B009 - a Group, which typer's types don't tell
-    found = re.findall(r"recall-worker ([a-z-]+)((?: --?[a-z-]+| [^\s`#]+)*)", README.read_text(encoding="utf-8"))
-    said = [(name, rest) for name, rest in found if name in commands or rest]
-    assert {"demo", "migrate", "run", "list", "show", "cancel"} <= {name for name, _ in said}
-    for name, rest in said:
-        if name not in commands:
-            continue
-        options = {option for parameter in commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "fastapi_agent" / "README.md"]
+PLACE = re.compile(
+    r"`((?:tests|sql|docs|recall_worker|kubernetes|systemd|monitoring|examples|benchmarks|\.ci)/[\w/.-]+|[A-Z]+\.md|[a-z]+\.yaml)`"
+)
+INVENTED = re.compile("NAME|NOUN|NNNN")
+"""Stands for a name that whoever adds something chooses."""
 
 
-@pytest.mark.parametrize("path", [ROOT / "SECURITY.md", ROOT / "docs" / "roles.md"], ids=lambda path: path.name)
-def test_what_is_said_to_be_shown_is_there(path: Path) -> None:
-    """Each test, document and statement that a document names exists."""
+def anchors(path: Path) -> set[str]:
+    """What a link may name in a document: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_is_there(path: Path) -> None:
+    """Each file and folder that a document names exists, each link leads somewhere, and to a heading that is there."""
     text = path.read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:tests|sql|docs)/[\w/.]+)`", text)) | set(re.findall(r"\]\((docs/[\w.]+)\)", text))
-    assert named and not [name for name in named if not (ROOT / name).exists()]
+    assert [name for name in PLACE.findall(text) if not INVENTED.search(name) and not (ROOT / name).exists()] == []
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_what_is_to_be_touched_is_named() -> None:
+    """CONTRIBUTING.md names a file for each room that an addition passes through."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    added = {
+        title: set(PLACE.findall(body)) for title, body in re.findall(r"^## To add a (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    }
+    assert set(added) == {"protocol", "migration", "command"}
+    for needed, title in (
+        ({"recall_worker/protocols/__init__.py", "recall_worker/settings.py", "docs/servers.md"}, "protocol"),
+        ({"tests/schema/expected.sql", "tests/test_schema.py", "sql/roles.sql"}, "migration"),
+        ({"recall_worker/cli/app.py", "tests/test_operations.py", "sql/client.sql", "sql/reads.sql"}, "command"),
+    ):
+        assert needed <= added[title]
 
 
 def blocks(path: Path, language: str) -> list[str]:

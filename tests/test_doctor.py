@@ -695,3 +695,18 @@ async def test_the_database_is_as_it_was(ward: Ward, db: Connection) -> None:
     await eventually(
         db, "select 1 from pg_stat_activity having count(*) filter (where application_name like 'recall-worker doctor%') = 0"
     )
+
+
+@pytest.mark.parametrize("once_settled", [False, True], ids=["instead of the workers", "after them"])
+async def test_recalls_that_somebody_else_marks(once_settled: bool, ward: Ward) -> None:
+    """What was marked fired past the workers, since they have been about, is named: does an old scheduler run beside them?"""
+    ward.change("update recall_workers set started_at = now() - interval '5 minutes'")
+    ward.recall("before", "b", due=-600, status="fired")
+    ward.change("update session_recalls set updated_at = now() - interval '6 minutes'")
+    ward.recall("ours", "o", due=-60, status="fired")
+    ward.change("update session_recalls set ended_at = now(), updated_at = now() where id = 'ours'")
+    assert "marked fired by others" not in (await ward.examine()).out
+    ward.recall("theirs", "t", due=-60, status="fired")
+    if once_settled:
+        ward.change("update session_recalls set ended_at = now() - interval '1 minute' where id = 'theirs'")
+    await ward.finds("workers", "note", "1 recall was marked fired by others than the workers within an hour, such as theirs")

@@ -860,6 +860,17 @@ async def test_missed_occurrences_are_counted_once(age: float, missed: int, db: 
     assert (second.missed, second.key, second.scheduled_for) == (missed, first.key, first.scheduled_for)
 
 
+async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) -> None:
+    """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or have not been heard of for long."""
+    fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 2, "breaker": "closed", "bell": "listening"}
+    assert [await ledgers(name).beat(fit, {}) for name in ("b", "a", "c", "d")] == [0, 0, 2, 3]
+    for trouble in ({"running": 3}, {"breaker": "open"}, {"bell": "unheard"}):
+        await ledgers("b").beat(fit | trouble, {})
+        assert await ledgers("d").beat(fit, {}) == 2
+    await db.execute("update recall_workers set seen_at = now() - interval '2 minutes' where worker = 'a'")
+    assert await ledgers("d").beat(fit, {}) == 1
+
+
 # --- odd rows --------------------------------------------------------------------------------------------------------
 
 DUE_LONG_AGO = ["-infinity", "0044-03-15 BC", "0001-01-01", "1969-12-31"]

@@ -440,6 +440,13 @@ class Doctor:
                     f"{name} {how}, and finds what is inserted by polls only",
                     f"its log (bell.{row['bell']}) says why; its RECALL_LISTEN_DSN is to lead to the server itself",
                 )
+        if alive:
+            others = await self._one("settled_by_others", since=min(row["started_at"] for row in alive))
+            if others["recalls"]:
+                were = "recall was" if others["recalls"] == 1 else "recalls were"
+                seen = f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
+                todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
+                self._find(NOTE, seen, todo)
         for what in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
             values = {str(row["settings"].get(what)) for row in alive}
             if len(values) > 1:

@@ -44,6 +44,7 @@ VERDICTS = (
     *((verdict, "pending") for verdict in ("next", "retry", "defer", "release")),
 )
 BECAUSE = (*ENDED, "lost")
+VIOLATED = ("fired", "failed", "pending")
 BELLS = ("listening", "lost", "unheard")
 
 
@@ -84,6 +85,10 @@ class Metrics:
         )  # fmt: skip
         self._stranded = self._counter("recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled.")
         self._lost = self._counter("leases_lost", "Runs that could not be settled, as their lease had gone to another worker.")
+        self._violated = self._counter(
+            "leases_violated", "Runs in hand whose recall somebody else settled, by what became of it: another scheduler, or a hand.",
+            ["status"], [(status,) for status in VIOLATED],
+        )  # fmt: skip
         self._taken = self._counter("leases_taken", "Expired leases of other workers that were taken up.")
         self._opened = self._counter("breaker_opened", "Times that the breaker opened.")
         self._probed = self._counter("breaker_probes_failed", "Probes of the endpoint that found it still in trouble.")
@@ -131,6 +136,8 @@ class Metrics:
             case "lease.lost":
                 self._lost.inc()
                 self._call(facts)
+            case "lease.violated":
+                self._violated.labels(facts["status"]).inc()
             case "recall.stranded":
                 self._stranded.inc()
                 self._call(facts)

@@ -3,6 +3,10 @@
 While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under load, and nothing waits when
 idle. A row that the application moved in mid-run is judged again with what stands there now; one that it holds locked is asked
 for again, while its lease goes on being renewed. In an outage endings wait here, with their runs' slots, until PostgreSQL is back.
+
+The application may cancel, move and delete what is being run. Nobody but the lease's holder settles it: where somebody does, by marking it
+fired or failed, or by putting it off by its interval as after a run, another scheduler is at work on the same table, and `lease.violated`
+says so.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import assert_never
 
+from ..cadence import skipped
 from ..events import Events
 from ..judge import Dice, Policy, judge
 from ..ledger import Ledger, Outage
@@ -44,6 +49,7 @@ NEVER_CALLED = Unsent | Capped | Misfired | Over | Malformed
 LOCKED_FIRST = 0.05
 LOCKED_MOST = 1.0
 OUTAGE_PAUSE = (0.1, 0.5)
+VIOLATED = "does another scheduler run beside the workers? docs/migration.md"
 
 
 class Settler:
@@ -94,8 +100,10 @@ class Settler:
 
     def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
         match answer:
-            case Moved(trigger, trigger_at):
+            case Moved(trigger, trigger_at, as_settled):
                 claim = dataclasses.replace(ending.claim, trigger=trigger, trigger_at=trigger_at)
+                if as_settled and not skipped(claim):
+                    self._tell("lease.violated", run, ending, status="pending", hint=VIOLATED)
                 self._again(run, dataclasses.replace(ending, claim=claim), pause)
                 return
             case Locked():
@@ -106,6 +114,8 @@ class Settler:
             case Settled(status):
                 self._tell("recall.settled", run, ending, verdict=type(verdict).__name__.lower(), status=status)
             case Ended(status):
+                if status in ("fired", "failed"):
+                    self._tell("lease.violated", run, ending, status=status, hint=VIOLATED)
                 self._tell("recall.ended", run, ending, status=status)
             case LeaseLost():
                 self._tell("lease.lost", run, ending)

@@ -38,6 +38,10 @@ OUTAGE_PAUSE = (0.1, 0.5)
 TICK = 0.001
 """Seconds before an instant from which on the loop turns without sleeping: its sleeps are whole milliseconds, rounded up."""
 BEAT_EVERY = 60.0
+FIRST = 2
+"""Replicas that look at once when it rings or something falls due. In a fleet one claim finds it, and all others were for nothing."""
+STAGGER, STAGGER_MOST = 0.01, 0.25
+"""Seconds by which each further replica looks later than the one before it, should those have died, or be full. What rings meanwhile is one look."""
 ENDED = (*FINAL, "deleted")
 """What the application can make of a recall in mid-run."""
 LET_GO = (*ENDED, "lost")
@@ -94,6 +98,9 @@ class Worker:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._beat_now = asyncio.Event()
+        self._ahead = 0
+        """How many others are at hand before us, as of the last beat."""
+        self._later: asyncio.TimerHandle | None = None
         self._floor = FLOOR_FIRST
         self._more_waits = False
         """Whether the last claim filled all slots: more may wait."""
@@ -190,9 +197,21 @@ class Worker:
 
     def _ring(self) -> None:
         self._floor = FLOOR_FIRST
-        self._wake.set()
         if self._runs:
             self._keeper.ring()
+        if self._courtesy == 0:
+            self._wake.set()
+        elif self._later is None:
+            self._later = asyncio.get_running_loop().call_later(self._courtesy, self._look_after_others)
+
+    def _look_after_others(self) -> None:
+        self._later = None
+        self._wake.set()
+
+    @property
+    def _courtesy(self) -> float:
+        """Seconds for which others come first."""
+        return min(STAGGER_MOST, STAGGER * max(0, self._ahead - FIRST + 1))
 
     async def _echo(self, channel: str) -> None:
         """Ring the bell itself. It goes over the line of the renewals: an outage may show here first, and holds them up."""
@@ -285,7 +304,7 @@ class Worker:
             return most
         # The instant on our clock at which the row is due. PostgreSQL read its clock a little after we asked: should the
         # timer be early by that much, the next look says so and names the rest.
-        return min(most, max(0.0005, claimed.asked_at + claimed.next_in - time.monotonic()))
+        return min(most, max(0.0005, claimed.asked_at + claimed.next_in + self._courtesy - time.monotonic()))
 
     async def _plan(self) -> None:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the right distance."""
@@ -525,13 +544,15 @@ class Worker:
             "version": version("recall-worker"),
             "slots": self._settings.concurrency,
         }
+        began = time.monotonic()
         while True:
             self._beat_now.clear()
             try:
                 vitals = self.vitals
                 now = {"running": vitals.slots_in_use, "breaker": vitals.breaker, "bell": vitals.bell}
-                await self._ledger.beat(facts | now, self._settings.shown())
-                pause = BEAT_EVERY
+                self._ahead = await self._ledger.beat(facts | now, self._settings.shown())
+                # Those of a fleet that were started together know of each other a little later.
+                pause = BEAT_EVERY if time.monotonic() - began > BEAT_EVERY / 12 else BEAT_EVERY / 12
             except (Outage, Refusal):
                 pause = BEAT_EVERY / 12
             try:

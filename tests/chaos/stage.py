@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,10 @@ class Stage:
         base.chmod(0o755)
         if await asyncio.to_thread(_mount, base):
             self._mounted, self.has_room = base, True
-        self.server = EmbeddedServer(base=base, tcp=True, settings=POSTGRES)
+        # A directory that is given is kept, also where a start fails, as it does on a disk that is full.
+        with socket.create_server(("127.0.0.1", 0)) as chosen:
+            port = chosen.getsockname()[1]
+        self.server = EmbeddedServer(base / "data", port=port, settings=POSTGRES)
         await asyncio.to_thread(self.server.start)
         self.dsn = self.server.dsn("postgres", tcp=True)
         with psycopg.connect(self.dsn, autocommit=True) as conn:

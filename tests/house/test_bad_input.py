@@ -109,6 +109,8 @@ async def one_house(server: str, template: str) -> AsyncIterator[House]:
     with postgres.database(server, template) as dsn:
         async with connected(dsn) as db, Endpoint() as endpoint, Proxy(dsn) as proxy:
             await db.execute("alter table session_recalls disable trigger recall_before_insert")
+            # Which rings, too.
+            await db.execute("create trigger rings after insert on session_recalls for each row execute function recall_ring()")
             await db.execute("alter table session_recalls drop constraint session_recalls_call_type_check")
             async with Daemons({"RECALL_DSN": proxy.dsn, "RECALL_RUN_URL": endpoint.url}) as daemons:
                 yield House(dsn, db, endpoint, proxy, await daemons.start(poll_interval=5, lease=3), itertools.count(1))

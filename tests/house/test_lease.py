@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ..application import Application
+from ..application import MARK_CANCELLED, MARK_FIRED, RESCHEDULE, Application
 from ..conftest import Connection, connected
 from ..daemon import Daemon, Daemons
 from ..endpoint import Endpoint, Gate, Raw, Request, reply
@@ -276,3 +276,43 @@ async def test_marked_in_mid_run_by_the_application(
     await daemon.hears("recall.ended", recall=recall)
     assert (await row(db, "s"))["status"] == {"mark_fired": "fired", "mark_cancelled": "cancelled"}[how]
     assert len(endpoint.requests) == 1
+
+
+# --- somebody else settles what is leased ---------------------------------------------------------------------------
+
+AS_AFTER_A_RUN = """
+update session_recalls set trigger_at = now() + interval_seconds * interval '1 second', updated_at = now() where id = $1
+"""
+BY_FIVE_MINUTES = "update session_recalls set trigger_at = now() + interval '5 minutes', updated_at = now() where id = $1"
+LONG_AGO = "update session_recalls set trigger_at = '-infinity', updated_at = '-infinity' where id = $1"
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        (MARK_FIRED, ["fired"]),
+        ("update session_recalls set status = 'failed' where id = $1", ["failed"]),
+        (AS_AFTER_A_RUN, ["pending"]),
+        (MARK_CANCELLED, []),
+        ("delete from session_recalls where id = $1", []),
+        (RESCHEDULE.replace("$2", "trigger_at + interval_seconds * interval '1 second'"), []),
+        (BY_FIVE_MINUTES, []),
+        (LONG_AGO, []),
+    ],
+    ids=["fired", "failed", "put off as after a run", "cancelled", "deleted", "skipped", "moved", "moved to no date"],
+)
+async def test_a_lease_that_somebody_violates(
+    statement: str, told: list[str], app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """A leased recall that others settle is told, loudly and once; what an application may do in mid-run is not."""
+    gate = Gate()
+    endpoint.script("s", gate)
+    daemon = await daemons.start(lease=30)
+    recall = await promise(app, "s", "recurring", interval=3600)
+    await gate.entered.wait()
+    await app.connection.execute(statement, recall)
+    gate.open()
+    await daemon.until(lambda: daemon.told("recall.settled") + daemon.told("recall.ended"))
+    violated = daemon.told("lease.violated")
+    assert [(event["recall"], event["status"], event["level"]) for event in violated] == [(recall, s, "warning") for s in told]
+    assert all("another scheduler" in event["hint"] for event in violated)

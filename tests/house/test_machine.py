@@ -83,13 +83,16 @@ class Load:
 
     async def flow(self) -> None:
         """One recall every 100 ms, each in a session of its own, due a second after it was promised."""
+        # On a connection of its own, as the test does other things meanwhile.
+        app = await Application.connect(self.dsn)
         started, n = time.monotonic(), 0
         while not self._stop.is_set():
             session, at = f"s{n}", datetime.now(UTC) + timedelta(seconds=1)
-            await self.app.create_session(session, "ann")
-            self.due[await self.app.schedule(session, "once", at, "look")] = at
+            await app.create_session(session, "ann")
+            self.due[await app.schedule(session, "once", at, "look")] = at
             n += 1
             await asyncio.sleep(max(0.0, started + n * EVERY - time.monotonic()))
+        await app.close()
 
     async def dies(self, worker: str) -> None:
         """Note what a worker that can't go on has in hand: those runs are taken up by others, under the same keys."""
@@ -127,7 +130,7 @@ async def load() -> AsyncIterator[Load]:
 
 @pytest.fixture
 def box(tmp_path: Path, wheels: tuple[Path, Path, Path], load: Load) -> Iterator[Machine]:
-    """The machine, set up as docs/operations.md says, nothing started."""
+    """The machine, set up as docs/deployment.md says, nothing started."""
     wheel, _, needed = wheels
     root = machine.copy(machine.debian(), tmp_path / "root")
     try:

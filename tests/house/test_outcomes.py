@@ -592,6 +592,7 @@ async def test_an_interval_that_was_there_before_us(table: Table, interval: int 
             (interval,),
         )
         await table.db.execute(b"alter table session_recalls enable trigger recall_before_insert")
+        await table.db.execute(b"notify session_recalls")
     [settle] = await table.settles("s", 1)
     assert (settle.status, settle.last_outcome) == ("failed", "malformed")
     assert settle.reason is not None and "interval_seconds" in settle.reason

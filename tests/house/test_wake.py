@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..application import Application
 from ..conftest import Connection, connected
 from ..daemon import Daemons
 from ..endpoint import Endpoint, Raw, Request, reply
-from .test_lease import rows
+from .test_lease import eventually, rows
 
 STEP = timedelta(milliseconds=200)
 
@@ -117,3 +118,19 @@ async def test_a_wrong_clock_of_the_host(
     assert all(0 <= seconds < 5 for seconds in told_late), told_late
     assert len(endpoint.requests) == 5
     assert await daemon.stop() == 0
+
+
+async def test_those_who_come_first_may_be_gone(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+    """In a fleet not all look at once. Whoever is left does, also where all that come before it stand still: at rings, and at due instants."""
+    fleet = [await daemons.start(poll_interval=30) for _ in range(5)]
+    await eventually(db, "select 1 from recall_workers having count(*) = 5")
+    last = max(fleet, key=lambda daemon: daemon.name)
+    for daemon in fleet:
+        if daemon is not last:
+            daemon.signal(signal.SIGSTOP)
+    for session in ("rung", "timed"):
+        await app.create_session(session, "ann")
+    await app.schedule("timed", "once", datetime.now(UTC) + timedelta(seconds=2), "now")
+    await app.schedule("rung", "immediate", datetime.now(UTC), "now")
+    await last.hears("recall.settled", times=2)
+    assert max(event["lag_ms"] for event in last.told("recall.settled")) < 5000, "and not at the next look by poll"

@@ -1,0 +1,69 @@
+"""What several runs of the audit come to, as the tables of docs/reliability.md. `python -m tests.chaos --report FILE` prints them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+BEGIN = "<!-- measured: written by `python -m tests.chaos --report docs/reliability.json --docs docs/reliability.md` -->\n"
+END = "<!-- /measured -->\n"
+SUMS = ("recalls", "occurrences", "requests", "runs", "replays under the same key", "keys after a failed run", "lost", "doubled")
+WHAT = {
+    "kill": "SIGKILL of one or two workers",
+    "term": "SIGTERM of a worker with runs open",
+    "stop short": "SIGSTOP for less than a lease",
+    "stop long": "SIGSTOP for up to two leases, then SIGCONT",
+    "clock": "a host's clock jumps by a second, hours or weeks",
+    "postgres kill short": "PostgreSQL killed (-9, all of it), back within a second",
+    "postgres kill long": "PostgreSQL killed, back after three leases",
+    "postgres restart": "PostgreSQL restarted in good order",
+    "bells": "pg_terminate_backend of every LISTEN connection",
+    "ledgers": "pg_terminate_backend of every other connection of the workers",
+    "lone ring": "all bells cut off, and one insert while nobody hears",
+    "full house": "PostgreSQL out of connections, the workers' own broken",
+    "full disk": "PostgreSQL out of disk",
+    "locks": "the application holds rows locked for longer than a lease",
+    "database cut": "one or two workers' connections to PostgreSQL refused",
+    "database cut for all": "everybody's, for up to two leases",
+    "database slow": "200 ms more on each way",
+    "database half open": "a worker's connections forgotten on the way",
+    "database silent": "a worker cut off without a word for up to two leases",
+    "api cut": "connections to the API refused",
+    "api slow": "400 ms more on each way",
+    "api silent": "connections to the API open, and silent",
+    "api down": "the API answers 503 to everything",
+    "api misconfigured": "the API answers 401 to everything",
+}
+
+
+def written(results: Sequence[Mapping[str, Any]]) -> str:
+    """The tables, as Markdown."""
+    times: Counter[str] = Counter()
+    recoveries: dict[str, list[float]] = defaultdict(list)
+    answers: Counter[str] = Counter()
+    for result in results:
+        times.update(result["faults"])
+        answers.update(result["answers"])
+        for kind, seconds in result["seconds to recover"].items():
+            recoveries[kind] += seconds
+    sums = {name: sum(result[name] for result in results) for name in SUMS}
+    lines = ["| seed | minutes | " + " | ".join(SUMS) + " | findings | lag in calm phases, ms: p50, p99, most |"]
+    lines.append("| ---: " * (len(SUMS) + 3) + "| --- |")
+    for result in results:
+        cells = [f"{result[name]:,}" for name in SUMS]
+        lag = ", ".join(f"{ms:g}" for ms in result["lag in calm phases, ms (p50, p99, most)"])
+        lines.append(f"| {result['seed']} | {result['minutes']:g} | {' | '.join(cells)} | {len(result['findings'])} | {lag} |")
+    total = " | ".join(f"**{sums[name]:,}**" for name in SUMS)
+    minutes, found = sum(result["minutes"] for result in results), sum(len(result["findings"]) for result in results)
+    lines += [f"| all | **{minutes:g}** | {total} | **{found}** | |", ""]
+    lines += ["| fault | what was done | times | seconds to recover: median | most |", "| --- | --- | ---: | ---: | ---: |"]
+    for kind, count in sorted(times.items(), key=lambda item: list(WHAT).index(item[0])):
+        seconds = recoveries.get(kind, [])
+        middle, most = (f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}") if seconds else ("", "")
+        lines.append(f"| {kind} | {WHAT[kind]} | {count} | {middle} | {most} |")
+    lines += [f"| all | | **{sum(times.values())}** | | |", ""]
+    lines += ["| how the API ended a request | times |", "| --- | ---: |"]
+    lines += [f"| {how} | {count:,} |" for how, count in answers.most_common()]
+    return "\n".join(lines) + "\n"
