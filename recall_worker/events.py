@@ -42,6 +42,7 @@ LOUDNESS = {
     "lease.taken": "warning",
     "lease.lost": "warning",
     "lease.violated": "warning",
+    "rows.pruned": "info",
     "breaker.opened": "error",
     "breaker.probed": "warning",
     "breaker.closed": "info",

@@ -1,4 +1,4 @@
-"""The worker's only SQL: claim, place, renew, look, settle, beat. One round trip each, no transaction across a call.
+"""The worker's only SQL: claim, place, renew, look, settle, beat, prune. One round trip each, no transaction across a call.
 
 The database is authoritative for what is due, who holds which lease, and what a recall has become. The process may believe a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
@@ -70,6 +70,7 @@ from .recall import (
     name_of,
     reason_of,
 )
+from .sweep import Batch
 
 STATEMENT_DEADLINE = 15.0
 """Seconds, at most, after which an unanswered statement means that the connection is gone."""
@@ -83,6 +84,8 @@ REASON_MOST = 500
 """Characters of a reason that are kept."""
 ASIDE = 60.0
 """Seconds for which a row that PostgreSQL won't let us claim is passed over."""
+TURN = 60.0
+"""Seconds after which another replica may prune, should the one whose turn it is have fallen silent."""
 BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 _NONE_ASIDE = "r.id <> all ('{}')"
@@ -400,14 +403,16 @@ class Ledger:
         self._claims, self._settles, self._renewals = (_Line(dsn, name, deadlines, self._lines) for _ in range(3))
         # Opened only where the application holds a row locked.
         self._patient = _Line(dsn, name, deadlines, self._lines, prepare=False)
-        self._sql = statements.load("ledger")
+        # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
+        self._prunes = _Line(dsn, name, Deadlines(), [])
+        self._sql, self._pruning = statements.load("ledger"), statements.load("prune")
         self._aside: dict[str, float] = {}
         self._left: dict[str, float] = {}
         """Leases that ended while the application held their rows locked: until when they are left to their owners."""
         self._turn = None if fleet is None else self._sql["fleet_turn"]
 
     async def close(self) -> None:
-        for line in self._lines:
+        for line in (*self._lines, self._prunes):
             await line.close()
 
     async def schema(self) -> tuple[int, int]:
@@ -621,6 +626,27 @@ class Ledger:
         """How much is due and in nobody's hand, and for how long: for those who watch."""
         row = (await self._renewals.ask(self._sql["backlog"], {"most": BACKLOG_MOST}))[0]
         return Backlog(row["overdue"], row["oldest"])
+
+    async def take_turn(self, every: float) -> float | None:
+        """Ask to be the replica that prunes, or to go on being it: None where it is, else in how many seconds to ask again.
+
+        The turn is this worker's for TURN seconds from now. `every`: the pause that it will make between two of them, in seconds.
+        """
+        values = {"worker": self._worker, "patience": TURN, "every": every}
+        row = (await self._prunes.ask(self._pruning["turn"], values))[0]
+        return None if row["mine"] else float(row["next_in"])
+
+    async def prune(self, batch: Batch) -> Mapping[str, int]:
+        """Delete one batch of what is over."""
+        return (await self._prunes.ask(self._pruning[batch.statement], batch.values))[0]
+
+    async def end_turn(self, again_in: float) -> None:
+        """Have the next turn in so many seconds, whoever's it will be."""
+        await self._prunes.ask(self._pruning["ended"], {"worker": self._worker, "again_in": again_in})
+
+    async def stop_pruning(self) -> None:
+        """Close the connection that pruning alone needs."""
+        await self._prunes.close()
 
     async def leave(self) -> None:
         """Say goodbye, and ring for what was put back."""

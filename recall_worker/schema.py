@@ -143,15 +143,16 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, rol
 
 
 def _grants_lacking(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
-    """Whether the roles were given their grants here, and there is a column now that the worker's may not write.
+    """Whether the roles were given their grants here, and there is a column now that the worker's may not write, or a table.
 
     Six it never may: what a recall is. See sql/roles.sql.
     """
     return conn.execute(
         "select exists (select from pg_roles r join pg_attribute a on a.attrelid = to_regclass('session_recalls') "
         "where r.rolname = 'recall_worker' and has_table_privilege(r.oid, a.attrelid, 'delete') "
-        "and a.attnum > 0 and not a.attisdropped and not has_column_privilege(r.oid, a.attrelid, a.attnum, 'update') "
-        "and a.attname <> all ('{id,session_id,call_type,internal_comment,additional_context_message,created_at}'))"
+        "and a.attnum > 0 and not a.attisdropped and (not has_column_privilege(r.oid, a.attrelid, a.attnum, 'update') "
+        "and a.attname <> all ('{id,session_id,call_type,internal_comment,additional_context_message,created_at}') "
+        "or not has_table_privilege(r.oid, to_regclass('recall_chores'), 'update')))"
     ).fetchone() == (True,)
 
 

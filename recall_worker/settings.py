@@ -21,6 +21,9 @@ HORIZON = 60.0
 LONGEST = 1e9
 """Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""
 
+KEPT = ("fired", "cancelled", "failed", "calls")
+"""What can be kept for a while and then deleted: recalls that are over, by status, and the marks of calls."""
+
 PROTOCOLS = ("native", "langgraph", "agno")
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "console")
@@ -67,6 +70,10 @@ class Settings:
     fleet_concurrency: int | None = _setting(None, "runs at once in all workers together; off where unset", least=1, most=100_000)
     poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
     drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
+    prune: str | None = _setting(
+        None,
+        "how long what is over is kept, such as `30d`, `30d,failed=90d` or `fired=7d,calls=1d`; nothing is deleted where unset",
+    )
     ops_listen: str | None = _setting(
         None, "`port` or `host:port` of /livez, /readyz and /metrics, which ask nobody who they are; off where unset"
     )
@@ -77,6 +84,11 @@ class Settings:
     def session_windows(self) -> list[tuple[float, int]]:
         """`session_limit` as windows: (seconds, most runs)."""
         return [(_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")]
+
+    @property
+    def keep(self) -> dict[str, float]:
+        """`prune` in seconds, by what is kept; what is not in it is kept for ever."""
+        return retention(self.prune or "")[0]
 
     @property
     def ops_address(self) -> tuple[str, int] | None:
@@ -96,6 +108,38 @@ _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
 _ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
 _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
+
+
+_KEEP = re.compile(r"(?:(\w+)=)?(\d{1,12}(?:\.\d{1,6})?)([smhd])", re.ASCII)
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+def retention(text: str) -> tuple[dict[str, float], list[str]]:
+    """How long what is over is kept, in seconds (`30d,failed=90d`), and what is wrong with the text, a clause each.
+
+    A duration alone is for every status that is not named; statuses that have none are kept for ever. Marks of calls, where they are not
+    named, are kept as long as what is kept longest: then no mark goes before its recall, and they don't pile up for ever.
+    """
+    given: dict[str, float] = {}
+    problems: list[str] = []
+    for part in [part.strip() for part in text.split(",")] if text else []:
+        found = _KEEP.fullmatch(part)
+        if found is None:
+            problems.append(f"holds {part!r}: give durations such as 30d, or fired=7d, in s, m, h or d")
+            continue
+        name, seconds = found[1] or "", float(found[2]) * _UNITS[found[3]]
+        if name and name not in KEPT:
+            problems.append(f"names {name!r}: give one of {', '.join(KEPT)}")
+        elif name in given:
+            problems.append(f"names {name} twice: keep one" if name else "gives two durations for all: keep one")
+        elif not 1 <= seconds <= LONGEST:
+            problems.append(f"holds {part!r}: keep for a second at least, and {LONGEST / 86_400:.0f}d at most")
+        else:
+            given[name] = seconds
+    keep = {name: given[name] if name in given else given[""] for name in KEPT[:3] if name in given or "" in given}
+    if "calls" in given or keep:
+        keep["calls"] = given.get("calls") or max(keep.values())
+    return keep, problems
 
 
 def variable(name: str) -> str:
@@ -209,6 +253,12 @@ def _contradictions(s: Settings) -> list[str]:
         problems.append("RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII")
     if s.session_limit is not None and not _LIMITS.fullmatch(s.session_limit):
         problems.append(f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d")
+    keep, wrong = retention(s.prune or "")
+    problems += [f"RECALL_PRUNE {said}" for said in wrong]
+    if not wrong and keep and keep["calls"] < max((span for span, _ in s.session_windows), default=0):
+        problems.append(
+            "RECALL_PRUNE deletes marks of calls that RECALL_SESSION_LIMIT counts: name calls, with a day or more (an hour for /h)"
+        )
     if s.ops_listen is not None and (s.ops_address is None or s.ops_address[1] > 65535):
         said = "give host:port, such as 127.0.0.1:9464 or [::1]:9464 (0.0.0.0:9464 for every address), or a port alone"
         problems.append(f"RECALL_OPS_LISTEN is {s.ops_listen!r}: {said}")

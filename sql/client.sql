@@ -148,37 +148,3 @@ returning *;
 select id, session_id, status, call_type, interval_seconds, paused_at, lease is not null as leased, leased_by
 from session_recalls
 where id = any (%(ids)s::text[]);
-
--- name: prune
--- One batch: the final rows among the next ones by id, ended before the cutoff; `last` is where the following batch begins.
-with page as materialized (
-    select id from session_recalls
-    where id > %(after)s
-    order by id
-    limit %(batch)s
-),
-gone as (
-    delete from session_recalls r
-    where r.id = any (array(select id from page))
-        and r.status = any (%(statuses)s::text[]) and coalesce(r.ended_at, r.updated_at) < now() - %(older_than)s * interval '1 second'
-        and (r.lease_until is null or r.lease_until < now())
-    returning 1
-)
-select (select max(id) from page) as last, (select count(*) from gone) as deleted;
-
--- name: prune_attempts
--- One batch, a stretch of the table's pages (they lie in the order of time, more or less): the marks in it that are older than the
--- cutoff, of occurrences that are over. `more` tells whether the table goes on behind it.
-with gone as (
-    delete from recall_attempts a
-    where a.ctid >= ('(' || %(first)s::bigint || ',0)')::tid and a.ctid < ('(' || %(first)s::bigint + %(pages)s::bigint || ',0)')::tid
-        and a.ended_at < now() - %(older_than)s * interval '1 second'
-        -- Looked up one by one by their primary keys: a `not exists` may be answered by hashing the whole table.
-        and (
-            select true from session_recalls r
-            where r.id = a.recall_id and r.status in ('pending', 'running') and r.occurrence = a.occurrence
-        ) is not true
-    returning 1
-)
-select (select count(*) from gone) as deleted,
-    pg_relation_size('recall_attempts') > (%(first)s::bigint + %(pages)s::bigint) * current_setting('block_size')::bigint as more;

@@ -62,7 +62,7 @@ begin
             execute format('grant usage on schema %I to %I', place, role);
         end if;
         -- All columns' grants go with it.
-        execute format('revoke all on %s, recall_attempts, recall_workers, recall_endpoints, recall_schema from %I', recalls, role);
+        execute format('revoke all on %s, recall_attempts, recall_workers, recall_endpoints, recall_chores, recall_schema from %I', recalls, role);
         execute format('grant select on %s to %I', recalls, role);
     end loop;
 
@@ -81,10 +81,10 @@ begin
     where a.attrelid = recalls and a.attnum > 0 and not a.attisdropped and a.attname <> all (fixed);
     execute format('grant update (%s) on %s to recall_worker', given, recalls);
     grant select, insert, update, delete on recall_attempts, recall_workers to recall_worker;
-    grant select, insert, update on recall_endpoints to recall_worker;
+    grant select, insert, update on recall_endpoints, recall_chores to recall_worker;
 
     grant select on recall_schema to recall_worker, recall_reader;
-    grant select on recall_attempts, recall_workers, recall_endpoints to recall_reader;
+    grant select on recall_attempts, recall_workers, recall_endpoints, recall_chores to recall_reader;
 
     -- `list --user` asks whose a session is, and nothing else of it.
     if sessions is not null and pg_has_role((select c.relowner from pg_class c where c.oid = sessions), 'usage') then

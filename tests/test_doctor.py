@@ -670,6 +670,17 @@ async def test_a_check_that_breaks_stands_alone(ward: Ward) -> None:
     assert said.status == 1 and states["workers"] == "problem" and states["held"] == "ok" and states["endpoint"] == "ok"
 
 
+async def test_rights_to_prune(ward: Ward) -> None:
+    """A worker that is to prune has to be let delete recalls, and take turns; one that is not needs neither."""
+    assert (await ward.examine()).status == 0
+    said = await ward.examine("--json", RECALL_PRUNE="30d")
+    found = [row["seen"] for row in said.document["checks"] if row["check"] == "rights" and row["state"] == "problem"]
+    assert sorted(found) == [
+        "permission denied for table recall_chores (needed to prune: turn, prune: ended)",
+        "permission denied for table session_recalls (needed to prune: recalls)",
+    ]
+
+
 async def test_the_database_is_as_it_was(ward: Ward, db: Connection) -> None:
     """An examination leaves no row changed, none added, and no connection."""
     ward.recall(due=-3600)

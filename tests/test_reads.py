@@ -17,7 +17,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from recall_worker import statements
-from recall_worker.cli import prune as pruning
+from recall_worker import sweep as sweeping
 
 from . import postgres
 from .application import Application
@@ -760,17 +760,33 @@ def test_prune_of_a_status(store: Desk) -> None:
     assert left(store) == ("bdefghij", marks)
 
 
+def test_prune_by_status(store: Desk) -> None:
+    """With --keep each status goes by its own time, marks by theirs, and a status that is not named stays."""
+    said = operate(store.dsn, "prune", "--keep", "fired=10d,failed=50d,calls=30d", "--yes", "--json")
+    assert said.document == {"recalls": 2, "calls": 4}
+    assert left(store)[0] == "bcefghij"
+
+
+def test_prune_passes_over_what_is_locked(store: Desk) -> None:
+    """A row that the application holds locked, in a transaction that it does not end, is left for the next time; the others go at once."""
+    with psycopg.connect(store.dsn) as holder:
+        holder.execute("select from session_recalls where id = 'a' for update")
+        said = operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json")
+    assert said.document == {"recalls": 4, "calls": 4}
+    assert left(store)[0] == "adeghi"
+
+
 def test_prune_in_batches(store: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the batches are, the same goes and the same stays."""
-    monkeypatch.setattr(pruning, "BATCH", 1)
-    monkeypatch.setattr(pruning, "PAGES", 1)
+    monkeypatch.setattr(sweeping, "PAGES", 1)
+    monkeypatch.setattr(sweeping, "ROWS", 1)
     assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {"recalls": 5, "calls": 4}
     assert left(store) == ("deghi", [("d", 1), ("e", 2), ("gone", 2), ("h", 1)])
 
 
 def test_prune_of_many_marks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks beyond the first stretch of pages are found, those that stay are passed once, and none is forgotten."""
-    monkeypatch.setattr(pruning, "PAGES", 7)
+    """Marks beyond the first stretch of pages are found, those that stay are passed, and none is forgotten."""
+    monkeypatch.setattr(sweeping, "PAGES", 7)
     desk.recall("live", occurrence=1)
     desk.conn.execute(
         """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled)
@@ -885,8 +901,8 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("client", "retry", {"ids": ["free"]}),
     ("client", "cancel_session", {**ONE, "session_id": "s1004"}),
     ("client", "sessions_with_pending", {"session_ids": [f"s{n}" for n in range(1, 51)]}),
-    ("client", "prune", {"after": "live5", "batch": 50, "statuses": ["fired"], "older_than": 86_400.0}),
-    ("client", "prune_attempts", {"first": 3, "pages": 2, "older_than": 86_400.0}),
+    ("prune", "recalls", {"first": 3, "pages": 2, "most": 50, "fired": 86_400.0, "cancelled": None, "failed": 60.0}),
+    ("prune", "calls", {"first": 3, "pages": 2, "most": 50, "calls": 86_400.0}),
 ]  # fmt: skip
 COUNTING: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "list", {**PAGE, "statuses": ["failed"]}),

@@ -161,7 +161,7 @@ NOBODY = [
     "lock table recall_schema in access exclusive mode",
     "select * from messages", "insert into messages values ('x', 'y')", "update messages set text = 'y'", "delete from messages",
     "insert into recall_schema values (99, 'x', 99)", "update recall_schema set oldest_code = 99", "delete from recall_schema",
-    "delete from recall_endpoints",
+    "delete from recall_endpoints", "delete from recall_chores",
     "grant recall_worker to application", "set session authorization boss", "set role boss",
     "set session_replication_role = replica", "alter role current_user superuser",
     "copy session_recalls to '/tmp/x'", "copy sessions from program 'id'", "select pg_read_file('/etc/passwd')",
@@ -230,7 +230,7 @@ def test_columns(tried: str) -> None:
 @pytest.mark.parametrize(
     "statement",
     ["delete from session_recalls", "select * from recall_attempts", "select * from recall_workers", "select * from recall_endpoints",
-     "delete from recall_attempts", "insert into recall_attempts select * from recall_attempts where false",
+     "select * from recall_chores", "delete from recall_attempts", "insert into recall_attempts select * from recall_attempts where false",
      "update recall_workers set breaker = 'open'"],
 )  # fmt: skip
 def test_what_the_application_may_not(statement: str, tried: str) -> None:
@@ -314,6 +314,29 @@ async def test_a_daemon_under_the_role(app: Application, database: str, endpoint
         assert await daemon.stop() == 0
         assert await rows(db, "select from recall_workers") == []
     nothing_was_forbidden(daemon)
+
+
+async def test_a_daemon_prunes_under_the_role(database: str, daemons: Daemons) -> None:
+    """Deleting what is over, and taking turns at it, asks for no more rights than these."""
+    async with connected(database) as db:
+        await db.execute("insert into sessions values ('s', 'ann')")
+        await db.execute("insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, "
+                         "created_at, updated_at) values ('r', 's', 'once', '2020-01-01', 'm', 'fired', '2020-01-01', '2020-01-01')")  # fmt: skip
+        daemon = await daemons.start(prune="24s")
+        await daemon.hears("rows.pruned", fired=1)
+        assert await rows(db, "select from session_recalls") == []
+        assert await daemon.stop() == 0
+    nothing_was_forbidden(daemon)
+
+
+async def test_a_table_that_an_upgrade_brings(database: str) -> None:
+    """Roles from before a table was there lack the right to it: `migrate --check` says so, and `migrate` gives it."""
+    boss = as_role(database, "boss")
+    with psycopg.connect(boss, autocommit=True) as conn:
+        conn.execute("revoke all on recall_chores from recall_worker, recall_reader")
+    assert schema.pending(boss) == [GRANTS]
+    assert schema.migrate(boss) == [GRANTS] and schema.pending(boss) == []
+    assert not refused(database, "worker", "update recall_chores set rests = true")
 
 
 async def test_two_daemons_under_the_role(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:

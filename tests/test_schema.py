@@ -545,6 +545,17 @@ async def test_the_database_own_timeouts_do_not_matter(setting: str, empty_datab
 needs_pg_dump = pytest.mark.skipif(expected.pg_dump() is None, reason="there is no pg_dump here")
 
 
+def test_settings_of_the_owners_stay(empty_database: str) -> None:
+    """Whoever has set autovacuum for the table before keeps it so; where nobody has, a twentieth of dead rows is enough."""
+    execute(empty_database, CREATE_TABLES, "alter table session_recalls set (autovacuum_vacuum_scale_factor = 0.3)")
+    schema.migrate(empty_database)
+    options = "select relname, reloptions from pg_class where relname in ('session_recalls', 'recall_attempts') order by relname"
+    assert execute(empty_database, options) == [
+        ("recall_attempts", ["autovacuum_vacuum_scale_factor=0.05"]),
+        ("session_recalls", ["autovacuum_vacuum_scale_factor=0.3"]),
+    ]
+
+
 @needs_pg_dump
 def test_the_schema_is_as_committed(database: str) -> None:
     """An adopted database looks as `tests/schema/expected.sql` says; `python -m tests.schema` writes that anew."""

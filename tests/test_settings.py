@@ -12,6 +12,7 @@ from hypothesis import settings as tried
 from hypothesis import strategies as st
 
 from recall_worker import settings
+from recall_worker.recall import FINAL
 from recall_worker.settings import Settings, SettingsError
 
 SECRETS = ("dsn", "listen_dsn", "run_token", "signing_secret")
@@ -48,7 +49,7 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
         "max_attempts": ("4", "5"), "session_limit": ("5/h", "9/h,50/d"), "fleet_concurrency": ("7", "8"),
         "langgraph_assistant": ("a", "b"), "agno_agent": ("a", "b"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
-        "ops_listen": ("9464", "[::1]:9465"),
+        "ops_listen": ("9464", "[::1]:9465"), "prune": ("30d", "fired=7d,failed=90d"),
     }  # fmt: skip
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
@@ -72,6 +73,46 @@ def test_every_setting_has_its_variable(name: str) -> None:
 def test_where_the_pages_are(given: str, means: tuple[str, int] | None) -> None:
     """A port alone is this host's own: the pages ask nobody who they are."""
     assert settings.read({"RECALL_OPS_LISTEN": given}).ops_address == means
+
+
+HOUR, DAY = 3600.0, 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ("", {}),
+        ("30d", {"fired": 30 * DAY, "cancelled": 30 * DAY, "failed": 30 * DAY, "calls": 30 * DAY}),
+        ("1.5h, failed=90d", {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 90 * DAY, "calls": 90 * DAY}),
+        ("fired=7d,failed=90d", {"fired": 7 * DAY, "failed": 90 * DAY, "calls": 90 * DAY}),
+        ("fired=90m,calls=1s", {"fired": 1.5 * HOUR, "calls": 1.0}),
+        ("calls=1d", {"calls": DAY}),
+    ],
+)
+def test_how_long_what_is_over_is_kept(given: str, means: dict[str, float]) -> None:
+    """A duration alone is for all statuses that are not named; marks of calls outlast their recalls unless they are named."""
+    assert settings.read({"RECALL_PRUNE": given}).keep == means
+
+
+def test_what_can_be_kept() -> None:
+    """Every status in which a recall is over, and the marks of calls."""
+    assert (*FINAL, "calls") == settings.KEPT
+
+
+def test_several_things_wrong_with_a_retention() -> None:
+    """Each is a problem of its own."""
+    found = problems({"RECALL_PRUNE": "fired=soon,pending=1d,cancelled=1d,cancelled=2d"})
+    assert len(found) == 3 and all(problem.startswith("RECALL_PRUNE ") for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("keep", "limit", "wrong"),
+    [("23h", "100/d", True), ("23h", "20/h", False), ("30m", "20/h", True), ("1h,calls=1d", "100/d", False), ("1h", "", False)],
+)
+def test_calls_that_are_counted_are_kept(keep: str, limit: str, wrong: bool) -> None:
+    """A cap on a session's runs counts marks: those that it still counts are not to be deleted."""
+    found = problems({"RECALL_PRUNE": keep, "RECALL_SESSION_LIMIT": limit})
+    assert [problem.startswith("RECALL_PRUNE deletes marks") for problem in found] == [True] * wrong
 
 
 def test_settings_are_frozen() -> None:
@@ -124,6 +165,14 @@ WRONG = [
     ({"RECALL_OPS_LISTEN": "here"}, "RECALL_OPS_LISTEN is 'here': give host:port"),
     ({"RECALL_OPS_LISTEN": "http://here:80"}, "RECALL_OPS_LISTEN is 'http://here:80': give host:port"),
     ({"RECALL_OPS_LISTEN": "65536"}, "RECALL_OPS_LISTEN is '65536': give host:port"),
+    ({"RECALL_PRUNE": "soon"}, "RECALL_PRUNE holds 'soon': give durations such as 30d, or fired=7d"),
+    ({"RECALL_PRUNE": "30"}, "RECALL_PRUNE holds '30': give durations"),
+    ({"RECALL_PRUNE": "30d,"}, "RECALL_PRUNE holds '': give durations"),
+    ({"RECALL_PRUNE": "pending=30d"}, "RECALL_PRUNE names 'pending': give one of fired, cancelled, failed, calls"),
+    ({"RECALL_PRUNE": "fired=30d,fired=7d"}, "RECALL_PRUNE names fired twice"),
+    ({"RECALL_PRUNE": "30d,7d"}, "RECALL_PRUNE gives two durations for all"),
+    ({"RECALL_PRUNE": "fired=0d"}, "RECALL_PRUNE holds 'fired=0d': keep for a second at least"),
+    ({"RECALL_PRUNE": "fired=99999d"}, "RECALL_PRUNE holds 'fired=99999d': keep for a second at least, and 11574d at most"),
     ({"RECALL_CA_FILE": "/nowhere/ca.pem"}, "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read"),
 ]
 

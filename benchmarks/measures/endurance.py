@@ -1,4 +1,5 @@
-"""One worker at speed for minutes: what the tables and indexes grow to, and whether it gets slower."""
+"""One worker at speed for minutes: what the tables and indexes grow to, and whether it gets slower; once with every row kept, once with a worker
+that prunes: there all comes to a standstill, rows, pages and latency."""
 
 from __future__ import annotations
 
@@ -14,21 +15,29 @@ AHEAD = 600
 """Rows that wait at most."""
 BATCH = 200
 EVERY = 5.0
+RETENTION = 20
+"""Seconds for which the worker that prunes keeps what is over."""
+PHASES = {"kept": 80.0, "pruned": 180.0}
+"""Seconds of each. PostgreSQL vacuums once a minute at most: three times must do to see whether anything still grows."""
 SIZES = """
 select json_object_agg(c.relname, json_build_object(
     'mib', round(pg_relation_size(c.oid) / 1048576.0, 2), 'dead', coalesce(s.n_dead_tup, 0), 'live', coalesce(s.n_live_tup, 0),
     'updates', coalesce(s.n_tup_upd, 0), 'hot', coalesce(s.n_tup_hot_upd, 0), 'autovacuums', coalesce(s.autovacuum_count, 0)))
 from pg_class c left join pg_stat_user_tables s on s.relid = c.oid
 where c.relkind in ('r', 'i') and c.relname ~ 'recall' and pg_relation_size(c.oid) > 0"""
+TABLES = ("session_recalls", "recall_attempts")
 
 
 def measure(contest: Contest) -> dict[str, Any]:
     contest.present(OURS)
+    return {phase: _phase(contest, phase, 20.0 if contest.ground.quick else seconds) for phase, seconds in PHASES.items()}
+
+
+def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
     ground = contest.ground
-    seconds = 20.0 if ground.quick else 240.0
     samples: list[dict[str, Any]] = []
     with contest.field(OURS) as field:
-        field.start(SLOTS)
+        field.start(SLOTS, **({"prune": f"{RETENTION}s"} if phase == "pruned" else {}))
         field.settle_down()
         began, told, inserted, counted = time.monotonic(), time.monotonic(), 0, 0
         committed: dict[str, int] = {}
@@ -51,6 +60,7 @@ def measure(contest: Contest) -> dict[str, Any]:
                 samples.append(
                     {
                         "at": now - began, "runs": count, "rate": runs / (now - told), "p50": percentile(late, 0.5) if late else None,
+                        "p99": percentile(late, 0.99) if late else None,
                         "worker_us": (cpu[0] - used[0]) * 1e6 / runs, "postgres_us": (cpu[1] - used[1]) * 1e6 / runs,
                         "sizes": field.scalar(SIZES),
                     }
@@ -59,58 +69,86 @@ def measure(contest: Contest) -> dict[str, Any]:
         ground.sink.wait(20, count=inserted)
         field.stop(kill=False)
         left = field.scalar("select count(*) from session_recalls where status <> 'fired'")
-    return {"samples": samples, "inserted": inserted, "left": left}
+        rows = field.scalar("select count(*) from session_recalls")
+    return {"samples": samples, "inserted": inserted, "left": left, "rows": rows}
 
 
 def report(found: dict[str, Any]) -> str:
-    samples = found["samples"]
-    first, last = samples[: max(1, len(samples) // 5)], samples[-max(1, len(samples) // 5) :]
-
-    def middle(some: list[dict[str, Any]], name: str) -> str:
-        values = [sample[name] for sample in some if sample[name] is not None]
-        return number(percentile(values, 0.5)) if values else ""
-
-    said = (
-        f"{found['inserted']:,} recalls, inserted as they were run (at most {AHEAD} wait), {SLOTS} slots, {samples[-1]['at']:.0f} s;"
-        f" not settled in the end: {found['left']}. No row was pruned.\n\n"
-    )
-    said += table(["", "first fifth", "last fifth"], [
-        ["runs/s", middle(first, "rate"), middle(last, "rate")],
-        ["commit to request behind those that wait, p50, ms", middle(first, "p50"), middle(last, "p50")],
-        ["worker's CPU a run, µs", middle(first, "worker_us"), middle(last, "worker_us")],
-        ["PostgreSQL's CPU a run, µs, inserts included", middle(first, "postgres_us"), middle(last, "postgres_us")],
+    # Figures from before there was a phase that prunes are of the other one.
+    phases = found if "kept" in found else {"kept": found}
+    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {AHEAD} wait).\n\n"
+    for phase, its in phases.items():
+        how = "No row was pruned" if phase == "kept" else f"`RECALL_PRUNE={RETENTION}s`, so that {its['rows']:,} rows are left"
+        seconds = its["samples"][-1]["at"]
+        said += f"- {phase}: {its['inserted']:,} recalls in {seconds:.0f} s; not settled in the end: {its['left']}. {how}.\n"
+    columns = [(phase, which) for phase in phases for which in ("first", "last")]
+    said += "\n" + table(["", *(f"{phase}, {which} fifth" for phase, which in columns)], [
+        [what, *(_middle(_fifth(phases[phase]["samples"], which), name) for phase, which in columns)]
+        for what, name in (
+            ("runs/s", "rate"), ("commit to request behind those that wait, p50, ms", "p50"), ("p99, ms", "p99"),
+            ("worker's CPU a run, µs", "worker_us"), ("PostgreSQL's CPU a run, µs, inserts included", "postgres_us"),
+        )
+        if name in phases["kept"]["samples"][0]
     ])  # fmt: skip
-    sizes = samples[-1]["sizes"]
-    runs = samples[-1]["runs"]
-    said += "\n" + table(["in the end", "MiB", "bytes a run", "dead rows", "updates in place (HOT)"], [
-        [
-            name, number(size["mib"]), number(size["mib"] * 1048576 / runs),
-            f"{size['dead']:,}" if size["updates"] or size["live"] else "",
-            f"{size['hot'] * 100 / size['updates']:.0f} %" if size["updates"] else "",
-        ]
-        for name, size in sorted(sizes.items(), key=lambda item: -item[1]["mib"])
-        if size["mib"] >= 0.1
-    ])  # fmt: skip
+    for phase, its in phases.items():
+        said += "\n" + _sizes(phase, its["samples"])
     return said
 
 
+def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
+    """What each table and index has come to; where rows are pruned, against two thirds of the way: what has stopped growing is as large."""
+    last, before, runs = samples[-1]["sizes"], samples[len(samples) * 2 // 3]["sizes"], samples[-1]["runs"]
+    pruned = phase == "pruned"
+    rows = [
+        [
+            name, number(size["mib"]),
+            number(before.get(name, {"mib": 0.0})["mib"]) if pruned else number(size["mib"] * 1048576 / runs),
+            f"{size['dead']:,}" if size["updates"] or size["live"] else "",
+            f"{size['hot'] * 100 / size['updates']:.0f} %" if size["updates"] else "",
+        ]
+        for name, size in sorted(last.items(), key=lambda item: -item[1]["mib"])
+        if size["mib"] >= 0.1
+    ]  # fmt: skip
+    second = f"at {samples[len(samples) * 2 // 3]['at']:.0f} s" if pruned else "bytes a run"
+    return table([f"{phase}, in the end", "MiB", second, "dead rows", "updates in place (HOT)"], rows)
+
+
+def _fifth(samples: list[dict[str, Any]], which: str) -> list[dict[str, Any]]:
+    size = max(1, len(samples) // 5)
+    return samples[:size] if which == "first" else samples[-size:]
+
+
+def _middle(some: list[dict[str, Any]], name: str) -> str:
+    values = [sample[name] for sample in some if sample[name] is not None]
+    return number(percentile(values, 0.5)) if values else ""
+
+
 def plot(found: dict[str, Any], axes: Any) -> None:
-    samples = found["samples"]
-    at = [sample["at"] for sample in samples]
-    axes.plot(at, [sample["rate"] for sample in samples], label="runs a second")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("runs a second")
-    right = axes.twinx()
-    for name in ("session_recalls", "recall_attempts", "idx_recalls_due"):
-        right.plot(at, [sample["sizes"].get(name, {}).get("mib", 0) for sample in samples], "--", label=f"{name}, MiB")
-    right.plot(
-        at,
-        [sample["sizes"].get("session_recalls", {}).get("dead", 0) / 1000 for sample in samples],
-        ":",
-        label="dead rows, thousands",
-    )
-    right.set_ylabel("MiB, thousands of rows")
-    right.set_ylim(bottom=0)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+    phases = found if "kept" in found else {"kept": found}
+    figure = axes.figure
+    axes.remove()
+    figure.set_size_inches(8, 6.4)
+    figure.suptitle(TITLE)
+    (rate, latency), (size, dead) = figure.subplots(2, 2, sharex=True)
+    for (phase, its), colour in zip(phases.items(), ("C0", "C1"), strict=False):
+        samples = its["samples"]
+        at = [sample["at"] for sample in samples]
+        rate.plot(at, [sample["rate"] for sample in samples], colour, label=phase)
+        latency.plot(at, [sample["p50"] for sample in samples], colour, label=f"{phase}, p50")
+        if "p99" in samples[0]:
+            latency.plot(at, [sample["p99"] for sample in samples], colour, linestyle=":", label=f"{phase}, p99")
+        for what, style, wanted in (("tables", "-", True), ("indexes", "--", False)):
+            mib = [sum(one["mib"] for name, one in sample["sizes"].items() if (name in TABLES) is wanted) for sample in samples]
+            size.plot(at, mib, colour, linestyle=style, label=f"{phase}, {what}")
+        for name, style in zip(TABLES, ("-", "--"), strict=True):
+            thousands = [sample["sizes"].get(name, {"dead": 0})["dead"] / 1000 for sample in samples]
+            dead.plot(at, thousands, colour, linestyle=style, label=f"{phase}, {name}")
+    for panel, title in (
+        (rate, "runs a second"), (latency, "commit to request, ms"), (size, "MiB"), (dead, "dead rows, thousands"),
+    ):  # fmt: skip
+        panel.set_title(title, fontsize="medium")
+        panel.grid(alpha=0.3)
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize="x-small")
+    size.set_xlabel("seconds")
+    dead.set_xlabel("seconds")

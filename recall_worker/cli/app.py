@@ -291,7 +291,11 @@ def stats(dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def prune(
-    older_than: Annotated[str, typer.Option(help="Ended longer ago than this: 30d.", metavar="DURATION")],
+    older_than: Annotated[str | None, typer.Option(help="Ended longer ago than this: 30d.", metavar="DURATION")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Or for how long what is kept, as RECALL_PRUNE says it: 30d,failed=90d.", metavar="RETENTION"),
+    ] = None,
     status: Annotated[
         list[str] | None, typer.Option(help="Recalls in this status only, and no marks; may be repeated.", metavar="STATUS")
     ] = None,
@@ -302,7 +306,7 @@ def prune(
     """Delete recalls that are final and old, and the marks of old calls; in batches, never in the way."""
     from .prune import prune
 
-    prune(dsn, older_than=older_than, statuses=status, yes=yes, as_json=json)
+    prune(dsn, older_than=older_than, keep=keep, statuses=status, yes=yes, as_json=json)
 
 
 @app.command()

@@ -170,7 +170,9 @@ class Doctor:
         """EXPLAIN asks for the rights that the statement would need, and runs nothing."""
         denied: dict[str, list[str]] = {}
         asked = 0
-        for name, statement in statements.load("ledger").items():
+        # Only a worker that prunes deletes recalls.
+        pruning = {f"prune: {name}": text for name, text in statements.load("prune").items()} if self.settings.keep else {}
+        for name, statement in (statements.load("ledger") | pruning).items():
             values = dict.fromkeys(re.findall(r"%\((\w+)\)s", statement))
             try:
                 await self._conn.execute(f"explain {statement}".encode(), values)

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from ..ledger import Backlog
 from ..recall import FINAL, Outcome, Unsent
+from ..settings import KEPT
 from ..statements import generation
 from ..worker.worker import ENDED, Vitals
 
@@ -93,9 +94,15 @@ class Metrics:
         self._probed = self._counter("breaker_probes_failed", "Probes of the endpoint that found it still in trouble.")
         self._bell_lost = self._counter("bell_lost", "Times that the bell lost its connection.")
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
+        self._pruned = self._counter(
+            "rows_pruned", "Rows deleted as RECALL_PRUNE says: recalls by status, and marks of calls.", ["kind"],
+            [(kind,) for kind in KEPT],
+        )  # fmt: skip
+        self._prune = self._histogram("prune_duration_seconds", "Walks through the tables to prune them, pauses included.", RUNS)
         self._stumbles = self._counter(
-            "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"], [("claim",), ("call",), ("accept",)]
-        )
+            "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"],
+            [("claim",), ("call",), ("accept",), ("prune",)],
+        )  # fmt: skip
         build = Info(
             "recall_worker_build", "Version, Python, and the schema that this code was made for.", registry=self.registry
         )
@@ -146,6 +153,10 @@ class Metrics:
                 self._bell_lost.inc()
             case "database.lost":
                 self._database_lost.inc()
+            case "rows.pruned":
+                for kind in KEPT:
+                    self._pruned.labels(kind).inc(facts[kind])
+                self._prune.observe(facts["took_s"])
             case "worker.stumbled":
                 self._stumbles.labels(facts["doing"]).inc()
             case _:

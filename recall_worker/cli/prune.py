@@ -1,40 +1,54 @@
-"""`prune`: delete what is final and old, and the marks of old calls, in batches that are never in anybody's way."""
+"""`prune`: delete what is over and old, and the marks of old calls: the daemon's own sweep, at once and without its pauses."""
 
 from __future__ import annotations
 
-from .. import statements
+import time
+
+from .. import settings, statements
 from ..recall import FINAL
+from ..sweep import Sweep
 from .recalls import connect
 from .talk import USAGE, Trouble, confirmed, print_json, seconds, tell
 
-BATCH = 2000
-PAGES = 64
-"""Pages of the table of attempts in a batch: some 2,500 marks."""
+
+def prune(
+    dsn: str | None, *, older_than: str | None, keep: str | None, statuses: list[str] | None, yes: bool, as_json: bool
+) -> None:
+    kept, what = _told(older_than, keep, statuses)
+    if not yes and not confirmed(f"Delete {what}?"):
+        raise Trouble("nothing was done", "the same with --yes")
+    sql, sweep = statements.load("prune"), Sweep(kept)
+    with connect(dsn) as conn:
+        while (batch := sweep.next()) is not None:
+            began = time.monotonic()
+            row = conn.execute(sql[batch.statement].encode(), batch.values).fetchone()
+            assert row is not None
+            sweep.note(batch, row, time.monotonic() - began)
+    calls = sweep.deleted["calls"]
+    recalls = sum(sweep.deleted.values()) - calls
+    if as_json:
+        print_json({"recalls": recalls, "calls": calls})
+    tell(f"Deleted {recalls} recalls and the marks of {calls} calls.")
 
 
-def prune(dsn: str | None, *, older_than: str, statuses: list[str] | None, yes: bool, as_json: bool) -> None:
+def _told(older_than: str | None, keep: str | None, statuses: list[str] | None) -> tuple[dict[str, float], str]:
+    """How long what is kept, in seconds, and what is to be deleted, in words. Raises Trouble."""
+    if (older_than is None) == (keep is None):
+        raise Trouble(
+            "say for how long what is over is kept", "either --older-than 30d or --keep fired=7d,failed=90d", status=USAGE
+        )
+    if keep is not None:
+        if statuses:
+            raise Trouble("--keep and --status are both given", "name the statuses in --keep: fired=7d", status=USAGE)
+        kept, problems = settings.retention(keep)
+        if problems or not kept:
+            said = "; ".join(problems) or "names nothing"
+            raise Trouble(f"--keep {said}", "--keep 30d, --keep 30d,failed=90d or --keep fired=7d,calls=1d", status=USAGE)
+        return kept, f"what is over and kept no longer ({keep})"
+    assert older_than is not None
     age = seconds(older_than, "--older-than")
     wrong = sorted(set(statuses or []) - set(FINAL))
     if wrong:
         raise Trouble(f"{', '.join(wrong)} is no final status", f"--status with one of {', '.join(FINAL)}", status=USAGE)
     what = f"{' and '.join(statuses)} recalls" if statuses else "recalls and marks of calls"
-    if not yes and not confirmed(f"Delete {what} that ended more than {older_than} ago?"):
-        raise Trouble("nothing was done", "the same with --yes")
-    client = statements.load("client")
-    recalls = marks = 0
-    with connect(dsn) as conn:
-        after: str | None = ""
-        while after is not None:
-            values = {"older_than": age, "batch": BATCH, "statuses": statuses or list(FINAL), "after": after}
-            row = conn.execute(client["prune"].encode(), values).fetchone()
-            assert row is not None
-            recalls, after = recalls + row["deleted"], row["last"]
-        first, more = 0, statuses is None
-        while more:
-            values = {"older_than": age, "first": first, "pages": PAGES}
-            row = conn.execute(client["prune_attempts"].encode(), values).fetchone()
-            assert row is not None
-            marks, first, more = marks + row["deleted"], first + PAGES, row["more"]
-    if as_json:
-        print_json({"recalls": recalls, "calls": marks})
-    tell(f"Deleted {recalls} recalls and the marks of {marks} calls.")
+    return dict.fromkeys(statuses or settings.KEPT, age), f"{what} that ended more than {older_than} ago"

@@ -27,6 +27,7 @@ from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outc
 from ..settings import Settings
 from .breaker import Breaker
 from .keeper import Keeper
+from .pruner import Pruner
 from .reach import Reach
 from .run import Run
 from .settler import Settler
@@ -46,6 +47,9 @@ ENDED = (*FINAL, "deleted")
 LET_GO = (*ENDED, "lost")
 SETTLE_PATIENCE = 10.0
 """Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
+
+PRUNE_PATIENCE = 1.0
+"""Seconds that it waits besides for a batch that is being pruned."""
 
 T = TypeVar("T")
 
@@ -104,6 +108,8 @@ class Worker:
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
+        keep = settings.keep
+        self._pruner = Pruner(self._ledger, keep, self._reach, events, self._stop) if keep else None
         self._reach.on_return(self._wake.set)
         self._reach.on_return(self._bell.doubt)
         events.listen(lambda event, _: self._beat_now.set() if event.startswith("bell.") else None)
@@ -170,8 +176,13 @@ class Worker:
                         ("beats", self._beat()),
                     )
                 ]
+                pruning = loops.create_task(self._pruner.run(), name="pruner") if self._pruner is not None else None
                 await self._claim_until_stopped()
                 await self._drain()
+                if pruning is not None:
+                    # It has seen the stop, and ends by itself: after the batch that it is at.
+                    await asyncio.wait((pruning,), timeout=PRUNE_PATIENCE)
+                    helpers.append(pruning)
                 for helper in helpers:
                     helper.cancel()
         finally:

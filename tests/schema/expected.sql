@@ -72,7 +72,8 @@ CREATE TABLE public.recall_attempts (
     delivered_at timestamp with time zone,
     completed_at timestamp with time zone,
     missed integer DEFAULT 0 NOT NULL
-);
+)
+WITH (autovacuum_vacuum_scale_factor='0.05');
 
 COMMENT ON COLUMN public.recall_attempts.calls IS 'how many calls this row stands for';
 
@@ -87,6 +88,19 @@ COMMENT ON COLUMN public.recall_attempts.settled IS 'what the ending did to the 
 COMMENT ON COLUMN public.recall_attempts.delivered_at IS 'when the API took the run: answered at once, or accepted to be ended later';
 
 COMMENT ON COLUMN public.recall_attempts.completed_at IS 'when the run was known to have ended, well or badly';
+
+CREATE TABLE public.recall_chores (
+    chore text NOT NULL,
+    worker text NOT NULL,
+    until timestamp with time zone NOT NULL,
+    rests boolean DEFAULT false NOT NULL
+);
+
+COMMENT ON COLUMN public.recall_chores.worker IS 'whose turn it is, or was last';
+
+COMMENT ON COLUMN public.recall_chores.until IS 'before this instant nobody else begins: the turn is over sooner, or was left by a worker that died';
+
+COMMENT ON COLUMN public.recall_chores.rests IS 'whether the turn is over, and until is when the next one may begin';
 
 CREATE TABLE public.recall_endpoints (
     endpoint text NOT NULL,
@@ -159,7 +173,8 @@ CREATE TABLE public.session_recalls (
     jitter_seconds integer,
     CONSTRAINT session_recalls_call_type_check CHECK ((call_type = ANY (ARRAY['once'::text, 'recurring'::text, 'immediate'::text]))),
     CONSTRAINT session_recalls_status_known CHECK ((status = ANY (ARRAY['pending'::text, 'running'::text, 'fired'::text, 'cancelled'::text, 'failed'::text])))
-);
+)
+WITH (autovacuum_vacuum_scale_factor='0.05');
 
 COMMENT ON COLUMN public.session_recalls.lease IS 'the right to settle: a fresh uuid for each claim, null while nobody runs this recall';
 
@@ -224,6 +239,9 @@ CREATE TABLE public.sessions (
 
 ALTER TABLE ONLY public.recall_attempts
     ADD CONSTRAINT recall_attempts_pkey PRIMARY KEY (recall_id, occurrence, rekey, attempt, outcome);
+
+ALTER TABLE ONLY public.recall_chores
+    ADD CONSTRAINT recall_chores_pkey PRIMARY KEY (chore);
 
 ALTER TABLE ONLY public.recall_endpoints
     ADD CONSTRAINT recall_endpoints_pkey PRIMARY KEY (endpoint);

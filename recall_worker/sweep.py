@@ -1,0 +1,67 @@
+"""A sweep: one walk through both tables that deletes what is over for long enough, batch by batch. Pure: whoever sweeps asks PostgreSQL.
+
+Owns the order of the batches and how large they are: stretches of a table's pages, to the end that the table had when the walk began, so many
+rows of each at most. A batch that took long makes the next one smaller. The `prune` command and the daemon's own pruner sweep alike; the
+daemon makes pauses.
+
+The database decides what is over, and whether the application holds it locked. Never here: SQL (prune.sql), when to sweep (worker.pruner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .settings import KEPT
+
+PAGES, ROWS = 2048, 2000
+"""The largest batch: pages that are read, rows that are deleted."""
+SMALLEST = 1 / 32
+"""Of the largest, the part to begin with, and that it never falls below."""
+AIM = 0.05
+"""Seconds that a batch should take: within half and twice of it the size stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    statement: str
+    """recalls or calls, of prune.sql."""
+    values: dict[str, Any]
+
+
+class Sweep:
+    def __init__(self, keep: Mapping[str, float]) -> None:
+        """`keep`: seconds, by what is kept (settings.KEPT). What is not in it is not touched."""
+        self.deleted = dict.fromkeys(KEPT, 0)
+        self._keep = {kind: keep.get(kind) for kind in KEPT}
+        *statuses, calls = (self._keep[kind] is not None for kind in KEPT)
+        self._left = (["recalls"] if any(statuses) else []) + (["calls"] if calls else [])
+        self._first = 0
+        self._end: int | None = None
+        self._size = SMALLEST
+
+    def next(self) -> Batch | None:
+        """The batch to delete now; None when the walk is over."""
+        if not self._left:
+            return None
+        pages, most = max(1, int(PAGES * self._size)), max(1, int(ROWS * self._size))
+        return Batch(self._left[0], {**self._keep, "first": self._first, "pages": pages, "most": most})
+
+    def note(self, batch: Batch, row: Mapping[str, int], took: float) -> None:
+        """What that batch deleted, and the seconds that it took."""
+        deleted = {kind: row[kind] for kind in KEPT}
+        for kind, count in deleted.items():
+            self.deleted[kind] += count
+        if self._end is None:
+            self._end = row["pages"]
+        # As many as there may be: some may be left in this stretch.
+        if sum(deleted.values()) < batch.values["most"]:
+            self._first += batch.values["pages"]
+        if self._first >= self._end:
+            self._left.pop(0)
+            self._first, self._end = 0, None
+        if took > 2 * AIM:
+            self._size = max(SMALLEST, self._size / 2)
+        elif took < AIM / 2:
+            self._size = min(1.0, self._size * 2)

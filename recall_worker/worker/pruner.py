@@ -1,0 +1,112 @@
+"""Deletes what is over for long enough (RECALL_PRUNE), a little at a time, where it is in nobody's way.
+
+One replica of all prunes at a time, and then none for a while: a twenty-fourth of the shortest retention, a day at most. Whose turn it is stands in
+`recall_chores`, so a restart neither forgets nor repeats it, and it holds through a transaction pooler. A batch is a statement of its own
+on a connection of its own, open only meanwhile; it waits for no row, and is followed by a pause of four times what it took. Nothing is deleted while
+PostgreSQL is lost or the worker drains: what is left of a walk is left to the next one.
+
+The database decides whose turn it is, and what may go. Never here: what a batch is (sweep).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ..events import Events
+from ..ledger import TURN, Ledger, Outage, Refusal
+from ..sweep import Sweep
+from .reach import Reach
+
+PART = 1 / 24
+LONGEST = 86_400.0
+START_WITHIN = 60.0
+"""Seconds over which replicas that start together spread their first question."""
+ASK_AGAIN = 3600.0
+"""Seconds, at most, until one whose turn it is not asks again: another may be configured otherwise."""
+OPEN_FOR = 30.0
+"""Seconds until the next look from which on the connection is not kept for it."""
+PAUSE_LEAST = 0.02
+PAUSE = 4
+LOCKED_PAUSE = 1.0
+LOCKED = "55P03"
+
+
+class Pruner:
+    def __init__(self, ledger: Ledger, keep: Mapping[str, float], reach: Reach, events: Events, stopped: asyncio.Event) -> None:
+        """`keep`: seconds, by what is kept. `stopped`: set when the worker begins to drain."""
+        self._ledger = ledger
+        self._keep = keep
+        self._reach = reach
+        self._events = events
+        self._stopped = stopped
+        self._every = min(LONGEST, max(1.0, min(keep.values()) * PART))
+
+    async def run(self) -> None:
+        """Prune whenever it is time. Returns when the worker stops."""
+        wait = random.uniform(0, min(self._every, START_WITHIN))
+        while not await self._is_stopped_within(wait):
+            wait = await self._look() * random.uniform(1.0, 1.1)
+            if wait >= OPEN_FOR:
+                await self._ledger.stop_pruning()
+        await self._ledger.stop_pruning()
+
+    async def _look(self) -> float:
+        """Prune if it is our turn. Returns seconds until the next look."""
+        if self._reach.is_lost:
+            return min(self._every, TURN)
+        try:
+            next_in = await self._ledger.take_turn(self._every)
+            if next_in is None:
+                next_in = self._every if await self._sweep() else min(self._every, TURN)
+            return min(max(next_in, 0.05), ASK_AGAIN)
+        except Outage:
+            # Told by those who need PostgreSQL for more than this.
+            return min(self._every, TURN)
+        except Refusal as refusal:
+            if refusal.sqlstate != LOCKED:
+                self._events.tell("worker.stumbled", doing="prune", reason=refusal.reason)
+            return max(self._every, TURN)
+
+    async def _sweep(self) -> bool:
+        """Walk through both tables. Returns whether the end was reached. Raises Outage, Refusal."""
+        sweep = Sweep(self._keep)
+        began = asked = time.monotonic()
+        whole = False
+        try:
+            while (batch := sweep.next()) is not None:
+                if self._stopped.is_set() or self._reach.is_lost:
+                    break
+                if time.monotonic() - asked > TURN / 4:
+                    asked = time.monotonic()
+                    if await self._ledger.take_turn(self._every) is not None:
+                        break
+                at = time.monotonic()
+                try:
+                    row = await self._ledger.prune(batch)
+                except Refusal as refusal:
+                    if refusal.sqlstate != LOCKED:
+                        raise
+                    # Somebody holds the whole table, as DDL does.
+                    await self._is_stopped_within(LOCKED_PAUSE)
+                    continue
+                took = time.monotonic() - at
+                sweep.note(batch, row, took)
+                await self._is_stopped_within(max(PAUSE_LEAST, PAUSE * took))
+            else:
+                whole = True
+        finally:
+            facts: dict[str, Any] = {**sweep.deleted, "took_s": round(time.monotonic() - began, 3), "whole": whole}
+            self._events.tell("rows.pruned", **facts)
+        await self._ledger.end_turn(self._every if whole else 0.0)
+        return whole
+
+    async def _is_stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._stopped.wait()
+        except TimeoutError:
+            return False
