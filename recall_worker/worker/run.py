@@ -17,6 +17,7 @@ class Run:
     ours_until: float
     """Monotonic instant up to which nobody else runs it: with its lease, or beyond that, as long as nobody could take it."""
     task: asyncio.Task[None] | None = field(default=None)
+    holds_slot: bool = True
     aborted: str | None = None
     """Why the call was broken off by us, if it was."""
 

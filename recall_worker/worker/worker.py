@@ -23,7 +23,7 @@ from ..bell import Bell
 from ..events import Events
 from ..ledger import Backlog, Claimed, Deadlines, Ledger, Outage, Refusal
 from ..protocols import Call, Protocol, hushed, traceparent
-from ..recall import FINAL, Accepted, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
+from ..recall import FINAL, Accepted, Answered, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
 from ..settings import Settings
 from .breaker import Breaker
 from .keeper import Keeper
@@ -90,8 +90,8 @@ class Worker:
         self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._held, self._let_go)
         self._breaker = Breaker()
         self._runs: dict[UUID, Run] = {}
-        self._open = 0
-        """Of these, those that have not ended: each takes a slot. The others wait to be settled."""
+        self._slots_in_use = 0
+        """Of these, those that hold a slot. The others were answered, and wait to be settled."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,7 +135,7 @@ class Worker:
     def vitals(self) -> Vitals:
         return Vitals(
             slots=self._settings.concurrency,
-            slots_in_use=self._open,
+            slots_in_use=self._slots_in_use,
             breaker=self._breaker.state,
             bell=self._bell.state,
             database_is_lost=self._reach.is_lost,
@@ -319,7 +319,7 @@ class Worker:
             held_until = claimed.asked_at + self._settings.lease
             run = Run(call, held_until, held_until)
             self._runs[claim.lease] = run
-            self._open += 1
+            self._slots_in_use += 1
             self._idle.clear()
             self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
             if claim.taken_from is not None:
@@ -469,9 +469,10 @@ class Worker:
             self._beat_now.set()
         if isinstance(outcome, Misconfigured):
             self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
-        self._open -= 1
-        if self._more_waits:
-            self._wake.set()
+        if isinstance(outcome, Answered):
+            self._leave_slot(run)
+            if self._more_waits:
+                self._wake.set()
         self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
 
     async def _tell_fleet(self) -> None:
@@ -482,11 +483,16 @@ class Worker:
 
     @property
     def _free_slots(self) -> int:
-        """A run that has ended leaves its slot before it is settled, so that the next one is claimed meanwhile. Should PostgreSQL take no settles,
-        no more gather than there are slots."""
-        return min(self._settings.concurrency - self._open, 2 * self._settings.concurrency - len(self._runs))
+        """A run that was answered leaves its slot before it is settled, so that the next one is claimed meanwhile. Should PostgreSQL take no
+        settles, no more gather than there are slots. What ends otherwise keeps its slot: trouble is not to be met faster."""
+        return min(self._settings.concurrency - self._slots_in_use, 2 * self._settings.concurrency - len(self._runs))
+
+    def _leave_slot(self, run: Run) -> None:
+        self._slots_in_use -= run.holds_slot
+        run.holds_slot = False
 
     def _free(self, run: Run) -> None:
+        self._leave_slot(run)
         self._runs.pop(run.claim.lease, None)
         if not self._runs:
             self._idle.set()
