@@ -535,6 +535,33 @@ endless as (
         limit 100
         for update skip locked
     ))
+),
+abandoned as materialized (
+    -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so its lease is ended and its call's mark left
+    -- here. Its session has been free since the lease ran out.
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at, r.scheduled_for, r.missed,
+        r.trigger_at, r.run_reference
+    from session_recalls r
+    where r.lease is not null and r.status not in ('pending', 'running') and r.lease_until < now() - interval '1 minute'
+    order by r.session_id
+    limit 100
+    for update of r skip locked
+),
+ended as (
+    update session_recalls
+    set lease = null, lease_until = null
+    where id = any (array(select id from abandoned))
+),
+marked as (
+    insert into recall_attempts
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
+        ended_at, reason, settled)
+    select a.id, a.occurrence, a.rekey, a.attempt, 'unknown', a.session_id, coalesce(a.leased_by, 'unknown'), a.lease,
+        coalesce(a.scheduled_for, a.trigger_at), a.missed, a.leased_at, a.leased_at, a.lease_until,
+        'the worker was not heard of again: its lease ended', 'ended'
+    from abandoned a
+    where a.run_reference is null and octet_length(a.id) <= 2000
+    on conflict do nothing
 )
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)

@@ -860,6 +860,24 @@ async def test_missed_occurrences_are_counted_once(age: float, missed: int, db: 
     assert (second.missed, second.key, second.scheduled_for) == (missed, first.key, first.scheduled_for)
 
 
+async def test_what_was_ended_while_its_worker_died(db: Connection, app: Application, ledgers: Ledgers) -> None:
+    """Nobody takes up a recall that was cancelled in mid-run. A minute after its lease the next beat of any worker ends that, and leaves the
+    call's mark."""
+    fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 0, "breaker": "closed", "bell": "listening"}
+    id = await put(db, "s")
+    claimed = await claim_one(ledgers("dead"))
+    assert await app.cancel_session("s") == 1
+    for ago, left in (("30 seconds", claimed.lease), ("61 seconds", None)):
+        await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
+        await ledgers("alive").beat(fit, {})
+        assert (await recall(db, id))["lease"] == left
+    assert (await recall(db, id))["status"] == "cancelled"
+    cursor = await db.execute("select worker, outcome, settled, attempt, lease from recall_attempts where recall_id = %s", (id,))
+    assert await cursor.fetchall() == [
+        {"worker": "dead", "outcome": "unknown", "settled": "ended", "attempt": 1, "lease": claimed.lease}
+    ]
+
+
 async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) -> None:
     """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or have not been heard of for long."""
     fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 2, "breaker": "closed", "bell": "listening"}

@@ -83,7 +83,9 @@ async def _drained(hand: Hand) -> int:
 
     async def live(conn: psycopg.AsyncConnection[Any]) -> int:
         found = await (
-            await conn.execute("select count(*) from session_recalls where status in ('pending', 'running') or lease is not null")
+            await conn.execute(
+                "select count(*) from session_recalls where status in ('pending', 'running') or lease_until > now()"
+            )
         ).fetchone()
         return 0 if found is None else int(found[0])
 
