@@ -284,7 +284,10 @@ def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
         after = _moments(recall, recall.trigger_at, now) if named else islice(_moments(recall, nominal, now), 1 + skip, None)
         yield from enumerate(after, number + 1 + skip)
         return
-    if moved:
+    if recall.call_type == "recurring" and recall.cadence == "cron" and recall.interval_seconds is None:
+        # Its next moment is for a worker to find, from where it stands.
+        nominal = recall.trigger_at
+    elif moved:
         nominal = recall.trigger_at
         if skip and recall.cadence == "cron":
             nominal = next(

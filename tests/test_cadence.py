@@ -200,6 +200,17 @@ RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
         # Put at another time.
         ({"trigger_at": NOON + HOUR / 2}, [0.5, 1.5, 2.5]),
         ({"trigger_at": NOON + HOUR / 2} | HOURLY, [0.5, 1, 2]),
+        # Retried before any worker had found its first moment: from where it stands.
+        (
+            HOURLY
+            | {
+                "interval_seconds": None,
+                "scheduled_for": NOON - 3 * HOUR,
+                "trigger_at": NOON + HOUR / 2,
+                "planned_at": NOON + HOUR / 2,
+            },
+            [1, 2, 3],
+        ),
         # Jitter puts off what is due, and not what it stands for.
         ({"trigger_at": NOON + HOUR / 4, "planned_at": NOON + HOUR / 4, "scheduled_for": NOON}, [0, 1, 2]),
         # In mid-run: what runs, then what comes after it.

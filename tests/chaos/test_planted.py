@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PATCHES = sorted((Path(__file__).parent / "patches").glob("*.diff"))
 FOUND_BY = {
     "cancel_overwritten": ("bells", 0.2, "endings|after the end"),
-    "no_fence": ("stop long", 0.8, "settled twice|at once|numbers|contract"),
+    "no_fence": ("stop long", 1.6, "settled twice|at once|numbers|contract"),
     "no_look_after_reconnect": ("lone ring", 0.7, "heard"),
     "second_key_on_unknown": ("bells", 0.1, "second keys"),
     "settled_before_the_answer": ("bells", 0.1, "endings"),

@@ -252,7 +252,7 @@ async def test_half_open_connections(
         gate.open()
         await promise(app, "unheard")
         await daemon.hears("database.lost", within=60)
-        await daemon.hears("bell.lost", within=60)
+        await daemon.hears("bell.lost", within=90)
         proxy.heal()
         await daemon.hears("recall.settled", recall=recall, within=60)
         await daemon.hears("recall.settled", session="unheard", within=60)
@@ -272,7 +272,7 @@ async def test_half_open_bell(app: Application, database: str, endpoint: Endpoin
         proxy.blackhole()
         await promise(app, "by poll")
         await daemon.hears("recall.settled", session="by poll")
-        await daemon.hears("bell.lost", within=60, reason="no answer to the probe")
+        await daemon.hears("bell.lost", within=90, reason="no answer to the probe")
         proxy.heal()
         await daemon.hears("bell.listening", times=2, within=60)
         assert daemon.told("database.lost") == []
