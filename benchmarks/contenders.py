@@ -135,7 +135,7 @@ CONTENDERS = {
             _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
             _pgqueuer_install,
             _python("pgqueuer"),
-            6000,
+            9000,
         ),
         Contender(
             "graphile-worker",
@@ -144,7 +144,7 @@ CONTENDERS = {
                 %(due)s::timestamptz, null, null, null, null)::graphile_worker.job_spec){_SERIES}))""",
             _graphile_install,
             lambda ground, dsn, url, slots: (["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)], {}),
-            9000,
+            16000,
         ),
         Contender(
             CAPPED,
