@@ -117,7 +117,7 @@ CONTENDERS = {
                 %(message)s, 'pending', now(), now(){_SERIES}""",
             _ours_install,
             _ours("run"),
-            9000,
+            12000,
         ),
         Contender(
             "procrastinate",
@@ -127,7 +127,7 @@ CONTENDERS = {
                 %(due)s::timestamptz)::procrastinate_job_to_defer_v1)){_SERIES}""",
             _procrastinate_install,
             _python("procrastinate"),
-            1000,
+            2000,
         ),
         Contender(
             "PgQueuer",
@@ -135,7 +135,7 @@ CONTENDERS = {
             _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
             _pgqueuer_install,
             _python("pgqueuer"),
-            9000,
+            12000,
         ),
         Contender(
             "graphile-worker",
@@ -152,7 +152,7 @@ CONTENDERS = {
             _PGQUEUER.format(_JOB.format(_NTH), _SERIES),
             _pgqueuer_install,
             _python("pgqueuer-capped"),
-            4000,
+            12000,
         ),
         Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
         Contender(HTTPX_LOOP, "", "", lambda ground, dsn: _needs("httpx_aiohttp"), _python("loop-httpx"), 0),

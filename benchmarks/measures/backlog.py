@@ -24,7 +24,7 @@ def measure(contest: Contest) -> dict[str, Any]:
         found[str(slots)] = {name: [] for name in names}
         for round in range(1 if quick else 3):
             for name in rotated(names, round):
-                found[str(slots)][name].append(run(contest, name, slots, 1.5 if quick else 3.0))
+                found[str(slots)][name].append(run(contest, name, slots, 1.5 if quick else 2.0))
     return found
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from ..contenders import CONTENDERS, OURS, Contest
@@ -56,7 +58,7 @@ def measure(contest: Contest) -> dict[str, Any]:
         time.sleep(1)
         before, since = field.cpu(), time.monotonic_ns()
         command = [
-            "py-spy",
+            str(Path(sys.executable).with_name("py-spy")),
             "record",
             "-f",
             "raw",
