@@ -3,7 +3,8 @@
 A notification says only "look": the payload is empty and the row is the truth. The worker must also look once after every
 (re)connection, as whatever rang meanwhile was not heard; the bell rings itself for that.
 
-The connection is the bell's alone: psycopg's `notifies()` holds its lock. A half-open peer raises nothing, and a LISTEN through a
+The connection is the bell's alone, and is read as soon as something comes, which psycopg's `notifies()` would do two turns of the loop later. A
+half-open peer raises nothing, and a LISTEN through a
 transaction pooler, or on another server than the one that is written to, succeeds and hears nothing. So every now and then the bell has
 itself rung, on a channel of its own and from another connection (the ledger's): what arrives has come all the way. What does not is told
 once, loudly; until it is heard again the worker lives by its regular look. It reconnects for ever, with jitter.
@@ -17,6 +18,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -31,7 +33,6 @@ PROBE_EVERY = 60.0
 where the lease is short."""
 PROBE_DEADLINE = 5.0
 ECHO_STEP = 0.2
-DOUBT_STEP = 5.0
 RECONNECT_MOST = 5.0
 MEANWHILE = "until then a look every RECALL_POLL_INTERVAL finds what is inserted"
 POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
@@ -70,11 +71,15 @@ class Bell:
         """Whether the last echo did not come."""
         self._doubted = False
         self._answers = asyncio.Event()
+        self._echoed = False
+        self._stirred = asyncio.Event()
+        """What is waited for may have come."""
 
     def doubt(self) -> None:
         """PostgreSQL was away for others and answers again: soon see whether this connection still hears, or connect at once."""
         self._doubted = True
         self._answers.set()
+        self._stirred.set()
 
     @property
     def state(self) -> str:
@@ -108,6 +113,8 @@ class Bell:
         """Listen on a new connection. Returns when that does not hear what is rung."""
         async with asyncio.timeout(self._connect_within):
             conn = await Connection.connect(**self._info)
+        # What comes while it is asked something.
+        conn.add_notify_handler(lambda came: self._came(came.channel))
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
                 self._direct = await arrive(conn, self._deadlines.statement)
@@ -132,15 +139,39 @@ class Bell:
 
     async def _wait(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False) -> bool:
         """Hear what comes, for so long, or until the echo comes (or a doubt). Returns whether the echo came."""
-        until, heard = time.monotonic() + seconds, False
-        while not heard and not (while_trusted and self._doubted) and (left := until - time.monotonic()) > 0:
-            # Never left in the middle: what came in the same instant would be lost.
-            async for notification in conn.notifies(timeout=min(left, DOUBT_STEP), stop_after=1):
-                if notification.channel == self._own:
-                    heard = True
-                else:
-                    self._ring()
-        return heard
+        broken: list[psycopg.Error] = []
+
+        def hear() -> None:
+            try:
+                conn.pgconn.consume_input()
+                while (came := conn.pgconn.notifies()) is not None:
+                    self._came(came.relname.decode())
+            except psycopg.Error as error:
+                broken.append(error)
+                self._stirred.set()
+
+        loop, socket, until = asyncio.get_running_loop(), conn.fileno(), time.monotonic() + seconds
+        loop.add_reader(socket, hear)
+        try:
+            hear()
+            while not (self._echoed or broken or (while_trusted and self._doubted)) and (left := until - time.monotonic()) > 0:
+                self._stirred.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._stirred.wait()
+        finally:
+            loop.remove_reader(socket)
+        if broken:
+            raise broken[0]
+        echoed, self._echoed = self._echoed, False
+        return echoed
+
+    def _came(self, channel: str) -> None:
+        if channel == self._own:
+            self._echoed = True
+            self._stirred.set()
+        else:
+            self._ring()
 
     async def _hears(self, conn: psycopg.AsyncConnection[Any]) -> bool:
         """Whether this connection hears what is rung; True, too, where nobody can ring now. Raises TimeoutError where it is dead."""

@@ -7,14 +7,33 @@ Never here: secrets, messages of recalls, internal comments.
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import json
 import logging
 import math
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from select import PIPE_BUF
+from typing import Any, TextIO, cast
 
-import structlog
+
+@contextmanager
+def _without_rich() -> Iterator[None]:
+    """structlog takes rich along where it finds it, four megabytes that stay in every worker; nothing here is shown with it."""
+    absent = "rich" not in sys.modules
+    if absent:
+        sys.modules["rich"] = None  # type: ignore[assignment]  # as for what is not installed
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["rich"]
+
+
+with _without_rich():
+    import structlog
 
 LOUDNESS = {
     "ops.listening": "info",
@@ -77,19 +96,16 @@ class Events:
 def configure(level: str, format: str) -> None:
     """Set the log up for this process. `format`: auto (console on a terminal, else JSON), json, console."""
     console = format == "console" or (format == "auto" and sys.stderr.isatty())
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer(_line)
-    )
     facts: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    shown: list[Any] = [_harmless if console else _finite, renderer]
+    shown: list[Any] = [_harmless, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())] if console else [_line]
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr if console else cast("TextIO", _Together(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     # psycopg and others speak through the standard library: only what is wrong, and in lines like ours.
@@ -122,13 +138,51 @@ def _shown(name: str, fact: Any) -> Any:
     return harmless(fact)
 
 
-_WRITER = json.JSONEncoder(default=str)
+_WRITER = json.JSONEncoder(default=str, allow_nan=False)
 
 
-def _line(facts: Any, **_: Any) -> str:
-    return _WRITER.encode(facts)
+def _line(_: Any, __: str, facts: Any) -> str:
+    try:
+        return _WRITER.encode(facts)
+    except ValueError:
+        # JSON knows neither infinity nor NaN, though Python would write them.
+        return _WRITER.encode({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()})
 
 
-def _finite(_: Any, __: str, facts: Any) -> Any:
-    # JSON knows neither infinity nor NaN, though Python would write them.
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+class _Together:
+    """A file to which the lines of one turn of the loop go in one write: a batch of settled recalls is one, and not one each."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._lines: list[str] = []
+        atexit.register(self._leave)
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+        if len(self._lines) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self._leave)
+            except RuntimeError:
+                self._leave()
+
+    def flush(self) -> None:
+        """For structlog, which asks for it after each line."""
+
+    def _leave(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            with suppress(OSError):  # Whoever read the log has gone. The work goes on.
+                for piece in _pieces(lines):
+                    self._file.write(piece)
+                    self._file.flush()
+
+
+def _pieces(lines: list[str]) -> Iterator[str]:
+    """Lines, together as far as a pipe takes them whole: several workers may write to one."""
+    piece = ""
+    for line in lines:
+        if piece and len(piece) + len(line) > PIPE_BUF:
+            yield piece
+            piece = ""
+        piece += line
+    yield piece

@@ -6,7 +6,6 @@ Never here: the clock, SQL, HTTP. Durations come with the ending, chance comes a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +109,7 @@ def honour(claim: Claim) -> Placement | None:
         return Placement(claim.occurrence, At(claim.scheduled_for, claim.interval), missed) if missed else None
     when = cadence.moved_to(claim)
     occurrence = min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if claim.begun else 0)))
-    placed = dataclasses.replace(claim, scheduled_for=when.when if isinstance(when, At) else claim.trigger_at)
+    placed = claim._replace(scheduled_for=when.when if isinstance(when, At) else claim.trigger_at)
     return Placement(occurrence, when, cadence.missed(placed))
 
 

@@ -16,7 +16,6 @@ Never here: what an ending means (judge), when to ask (worker).
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import json
 import math
@@ -29,7 +28,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from operator import itemgetter
 from typing import Any, assert_never
 from uuid import UUID
 
@@ -37,7 +35,7 @@ import psycopg
 from psycopg import errors, pq
 from psycopg.abc import Buffer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import dict_row, tuple_row
+from psycopg.rows import AsyncRowFactory, dict_row, tuple_row
 from psycopg.types.datetime import TimestamptzLoader
 
 from . import statements
@@ -90,7 +88,8 @@ BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 _NONE_ASIDE = "r.id <> all ('{}')"
 
-_CLAIM_FIELDS = itemgetter(*(f.name for f in dataclasses.fields(Claim)))
+_BESIDES = 4
+"""Columns of a claim's answer before those of the claims: next_in, passed_over, locked, moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ class Claimed:
 
     claims: list[Claim]
     next_in: float | None
-    """Seconds until the next row is due, or None where none is."""
+    """Seconds until the next row is due, or None where none is, or where the claim took as many as were asked for: more may be due."""
     waiting: bool
     """Whether something is due that could not be claimed: locked, or behind a run of its session."""
     asked_at: float
@@ -318,7 +317,9 @@ class _Line:
         self._conn: psycopg.AsyncConnection[dict[str, Any]] | None = None
         self._turn = asyncio.Lock()
 
-    async def ask(self, statement: str, values: Mapping[str, Any], after: str | None = None) -> list[dict[str, Any]]:
+    async def ask(
+        self, statement: str, values: Mapping[str, Any], after: str | None = None, as_: AsyncRowFactory[Any] = dict_row
+    ) -> list[Any]:
         """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
         text, names = _numbered(statement)
         given = [_array(value) if isinstance(value := values[name], list) else value for name in names]
@@ -334,14 +335,17 @@ class _Line:
                     )
                     before += [] if after is None else [(after, None)]
                     prepare = self._prepare and not self._lent
+                    cursor = psycopg.AsyncRawCursor(conn, row_factory=as_)
                     if not before:
-                        cursor = await conn.execute(text, given, prepare=prepare)
+                        await cursor.execute(text, given, prepare=prepare)
                     else:
                         async with conn.pipeline(), conn.transaction():
                             for part, its in before:
                                 await psycopg.AsyncCursor(conn).execute(part.encode(), its, prepare=False)
-                            cursor = await conn.execute(text, given, prepare=prepare)
-                    return await cursor.fetchall() if cursor.description else []
+                            await cursor.execute(text, given, prepare=prepare)
+                    # Not by its `description`, which is made anew for each answer, a column at a time.
+                    answer = cursor.pgresult
+                    return await cursor.fetchall() if answer is not None and answer.nfields else []
             except TimeoutError:
                 await self._break()
                 raise Outage("no answer within the deadline", asked_at) from None
@@ -368,7 +372,7 @@ class _Line:
             self._suspect = False
         if self._conn is None or self._conn.closed:
             self._conn = None
-            self._conn = await Connection.connect(**self._info, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor)
+            self._conn = await Connection.connect(**self._info, row_factory=dict_row)
             await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
             self._lent = not await arrive(self._conn, self._within)
         return self._conn
@@ -441,7 +445,7 @@ class Ledger:
         if self._aside:
             statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
         try:
-            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn)
+            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn, as_=tuple_row)
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
@@ -450,12 +454,12 @@ class Ledger:
             if refusal.of_a_row:
                 return await self._claim_one_by_one(values, asked_at)
             raise
-        first = rows[0]
-        self._leave(first["locked"])
+        next_in, passed_over, locked, moved = rows[0][:_BESIDES]
+        self._leave(locked)
         if self._fleet is None:
             # Else it may be the fleet's cap that passed them over.
-            self._leave(id for id in first["passed_over"] if id is not None and id not in in_hand and id not in self._left)
-        return Claimed(_claims_in(rows), first["next_in"], bool(first["passed_over"]), asked_at, moved=first["moved"])
+            self._leave(id for id in passed_over if id is not None and id not in in_hand and id not in self._left)
+        return Claimed(_claims_in(rows), next_in, bool(passed_over), asked_at, moved=moved)
 
     def _leave(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
@@ -469,7 +473,7 @@ class Ledger:
         for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
             try:
                 claims += _claims_in(
-                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn)
+                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn, as_=tuple_row)
                 )
             except Refusal as refusal:
                 if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
@@ -503,8 +507,7 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
-        rows = await self._claims.ask(self._sql["moved"], {})
-        return [Claim(*_CLAIM_FIELDS(row)) for row in rows]
+        return [Claim._make(row) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple_row)]
 
     async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
         """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
@@ -605,7 +608,9 @@ class Ledger:
         if plain:
             for row in rows:
                 row["reasons"] = row["reasons"] and row["reasons"].encode("ascii", "backslashreplace").decode()
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        columns = {
+            name: list(values) for name, values in zip(rows[0], zip(*(row.values() for row in rows), strict=True), strict=True)
+        }
         statement = (
             self._sql["settle"] if on is None else self._sql["settle"].replace("for update of r skip locked", "for update of r")
         )
@@ -638,7 +643,8 @@ class Ledger:
 
     async def prune(self, batch: Batch) -> Mapping[str, int]:
         """Delete one batch of what is over."""
-        return (await self._prunes.ask(self._pruning[batch.statement], batch.values))[0]
+        deleted: Mapping[str, int] = (await self._prunes.ask(self._pruning[batch.statement], batch.values))[0]
+        return deleted
 
     async def end_turn(self, again_in: float) -> None:
         """Have the next turn in so many seconds, whoever's it will be."""
@@ -653,16 +659,17 @@ class Ledger:
         await self._claims.ask(self._sql["leave"], {"worker": self._worker})
 
 
-def _claims_in(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    return [Claim(*_CLAIM_FIELDS(row)) for row in rows if row["id"] is not None]
+def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
+    """Where nothing was claimed there is one row still, without an id."""
+    return [Claim._make(row[_BESIDES:]) for row in rows if row[_BESIDES] is not None]
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:
     """A claim after its placement was written."""
     when = placement.when
     nominal = when.when if isinstance(when, At) else claim.trigger_at
-    return dataclasses.replace(
-        claim, occurrence=placement.occurrence, rekey=claim.rekey if placement.occurrence == claim.occurrence else 0, attempt=1,
+    return claim._replace(
+        occurrence=placement.occurrence, rekey=claim.rekey if placement.occurrence == claim.occurrence else 0, attempt=1,
         deferrals=0, begun_age=None, taken_from=None, missed=placement.missed, scheduled_for=nominal, planned_at=claim.trigger_at,
         interval=claim.interval if when.distance is None else when.distance,
         lateness=claim.lateness + (claim.scheduled_for - nominal).total_seconds(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 CALL_TYPES = ("once", "recurring", "immediate")
@@ -66,9 +66,8 @@ class Recall:
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One occurrence of one recall, held under a lease.
+class Claim(NamedTuple):
+    """One occurrence of one recall, held under a lease: the columns of the ledger's statement `claim`, in its order.
 
     Ages and distances are seconds by PostgreSQL's clock at the moment of the claim; what passes afterwards is added from the
     host's monotonic clock by whoever needs it. Dates are clamped to years 1 to 9998, as psycopg loads no others.

@@ -128,13 +128,15 @@ taken as (
             last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
 ),
 ahead as (
-    select (
+    -- Where all slots were filled more may be due, and nobody asks. Ahead of now lie the dead entries of all leases that were settled since the
+    -- last vacuum.
+    select case when (select count(*) from candidate) < %(slots)s then (
             select extract(epoch from least(coalesce(r.lease_until, r.trigger_at), now() + interval '1 day') - now())::float8
             from session_recalls r
             where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) > now()
             order by coalesce(r.lease_until, r.trigger_at)
             limit 1
-        ) as next_in,
+        ) end as next_in,
         -- Due and not ours to claim: locked by the application, or behind a run of its session. The worker comes back for it. Of leases
         -- that could be taken, which, as only a lock explains that.
         -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
@@ -461,10 +463,12 @@ freed as (
     where r.id = any (array(select id from state where state = 'ended'))
 ),
 before as (
-    -- The mark of a run that was accepted and has ended: its times go into the final one.
+    -- The mark of a run that was accepted and has ended: its times go into the final one. By an array of ids, mostly empty: a join may be planned,
+    -- while the table is small, to read all of it for marks of that outcome, and goes on so until the next analyze.
     delete from recall_attempts a
     using told t join state s on s.id = t.id
-    where t.has_reference and t.outcome is not null and s.state not in ('moved', 'locked', 'again')
+    where a.recall_id = any (array(select id from told where has_reference))
+        and t.has_reference and t.outcome is not null and s.state not in ('moved', 'locked', 'again')
         and a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey and a.attempt = t.call_attempt
         and a.outcome = 'accepted' and t.outcome <> 'accepted'
     returning a.recall_id, a.called_at, a.delivered_at

@@ -155,7 +155,7 @@ def test_too_late(grace: int, late: int) -> None:
     """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in the instant at which it is due."""
     claim = claim_with(call_type="recurring", interval=60, grace=grace, lateness=late)
     assert cadence.too_late(claim) is None
-    said = cadence.too_late(dataclasses.replace(claim, lateness=late + 0.6))
+    said = cadence.too_late(claim._replace(lateness=late + 0.6))
     assert said == f"{late + 1} s late, past its grace of {late} s"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, assert_never
@@ -367,7 +366,7 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, 
         call_type="recurring", interval=interval, occurrence=occurrence, attempt=attempt,
         trigger_at=NOON + timedelta(seconds=interval) * k,
     )  # fmt: skip
-    begun = dataclasses.replace(claim, begun_age=1.0)
+    begun = claim._replace(begun_age=1.0)
     assert honour(claim) == honour(begun) == Placement(occurrence + k, AsMoved(), 0)
     after_a_run = verdict_on(begun, Answered(200))
     assert after_a_run == Next(occurrence + 1 + k, After(float(interval) * (1 + k)))
@@ -380,17 +379,17 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, 
 def test_the_last_number(outcome: Outcome, move: str, left: int) -> None:
     """A recall whose numbers are used up has failed and says so; the last of them is still used."""
     claim = claimed("recurring", move)
-    used_up = verdict_on(dataclasses.replace(claim, occurrence=LAST - left + 1), outcome)
+    used_up = verdict_on(claim._replace(occurrence=LAST - left + 1), outcome)
     assert isinstance(used_up, Finish) and used_up.status == "failed"
     assert used_up.reason is not None and "no number is left" in used_up.reason
-    still = verdict_on(dataclasses.replace(claim, occurrence=LAST - left), outcome)
+    still = verdict_on(claim._replace(occurrence=LAST - left), outcome)
     assert isinstance(still, Next) and still.occurrence == LAST
 
 
 @pytest.mark.parametrize("move", ["skipped once", "rescheduled"])
 def test_honouring_never_passes_the_last_number(move: str) -> None:
     """A column of four bytes holds what a move makes of the number."""
-    claim = dataclasses.replace(claimed("recurring", move, begun_age=1.0), occurrence=LAST)
+    claim = claimed("recurring", move, begun_age=1.0)._replace(occurrence=LAST)
     assert honour(claim) == Placement(LAST, AsMoved(), 0)
 
 
@@ -415,11 +414,9 @@ def settled(claim: Claim, ending: Ending, verdict: Verdict) -> Claim | None:
         case Finish():
             return None
         case Retry(After(seconds), rekey, _):
-            return dataclasses.replace(
-                claim, attempt=claim.attempt + 1, rekey=claim.rekey + rekey, deferrals=0, begun_age=waited + seconds
-            )
+            return claim._replace(attempt=claim.attempt + 1, rekey=claim.rekey + rekey, deferrals=0, begun_age=waited + seconds)
         case Defer(After(seconds), _):
-            return dataclasses.replace(claim, deferrals=claim.deferrals + 1, begun_age=waited + seconds)
+            return claim._replace(deferrals=claim.deferrals + 1, begun_age=waited + seconds)
         case Release():
             return claim
         case _:

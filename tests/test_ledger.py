@@ -6,7 +6,6 @@ A ledger (and so a connection) for each worker, the application on its own async
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -603,7 +602,7 @@ async def test_a_move_in_mid_run_is_answered_and_then_honoured(db: Connection, a
     moved = await settle(ledger, claimed)
     assert isinstance(moved, Moved)
     assert (await recall(db, id))["lease"] == claimed.lease and await marks(db, id) == []
-    judged = dataclasses.replace(claimed, trigger=moved.trigger, trigger_at=moved.trigger_at)
+    judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
     row = await recall(db, id)
     assert (row["occurrence"], row["trigger_at"], row["planned_at"], row["scheduled_for"]) == (2, FAR, FAR, None)
@@ -618,7 +617,7 @@ async def test_a_move_to_a_date_that_python_lacks(date: str, db: Connection, led
     await db.execute("update session_recalls set trigger_at = %s where id = %s", (date, id))
     moved = await settle(ledger, claimed)
     assert isinstance(moved, Moved)
-    judged = dataclasses.replace(claimed, trigger=moved.trigger, trigger_at=moved.trigger_at)
+    judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
     assert await one(db, "select trigger_at = %s::timestamptz as there from session_recalls", date) == {"there": True}
 

@@ -486,9 +486,7 @@ class Actor:
                 [settlement] = await self.ledger.settle([(ending, judge(ending, POLICY, lambda: 0.5))])
                 match settlement:
                     case Moved(trigger, trigger_at):
-                        ending = dataclasses.replace(
-                            ending, claim=dataclasses.replace(claim, trigger=trigger, trigger_at=trigger_at)
-                        )
+                        ending = dataclasses.replace(ending, claim=claim._replace(trigger=trigger, trigger_at=trigger_at))
                     case Locked():
                         pass
                     case Settled() | Ended() | LeaseLost() | Stranded():

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
@@ -84,7 +83,7 @@ def claim_with(**changes: Any) -> Claim:
         taken_from=None,
         claimed_at=NOON + timedelta(milliseconds=1),
     )
-    return dataclasses.replace(claim, **changes)
+    return claim._replace(**changes)
 
 
 def test_every_outcome_has_a_sample() -> None:
@@ -105,7 +104,7 @@ def test_unions_are_closed_over_frozen_dataclasses(union: object) -> None:
 
 def test_a_claim_is_frozen() -> None:
     """What the worker holds of a recall can't be changed in place."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         claim_with().attempt = 2  # type: ignore[misc]
 
 

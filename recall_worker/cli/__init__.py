@@ -11,10 +11,18 @@ import sys
 
 def main() -> None:
     """The console script."""
-    from .app import app
     from .talk import explain
 
     try:
+        if sys.argv[1:] == ["run"]:
+            # As units and containers start it, with all its settings in the environment. What takes command lines apart would stay in the
+            # daemon's memory for good, a fifth of it all.
+            from .run import run
+
+            run({}, embedded=False, data=None)
+            sys.exit(0)
+        from .app import app
+
         sys.exit(app(standalone_mode=False, prog_name="recall-worker"))
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -6,7 +6,7 @@ makes 25, and httpx over aiohttp 2,600; and it is the one that can say what deci
 
 How it knows: the body is a payload that aiohttp asks to write itself once it holds a connection, and headers leave in the same write
 as the body. Until `sent` is true nothing of the request has left this process. At that moment, too, a kept connection shows whether
-its server has hung up meanwhile (a turn of the loop brings in what the kernel already knows): such a connection is dropped, and
+its server has hung up meanwhile (what the kernel already knows, a turn of the loop brings in): such a connection is dropped, and
 another one is tried, at no cost. aiohttp itself never posts twice.
 
 A peer that vanishes without a word is noticed within a minute, by the probes of TCP: a run may take half an hour.
@@ -18,6 +18,7 @@ never unpacked. Idle connections end before uvicorn's keep-alive of 5 s would.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections.abc import Callable, Mapping
@@ -60,11 +61,12 @@ class Wire:
     def __init__(self, ca_file: str | None = None) -> None:
         """`ca_file`: a PEM file with the authority to trust instead of the system's. Raises SettingsError where it holds none."""
         try:
-            context = ssl.create_default_context(cafile=ca_file)
+            # aiohttp has a context with the system's authorities already, a megabyte of them.
+            trust = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
         except OSError:
             raise SettingsError([f"RECALL_CA_FILE is {ca_file!r}, which holds no certificate: give a PEM file"]) from None
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=context, socket_factory=_socket),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust, socket_factory=_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
@@ -157,6 +159,17 @@ def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
     return made
 
 
+def _is_gone(writer: Any) -> bool:
+    return writer.transport is None or writer.transport.is_closing() or writer.protocol.should_close
+
+
+def _has_news(transport: asyncio.BaseTransport) -> bool:
+    """Whether the kernel knows something of a connection that the loop has not seen yet."""
+    found = select.poll()
+    found.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(found.poll(0))
+
+
 class _Stale(ConnectionResetError):
     """The connection was dead, or spoke out of turn, before any byte of the request was handed to it."""
 
@@ -178,13 +191,11 @@ class _Witness(aiohttp.BytesPayload):
 
     async def write_with_length(self, writer: Any, content_length: int | None) -> None:
         self.asked = True
-        transport = writer.transport
-        # A turn of the loop shows what the kernel already knows: FIN, RST, bytes out of turn. TLS needs a second one.
-        secure = transport is not None and transport.get_extra_info("ssl_object") is not None
-        for _ in range(2 if secure else 1):
-            await asyncio.sleep(0)
-        transport = writer.transport
-        if transport is None or transport.is_closing() or writer.protocol.should_close:
+        if not _is_gone(writer) and _has_news(writer.transport):
+            # FIN, RST, bytes out of turn: a turn of the loop brings them in. TLS, which has words of its own, needs a second one.
+            for _ in range(2 if writer.transport.get_extra_info("ssl_object") is not None else 1):
+                await asyncio.sleep(0)
+        if _is_gone(writer):
             raise _Stale
         self.sent = True
         self._on_sent()

@@ -101,7 +101,7 @@ class Settler:
     def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
         match answer:
             case Moved(trigger, trigger_at, as_settled):
-                claim = dataclasses.replace(ending.claim, trigger=trigger, trigger_at=trigger_at)
+                claim = ending.claim._replace(trigger=trigger, trigger_at=trigger_at)
                 if as_settled and not skipped(claim):
                     self._tell("lease.violated", run, ending, status="pending", hint=VIOLATED)
                 self._again(run, dataclasses.replace(ending, claim=claim), pause)

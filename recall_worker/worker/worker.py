@@ -6,7 +6,6 @@ All its loops are supervised together: one that ends by a defect ends the worker
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import os
 import random
@@ -42,6 +41,9 @@ FIRST = 2
 """Replicas that look at once when it rings or something falls due. In a fleet one claim finds it, and all others were for nothing."""
 STAGGER, STAGGER_MOST = 0.01, 0.25
 """Seconds by which each further replica looks later than the one before it, should those have died, or be full. What rings meanwhile is one look."""
+TOGETHER_LEAST, TOGETHER_MOST = 5, 100
+"""Recalls that one claim takes at most: half of the slots, within these bounds. With all slots in one claim this process and PostgreSQL come to
+wait for each other by turns."""
 ENDED = (*FINAL, "deleted")
 """What the application can make of a recall in mid-run."""
 LET_GO = (*ENDED, "lost")
@@ -256,6 +258,7 @@ class Worker:
             slots = min(slots, allowed)
         if slots <= 0:
             return min(most, changes_in) if allowed is not None else most
+        slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
         try:
             claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
             self._reach.found()
@@ -421,7 +424,7 @@ class Worker:
     async def _accept(self, run: Run, accepted: Accepted) -> bool:
         """Put the reference on record before it is polled, however long PostgreSQL takes. False where the row is not ours any more."""
         claim = run.claim
-        run.call.claim = dataclasses.replace(claim, reference=accepted.reference, delivered_age=0.0)
+        run.call.claim = claim._replace(reference=accepted.reference, delivered_age=0.0)
         sent_at = run.call.sent_at
         while True:
             try:

@@ -459,7 +459,14 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
         # A session that turns out to be somebody's is posted to again, with its owner's name: one call, two requests.
         assert set(marked) == set(posted) and all(posted[id] <= 2 * marked[id] for id in marked)
     else:
-        assert marked == posted
+        # A server may hang up while a request is on its way to it: what it never read is unknown.
+        unread = Counter(marked) - posted
+        assert Counter(marked) == posted + unread
+        lost = await rows(
+            db,
+            "select recall_id, sum(calls) as n from recall_attempts where outcome = 'unknown' and reason ~ 'broke off' group by 1",
+        )
+        assert unread <= Counter({mark["recall_id"]: mark["n"] for mark in lost}) and unread.total() <= 3
         bodies: dict[str, bytes] = {}
         for request in calls:
             assert bodies.setdefault(request.headers["idempotency-key"], request.body) == request.body

@@ -456,9 +456,7 @@ class Lives(RuleBasedStateMachine):
             (answer,) = self.world.run(ledger.settle([(ending, verdict)]))
             if not isinstance(answer, Moved):
                 return answer
-            claim = claim.__class__(
-                **{f: getattr(claim, f) for f in claim.__slots__} | {"trigger": answer.trigger, "trigger_at": answer.trigger_at}
-            )
+            claim = claim._replace(trigger=answer.trigger, trigger_at=answer.trigger_at)
         raise AssertionError("moved for ever")
 
     @precondition(lambda self: self.open)
