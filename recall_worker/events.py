@@ -105,7 +105,7 @@ def configure(level: str, format: str) -> None:
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr if console else cast("TextIO", _Together(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr if console else cast("TextIO", Together(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     # psycopg and others speak through the standard library: only what is wrong, and in lines like ours.
@@ -149,7 +149,7 @@ def _line(_: Any, __: str, facts: Any) -> str:
         return _WRITER.encode({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()})
 
 
-class _Together:
+class Together:
     """A file to which the lines of one turn of the loop go in one write: a batch of settled recalls is one, and not one each."""
 
     def __init__(self, file: TextIO) -> None:

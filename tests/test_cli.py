@@ -427,6 +427,21 @@ def test_as_a_process(waiting: str) -> None:
     assert process(None, "--version").stdout.startswith("recall-worker ")
 
 
+def test_the_daemon_is_started_without_what_takes_command_lines_apart(database: str) -> None:
+    """`run` with nothing behind it, as units have it: what only people need is not in its memory for good."""
+    program = """
+import sys
+from recall_worker.cli import main
+from recall_worker.worker.worker import Worker
+Worker.run = lambda self: print(*sorted({"typer", "pydantic", "rich", "pygments"} & set(sys.modules)), "and no more") or self._ledger.close()
+sys.argv = ["recall-worker", "run"]
+main()
+"""
+    environ = {"PATH": os.environ["PATH"], "RECALL_DSN": database, "RECALL_RUN_URL": "http://127.0.0.1:1/"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, encoding="utf-8", timeout=60)
+    assert (done.returncode, done.stdout) == (0, "and no more\n"), done.stderr
+
+
 # --- help and completion ---------------------------------------------------------------------------------------------
 
 OF = getattr(get_command(commands), "commands")  # noqa: B009 - a Group, which typer's types don't tell

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from select import PIPE_BUF
+from typing import Any, TextIO, cast
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import recall_worker
-from recall_worker.events import LOUDNESS, Events, harmless
+from recall_worker.events import LOUDNESS, Events, Together, harmless
 
 HOUSE = Path(recall_worker.__file__).parent
 STEER = "\x1b[2J\u202egnp.exe\x07"
@@ -145,3 +147,72 @@ def test_no_format_lets_a_fact_steer_the_terminal(format: str) -> None:
     assert not set("".join(lines)) & {"\x1b", "\x07", "\u202e", "\r"}
     assert sum("recall.settled" in line for line in lines) == 1
     assert all(line.startswith("{") for line in lines) is (format != "console")
+
+
+class Paper:
+    """A file that remembers what was written to it at once."""
+
+    def __init__(self) -> None:
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.writes.append(text)
+
+    def flush(self) -> None: ...
+
+
+def test_lines_of_one_turn_are_one_write() -> None:
+    """What is told in one turn of the loop is written at its end, in order; the next turn's is another write."""
+    paper = Paper()
+
+    async def tell() -> None:
+        together = Together(cast("TextIO", paper))
+        for line in ("one\n", "two\n", "three\n"):
+            together.write(line)
+            together.flush()
+        assert paper.writes == []
+        await asyncio.sleep(0)
+        together.write("four\n")
+        await asyncio.sleep(0)
+
+    asyncio.run(tell())
+    assert paper.writes == ["one\ntwo\nthree\n", "four\n"]
+
+
+def test_a_write_is_no_more_than_a_pipe_takes_whole() -> None:
+    """Several workers may share one pipe: their lines must not come to lie in one another."""
+    paper = Paper()
+
+    async def tell() -> None:
+        together = Together(cast("TextIO", paper))
+        for n in range(100):
+            together.write(f"{n:0>99}\n")
+        together.write("x" * 2 * PIPE_BUF + "\n")
+        await asyncio.sleep(0)
+
+    asyncio.run(tell())
+    *lines, long = paper.writes
+    assert "".join(lines) == "".join(f"{n:0>99}\n" for n in range(100)) and long == "x" * 2 * PIPE_BUF + "\n"
+    assert len(lines) == 3 and max(map(len, lines)) <= PIPE_BUF
+
+
+def test_a_line_outside_of_a_loop_is_written_at_once() -> None:
+    """Before the loop runs, and after it, nothing is kept back."""
+    paper = Paper()
+    Together(cast("TextIO", paper)).write("one\n")
+    assert paper.writes == ["one\n"]
+
+
+def test_the_last_lines_are_not_lost() -> None:
+    """What was told in the very turn in which the loop ended is written before the process ends, even where that ends with a defect."""
+    program = """
+import asyncio
+from recall_worker import events
+events.configure("info", "json")
+async def main():
+    events.Events().tell("worker.draining")
+    1 / 0
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1 and "worker.draining" in done.stderr and "ZeroDivisionError" in done.stderr

@@ -10,8 +10,9 @@ import pytest
 from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
-from ..endpoint import Endpoint, reply
+from ..endpoint import Endpoint, Gate, reply
 from .test_corridor import soon
+from .test_lease import promise
 
 
 async def _outage(app: Application, endpoint: Endpoint, daemons: Daemons, replicas: int, seconds: float) -> list[float]:
@@ -59,3 +60,18 @@ async def test_twenty_replicas_do_not_hammer_an_endpoint_that_is_down(
     probes = await _outage(app, endpoint, daemons, 20, 40)
     print(f"20 replicas, endpoint down for 40 s: {len(probes)} probes")
     assert len(probes) <= 10
+
+
+async def test_a_claim_takes_half_of_the_slots_at_most(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """A backlog fills all slots, but in claims of half of them: while one half is being run PostgreSQL brings the other."""
+    for n in range(30):
+        await promise(app, f"s{n}")
+    endpoint.default = gate = Gate()
+    daemon = await daemons.start(concurrency=20)
+    await daemon.until(lambda: len(daemon.told("recall.claimed")) == 20)
+    taken = [told["recalls"] for told in daemon.told("claim.answered")]
+    assert max(taken) == 10 and sum(taken) == 20
+    gate.open()
+    await daemon.hears("recall.settled", times=30)
