@@ -120,7 +120,7 @@ class Bell:
                 self._direct = await arrive(conn, self._deadlines.statement)
                 for channel in (CHANNEL, self._own):
                     await conn.execute(f"listen {channel}".encode(), prepare=False)
-            self.listening = True
+            self.listening, self._echoed = True, False
             if not self.unheard:
                 self._events.tell("bell.listening", channel=CHANNEL)
             self._ring()

@@ -276,7 +276,7 @@ def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
     planned, number = recall.planned_at or recall.trigger_at, recall.occurrence
     nominal = recall.scheduled_for or planned
     moved = recall.trigger_at != planned
-    skip = _skipped(recall.trigger_at - planned, recall.interval_seconds) if recall.call_type == "recurring" else 0
+    skip = _skipped(recall, recall.trigger_at - planned, recall.interval_seconds, nominal)
     if recall.leased_by is not None:
         # In mid-run a move speaks of what comes after the run.
         yield number, nominal
@@ -341,22 +341,22 @@ def skipped(claim: Claim) -> int:
 
     0 for any other move: that one names a time of its own.
     """
-    if not claim.recurring:
-        return 0
-    moved = claim.trigger_at - claim.planned_at
-    times = _skipped(moved, claim.interval)
-    if claim.cadence != "cron" or times <= SKIPS_BELIEVED:
-        return times
-    # The distances on cron differ: a short one goes into many a time that somebody names. Then it is a skip where it leads near there.
-    near = times <= COUNTED_MOST and _tick(claim, claim.scheduled_for, times).when <= claim.scheduled_for + 2 * moved
-    return times if near else 0
+    return _skipped(claim, claim.trigger_at - claim.planned_at, claim.interval, claim.scheduled_for)
 
 
-def _skipped(moved: timedelta, distance: int | None) -> int:
-    if distance is None or distance < 1:
+def _skipped(recall: Claim | Recall, moved: timedelta, distance: int | None, nominal: datetime) -> int:
+    if recall.call_type != "recurring" or distance is None or distance < 1:
         return 0
     times, rest = divmod(moved, timedelta(seconds=distance))
-    return times if times > 0 and not rest else 0
+    if times <= 0 or rest:
+        return 0
+    if recall.cadence != "cron" or times <= SKIPS_BELIEVED:
+        return times
+    # The distances on cron differ: a short one goes into many a time that somebody names. Then it is a skip where it leads near there.
+    if times > COUNTED_MOST:
+        return 0
+    leads_to = next(islice(ticks(recall.cron or "", recall.time_zone, nominal), times - 1, None), FAR)
+    return times if leads_to <= nominal + 2 * moved else 0
 
 
 def missed(claim: Claim) -> int:

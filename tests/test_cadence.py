@@ -197,6 +197,8 @@ RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
             {"cadence": "cron", "cron": "0 12 * * mon-fri", "interval_seconds": 86_400, "trigger_at": NOON + 24 * HOUR},
             [24, 48, 72],
         ),
+        # A second's distance goes into many a time that somebody names: no three thousand and six hundred skips.
+        ({"cadence": "cron", "cron": "0 12 * * *", "interval_seconds": 1, "trigger_at": NOON + HOUR}, [1, 24, 48]),
         # Put at another time.
         ({"trigger_at": NOON + HOUR / 2}, [0.5, 1.5, 2.5]),
         ({"trigger_at": NOON + HOUR / 2} | HOURLY, [0.5, 1, 2]),
