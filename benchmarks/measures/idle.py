@@ -10,7 +10,7 @@ import psycopg
 
 from ..contenders import OURS, PEERS, Contest
 from ..figures import judged, number, table
-from ..ground import memory
+from ..ground import Ground, memory
 from .wake import STATISTICS_LAG
 
 TITLE = "Idle"
@@ -27,8 +27,11 @@ def measure(contest: Contest) -> dict[str, Any]:
             field.start(SLOTS)
             field.settle_down()
             field.connection.close()
+        # Its transactions are nobody's, and it comes the oftener the more was written before.
+        stack.callback(_autovacuum, ground, "on")
+        _autovacuum(ground, "off")
         time.sleep(STATISTICS_LAG + 1)
-        # What PostgreSQL does by itself in a database that nobody uses: its autovacuum looks in once a minute.
+        # What else PostgreSQL does by itself in a database that nobody uses.
         nobody = stack.enter_context(ground.database())
         before = {name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()}
         alone = ground.transactions(nobody)
@@ -51,12 +54,17 @@ def measure(contest: Contest) -> dict[str, Any]:
     return found
 
 
+def _autovacuum(ground: Ground, state: str) -> None:
+    ground.maintenance.execute(f"alter system set autovacuum = {state}".encode())
+    ground.maintenance.execute("select pg_reload_conf()")
+
+
 def report(found: dict[str, Any]) -> str:
     rows = [
         [name, number(f["transactions"]), number(f["cpu_ms"]), number(f["mib"]), str(f["connections"])]
         for name, f in found.items()
     ]
-    said = "Transactions less those of a database that nobody uses (autovacuum's).\n\n"
+    said = "Without autovacuum, and less the transactions of a database that nobody uses.\n\n"
     said += table(["", "transactions a minute", "CPU a minute, ms", "resident memory, MiB", "connections"], rows) + "\n"
     said += judged("transactions a minute", found[OURS]["transactions"], 6)
     python = [name for name in ("procrastinate", "PgQueuer") if name in found]
