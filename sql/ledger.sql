@@ -218,7 +218,10 @@ returning r.id;
 select r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
     r.attempt, r.deferrals,
     least(greatest(coalesce(r.scheduled_for, r.planned_at), '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
-    r.missed, extract(epoch from now() - r.begun_at)::float8 as begun_age, 0::float8 as lag, 0::float8 as lateness,
+    r.missed,
+    case when r.begun_at is not null
+        then extract(epoch from now() - least(greatest(r.begun_at, '0001-01-02'::timestamptz), now()))::float8 end as begun_age,
+    0::float8 as lag, 0::float8 as lateness,
     '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger,
     least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
     least(greatest(r.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
@@ -399,7 +402,11 @@ state as materialized (
     select t.id, t.lease, h.status as status_before, h.trigger_at,
         -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
         case when isfinite(h.trigger_at) and isfinite(h.updated_at)
-            then coalesce(abs(extract(epoch from h.trigger_at - h.updated_at) - h.interval_seconds) < least(1, 0.01 * h.interval_seconds), false) else false end as as_settled,
+            then coalesce(
+                abs(extract(epoch from h.trigger_at) - extract(epoch from h.updated_at) - h.interval_seconds) < least(1, 0.01 * h.interval_seconds),
+                false)
+            else false
+        end as as_settled,
         case
             -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
             when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'

@@ -528,6 +528,17 @@ async def test_leases_that_are_over(house: House, worker: str | None) -> None:
 
 
 @shared
+async def test_dates_that_are_further_apart_than_an_interval_holds(house: House) -> None:
+    """Written in the first year of PostgreSQL's calendar and due in its last one, though its lease is over: called and settled as any other."""
+    id = await house.insert(
+        trigger_at="294276-12-31 23:59:59.999999", updated_at="4713-01-01 00:00:00 BC", lease=uuid.uuid4(), lease_until="2000-01-01",
+        leased_by="gone",
+    )  # fmt: skip
+    await house.daemon.hears("recall.settled", recall=id)
+    await house.goes_on()
+
+
+@shared
 async def test_a_lease_of_ours_that_is_over(house: House) -> None:
     """A row that says that this very worker holds it, which it does not, is called after two leases at most, or when the lease is another's."""
     id = await house.insert(lease=uuid.uuid4(), lease_until="-infinity", leased_by=house.daemon.name)
