@@ -25,7 +25,7 @@ from uuid import uuid4
 import psycopg
 
 from .events import Events
-from .ledger import STATEMENT_DEADLINE, Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
+from .line import STATEMENT_DEADLINE, Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 60.0

@@ -3,44 +3,28 @@
 The database is authoritative for what is due, who holds which lease, and what a recall has become. The process may believe a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
 
-A ledger keeps a few connections ("lines") of its own, each opened when first needed and again after it broke: one for claims,
-one for settles, one for renewals, so that none waits behind another. Their deadlines follow the lease, on both ends: a silence is
-noticed, and a new connection tried, while the lease lasts. Each asks on arrival whether it is the server's own, or lent
-by a pooler for one transaction at a time; there nothing is prepared, and every transaction brings its settings along. Whatever goes
-wrong with a connection is an `Outage`; callers wait and ask again. Statements that PostgreSQL refuses because of the values given
-are `Refusal`s.
+A ledger keeps a few connections (`line`) of its own: one for claims, one for settles, one for renewals, so that none waits behind
+another. In an `Outage` callers wait and ask again.
 
 Never here: what an ending means (judge), when to ask (worker).
 """
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import json
-import math
-import os
-import re
-import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
+from datetime import datetime
 from typing import Any, assert_never
 from uuid import UUID
 
-import psycopg
-from psycopg import errors, pq
-from psycopg.abc import Buffer
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import AsyncRowFactory, dict_row, tuple_row
-from psycopg.types.datetime import TimestamptzLoader
+from psycopg import errors
 
 from . import statements
 from .events import harmless
 from .judge import LAST
+from .line import Deadlines, Line, Outage, Refusal
 from .recall import (
     Accepted,
     After,
@@ -70,14 +54,6 @@ from .recall import (
 )
 from .sweep import Batch
 
-STATEMENT_DEADLINE = 15.0
-"""Seconds, at most, after which an unanswered statement means that the connection is gone."""
-CONNECT_DEADLINE = 10.0
-CONNECT_LEAST = 2.0
-"""Seconds that libpq gives a host at least."""
-LOCK_PATIENCE = 1.0
-"""Seconds, at most, a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
-EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
 REASON_MOST = 500
 """Characters of a reason that are kept."""
 ASIDE = 60.0
@@ -90,61 +66,6 @@ _NONE_ASIDE = "r.id <> all ('{}')"
 
 _BESIDES = 4
 """Columns of a claim's answer before those of the claims: next_in, passed_over, locked, moved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """How long PostgreSQL is waited for, in seconds."""
-
-    statement: float = STATEMENT_DEADLINE
-    connect: float = CONNECT_DEADLINE
-
-    @classmethod
-    def within(cls, lease: float) -> Deadlines:
-        """A renewal is asked for at a third of the lease. Should it go unanswered there is time for a new connection and another one."""
-        return cls(min(STATEMENT_DEADLINE, max(1.0, lease / 4)), min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease / 4)))
-
-    def connecting(self, dsn: str) -> float:
-        """Until each of a DSN's hosts has been asked."""
-        return max(self.connect, CONNECT_LEAST * _hosts(conninfo_to_dict(dsn)))
-
-
-class Outage(Exception):
-    """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
-
-    def __init__(self, reason: str, asked_at: float = math.inf, *, for_all: bool = False) -> None:
-        """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either."""
-        super().__init__(reason)
-        self.reason = reason
-        self.asked_at = asked_at
-        self.for_all = for_all
-
-
-class Refusal(Exception):
-    """PostgreSQL answered, and will not run this statement with these values (or at all). Trying again changes nothing."""
-
-    def __init__(self, reason: str, sqlstate: str | None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.sqlstate = sqlstate
-
-    @property
-    def of_a_row(self) -> bool:
-        """Whether it is about a row's values (data, constraints, limits, what a trigger raised), and not about the statement."""
-        return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
-
-
-class Dates(TimestamptzLoader):
-    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest."""
-
-    def load(self, data: Buffer) -> datetime:
-        text = bytes(data)
-        if text.startswith(b"-") or text.endswith(b"BC"):
-            return EARLIEST
-        try:
-            return min(LATEST, max(EARLIEST, super().load(data)))
-        except (errors.DataError, ValueError, OverflowError):
-            return LATEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,217 +103,6 @@ class Backlog:
     """Seconds for which the oldest of them has been due; 0 where there is none."""
 
 
-def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLINE) -> dict[str, Any]:
-    """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer.
-
-    `connect_within`: seconds. Of several hosts the last one, too, is asked within them, should those before it be silent (but each gets
-    two seconds); and the one that takes writes is meant, unless the DSN says otherwise: after a failover the first may be a standby.
-    """
-    given = conninfo_to_dict(dsn)
-    hosts = _hosts(given)
-    which = {"target_session_attrs": "read-write"} if hosts > 1 and not given.get("target_session_attrs") else {}
-    return which | {
-        "conninfo": dsn,
-        "application_name": name,
-        "connect_timeout": int(max(CONNECT_LEAST, connect_within / hosts)),
-        "keepalives": 1,
-        "keepalives_idle": int(1.5 * connect_within),
-        "keepalives_interval": int(0.5 * connect_within),
-        "keepalives_count": 3,
-        "tcp_user_timeout": int(2000 * connect_within),
-        "client_encoding": "utf8",
-        "autocommit": True,
-    }
-
-
-class Connection(psycopg.AsyncConnection[Any]):
-    """One that is hung up where what it was asked is broken off: by a deadline, or by its task's end.
-
-    psycopg would first ask the server to cancel, over a new connection, and then wait for the old one to say so: five seconds each, and
-    a deadline is meant for a server that says nothing. PostgreSQL gives up by itself: see `arrive`.
-    """
-
-    async def cancel_safe(self, *, timeout: float = 0.0) -> None:
-        with suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
-            same.shutdown(socket.SHUT_RDWR)
-
-
-def _hosts(given: Mapping[str, Any]) -> int:
-    return max(str(given.get(name) or "").count(",") + 1 for name in ("host", "hostaddr"))
-
-
-def manners(seconds: float) -> dict[str, str]:
-    """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
-    return {
-        "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
-        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
-    }  # fmt: skip
-
-
-async def arrive(conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE) -> bool:
-    """The first question on a connection. Returns whether it is the server's own: then it has our settings from now on.
-
-    `seconds`: the deadline of a statement; after twice that PostgreSQL, too, is rid of a connection whose peer has vanished, and of
-    the locks that it held. False: a pooler stands in between, and what was set would stay behind for others.
-    """
-    cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-    values = {"pid": conn.pgconn.backend_pid} | manners(seconds)
-    question = statements.load("ledger")["arrive"].encode()
-    try:
-        await cursor.execute(question, values, prepare=False)
-    except errors.QueryCanceled:
-        # Until ours is set the account's own deadline holds, be it a millisecond. A second time PostgreSQL has it all in its caches.
-        await cursor.execute(question, values, prepare=False)
-    row = await cursor.fetchone()
-    assert row is not None
-    return bool(row[0])
-
-
-def said(error: BaseException) -> str:
-    """The first line of an error's text, without what could be a secret.
-
-    libpq never names a password; but of a DSN that it can't take apart it quotes pieces, and with them pieces of a password that has a
-    blank, a slash or an @ in it.
-    """
-    lines = str(error).strip().splitlines()
-    line = lines[0].strip() if lines else type(error).__name__
-    if _OF_A_DSN.search(line):
-        line = re.sub(r'".*"', '"…"', line)
-    line = re.sub(r"(['\"])[^'\"]*@", r"\1…@", line)
-    if isinstance(error, errors.ReadOnlySqlTransaction):
-        return f"this PostgreSQL takes no writes, as a standby does: {line}"
-    return line
-
-
-def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
-    """Whether a connection was refused as everybody's is: nobody listens there, or PostgreSQL is starting up or shutting down.
-
-    False where others may be let in, or be in already: no answer, no way there, too many clients, a password that is wrong. Of several
-    hosts none may be listening.
-    """
-    attempts = str(error).split("\n- ")[1:] or [str(error)]
-    if all(_REFUSED in attempt or (_MISSING in attempt and "/.s.PGSQL." in attempt) for attempt in attempts):
-        return True
-    # What a server said follows two blanks, and may be in any language. libpq's ping knows it by its code. It holds the whole process up, but
-    # this server has just answered.
-    if _hosts(conninfo_to_dict(dsn)) > 1 or ":  " not in attempts[-1]:
-        return False
-    return pq.PGconn.ping(make_conninfo(dsn, connect_timeout=int(CONNECT_LEAST)).encode()) == pq.Ping.REJECT
-
-
-# The words of the C library, which libpq quotes.
-_REFUSED, _MISSING = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
-
-_OF_A_DSN = re.compile(r"connection (?:option|info)|URI|percent-encoded|port number")
-
-
-def _is_refusal(error: psycopg.Error) -> bool:
-    """Whether it is the values or the schema that PostgreSQL won't have, and not the moment or the connection."""
-    if error.sqlstate is None:
-        return not isinstance(error, errors.OperationalError | errors.InterfaceError)
-    # 08 connection, 0A a plan from before a column changed its type, 25 a standby after a failover, 26 a forgotten plan,
-    # 40 a deadlock, 53 no resources, 57 shut down, 58 disk.
-    return error.sqlstate[:2] not in ("08", "0A", "25", "26", "40", "53", "57", "58", "XX")
-
-
-class _Line:
-    """One connection, opened when needed, one statement at a time.
-
-    Where one breaks its siblings open theirs anew before their next statement: most often they broke too, which an idle
-    connection shows only when it is used, and then the same outage would be told again.
-    """
-
-    def __init__(self, dsn: str, name: str, deadlines: Deadlines, siblings: list[_Line], *, prepare: bool = True) -> None:
-        self._dsn = dsn
-        self._info = connection_info(dsn, name, deadlines.connect)
-        self._within = deadlines.statement
-        self._connect_within = deadlines.connecting(dsn)
-        self._prepare = prepare
-        self._manners = statements.load("ledger")["manners"]
-        self._lent = False
-        """Whether a pooler lends us the server's connection for one transaction at a time."""
-        self._siblings = siblings
-        self._siblings.append(self)
-        self._suspect = False
-        self._conn: psycopg.AsyncConnection[dict[str, Any]] | None = None
-        self._turn = asyncio.Lock()
-
-    async def ask(
-        self, statement: str, values: Mapping[str, Any], after: str | None = None, as_: AsyncRowFactory[Any] = dict_row
-    ) -> list[Any]:
-        """Run a statement; `after` another one, where given, in one transaction and still one round trip."""
-        text, names = _numbered(statement)
-        given = [_array(value) if isinstance(value := values[name], list) else value for name in names]
-        async with self._turn:
-            asked_at = time.monotonic()
-            try:
-                async with asyncio.timeout(self._connect_within + self._within) as deadline:
-                    conn = await self._connected()
-                    # PostgreSQL itself gives a statement up a little before, where it is there.
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._within * 16 / 15)
-                    before: list[tuple[str, dict[str, str] | None]] = (
-                        [(self._manners, manners(self._within))] if self._lent else []
-                    )
-                    before += [] if after is None else [(after, None)]
-                    prepare = self._prepare and not self._lent
-                    cursor = psycopg.AsyncRawCursor(conn, row_factory=as_)
-                    if not before:
-                        await cursor.execute(text, given, prepare=prepare)
-                    else:
-                        async with conn.pipeline(), conn.transaction():
-                            for part, its in before:
-                                await psycopg.AsyncCursor(conn).execute(part.encode(), its, prepare=False)
-                            await cursor.execute(text, given, prepare=prepare)
-                    # Not by its `description`, which is made anew for each answer, a column at a time.
-                    answer = cursor.pgresult
-                    return await cursor.fetchall() if answer is not None and answer.nfields else []
-            except TimeoutError:
-                await self._break()
-                raise Outage("no answer within the deadline", asked_at) from None
-            except psycopg.Error as error:
-                if _is_refusal(error):
-                    raise Refusal(said(error), error.sqlstate) from error
-                for_all = self._conn is None and takes_nobody(error, self._dsn)
-                await self._break()
-                raise Outage(said(error), asked_at, for_all=for_all) from error
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                await self._drop()
-                raise Refusal(f"a text that is not UTF-8: {error.reason}", errors.CharacterNotInRepertoire.sqlstate) from error
-            except OSError as error:
-                await self._break()
-                raise Outage(said(error), asked_at) from error
-            except BaseException:
-                # Cancelled in mid-statement: what the connection would say next belongs to nobody.
-                await self._drop()
-                raise
-
-    async def _connected(self) -> psycopg.AsyncConnection[dict[str, Any]]:
-        if self._suspect:
-            await self._drop()
-            self._suspect = False
-        if self._conn is None or self._conn.closed:
-            self._conn = None
-            self._conn = await Connection.connect(**self._info, row_factory=dict_row)
-            await self._conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-            self._lent = not await arrive(self._conn, self._within)
-        return self._conn
-
-    async def _break(self) -> None:
-        for line in self._siblings:
-            line._suspect = True
-        await self._drop()
-
-    async def _drop(self) -> None:
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            # pgconn.finish() and not close(): it never waits for a peer that is gone.
-            conn.pgconn.finish()
-
-    async def close(self) -> None:
-        async with self._turn:
-            await self._drop()
-
-
 class Ledger:
     """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
 
@@ -402,13 +112,13 @@ class Ledger:
         self._worker = worker
         self._lease = lease
         self._fleet = fleet
-        self._lines: list[_Line] = []
+        self._lines: list[Line] = []
         deadlines = Deadlines.within(lease)
-        self._claims, self._settles, self._renewals = (_Line(dsn, name, deadlines, self._lines) for _ in range(3))
+        self._claims, self._settles, self._renewals = (Line(dsn, name, deadlines, self._lines) for _ in range(3))
         # Opened only where the application holds a row locked.
-        self._patient = _Line(dsn, name, deadlines, self._lines, prepare=False)
+        self._patient = Line(dsn, name, deadlines, self._lines, prepare=False)
         # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
-        self._prunes = _Line(dsn, name, Deadlines(), [])
+        self._prunes = Line(dsn, name, Deadlines(), [])
         self._sql, self._pruning = statements.load("ledger"), statements.load("prune")
         self._aside: dict[str, float] = {}
         self._left: dict[str, float] = {}
@@ -445,7 +155,7 @@ class Ledger:
         if self._aside:
             statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
         try:
-            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn, as_=tuple_row)
+            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn, as_=tuple)
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
@@ -473,7 +183,7 @@ class Ledger:
         for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
             try:
                 claims += _claims_in(
-                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn, as_=tuple_row)
+                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn, as_=tuple)
                 )
             except Refusal as refusal:
                 if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
@@ -507,7 +217,7 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
-        return [Claim._make(row) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple_row)]
+        return [Claim._make(row) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple)]
 
     async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
         """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
@@ -601,7 +311,7 @@ class Ledger:
             return Locked()
 
     async def _settle(
-        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, on: _Line | None = None
+        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, on: Line | None = None
     ) -> list[Settlement]:
         now = time.monotonic()
         rows = [_row(ending, verdict, now, "running" if outside else "pending") for ending, verdict in batch]
@@ -727,30 +437,6 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
         "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
-
-
-@cache
-def _numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
-    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
-    ours apart each time that it is run."""
-    numbers: dict[str, int] = {}
-    text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
-    return text.replace("%%", "%").encode(), tuple(numbers)
-
-
-def _array(values: Sequence[Any]) -> str:
-    """A list as PostgreSQL reads an array; of what, the statement says. psycopg's own way finds out for each element how to write it, which
-    costs a settle more than all the rest of it."""
-    return "{" + ",".join([_WRITTEN[type(value)](value) for value in values]) + "}"
-
-
-def _quoted(value: object) -> str:
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-_WRITTEN: Mapping[type, Callable[[Any], str]] = {
-    type(None): lambda _: "null", bool: str, int: str, float: repr, str: _quoted, UUID: str, datetime: _quoted,
-}  # fmt: skip
 
 
 def _told(reason: str | None) -> str | None:

@@ -25,7 +25,7 @@ import psycopg
 from psycopg import errors, sql
 
 from . import statements
-from .ledger import connection_info
+from .line import connection_info
 
 LOCK_PATIENCE_MS = 400
 INDEX_PATIENCE_MS = 5_000

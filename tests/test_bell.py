@@ -17,7 +17,7 @@ import pytest
 from recall_worker import bell as room
 from recall_worker.bell import CHANNEL, Bell
 from recall_worker.events import Events
-from recall_worker.ledger import Outage
+from recall_worker.line import Outage
 
 from .conftest import Connection
 from .proxy import Proxy

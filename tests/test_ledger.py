@@ -6,7 +6,6 @@ A ledger (and so a connection) for each worker, the application on its own async
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -17,10 +16,10 @@ from uuid import uuid4
 import asyncpg
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from recall_worker.judge import before_call, honour
-from recall_worker.ledger import Dates, Deadlines, Ledger, connection_info, takes_nobody
+from recall_worker.ledger import Ledger
+from recall_worker.line import Dates
 from recall_worker.recall import (
     After,
     Answered,
@@ -50,7 +49,6 @@ from recall_worker.recall import (
 from .application import AlreadyScheduled, Application
 from .conftest import Connection, connected
 from .pgbouncer import PgBouncer
-from .postgres import free_port
 
 LEASE = 3.0
 FIRED = Finish("fired", None)
@@ -1106,43 +1104,3 @@ async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
         await app.schedule("s", "immediate", datetime.now(UTC), "the next link")
 
     assert await rings(database, act) == [""]
-
-
-@pytest.mark.parametrize(
-    ("lease", "statement", "connect"), [(86_400, 15, 10), (60, 15, 10), (36, 9, 9), (6, 1.5, 2), (4, 1, 2), (1, 1, 2)]
-)
-def test_deadlines_follow_the_lease(lease: float, statement: float, connect: float) -> None:
-    """A silence is noticed, and a new connection tried, before a lease of four seconds or more is over."""
-    found = Deadlines.within(lease)
-    assert (found.statement, found.connect) == (statement, connect)
-    if lease >= 4:
-        assert lease / 3 + found.statement * 16 / 15 < lease * 11 / 12
-
-
-@pytest.mark.parametrize(
-    ("dsn", "within", "each", "whole"),
-    [("host=a", 10, 10, 10), ("host=a,b", 10, 5, 10), ("host=a,b", 2, 2, 4), ("host=a,b,c,d,e,f", 10, 2, 12), ("", 2, 2, 2)],
-)
-def test_the_time_to_connect_is_shared_by_the_hosts(dsn: str, within: float, each: int, whole: float) -> None:
-    assert connection_info(dsn, "n", within)["connect_timeout"] == each
-    assert Deadlines(connect=within).connecting(dsn) == whole
-
-
-async def test_who_is_refused_with_everybody(database: str) -> None:
-    """Nobody listening, on any of the hosts, is everybody's trouble; a wrong database, or a host that may be there for others, is not."""
-    port = free_port()
-
-    async def refused(dsn: str) -> bool:
-        with pytest.raises(psycopg.OperationalError) as error:
-            await psycopg.AsyncConnection.connect(dsn)
-        return takes_nobody(error.value, dsn)
-
-    assert await refused(f"host=127.0.0.1 port={port}")
-    assert await refused(f"host=127.0.0.1,127.0.0.1 port={port}")
-    assert await refused("host=/nowhere")
-    assert not await refused(make_conninfo(database, dbname="no such one"))
-    assert not await refused("host=no-such-host.invalid")
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        silent = mute.getsockname()[1]
-        assert not await refused(f"host=127.0.0.1 port={silent} connect_timeout=2")
-        assert not await refused(f"host=127.0.0.1,127.0.0.1 port={port},{silent} connect_timeout=2")

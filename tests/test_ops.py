@@ -12,7 +12,7 @@ from aiohttp import web
 
 from recall_worker.cli.metrics import Metrics
 from recall_worker.cli.ops import Pages, Question
-from recall_worker.ledger import Outage, Refusal
+from recall_worker.line import Outage, Refusal
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import Vitals, Worker
 

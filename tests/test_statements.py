@@ -20,6 +20,7 @@ from psycopg import ClientCursor
 from psycopg.rows import dict_row
 
 from recall_worker import ledger as ledger_module
+from recall_worker import line as line_module
 from recall_worker import statements
 from recall_worker.ledger import Ledger
 from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
@@ -153,7 +154,7 @@ class Table:
             said.append((statement, values))
             raise Enough
 
-        monkeypatch.setattr(ledger_module._Line, "ask", ask)
+        monkeypatch.setattr(line_module.Line, "ask", ask)
         ledger = Ledger(self.dsn, WORKER, LEASE)
         leases = {claim.id: claim.lease for claim in self.claims}
         now = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from recall_worker import statements
-from recall_worker.ledger import STATEMENT_DEADLINE, manners
+from recall_worker.line import STATEMENT_DEADLINE, manners
 
 from ..contenders import OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, number, percentile, shown, spread, table

@@ -33,7 +33,7 @@ from psycopg.rows import dict_row
 from .. import schema, statements
 from .. import settings as setting
 from ..bell import CHANNEL
-from ..ledger import CONNECT_DEADLINE, Dates, connection_info, said
+from ..line import CONNECT_DEADLINE, Dates, connection_info, said
 from ..protocols import langgraph, native
 from ..protocols.wire import Answer, Wire
 from ..settings import Settings

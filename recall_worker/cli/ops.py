@@ -17,7 +17,8 @@ from typing import Generic, TypeVar
 from aiohttp import web
 
 from ..events import Events
-from ..ledger import Backlog, Outage, Refusal
+from ..ledger import Backlog
+from ..line import Outage, Refusal
 from ..worker.process import misfit, standing_still
 from ..worker.worker import Worker
 from .metrics import Metrics

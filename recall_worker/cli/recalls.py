@@ -17,7 +17,7 @@ from psycopg.rows import dict_row
 from .. import cadence, settings, statements
 from ..cadence import CadenceError
 from ..events import harmless
-from ..ledger import Dates, connection_info
+from ..line import Dates, connection_info
 from ..recall import STATUSES
 from .talk import (
     USAGE,

@@ -38,7 +38,7 @@ def explain(error: BaseException) -> Trouble | None:
     import psycopg
     from psycopg import errors
 
-    from ..ledger import Outage, Refusal, said
+    from ..line import Outage, Refusal, said
     from ..schema import SchemaError
     from ..settings import SettingsError
 

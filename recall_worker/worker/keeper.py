@@ -16,7 +16,8 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
-from ..ledger import Ledger, Outage, Refusal
+from ..ledger import Ledger
+from ..line import Outage, Refusal
 from .reach import Reach
 from .run import Run
 

@@ -17,7 +17,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from uuid import uuid4
 
 from ..events import Events
-from ..ledger import CONNECT_DEADLINE, STATEMENT_DEADLINE, Ledger, Outage
+from ..ledger import Ledger
+from ..line import CONNECT_DEADLINE, STATEMENT_DEADLINE, Outage
 from ..protocols import create
 from ..settings import Settings
 from ..statements import generation

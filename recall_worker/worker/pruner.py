@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..events import Events
-from ..ledger import TURN, Ledger, Outage, Refusal
+from ..ledger import TURN, Ledger
+from ..line import Outage, Refusal
 from ..sweep import Sweep
 from .reach import Reach
 

@@ -21,7 +21,8 @@ from typing import assert_never
 from ..cadence import skipped
 from ..events import Events
 from ..judge import Dice, Policy, judge
-from ..ledger import Ledger, Outage
+from ..ledger import Ledger
+from ..line import Outage
 from ..recall import (
     Capped,
     Ended,

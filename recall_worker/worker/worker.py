@@ -20,7 +20,8 @@ from uuid import UUID
 from .. import judge as judging
 from ..bell import Bell
 from ..events import Events
-from ..ledger import Backlog, Claimed, Deadlines, Ledger, Outage, Refusal
+from ..ledger import Backlog, Claimed, Ledger
+from ..line import Deadlines, Outage, Refusal
 from ..protocols import Call, Protocol, hushed, traceparent
 from ..recall import FINAL, Accepted, Answered, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
 from ..settings import Settings

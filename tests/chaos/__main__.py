@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from recall_worker.ledger import Dates
+from recall_worker.line import Dates
 
 from . import account as accounting
 from . import report as reporting

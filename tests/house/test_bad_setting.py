@@ -27,7 +27,8 @@ from recall_worker import schema
 from recall_worker.cli.embedded import EmbeddedServer
 from recall_worker.cli.run import run
 from recall_worker.cli.talk import UNREACHABLE, USAGE, Trouble, explain
-from recall_worker.ledger import Ledger, said
+from recall_worker.ledger import Ledger
+from recall_worker.line import said
 from recall_worker.protocols.wire import Wire
 from recall_worker.settings import Settings, SettingsError, read
 

@@ -7,7 +7,7 @@ import asyncio
 import psycopg
 import pytest
 
-from recall_worker.ledger import Deadlines, arrive
+from recall_worker.line import Deadlines, arrive
 
 from ..application import Application
 from ..conftest import Connection, connected

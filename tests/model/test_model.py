@@ -26,7 +26,8 @@ from recall_worker import ledger as ledger_module
 from recall_worker import schema, statements
 from recall_worker.cadence import upcoming
 from recall_worker.judge import Policy, before_call, honour, judge, planned, runs_now
-from recall_worker.ledger import Dates, Ledger
+from recall_worker.ledger import Ledger
+from recall_worker.line import Dates
 from recall_worker.recall import (
     Answered,
     Busy,
