@@ -12,6 +12,7 @@ Never here: what an ending means (judge), when to ask (worker).
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,24 +65,33 @@ BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 _NONE_ASIDE = "r.id <> all ('{}')"
 
-_BESIDES = 4
-"""Columns of a claim's answer before those of the claims: next_in, passed_over, locked, moved."""
-
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The answer to one claim: the rows taken, and when to come back."""
+    """The answer to one claim: the rows taken, oldest due first."""
 
     claims: list[Claim]
-    next_in: float | None
-    """Seconds until the next row is due, or None where none is, or where the claim took as many as were asked for: more may be due."""
-    waiting: bool
-    """Whether something is due that could not be claimed: locked, or behind a run of its session."""
     asked_at: float
     """Monotonic instant at which the claim was asked for."""
+    refused: bool = False
+    """Whether PostgreSQL would not have all that is due claimed now: to be tried again soon."""
     stranded: Sequence[tuple[str, str]] = ()
     """Rows that PostgreSQL refuses to have claimed, with its reason: passed over for a while, as they must not hold up the others."""
-    moved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What a claim left behind, and when to come back."""
+
+    next_in: float | None
+    """Seconds until the next row is due, or None where none is."""
+    waiting: bool
+    """Whether something is due and was not claimed."""
+    fresh: bool
+    """Whether some of that fell due only after the claim was asked for. What did not is locked, or behind a run of its session."""
+    asked_at: float
+    """Monotonic instant at which this was asked for."""
+    moved: bool
     """Whether cron recalls wait where the application (or an insert in plain SQL) put them: to be put on a tick."""
 
 
@@ -140,36 +150,55 @@ class Ledger:
         return row["version"], row["oldest_code"]
 
     async def claim(self, slots: int, *, take_expired: bool, in_hand: Collection[str] = ()) -> Claimed:
-        """Take at most `slots` due rows under leases of their own, oldest due first, and learn when the next one is due.
+        """Take at most `slots` due rows under leases of their own, oldest due first.
 
         `in_hand`: ids of our runs whose leases may have ended: those are not taken from ourselves.
         """
         asked_at = time.monotonic()
-        self._left = {id: until for id, until in self._left.items() if until > asked_at}
-        values: dict[str, Any] = {
-            "slots": slots, "lease": self._lease, "worker": self._worker, "take_expired": take_expired, "fleet": self._fleet,
-            "in_hand": list(in_hand), "left": list(self._left),
-        }  # fmt: skip
-        self._aside = {id: until for id, until in self._aside.items() if until > asked_at}
-        statement = self._sql["claim"]
-        if self._aside:
-            statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
+        statement, values = self._looking("claim", take_expired, asked_at)
+        values |= {"slots": slots, "fleet": self._fleet, "in_hand": list(in_hand)}
         try:
-            rows = await self._claims.ask(statement, values | {"aside": list(self._aside)}, after=self._turn, as_=tuple)
+            rows = await self._claims.ask(statement, values, after=self._turn, as_=tuple)
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
                 # holds the whole table, as DDL does.
-                return Claimed([], None, True, asked_at)
+                return Claimed([], asked_at, refused=True)
             if refusal.of_a_row:
                 return await self._claim_one_by_one(values, asked_at)
             raise
-        next_in, passed_over, locked, moved = rows[0][:_BESIDES]
-        self._leave(locked)
+        return Claimed(_claims_in(rows), asked_at)
+
+    async def ahead(self, *, take_expired: bool, in_hand: Collection[str] = (), claimed_at: float | None) -> Ahead:
+        """When the next row is due, and what is due now and was not claimed.
+
+        `claimed_at`: the monotonic instant at which all that is due was asked for last; None: nothing was.
+        """
+        asked_at = time.monotonic()
+        statement, values = self._looking("ahead", take_expired, asked_at)
+        found = (await self._claims.ask(statement, values))[0]
+        self._leave(found["locked"])
+        since = math.inf if claimed_at is None else time.monotonic() - claimed_at
         if self._fleet is None:
             # Else it may be the fleet's cap that passed them over.
-            self._leave(id for id in passed_over if id is not None and id not in in_hand and id not in self._left)
-        return Claimed(_claims_in(rows), next_in, bool(passed_over), asked_at, moved=moved)
+            self._leave(
+                id
+                for id, due_for in zip(found["passed_over"], found["due_for"], strict=True)
+                if id is not None and due_for > since and id not in in_hand and id not in self._left
+            )
+        youngest = found["youngest"]
+        return Ahead(found["next_in"], youngest is not None, youngest is not None and youngest <= since, asked_at, found["moved"])
+
+    def _looking(self, name: str, take_expired: bool, now: float) -> tuple[str, dict[str, Any]]:
+        """A statement about what is due, without the rows that are put aside for now, and its values."""
+        self._left = {id: until for id, until in self._left.items() if until > now}
+        self._aside = {id: until for id, until in self._aside.items() if until > now}
+        statement = self._sql[name]
+        if self._aside:
+            statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
+        return statement, {
+            "lease": self._lease, "worker": self._worker, "take_expired": take_expired, "left": list(self._left), "aside": list(self._aside),
+        }  # fmt: skip
 
     def _leave(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
@@ -193,7 +222,7 @@ class Ledger:
                 break  # What was claimed before it is ours.
             if len(claims) >= values["slots"]:
                 break
-        return Claimed(claims, None, True, asked_at, stranded)
+        return Claimed(claims, asked_at, refused=True, stranded=stranded)
 
     async def place(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
         """Write what claims stand for where that differs from what they say, before they are called.
@@ -370,8 +399,8 @@ class Ledger:
 
 
 def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
-    """Where nothing was claimed there is one row still, without an id."""
-    return [Claim._make(row[_BESIDES:]) for row in rows if row[_BESIDES] is not None]
+    """The oldest due first."""
+    return sorted(map(Claim._make, rows), key=lambda claim: -claim.lag)
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:

@@ -32,15 +32,11 @@ select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout
     set_config('idle_in_transaction_session_timeout', %(statement)s, true);
 
 -- name: claim
--- "These rows are yours" and "the next is due in s seconds", from one snapshot, so that there is no gap between the two.
--- Oldest due first; the limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
+-- The oldest due, and no more than their calls need to know: what comes next is asked when those have been sent (`ahead`).
+-- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
 -- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
-with unlocked as materialized (
-    -- Leases that ended while the application held their rows locked: is it done with them? Asked by locking, as nothing else tells.
-    select r.id from session_recalls r where r.id = any (%(left)s) for share of r skip locked
-),
-candidate as materialized (
+with candidate as materialized (
     select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.run_reference,
         r.trigger_at, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
@@ -77,41 +73,6 @@ candidate as materialized (
     end
     for update of r skip locked
 ),
-claimed as (
-    update session_recalls r
-    set lease = gen_random_uuid(),
-        lease_until = now() + %(lease)s * interval '1 second',
-        leased_at = now(),
-        leased_by = %(worker)s,
-        -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
-        -- A run that the API accepted is polled on, not called again.
-        attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
-        -- A key stands for one body: what the application changed between two calls of one occurrence is sent under a new one.
-        rekey = least(r.rekey, 2147483646) + coalesce(
-            r.run_reference is null and (r.begun_at is not null or r.lease is not null)
-            and split_part(r.body_hash, ':', 1) = r.occurrence::text
-            and split_part(r.body_hash, ':', 2)
-                <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
-            false)::integer,
-        body_hash = case when r.run_reference is null
-            then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
-            else r.body_hash
-        end,
-        scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
-        planned_at = coalesce(r.planned_at, r.trigger_at),
-        -- A lease that ended on its own was a call that may have been made.
-        begun_at = case when r.lease is null and r.begun_at is null then null
-            else least(coalesce(r.begun_at, r.leased_at), now()) end,
-        -- On cron the worker counts, where the distance to the following moment has passed.
-        missed = case
-            when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null and r.cadence <> 'cron'
-            then least(2147483647, greatest(0, floor(extract(epoch from now()
-                - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
-            else r.missed
-        end
-    where r.id = any (array(select id from candidate))
-    returning r.*
-),
 taken as (
     -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place.
     insert into recall_attempts as a
@@ -126,62 +87,104 @@ taken as (
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
             last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
-),
-ahead as (
-    -- Where all slots were filled more may be due, and nobody asks. Ahead of now lie the dead entries of all leases that were settled since the
-    -- last vacuum.
-    select case when (select count(*) from candidate) < %(slots)s then (
-            select extract(epoch from least(coalesce(r.lease_until, r.trigger_at), now() + interval '1 day') - now())::float8
-            from session_recalls r
-            where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) > now()
-            order by coalesce(r.lease_until, r.trigger_at)
-            limit 1
-        ) end as next_in,
-        -- Due and not ours to claim: locked by the application, or behind a run of its session. The worker comes back for it. Of leases
-        -- that could be taken, which, as only a lock explains that.
-        -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
-        -- read the whole table for an `exists`.
-        case when (select count(*) from candidate) < %(slots)s then array(
-            select case when r.lease is not null and %(take_expired)s
-                and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-                and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second') then r.id end
-            from session_recalls r
-            where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
-                and r.id <> all ('{}')
-                and r.id <> all (array(select id from candidate))
-            order by coalesce(r.lease_until, r.trigger_at)
-            limit 20
-        ) else '{}' end as passed_over,
-        -- Of the leases that were left to their owners, those that are locked still.
-        array(select id from unnest(%(left)s) as l (id) where id <> all (array(select id from unlocked))) as locked,
-        exists (
-            select from session_recalls r
-            where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-                and r.lease is null and r.status in ('pending', 'running')
-        ) as moved
 )
-select ahead.next_in, ahead.passed_over, ahead.locked, ahead.moved,
-    c.id, c.session_id, c.call_type, c.additional_context_message as message, c.interval_seconds as interval, c.occurrence, c.rekey,
-    c.attempt, c.deferrals,
-    least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
-    c.missed,
-    case when c.begun_at is not null then extract(epoch from now() - greatest(c.begun_at, '0001-01-02'::timestamptz))::float8 end as begun_age,
+update session_recalls r
+set lease = gen_random_uuid(),
+    lease_until = now() + %(lease)s * interval '1 second',
+    leased_at = now(),
+    leased_by = %(worker)s,
+    -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
+    -- A run that the API accepted is polled on, not called again.
+    attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
+    -- A key stands for one body: what the application changed between two calls of one occurrence is sent under a new one.
+    rekey = least(r.rekey, 2147483646) + coalesce(
+        r.run_reference is null and (r.begun_at is not null or r.lease is not null)
+        and split_part(r.body_hash, ':', 1) = r.occurrence::text
+        and split_part(r.body_hash, ':', 2)
+            <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
+        false)::integer,
+    body_hash = case when r.run_reference is null
+        then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
+        else r.body_hash
+    end,
+    scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
+    planned_at = coalesce(r.planned_at, r.trigger_at),
+    -- A lease that ended on its own was a call that may have been made.
+    begun_at = case when r.lease is null and r.begun_at is null then null
+        else least(coalesce(r.begun_at, r.leased_at), now()) end,
+    -- On cron the worker counts, where the distance to the following moment has passed.
+    missed = case
+        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null and r.cadence <> 'cron'
+        then least(2147483647, greatest(0, floor(extract(epoch from now()
+            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
+        else r.missed
+    end
+from candidate k
+where k.id = r.id and r.id = any (array(select id from candidate))
+returning
+    r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
+    r.attempt, r.deferrals,
+    least(greatest(r.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
+    r.missed,
+    case when r.begun_at is not null then extract(epoch from now() - greatest(r.begun_at, '0001-01-02'::timestamptz))::float8 end as begun_age,
     extract(epoch from now() - greatest(k.due_at, '0001-01-02'::timestamptz))::float8 as lag,
     extract(epoch from now()
-        - least(greatest(c.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz))::float8 as lateness,
-    c.lease, c.trigger_at::text as trigger,
-    least(greatest(c.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
-    least(greatest(c.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
-    c.trigger_at <= now() as due,
+        - least(greatest(r.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz))::float8 as lateness,
+    r.lease, r.trigger_at::text as trigger,
+    least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
+    least(greatest(r.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
+    r.trigger_at <= now() as due,
     case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
-    c.run_reference as reference, case when c.delivered_at is not null
-        then extract(epoch from now() - least(greatest(c.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age,
-    now() as claimed_at, c.cadence, c.cron, c.time_zone,
-    case when c.until_at is not null then least(greatest(c.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
-    c.times, c.failures, c.failures_most, c.grace_seconds as grace, c.jitter_seconds as jitter
-from ahead
-left join (claimed c join candidate k on k.id = c.id) on true
-order by k.due_at;
+    r.run_reference as reference, case when r.delivered_at is not null
+        then extract(epoch from now() - least(greatest(r.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age,
+    now() as claimed_at, r.cadence, r.cron, r.time_zone,
+    case when r.until_at is not null then least(greatest(r.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
+    r.times, r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter;
+
+-- name: ahead
+-- When the next row is due, and which are due and were not claimed: locked by the application, or behind a run of their session. Of leases
+-- that could be taken those are named, as only a lock explains that. With each, for how long it has been due: what fell due since the claim
+-- was asked for it could not see.
+with unlocked as materialized (
+    -- Leases that ended while the application held their rows locked: is it done with them? Asked by locking, as nothing else tells.
+    select r.id from session_recalls r where r.id = any (%(left)s) for share of r skip locked
+),
+passed as materialized (
+    -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
+    -- read the whole table for an `exists`.
+    select case when r.lease is not null and %(take_expired)s
+            and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second') then r.id end as id,
+        extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8 as due_for
+    from session_recalls r
+    where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+        and r.id <> all ('{}')
+    order by coalesce(r.lease_until, r.trigger_at)
+    limit 20
+)
+select (
+        select extract(epoch from least(coalesce(r.lease_until, r.trigger_at), now() + interval '1 day') - now())::float8
+        from session_recalls r
+        where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) > now()
+        order by coalesce(r.lease_until, r.trigger_at)
+        limit 1
+    ) as next_in,
+    array(select id from passed) as passed_over, array(select due_for from passed) as due_for,
+    case when (select count(*) from passed) < 20 then (select min(due_for) from passed) else (
+        select extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8
+        from session_recalls r
+        where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+            and r.id <> all ('{}')
+        order by coalesce(r.lease_until, r.trigger_at) desc
+        limit 1
+    ) end as youngest,
+    -- Of the leases that were left to their owners, those that are locked still.
+    array(select id from unnest(%(left)s) as l (id) where id <> all (array(select id from unlocked))) as locked,
+    exists (
+        select from session_recalls r
+        where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
+            and r.lease is null and r.status in ('pending', 'running')
+    ) as moved;
 
 -- name: suspects
 -- Where PostgreSQL refuses a claim because of one row: what is due, oldest first, to be claimed one by one.

@@ -48,6 +48,7 @@ from recall_worker.recall import (
 
 from .application import AlreadyScheduled, Application
 from .conftest import Connection, connected
+from .look import look
 from .pgbouncer import PgBouncer
 
 LEASE = 3.0
@@ -167,10 +168,39 @@ async def test_the_oldest_due_come_first_and_never_more_than_the_slots(db: Conne
     ledger = ledgers()
     first = await ledger.claim(2, take_expired=True)
     assert [c.id for c in first.claims] == [ids[5], ids[4]]
-    assert not first.waiting
-    rest = await ledger.claim(4, take_expired=True)
+    rest = await look(ledger, 4)
     assert [c.id for c in rest.claims] == [ids[3], ids[2], ids[1]]
     assert not rest.waiting
+
+
+async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: Application, ledgers: Ledgers) -> None:
+    """A claim and the question what is next see the table at two instants: what fell due in between is to be claimed at once, not at leisure."""
+    ledger = ledgers()
+    for n in range(25):
+        await put(db, f"s{n}", -60.0 - n)
+    async with db.transaction():
+        await db.execute("select from session_recalls for update")
+        claimed = await ledger.claim(3, take_expired=True)
+        ahead = await ledger.ahead(take_expired=True, claimed_at=claimed.asked_at)
+        assert (claimed.claims, ahead.waiting, ahead.fresh) == ([], True, False)
+        await app.create_session("t", "ann")
+        id = await app.schedule("t", "once", datetime.now(UTC) - timedelta(milliseconds=1), "late")
+        ahead = await ledger.ahead(take_expired=True, claimed_at=claimed.asked_at)
+        assert (ahead.waiting, ahead.fresh) == (True, True)
+        claimed = await ledger.claim(3, take_expired=True)
+        assert [claim.id for claim in claimed.claims] == [id]
+
+
+async def test_whoever_comes_by_sees_whether_there_is_anything(db: Connection, ledgers: Ledgers) -> None:
+    ledger = ledgers()
+    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    assert (ahead.waiting, ahead.fresh, ahead.next_in) == (False, False, None)
+    await put(db, "later", 60.0)
+    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    assert (ahead.waiting, ahead.fresh, ahead.next_in) == (False, False, pytest.approx(60.0, abs=5.0))
+    await put(db, "s", -60.0)
+    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    assert (ahead.waiting, ahead.fresh, ahead.next_in) == (True, True, pytest.approx(60.0, abs=5.0))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +221,7 @@ async def test_next_in_tells_when_to_come_back(
     """The answer to a claim that finds nothing due says in how many seconds the nearest live recall is, a day at the most."""
     for n, at in enumerate(due):
         await put(db, f"s{n}", at, status=status)
-    answer = await ledgers().claim(3, take_expired=True)
+    answer = await look(ledgers(), 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == (None if wanted is None else pytest.approx(wanted, abs=5.0))
 
@@ -201,7 +231,7 @@ async def test_a_leased_recall_is_due_when_its_lease_ends(db: Connection, ledger
     await put(db, "s", -100.0)
     ledger = ledgers(lease=60.0)
     assert len(await claim(ledger)) == 1
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == pytest.approx(60.0, abs=5.0)
 
@@ -212,7 +242,7 @@ async def test_what_the_application_has_locked_is_waited_for(db: Connection, app
     ledger = ledgers()
     async with app.connection.transaction():
         await app.reschedule(locked, datetime.now(UTC))
-        answer = await ledger.claim(3, take_expired=True)
+        answer = await look(ledger, 3)
         assert [c.id for c in answer.claims] == [free] and answer.waiting
     assert [c.id for c in await claim(ledger)] == [locked]
 
@@ -222,10 +252,10 @@ async def test_a_paused_recall_is_not_due(db: Connection, ledgers: Ledgers) -> N
     held = await put(db, "s", -9.0, status="running", paused_at=datetime.now(UTC))
     free = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     assert [c.id for c in answer.claims] == [free]
     assert isinstance(await settle(ledger, answer.claims[0]), Settled)
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     assert (answer.claims, answer.next_in, answer.waiting) == ([], None, False)
     assert (await recall(db, held))["lease"] is None
 
@@ -235,9 +265,9 @@ async def test_one_run_a_session(db: Connection, ledgers: Ledgers) -> None:
     older = await put(db, "s", -9.0, status="running")
     newer = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     assert [c.id for c in answer.claims] == [older] and answer.waiting
-    again = await ledger.claim(3, take_expired=True)
+    again = await look(ledger, 3)
     assert again.claims == [] and again.waiting
     await settle(ledger, answer.claims[0])
     assert [c.id for c in await claim(ledger)] == [newer]
@@ -250,7 +280,7 @@ async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(db: Connect
     running = await claim_one(ledger)
     assert await app.cancel_session("s") == 1
     newer = await app.schedule("s", "immediate", datetime.now(UTC), "instead")
-    other = await ledgers().claim(3, take_expired=True)
+    other = await look(ledgers(), 3)
     assert other.claims == [] and other.waiting
     assert await settle(ledger, running, Release("cancelled"), Unknown("broken off")) == Ended("cancelled")
     assert [c.id for c in await claim(ledger)] == [newer]
@@ -313,7 +343,7 @@ async def test_a_lost_race_for_a_session_is_an_empty_claim(db: Connection, datab
     async with connected(database) as other:
         await other.execute("begin")
         await put(other, "s", -5.0, status="running", lease=uuid4(), lease_until=FAR)
-        claiming = asyncio.create_task(ledgers("loser").claim(3, take_expired=True))
+        claiming = asyncio.create_task(look(ledgers("loser"), 3))
         await blocked(db, "recall-worker ledger loser")
         await other.execute("commit")
         answer = await claiming
@@ -375,7 +405,7 @@ async def test_expired_leases_are_left_alone_when_asked_to(db: Connection, ledge
     held = await claim_one(owner)
     await expire(db, id)
     due = await put(db, "due")
-    answer = await other.claim(3, take_expired=False)
+    answer = await look(other, 3, take_expired=False)
     assert [c.id for c in answer.claims] == [due] and answer.waiting
     assert await owner.renew({id: held.lease}) == {id: "renewed"}
     assert await claim(other) == []
@@ -389,7 +419,7 @@ async def test_a_worker_does_not_take_what_it_has_in_hand(db: Connection, ledger
     await claim_one(ledger)
     for ago in ("1 ms", "1 hour"):
         await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
-        answer = await ledger.claim(3, take_expired=True, in_hand=[id])
+        answer = await look(ledger, 3, in_hand=[id])
         assert answer.claims == [] and answer.waiting
     assert [c.id for c in await claim(ledgers())] == [id]
 
@@ -402,7 +432,7 @@ async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(db: Connect
     await claim_one(ledger)
     assert await claim(ledger) == []
     await db.execute("update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s", [LEASE / 5, id])
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     assert answer.claims == [] and answer.waiting
     assert await claim(ledger) == []
     await db.execute("update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s", [LEASE / 2, id])
@@ -428,10 +458,10 @@ async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
         await transaction.start()
         await long.execute(how, id)
         assert await owner.renew({id: held.lease}) == {id: "locked"}
-        seen = await other.claim(3, take_expired=True)
+        seen = await look(other, 3)
         assert seen.claims == [] and seen.waiting
         locked_last = time.monotonic()
-        seen = await other.claim(3, take_expired=True)
+        seen = await look(other, 3)
         await transaction.rollback()
     finally:
         await long.close()
@@ -461,7 +491,7 @@ async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
             await long.execute("select from session_recalls where id = $1 for update", id)
             until = time.monotonic() + LEASE / 2
             while time.monotonic() < until:
-                assert (await other.claim(3, take_expired=True)).waiting
+                assert (await look(other, 3)).waiting
     finally:
         await long.close()
     await expire(db, free)
@@ -629,7 +659,7 @@ async def test_a_table_that_is_locked_as_a_whole_strands_nothing(db: Connection,
         await other.execute("begin")
         await other.execute("lock table session_recalls in share mode")
         assert await settle(ledger, claimed) == Locked()
-        waiting = await ledger.claim(3, take_expired=True)
+        waiting = await look(ledger, 3)
         assert (waiting.claims, waiting.waiting) == ([], True)
         await other.execute("rollback")
     assert await settle(ledger, claimed) == Settled("fired")
@@ -900,7 +930,7 @@ async def test_any_date_is_claimed_or_waited_for(
     """Infinite dates, and those that Python does not have: past ones are claimed and settled, others are waited for, a day at a time."""
     id = await put(db, "s", date, call_type=kind, interval_seconds=60 if kind == "recurring" else None)
     ledger = ledgers()
-    answer = await ledger.claim(3, take_expired=True)
+    answer = await look(ledger, 3)
     if date in NOT_DUE:
         assert (answer.claims, answer.waiting) == ([], False)
         assert answer.next_in == pytest.approx(86_400.0)

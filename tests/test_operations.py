@@ -43,6 +43,7 @@ from .application import Application
 from .conftest import Connection, connected
 from .daemon import Daemon, Daemons
 from .endpoint import Answer, Endpoint, Gate, reply
+from .look import look
 from .test_cli import operate, process
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -465,7 +466,7 @@ class Actor:
         """Claim as a worker does, until there is nothing that could not be claimed."""
         async with asyncio.timeout(20):
             while True:
-                claimed = await self.ledger.claim(5, take_expired=False)
+                claimed = await look(self.ledger, 5, take_expired=False)
                 moved = [(claim, number) for claim in claimed.claims if (number := honour(claim)) is not None]
                 placed = {claim.lease: claim for claim in await self.ledger.place(moved)} if moved else {}
                 for claim in claimed.claims:

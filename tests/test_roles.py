@@ -242,7 +242,7 @@ def test_what_the_application_may_not(statement: str, tried: str) -> None:
 
 
 def is_a_read(statement: str) -> bool:
-    return not re.search(r"\b(update|insert into|delete from)\b", statement)
+    return not re.search(r"\b(update|insert into|delete from|for share)\b", statement)
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])

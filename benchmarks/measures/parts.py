@@ -17,7 +17,7 @@ SLOTS = 200
 
 PARTS = {
     # What is found first, anywhere in a stack, has the sample.
-    "settle: parameters": ("psycopg/_queries.py", "recall_worker/ledger.py:_settle", "recall_worker/ledger.py:_row"),
+    "settle: parameters": ("recall_worker/line.py:_array", "recall_worker/ledger.py:_settle", "recall_worker/ledger.py:_row"),
     "log": ("recall_worker/events.py",),
     "settle: the rest": ("recall_worker/worker/settler.py",),
     "claim": ("recall_worker/ledger.py:claim", "recall_worker/worker/worker.py:_look"),
@@ -25,8 +25,8 @@ PARTS = {
     "answer": ("aiohttp/",),
     "wire": ("recall_worker/protocols/wire.py",),
     "body, headers, reading": ("recall_worker/protocols/",),
+    "PostgreSQL's answers": ("recall_worker/line.py",),
     "slots, breaker, ledger": ("recall_worker/",),
-    "PostgreSQL's answers": ("psycopg",),
     "waiting": ("selectors.py",),
     "event loop": ("asyncio/",),
 }
@@ -34,13 +34,13 @@ BUYS = {
     "settle: parameters": "the row's next state and the call's mark",
     "log": "one line a run, for people and for machines",
     "settle: the rest": "batches; a verdict that is fenced by its lease",
-    "claim": "the row under a lease, and when the next is due",
+    "claim": "the row under a lease",
     "request": "the call; a bare loop pays this, too",
     "answer": "likewise paid by a bare loop",
     "wire": "knowing whether anything was sent: may it be posted again?",
     "body, headers, reading": "the endpoint's contract: key, attempt, lateness, trace; what the answer means",
     "slots, breaker, ledger": "never more than the slots; a place for each run",
-    "PostgreSQL's answers": "claims and settlements as they come",
+    "PostgreSQL's answers": "questions as they leave, claims and settlements as they come",
     "waiting": "the system's: what is ready to be read",
     "event loop": "tasks, timers, sockets",
 }

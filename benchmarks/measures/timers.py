@@ -87,15 +87,8 @@ def _claim_time(field: Field) -> dict[str, Any]:
     """Milliseconds of a claim of ten rows as the worker makes it: prepared, and committed."""
     sql = statements.load("ledger")
     values = {
-        "slots": CLAIMED,
-        "lease": 60.0,
-        "worker": "bench",
-        "take_expired": True,
-        "fleet": None,
-        "aside": [],
-        "in_hand": [],
-        "left": [],
-    }
+        "slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": [], "in_hand": [], "left": [],
+    }  # fmt: skip
     with psycopg.connect(field.dsn, autocommit=True) as connection:
         given = {"pid": connection.pgconn.backend_pid} | manners(STATEMENT_DEADLINE)
         connection.execute(sql["arrive"].encode(), given, prepare=False)

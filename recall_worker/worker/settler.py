@@ -24,6 +24,7 @@ from ..judge import Dice, Policy, judge
 from ..ledger import Ledger
 from ..line import Outage
 from ..recall import (
+    FINAL,
     Capped,
     Ended,
     Ending,
@@ -60,10 +61,11 @@ class Settler:
         policy: Policy,
         events: Events,
         reach: Reach,
-        free: Callable[[Run], None],
+        free: Callable[[Run, bool], None],
         dice: Dice = random.random,
     ) -> None:
-        """`free(run)` is called when a run is settled, one way or the other: its slot is free then."""
+        """`free(run, is_over)` is called when a run is settled, one way or the other: its slot is free then. `is_over`: its recall will not be due
+        again."""
         self._ledger = ledger
         self._policy = policy
         self._events = events
@@ -100,6 +102,7 @@ class Settler:
                     self._conclude(run, ending, verdict, answer, pause)
 
     def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
+        is_over = False
         match answer:
             case Moved(trigger, trigger_at, as_settled):
                 claim = ending.claim._replace(trigger=trigger, trigger_at=trigger_at)
@@ -113,6 +116,7 @@ class Settler:
                 insisting.add_done_callback(self._insisting.discard)
                 return
             case Settled(status):
+                is_over = status in FINAL
                 self._tell("recall.settled", run, ending, verdict=type(verdict).__name__.lower(), status=status)
             case Ended(status):
                 if status in ("fired", "failed"):
@@ -124,7 +128,7 @@ class Settler:
                 self._tell("recall.stranded", run, ending, error=reason)
             case never:
                 assert_never(never)
-        self._free(run)
+        self._free(run, is_over)
 
     async def _insist(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
         """Stand in the queue for a locked row: its owner should be the first to have it."""

@@ -20,7 +20,7 @@ from uuid import UUID
 from .. import judge as judging
 from ..bell import Bell
 from ..events import Events
-from ..ledger import Backlog, Claimed, Ledger
+from ..ledger import Ahead, Backlog, Claimed, Ledger
 from ..line import Deadlines, Outage, Refusal
 from ..protocols import Call, Protocol, hushed, traceparent
 from ..recall import FINAL, Accepted, Answered, Capped, Claim, Ending, Misconfigured, Outcome, Placement, Unknown, Unsent
@@ -45,6 +45,10 @@ STAGGER, STAGGER_MOST = 0.01, 0.25
 TOGETHER_LEAST, TOGETHER_MOST = 5, 100
 """Recalls that one claim takes at most: half of the slots, within these bounds. With all slots in one claim this process and PostgreSQL come to
 wait for each other by turns."""
+CALLS_FIRST = 0.001
+"""Seconds for which calls go before the question what is due next."""
+UNSEEN_MOST = 1.0
+"""Seconds after which that is asked in the midst of a backlog, too."""
 ENDED = (*FINAL, "deleted")
 """What the application can make of a recall in mid-run."""
 LET_GO = (*ENDED, "lost")
@@ -96,6 +100,10 @@ class Worker:
         self._slots_in_use = 0
         """Of these, those that hold a slot. The others were answered, and wait to be settled."""
         self._wake = asyncio.Event()
+        self._expects = True
+        """Whether whoever woke us expects something to be claimed. Who merely came by sees first whether there is anything: that is cheap."""
+        self._waits = True
+        """Whether something may wait for a run of ours to end: as of the last look, and of what rang since."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._stop = asyncio.Event()
@@ -103,17 +111,19 @@ class Worker:
         self._beat_now = asyncio.Event()
         self._ahead = 0
         """How many others are at hand before us, as of the last beat."""
+        self._unseen_since: float | None = None
+        """The first claim since it was asked what is due next."""
         self._later: asyncio.TimerHandle | None = None
         self._floor = FLOOR_FIRST
         self._more_waits = False
-        """Whether the last claim filled all slots: more may wait."""
+        """Whether the last claim took as much as it might: more may be due."""
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         keep = settings.keep
         self._pruner = Pruner(self._ledger, keep, self._reach, events, self._stop) if keep else None
-        self._reach.on_return(self._wake.set)
+        self._reach.on_return(self._look_soon)
         self._reach.on_return(self._bell.doubt)
         events.listen(lambda event, _: self._beat_now.set() if event.startswith("bell.") else None)
 
@@ -198,18 +208,23 @@ class Worker:
 
     # --- waking and claiming -------------------------------------------------------------------------------------
 
+    def _look_soon(self, *, expects: bool = True) -> None:
+        self._expects |= expects
+        self._wake.set()
+
     def _ring(self) -> None:
         self._floor = FLOOR_FIRST
+        self._waits = True
         if self._runs:
             self._keeper.ring()
         if self._courtesy == 0:
-            self._wake.set()
+            self._look_soon()
         elif self._later is None:
             self._later = asyncio.get_running_loop().call_later(self._courtesy, self._look_after_others)
 
     def _look_after_others(self) -> None:
         self._later = None
-        self._wake.set()
+        self._look_soon(expects=False)
 
     @property
     def _courtesy(self) -> float:
@@ -223,14 +238,15 @@ class Worker:
         except Outage as outage:
             self._reach.lost(outage.reason, outage.asked_at)
             # Whether it is found again is for those to say who write: a standby, too, can be rung.
-            self._wake.set()
+            self._look_soon()
             raise
 
     async def _claim_until_stopped(self) -> None:
         while not self._stop.is_set():
             # Cleared before the look, never after: what rings meanwhile is heard.
             self._wake.clear()
-            wait = await self._look()
+            expects, self._expects = self._expects, False
+            wait = await self._look(merely=not expects)
             self.turned_at = time.monotonic()
             if wait > 0:
                 try:
@@ -242,9 +258,13 @@ class Worker:
                 self._reach.woke(time.monotonic() - self.turned_at - wait)
                 self.turned_at = time.monotonic()
 
-    async def _look(self) -> float:
-        """Claim what is due and start it. Returns seconds until the next look, unless something wakes us before."""
+    async def _look(self, *, merely: bool) -> float:
+        """Claim what is due and start it. Returns seconds until the next look, unless something wakes us before.
+
+        `merely`: see first whether there is anything.
+        """
         most = self._settings.poll_interval
+        self._waits = True
         was_open = self._breaker.is_open
         allowed, changes_in = self._breaker.allowance(time.monotonic())
         if was_open and not self._breaker.is_open:
@@ -261,22 +281,62 @@ class Worker:
             return min(most, changes_in) if allowed is not None else most
         slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
         try:
-            claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
-            self._reach.found()
-            took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
-            self._events.tell("claim.answered", recalls=len(claimed.claims), waiting=claimed.waiting, took_ms=took)
-            for id, reason in claimed.stranded:
-                self._events.tell("recall.stranded", recall=id, error=reason)
-            await self._start(claimed, probing=allowed is not None)
-            if claimed.moved:
-                await self._plan()
+            ahead = await self._see_ahead(None) if merely else None
+            if ahead is None or ahead.waiting:
+                claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
+                self._reach.found()
+                took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
+                self._events.tell("claim.answered", recalls=len(claimed.claims), took_ms=took)
+                for id, reason in claimed.stranded:
+                    self._events.tell("recall.stranded", recall=id, error=reason)
+                await self._start(claimed, probing=allowed is not None)
+                if claimed.refused:
+                    self._expects = True
+                    return min(most, self._next_floor())
+                self._more_waits = len(claimed.claims) >= slots
+                self._unseen_since = self._unseen_since or claimed.asked_at
+                # The calls go first: PostgreSQL and this process would otherwise be busy with what comes next. What rings meanwhile is a look of
+                # its own, and while all slots are filled nobody needs to know.
+                if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
+                    if self._more_waits:
+                        return self._until_room(most)
+                    if await self._is_rung(CALLS_FIRST):
+                        return 0.0
+                ahead = await self._see_ahead(claimed.asked_at)
+                if self._more_waits:
+                    return self._until_room(most)
         except Outage as outage:
             self._reach.lost(outage.reason, outage.asked_at)
             return random.uniform(*OUTAGE_PAUSE)
         except Refusal as refusal:
             self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
             return random.uniform(1, 5)
-        return self._until_next(claimed, slots, most)
+        return self._until_next(ahead, most)
+
+    def _until_room(self, most: float) -> float:
+        """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may close the
+        breaker."""
+        self._expects = True
+        return min(most, 1.0) if self._breaker.is_open else most if self._free_slots <= 0 else 0.0
+
+    async def _is_rung(self, within: float) -> bool:
+        """Whether anything wakes us within so many seconds."""
+        try:
+            async with asyncio.timeout(within):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _see_ahead(self, claimed_at: float | None) -> Ahead:
+        ahead = await self._ledger.ahead(
+            take_expired=self._reach.may_take_expired, in_hand=self._in_doubt(), claimed_at=claimed_at
+        )
+        self._reach.found()
+        self._unseen_since = None
+        if ahead.moved:
+            await self._plan()
+        return ahead
 
     async def _share_probes(self, allowed: int, changes_in: float) -> tuple[int | None, float]:
         """What the fleet knows: whether the endpoint answers others, and whose the next probe is."""
@@ -293,22 +353,28 @@ class Worker:
             return 0, wait
         return allowed, changes_in
 
-    def _until_next(self, claimed: Claimed, slots: int, most: float) -> float:
-        self._more_waits = len(claimed.claims) >= slots
-        if self._more_waits:
-            # The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may close
-            # the breaker.
-            return min(most, 1.0) if self._breaker.is_open else most if self._free_slots <= 0 else 0.0
-        if claimed.waiting or claimed.moved:
-            self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
-            most = min(most, wait)
+    def _until_next(self, ahead: Ahead, most: float) -> float:
+        self._waits = ahead.waiting
+        if ahead.fresh:
+            self._expects = True
+            return 0.0
+        if ahead.waiting or ahead.moved:
+            # What stands in its way may go without a ring.
+            most = min(most, self._next_floor())
+            self._expects = True
         else:
             self._floor = FLOOR_FIRST
-        if claimed.next_in is None:
+        if ahead.next_in is None:
             return most
         # The instant on our clock at which the row is due. PostgreSQL read its clock a little after we asked: should the
         # timer be early by that much, the next look says so and names the rest.
-        return min(most, max(0.0005, claimed.asked_at + claimed.next_in + self._courtesy - time.monotonic()))
+        wait = max(0.0005, ahead.asked_at + ahead.next_in + self._courtesy - time.monotonic())
+        self._expects |= wait <= most and self._courtesy == 0
+        return min(most, wait)
+
+    def _next_floor(self) -> float:
+        self._floor, wait = min(FLOOR_MOST, self._floor * 2), self._floor
+        return wait
 
     async def _plan(self) -> None:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the right distance."""
@@ -469,14 +535,14 @@ class Worker:
         if event is not None:
             reason = getattr(outcome, "reason", None)
             self._events.tell(event, session=call.claim.session_id, **({"reason": reason} if reason else {}))
-            self._wake.set()
+            self._look_soon()
             self._beat_now.set()
         if isinstance(outcome, Misconfigured):
             self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
         if isinstance(outcome, Answered):
             self._leave_slot(run)
             if self._more_waits:
-                self._wake.set()
+                self._look_soon()
         self._settler.put(run, Ending(call.claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
 
     async def _tell_fleet(self) -> None:
@@ -495,12 +561,16 @@ class Worker:
         self._slots_in_use -= run.holds_slot
         run.holds_slot = False
 
-    def _free(self, run: Run) -> None:
+    def _free(self, run: Run, is_over: bool) -> None:
         self._leave_slot(run)
         self._runs.pop(run.claim.lease, None)
         if not self._runs:
             self._idle.set()
-        self._wake.set()
+        if self._waits or self._breaker.is_open:
+            self._look_soon()
+        elif not is_over:
+            # It is due again, some time.
+            self._look_soon(expects=False)
 
     def _held(self) -> Mapping[str, Run]:
         return {run.claim.id: run for run in self._runs.values()}

@@ -33,6 +33,7 @@ from ..application import CREATE_TABLES, AlreadyScheduled, Application
 from ..conftest import Connection, connected
 from ..daemon import Daemon, Daemons
 from ..endpoint import Answer, Endpoint, Gate, Raw, Request, reply
+from ..look import look
 from ..proxy import Proxy
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows
@@ -632,14 +633,14 @@ async def test_a_row_that_is_put_aside_is_tried_again(
     await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())
     ledger = Ledger(database, "w", 60)
     try:
-        claimed = await ledger.claim(5, take_expired=True)
+        claimed = await look(ledger, 5)
         assert [claim.session_id for claim in claimed.claims] == ["good"]
         assert [reason for _, reason in claimed.stranded] == ["nobody touches this !!!"]
-        claimed = await ledger.claim(5, take_expired=True)
+        claimed = await look(ledger, 5)
         assert not claimed.claims and not claimed.stranded and not claimed.waiting and claimed.next_in is not None
         await db.execute("drop trigger untouchable on session_recalls")
         await db.execute("select pg_sleep(0.4)")
-        claimed = await ledger.claim(5, take_expired=True)
+        claimed = await look(ledger, 5)
         assert [claim.session_id for claim in claimed.claims] == ["bad"]
     finally:
         await ledger.close()

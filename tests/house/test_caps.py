@@ -10,6 +10,7 @@ from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
 from ..endpoint import Endpoint, Gate, Raw, Request, reply
+from ..look import look
 from .test_corridor import row, soon
 
 
@@ -80,7 +81,7 @@ async def test_claims_under_a_fleet_cap_race_without_overshooting(database: str,
     )
     ledgers = [Ledger(database, f"w{n}", 60, fleet=5) for n in range(8)]
     for _ in range(20):
-        answers = await asyncio.gather(*(ledger.claim(3, take_expired=False) for ledger in ledgers))
+        answers = await asyncio.gather(*(look(ledger, 3, take_expired=False) for ledger in ledgers))
         assert sum(len(answer.claims) for answer in answers) == 5
         assert all(answer.waiting for answer in answers if not answer.claims)
         await db.execute("update session_recalls set lease = null, lease_until = null, attempt = 0")
