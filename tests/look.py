@@ -22,12 +22,13 @@ async def look(ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_
     """Claim what is due, and see what that left behind; once more where something fell due meanwhile."""
     claims: list[Claim] = []
     stranded: list[tuple[str, str]] = []
-    while True:
+    for once_more in (True, False):
         claimed = await ledger.claim(slots - len(claims), take_expired=take_expired, in_hand=in_hand)
         claims += claimed.claims
         stranded += claimed.stranded
         if claimed.refused:
             return Look(claims, True, None, False, stranded)
         ahead = await ledger.ahead(take_expired=take_expired, in_hand=in_hand, claimed_at=claimed.asked_at)
-        if not ahead.fresh or len(claims) == slots:
-            return Look(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)
+        if not (ahead.fresh and once_more) or len(claims) == slots:
+            break
+    return Look(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)
