@@ -72,9 +72,9 @@ class AgnoServer(_Prompted):
         return dict(answer.json())
 
     async def tickets(self, session: str) -> list[dict[str, Any]]:
-        """The session's tickets in the queue, oldest first."""
+        """The session's tickets in the queue, oldest first: by their places in line, as their dates are whole seconds."""
         answer = await self.ask("GET", "/queue/jobs", params={"session_id": session, "sort_order": "asc", "limit": "100"})
-        return list(answer.json()["data"])
+        return sorted(answer.json()["data"], key=lambda ticket: ticket["payload"].get("session_seq") or 0)
 
     async def runs(self, session: str) -> list[tuple[str, str]]:
         """What was said in the session, and what became of it: oldest first."""
