@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 from ..application import Application
 from ..conftest import Connection, connected
 from ..daemon import Daemons
-from ..endpoint import Endpoint, Raw, Request, reply
+from ..endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_lease import eventually, rows
 
 STEP = timedelta(milliseconds=200)
@@ -134,3 +135,32 @@ async def test_those_who_come_first_may_be_gone(app: Application, db: Connection
     await app.schedule("rung", "immediate", datetime.now(UTC), "now")
     await last.hears("recall.settled", times=2)
     assert max(event["lag_ms"] for event in last.told("recall.settled")) < 5000, "and not at the next look by poll"
+
+
+async def test_what_is_over_costs_no_look(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+    """One claim for each that rings; none after its end, where nothing can have waited for it. What waits behind a run is claimed when that ends."""
+
+    async def run(_: Request) -> Raw:
+        await asyncio.sleep(0.1)
+        return reply()
+
+    endpoint.default = run
+    daemon = await daemons.start(poll_interval=30)
+    await daemon.hears("bell.listening")
+    await db.execute("select pg_sleep(0.5)")
+    await app.create_session("s", "ann")
+    for n in range(1, 4):
+        before = len(daemon.told("claim.answered"))
+        await app.schedule("s", "immediate", datetime.now(UTC), "now")
+        await daemon.hears("recall.settled", times=n)
+        await db.execute("select pg_sleep(0.2)")
+        assert [told["recalls"] for told in daemon.told("claim.answered")[before:]] == [1]
+    gate = Gate()
+    endpoint.script("s", gate)
+    await app.schedule("s", "immediate", datetime.now(UTC), "first")
+    await gate.entered.wait()
+    await app.schedule("s", "once", datetime.now(UTC), "behind it")
+    gate.open()
+    await daemon.hears("recall.settled", times=5)
+    [lag] = [told["lag_ms"] for told in daemon.told("recall.settled")[-1:]]
+    assert lag < 5000 and [told["recalls"] for told in daemon.told("claim.answered")].count(1) == 5
