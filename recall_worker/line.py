@@ -359,7 +359,10 @@ class _Question:
                     self.fail(psycopg.InternalError("an answer without its result"))
                 return True
             case pq.ExecStatus.FATAL_ERROR:
-                self._error = self._error or errors.error_from_result(result)
+                # One without a code is libpq's own: the connection is lost.
+                coded = result.error_field(pq.DiagnosticField.SQLSTATE) is not None
+                error = errors.error_from_result(result) if coded else psycopg.OperationalError(result.get_error_message())
+                self._error = self._error or error
             case pq.ExecStatus.PIPELINE_ABORTED:
                 pass
             case _:

@@ -162,6 +162,24 @@ async def test_what_is_broken_off_belongs_to_nobody(database: str) -> None:
     await line.close()
 
 
+@pytest.mark.parametrize("in_question", [False, True])
+async def test_a_connection_that_breaks_without_a_word(in_question: bool, database: str) -> None:
+    """Nobody says why: it is an outage all the same, and never taken for PostgreSQL's refusal of what was asked."""
+    async with Proxy(database) as proxy:
+        line = Line(proxy.dsn, "recall-worker test", WITHIN, [])
+        await backend(line)
+        asking = asyncio.create_task(line.ask("select pg_sleep(30)", {})) if in_question else None
+        if asking is not None:
+            asked = proxy.asked
+            await proxy.until(lambda: proxy.asked > asked)
+        proxy.cut()
+        proxy.heal()
+        with pytest.raises(Outage):
+            await (asking or line.ask("select 1", {}))
+        assert await backend(line)
+        await line.close()
+
+
 async def test_a_silence_is_noticed(database: str) -> None:
     """PostgreSQL that says nothing within the deadline is lost, and asked anew over another connection."""
     async with Proxy(database) as proxy:
