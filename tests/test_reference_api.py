@@ -21,6 +21,7 @@ from recall_worker.protocols.native import accepted, address, polled, read
 from recall_worker.protocols.polling import StillOn
 from recall_worker.protocols.wire import Answer, Wire
 from recall_worker.recall import Accepted, name_of
+from recall_worker.settings import Settings
 
 from .application import Application
 from .daemon import Daemons
@@ -358,7 +359,7 @@ async def test_the_worker_follows_what_it_accepts(accepting: Client, agent: Agen
 async def test_hostile_keys(accepting: Client, key: str) -> None:
     """Whatever a key holds, the address of its run is one that the worker's own wire finds it at."""
     taken = await accepting.run(key=key, message="wait")
-    wire = Wire()
+    wire = Wire(Settings())
     try:
         answer = await wire.ask("GET", accepting.base + taken.headers["Location"], {"Authorization": f"Bearer {TOKEN}"})
     finally:

@@ -21,6 +21,7 @@ import pytest
 
 from recall_worker.protocols import wire as wiring
 from recall_worker.protocols.wire import LIMIT, Answer, NoAnswer, Wire
+from recall_worker.settings import Settings
 
 BODY = b'{"a":"' + b"x" * 300 + b'"}'
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
@@ -192,9 +193,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-async def wire(authority: str) -> AsyncIterator[Wire]:
-    """The transport, as a protocol has it; with one authority, as reading all of the system's takes a while."""
-    made = Wire(authority)
+async def wire() -> AsyncIterator[Wire]:
+    """The transport, as a protocol has it."""
+    made = Wire(Settings())
     yield made
     await made.close()
 
@@ -237,10 +238,10 @@ def crowded() -> Iterator[Peer]:
         yield peer
 
 
-async def test_no_connection_within_the_deadline(authority: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_connection_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was sent when the time for connecting is over."""
     monkeypatch.setattr(wiring, "CONNECT_DEADLINE", 0.3)
-    wire = Wire(authority)
+    wire = Wire(Settings())
     with crowded() as peer:
         end = await Posting(wire, peer.url).unanswered(sent=False)
     assert "no connection within 0.3 s" in end.reason
@@ -312,10 +313,13 @@ async def secured(tmp_path: Path, seen: list[bytes]) -> AsyncIterator[int]:
         server.close()
 
 
-async def test_a_private_authority(tmp_path: Path, authority: str) -> None:
-    """With RECALL_CA_FILE a private endpoint is trusted; two requests go over one connection."""
+@pytest.mark.parametrize("given", ["RECALL_CA_FILE", "system"])
+async def test_an_authority_that_is_trusted(tmp_path: Path, authority: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With RECALL_CA_FILE a private endpoint is trusted, and so it is by the system's authorities; two requests go over one connection."""
     seen: list[bytes] = []
-    wire = Wire(authority)
+    if given == "system":
+        monkeypatch.setenv("SSL_CERT_FILE", authority)
+    wire = Wire(Settings(run_url="https://localhost", ca_file=None if given == "system" else authority))
     async with secured(tmp_path, seen) as port:
         for _ in range(2):
             assert (await Posting(wire, f"https://127.0.0.1:{port}/run").answered()).status == 200
@@ -327,7 +331,7 @@ async def test_a_private_authority(tmp_path: Path, authority: str) -> None:
 async def test_a_certificate_that_is_not_trusted(tmp_path: Path, authority: str, wrong: str) -> None:
     """An unknown authority, or the certificate of another host: nothing was sent, and the reason names the certificate."""
     seen: list[bytes] = []
-    wire = Wire(None if wrong == "authority" else authority)
+    wire = Wire(Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority))
     host = "127.0.0.1" if wrong == "authority" else "localhost"
     async with secured(tmp_path, seen) as port:
         end = await Posting(wire, f"https://{host}:{port}/run").unanswered(sent=False)
@@ -539,7 +543,7 @@ async def test_a_kept_connection_that_was_closed_right_before_over_tls(
         gone.wait(PATIENCE)  # Blocks the loop, so that it can't have seen the end.
         return {}
 
-    wire = Wire(authority)
+    wire = Wire(Settings(ca_file=authority))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/run"
@@ -613,11 +617,11 @@ async def test_nothing_listens_any_more_behind_a_kept_connection(wire: Wire, pee
 
 
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh connection", "kept connection"])
-async def test_cancelled_after_any_number_of_turns(authority: str, peer: Peer, reused: bool) -> None:
+async def test_cancelled_after_any_number_of_turns(peer: Peer, reused: bool) -> None:
     """Wherever a call is cancelled, it was said to be sent exactly if bytes of it arrived."""
     said = set()
     for turns in range(16):
-        wire = Wire(authority)
+        wire = Wire(Settings())
         before = 0
         if reused:
             before = len((await kept(wire, peer)).seen)
@@ -739,12 +743,12 @@ async def test_redirects_are_not_followed(wire: Wire, peer: Peer, status: int) -
         assert target.conns == []
 
 
-async def test_no_proxy_from_the_environment(authority: str, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_proxy_from_the_environment(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables for proxies change nothing: the token goes to the endpoint and to nobody else."""
     with Peer() as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        wire = Wire(authority)
+        wire = Wire(Settings())
         await kept(wire, peer)
         await wire.close()
         await proxy.seen()

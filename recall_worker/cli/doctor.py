@@ -508,7 +508,7 @@ class Doctor:
             self._find(NOTE, "RECALL_RUN_URL is not set here, so nobody was asked", "set it as for recall-worker run")
             return
         try:
-            wire = Wire(settings.ca_file)
+            wire = Wire(settings)
         except setting.SettingsError as error:
             self._find(PROBLEM, error.problems[0])
             return

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import httpx
 
 from ..protocols.native import accepted, address, header_key, polled, read, retry_after, same_origin, signature
 from ..protocols.polling import StillOn
-from ..protocols.wire import CONNECT_DEADLINE, LIMIT, Answer
+from ..protocols.wire import CONNECT_DEADLINE, LIMIT, Answer, trust
 from ..recall import Accepted, Answered, Busy, Failed, Misconfigured, Outcome, Unavailable, Unknown, name_of
 from ..settings import Settings
 from .talk import rfc3339
@@ -123,7 +122,7 @@ class Probes:
         self._lost = False
         """Whether an accepted run did not end in its time: no other is then waited for so long."""
         self._http = httpx.AsyncClient(
-            verify=_trust(settings),
+            verify=trust(settings),
             timeout=httpx.Timeout(None, connect=CONNECT_DEADLINE),  # Each request has its own, for everything.
             trust_env=False,
             limits=httpx.Limits(max_keepalive_connections=0),
@@ -304,9 +303,3 @@ class Probes:
             signed = (signature(secret, key, now, content) for secret in self._settings.signing_secret.split())
             made |= {"webhook-id": key, "webhook-timestamp": str(now), "webhook-signature": " ".join(signed)}
         return made
-
-
-def _trust(settings: Settings) -> ssl.SSLContext:
-    if (settings.run_url or "").startswith("https:"):
-        return ssl.create_default_context(cafile=settings.ca_file)
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.

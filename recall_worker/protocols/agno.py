@@ -68,7 +68,7 @@ class Agno:
         self._agent = settings.agno_agent
         self._timeout = min(settings.run_timeout, POST_DEADLINE)
         self._secret = settings.signing_secret
-        self._wire = Wire(settings.ca_file)
+        self._wire = Wire(settings)
         self._always = {} if settings.run_token is None else {"Authorization": f"Bearer {settings.run_token}"}
 
     async def call(self, call: Call) -> Outcome:

@@ -63,7 +63,7 @@ class LangGraph:
         self._assistant = settings.langgraph_assistant
         self._timeout = settings.run_timeout
         self._secret = settings.signing_secret
-        self._wire = Wire(settings.ca_file)
+        self._wire = Wire(settings)
         self._credentials = credentials(settings.run_token)
         self._always = self._credentials | {"Content-Type": "application/json"}
 

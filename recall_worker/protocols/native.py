@@ -60,7 +60,7 @@ class Native:
         self._url = settings.run_url
         self._timeout = settings.run_timeout
         self._secret = settings.signing_secret
-        self._wire = Wire(settings.ca_file)
+        self._wire = Wire(settings)
         self._always = {"Content-Type": "application/json"}
         if settings.run_token is not None:
             self._always["Authorization"] = f"Bearer {settings.run_token}"

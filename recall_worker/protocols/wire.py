@@ -21,14 +21,33 @@ import asyncio
 import select
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
 from yarl import URL
 
-from ..settings import SettingsError
+from ..settings import Settings, SettingsError
+
+
+@contextmanager
+def _without_authorities() -> Iterator[None]:
+    """aiohttp reads the system's authorities as it is imported: a megabyte that stays, and a tenth of the time to the first call.
+
+    The context that it makes meanwhile trusts nobody, and is not used: see `trust`.
+    """
+    usual = ssl.create_default_context
+    ssl.create_default_context = lambda *_, **__: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        yield
+    finally:
+        ssl.create_default_context = usual
+
+
+with _without_authorities():
+    import aiohttp
 
 LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
@@ -55,18 +74,23 @@ class NoAnswer:
     reason: str
 
 
+def trust(settings: Settings) -> ssl.SSLContext:
+    """Whom the endpoint's certificate must be from: the system's authorities, or RECALL_CA_FILE alone. Raises SettingsError where that holds none."""
+    try:
+        if settings.ca_file is not None or urlsplit(settings.run_url or "").scheme == "https":
+            return ssl.create_default_context(cafile=settings.ca_file)
+    except OSError:
+        raise SettingsError([f"RECALL_CA_FILE is {settings.ca_file!r}, which holds no certificate: give a PEM file"]) from None
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.
+
+
 class Wire:
     """Connections to the endpoint. Needs a running event loop."""
 
-    def __init__(self, ca_file: str | None = None) -> None:
-        """`ca_file`: a PEM file with the authority to trust instead of the system's. Raises SettingsError where it holds none."""
-        try:
-            # aiohttp has a context with the system's authorities already, a megabyte of them.
-            trust = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
-        except OSError:
-            raise SettingsError([f"RECALL_CA_FILE is {ca_file!r}, which holds no certificate: give a PEM file"]) from None
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError where RECALL_CA_FILE holds no certificate."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust, socket_factory=_socket),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust(settings), socket_factory=_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,

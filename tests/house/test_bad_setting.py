@@ -483,7 +483,7 @@ def test_a_wrong_certificate_authority(content: bytes | Path | None, tmp_path: P
         error = problem(monkeypatch, ca_file=file).what
     else:
         with pytest.raises(SettingsError) as caught:
-            Wire(str(file))
+            Wire(Settings(ca_file=str(file)))
         error = str(caught.value)
     assert error.startswith(f"RECALL_CA_FILE is '{file}', which ") and "PEM" in error
 

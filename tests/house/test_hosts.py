@@ -24,6 +24,7 @@ import pytest
 
 from recall_worker import schema
 from recall_worker.protocols import wire
+from recall_worker.settings import Settings
 
 from .. import network, postgres
 from ..application import CREATE_TABLES, Application
@@ -304,7 +305,7 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
 
         for name, value in (("_socket", there), ("PROBE_AFTER", 1), ("PROBE_EVERY", 1), ("PROBES", 2)):
             monkeypatch.setattr(wire, name, value)
-        caller = wire.Wire()
+        caller = wire.Wire(Settings())
         stack.push_async_callback(caller.close)
         gate = Gate()
         api.script("s", gate)
