@@ -104,6 +104,8 @@ class Worker:
         """Whether whoever woke us expects something to be claimed. Who merely came by sees first whether there is anything: that is cheap."""
         self._waits = True
         """Whether something may wait for a run of ours to end: as of the last look, and of what rang since."""
+        self._freed = False
+        """Whether a run has ended since the last look began."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._stop = asyncio.Event()
@@ -264,7 +266,7 @@ class Worker:
         `merely`: see first whether there is anything.
         """
         most = self._settings.poll_interval
-        self._waits = True
+        self._waits, self._freed = True, False
         was_open = self._breaker.is_open
         allowed, changes_in = self._breaker.allowance(time.monotonic())
         if was_open and not self._breaker.is_open:
@@ -300,6 +302,7 @@ class Worker:
                 if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
                     if self._more_waits:
                         return self._until_room(most)
+                    self._waits = False  # For a run that ends until then the question that follows is early enough.
                     if await self._is_rung(CALLS_FIRST):
                         return 0.0
                 ahead = await self._see_ahead(claimed.asked_at)
@@ -316,7 +319,7 @@ class Worker:
     def _until_room(self, most: float) -> float:
         """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may close the
         breaker."""
-        self._expects = True
+        self._waits = self._expects = True
         return min(most, 1.0) if self._breaker.is_open else most if self._free_slots <= 0 else 0.0
 
     async def _is_rung(self, within: float) -> bool:
@@ -329,9 +332,14 @@ class Worker:
         return True
 
     async def _see_ahead(self, claimed_at: float | None) -> Ahead:
-        ahead = await self._ledger.ahead(
-            take_expired=self._reach.may_take_expired, in_hand=self._in_doubt(), claimed_at=claimed_at
-        )
+        # A run that ends meanwhile needs no look of its own: the answer tells whether anything can have waited for it.
+        self._waits = False
+        try:
+            ahead = await self._ledger.ahead(
+                take_expired=self._reach.may_take_expired, in_hand=self._in_doubt(), claimed_at=claimed_at
+            )
+        finally:
+            self._waits = True
         self._reach.found()
         self._unseen_since = None
         if ahead.moved:
@@ -355,7 +363,7 @@ class Worker:
 
     def _until_next(self, ahead: Ahead, most: float) -> float:
         self._waits = ahead.waiting
-        if ahead.fresh:
+        if ahead.fresh or (ahead.waiting and self._freed):
             self._expects = True
             return 0.0
         if ahead.waiting or ahead.moved:
@@ -564,6 +572,7 @@ class Worker:
     def _free(self, run: Run, is_over: bool) -> None:
         self._leave_slot(run)
         self._runs.pop(run.claim.lease, None)
+        self._freed = True
         if not self._runs:
             self._idle.set()
         if self._waits or self._breaker.is_open:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -164,3 +169,49 @@ async def test_what_is_over_costs_no_look(app: Application, db: Connection, endp
     await daemon.hears("recall.settled", times=5)
     [lag] = [told["lag_ms"] for told in daemon.told("recall.settled")[-1:]]
     assert lag < 5000 and [told["recalls"] for told in daemon.told("claim.answered")].count(1) == 5
+
+
+@contextmanager
+def answering_at_once() -> Iterator[str]:
+    """An endpoint that takes a fraction of a millisecond to answer, as a thread of its own does: its URL."""
+    length = re.compile(rb"(?i)\r\ncontent-length: (\d+)\r\n")
+
+    def answer(conn: socket.socket) -> None:
+        with conn:
+            while data := conn.recv(1 << 16):
+                while (found := length.search(data)) is None or len(data.partition(b"\r\n\r\n")[2]) < int(found[1]):
+                    data += conn.recv(1 << 16)
+                conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):  # It is closed when the test is over.
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/{{session_id}}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+async def test_what_is_over_at_once_costs_no_look(app: Application, db: Connection, daemons: Daemons) -> None:
+    """Nor where a run has ended before it was asked what is next, or meanwhile; and of one session's recalls each is claimed when the one before
+    it has ended."""
+    with answering_at_once() as url:
+        daemon = await daemons.start(run_url=url, poll_interval=30)
+        await db.execute("select pg_sleep(0.5)")
+        await app.create_session("s", "ann")
+        for n in range(1, 11):
+            before = len(daemon.told("claim.answered"))
+            await app.schedule("s", "immediate", datetime.now(UTC), "now")
+            await daemon.hears("recall.settled", times=n)
+            await db.execute("select pg_sleep(0.1)")
+            assert [told["recalls"] for told in daemon.told("claim.answered")[before:]] == [1]
+        await db.execute(
+            "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at)"
+            " select 'r' || n, 's', 'once', now() - n * interval '1 second', 'now', 'running', now(), now() from generate_series(1, 20) n"
+        )
+        await db.execute("select pg_notify('session_recalls', '')")
+        settled = await daemon.hears("recall.settled", times=30)
+        took = datetime.fromisoformat(settled[-1]["timestamp"]) - datetime.fromisoformat(settled[10]["timestamp"])
+        assert took < timedelta(seconds=4), "each at the end of the one before it, and not some time later"
