@@ -25,7 +25,7 @@ from .ground import ROOT, Ground, cpu, run, tree
 from .peers import MESSAGE
 
 OURS, CAPPED = "recall-worker", "PgQueuer, by its own cap"
-LOOP, HTTPX_LOOP = "bare loop", "bare httpx loop"
+LOOP, HTTPX_LOOP, BARE = "bare loop", "bare httpx loop", "bare worker"
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,15 @@ _PGQUEUER = """with made as (
 insert into pgqueuer_log (job_id, status, entrypoint, priority) select id, 'queued', entrypoint, priority from made"""
 _SERIES = " from generate_series(1, %(n)s) n"
 _NTH = "%(session)s::text || n"
+_RECALL = f"""{_COLUMNS} values (%(session)s, %(session)s, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
+    %(message)s, 'pending', now(), now())"""
+_RECALLS = f"""{_COLUMNS} select {_NTH}, {_NTH}, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
+    %(message)s, 'pending', now(), now(){_SERIES}"""
 
 CONTENDERS = {
     made.name: made
     for made in (
-        Contender(
-            OURS,
-            f"""{_COLUMNS} values (%(session)s, %(session)s, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
-                %(message)s, 'pending', now(), now())""",
-            f"""{_COLUMNS} select {_NTH}, {_NTH}, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
-                %(message)s, 'pending', now(), now(){_SERIES}""",
-            _ours_install,
-            _ours("run"),
-            12000,
-        ),
+        Contender(OURS, _RECALL, _RECALLS, _ours_install, _ours("run"), 12000),
         Contender(
             "procrastinate",
             f"""select procrastinate_defer_jobs_v1(array[row('default', 'call', 0, null, null, {_JOB.format("%(session)s::text")},
@@ -154,11 +149,12 @@ CONTENDERS = {
             _python("pgqueuer-capped"),
             12000,
         ),
+        Contender(BARE, _RECALL, _RECALLS, _ours_install, _python("bare"), 0),
         Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
         Contender(HTTPX_LOOP, "", "", lambda ground, dsn: _needs("httpx_aiohttp"), _python("loop-httpx"), 0),
     )
 }
-PEERS = tuple(name for name in CONTENDERS if name not in (OURS, LOOP, HTTPX_LOOP, CAPPED))
+PEERS = tuple(name for name in CONTENDERS if name not in (OURS, BARE, LOOP, HTTPX_LOOP, CAPPED))
 
 
 class Field:

@@ -92,6 +92,53 @@ async def loop(dsn: str, caller: Caller | HttpxCaller, slots: int) -> None:
     await asyncio.gather(*(slot() for _ in range(slots)))
 
 
+CLAIM = """with candidate as materialized (
+    select id from session_recalls
+    where status in ('pending', 'running') and paused_at is null and coalesce(lease_until, trigger_at) <= now() and lease is null
+    order by coalesce(lease_until, trigger_at)
+    limit %(slots)s
+    for update skip locked
+)
+update session_recalls r
+set lease = gen_random_uuid(), lease_until = now() + interval '60 seconds', leased_at = now(), leased_by = 'bare'
+from candidate c
+where c.id = r.id
+returning r.id, r.session_id, r.additional_context_message"""
+SETTLE = "update session_recalls set status = 'fired', lease = null, lease_until = null where id = %(id)s"
+
+
+async def bare(dsn: str, caller: Caller, slots: int) -> None:
+    """What is left of a worker that keeps no promise but to call: it listens, claims the row, calls, and writes that it has."""
+    import psycopg
+
+    from recall_worker.line import Deadlines, Line
+
+    lines: list[Line] = []
+    claims, settles = (Line(dsn, name, Deadlines(), lines) for name in ("claims", "settles"))
+    rung = asyncio.Event()
+    running = set()
+
+    async def run(id: str, session: str, message: str) -> None:
+        await caller.call(session, message)
+        await settles.ask(SETTLE, {"id": id})
+
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as bell:
+
+        def hear() -> None:
+            bell.pgconn.consume_input()
+            while bell.pgconn.notifies() is not None:
+                rung.set()
+
+        await bell.execute("listen session_recalls")
+        asyncio.get_running_loop().add_reader(bell.fileno(), hear)
+        while True:
+            rung.clear()
+            for row in await claims.ask(CLAIM, {"slots": slots}, as_=tuple):
+                running.add(task := asyncio.create_task(run(*row)))
+                task.add_done_callback(running.discard)
+            await rung.wait()
+
+
 async def procrastinate(dsn: str, caller: Caller, slots: int) -> None:
     import procrastinate as library
 
@@ -135,7 +182,9 @@ async def main(name: str, dsn: str, url: str, slots: int) -> None:
     if name == "loop-httpx":
         await loop(dsn, HttpxCaller(url, slots), slots)
         return
-    work = {"loop": loop, "procrastinate": procrastinate, "pgqueuer": pgqueuer, "pgqueuer-capped": pgqueuer_capped}[name]
+    work = {"loop": loop, "bare": bare, "procrastinate": procrastinate, "pgqueuer": pgqueuer, "pgqueuer-capped": pgqueuer_capped}[
+        name
+    ]
     await work(dsn, Caller(url, slots), slots)
 
 

@@ -11,22 +11,27 @@ from ..figures import judged, ratio, shown, spread, table
 
 TITLE = "Inserting: pgbench, 32 clients"
 PLAIN, LATER, NEAR = "recall-worker, triggers off", "recall-worker, due in two hours", "recall-worker, due now"
+IDLE = "recall-worker, a trigger that does nothing"
 
 
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
     peers = [] if quick else contest.present(*PEERS)
     contest.present(OURS)
-    names = [PLAIN, LATER, NEAR, *peers]
+    names = [PLAIN, IDLE, LATER, NEAR, *peers]
     found: dict[str, Any] = {name: [] for name in names}
     for round in range(1 if quick else 3):
         for name in rotated(names, round):
-            with contest.field(OURS if name in (PLAIN, LATER, NEAR) else name) as field:
+            with contest.field(OURS if name in (PLAIN, IDLE, LATER, NEAR) else name) as field:
                 if name == PLAIN:
                     field.connection.execute("alter table session_recalls disable trigger user")
-                found[name].append(
-                    _pgbench(field, "now() + interval '2 hours'" if name in (PLAIN, LATER) else "now()", 2 if quick else 5)
-                )
+                elif name == IDLE:
+                    field.connection.execute(
+                        "create or replace function recall_before_insert() returns trigger language plpgsql as"
+                        " 'begin return new; end'"
+                    )
+                due = "now() + interval '2 hours'" if name in (PLAIN, IDLE, LATER) else "now()"
+                found[name].append(_pgbench(field, due, 2 if quick else 5))
     return found
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any
 
-from ..contenders import OURS, PEERS, Contest, rotated
+from ..contenders import BARE, OURS, PEERS, Contest, rotated
 from ..figures import curve, judged, percentile, ratio, shown, spread, table
 
 TITLE = "Waking: from commit to request"
@@ -18,10 +18,11 @@ STATISTICS_LAG = 10.5
 
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
-    names = contest.present(OURS, *PEERS)
+    everybody = contest.present(OURS, *PEERS)
     found: dict[str, Any] = {}
     for replicas in (1, 5) if quick else (1, 20):
         rounds = 1 if quick else 3 if replicas == 1 else 2
+        names = [*everybody, BARE] if replicas == 1 else everybody
         found[str(replicas)] = {name: [] for name in names}
         for round in range(rounds):
             for name in rotated(names, round):
@@ -92,20 +93,38 @@ def report(found: dict[str, Any]) -> str:
             f"{name} {sum(run['never'] for run in runs)}" for name, runs in by_name.items() if any(run["never"] for run in runs)
         ]
         parts.append(f"\nNot called for within ten seconds: {', '.join(lost)}.\n" if lost else "")
-        parts.append("\n" + _targets(by_name) + "\n")
+        parts.append("\n" + _targets(by_name))
+        if BARE in by_name:
+            mine, least = _of(by_name, OURS, "p50"), _of(by_name, BARE, "p50")
+            best = _best(by_name, "p50")
+            beside = f", and it is {shown(ratio(least, _of(by_name, best, 'p50')))} times {best}'s" if best is not None else ""
+            parts.append(
+                f"\n*{BARE}*: what is left where no promise is kept but to call. It listens, claims the oldest row by the shortest statement that"
+                " does, calls through the same transport and writes that it has, over recall-worker's own connections to PostgreSQL: no rules of"
+                " sessions, no keys, no attempts, nothing taken up after a crash, nothing told. recall-worker's p50 is"
+                f" {shown(ratio(mine, least))} times as long{beside}.\n"
+            )
+        parts.append("\n")
     return "".join(parts)
 
 
 def _targets(by_name: dict[str, Any]) -> str:
-    peers = [name for name in by_name if name != OURS]
-    if not peers:
-        return ""
     said = ""
     for figure, target in (("p50", 0.8), ("p99", 1.0)):
-        best = min(peers, key=lambda name: spread([run[figure] for run in by_name[name]])["median"])
-        mine, theirs = ([run[figure] for run in by_name[name]] for name in (OURS, best))
-        said += judged(f"{figure} against the best peer's ({best})", ratio(mine, theirs)["median"], target, unit=" ×")
+        if (best := _best(by_name, figure)) is None:
+            continue
+        beside = ratio(_of(by_name, OURS, figure), _of(by_name, best, figure))
+        said += judged(f"{figure} against the best peer's ({best})", beside["median"], target, unit=" ×")
     return said
+
+
+def _best(by_name: dict[str, Any], figure: str) -> str | None:
+    peers = [name for name in by_name if name not in (OURS, BARE)]
+    return min(peers, key=lambda name: spread(_of(by_name, name, figure))["median"], default=None)
+
+
+def _of(by_name: dict[str, Any], name: str, figure: str) -> list[float]:
+    return [run[figure] for run in by_name[name]]
 
 
 def plot(found: dict[str, Any], axes: Any) -> None:
