@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from psycopg import errors
 from . import statements
 from .events import harmless
 from .judge import LAST
-from .line import Deadlines, Line, Outage, Refusal
+from .line import Deadlines, Line, Outage, Refusal, clamped
 from .recall import (
     Accepted,
     After,
@@ -63,6 +64,8 @@ TURN = 60.0
 """Seconds after which another replica may prune, should the one whose turn it is have fallen silent."""
 BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
+PASSED_MOST = 20
+"""Rows of what is due and was not claimed that are looked at one by one: the limit in the statement `ahead`."""
 _NONE_ASIDE = "r.id <> all ('{}')"
 
 
@@ -89,6 +92,8 @@ class Ahead:
     """Whether something is due and was not claimed."""
     fresh: bool
     """Whether some of that fell due only after the claim was asked for. What did not is locked, or behind a run of its session."""
+    expired: bool
+    """Whether leases have ended that may be taken, or may have: where too much is due to see it all."""
     asked_at: float
     """Monotonic instant at which this was asked for."""
     moved: bool
@@ -129,7 +134,10 @@ class Ledger:
         self._patient = Line(dsn, name, deadlines, self._lines, prepare=False)
         # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
         self._prunes = Line(dsn, name, Deadlines(), [])
-        self._sql, self._pruning = statements.load("ledger"), statements.load("prune")
+        self._sql, self._pruning = dict(statements.load("ledger")), statements.load("prune")
+        if fleet is None:
+            self._sql["claim"] = _without("fleet", self._sql["claim"])
+        self._sql["claim_waiting"] = _without("left", self._sql["claim"])
         self._aside: dict[str, float] = {}
         self._left: dict[str, float] = {}
         """Leases that ended while the application held their rows locked: until when they are left to their owners."""
@@ -152,10 +160,11 @@ class Ledger:
     async def claim(self, slots: int, *, take_expired: bool, in_hand: Collection[str] = ()) -> Claimed:
         """Take at most `slots` due rows under leases of their own, oldest due first.
 
-        `in_hand`: ids of our runs whose leases may have ended: those are not taken from ourselves.
+        `take_expired`: also those whose leases have ended. `in_hand`: ids of our runs whose leases may have ended: those are not taken from
+        ourselves.
         """
         asked_at = time.monotonic()
-        statement, values = self._looking("claim", take_expired, asked_at)
+        statement, values = self._looking("claim" if take_expired else "claim_waiting", asked_at)
         values |= {"slots": slots, "fleet": self._fleet, "in_hand": list(in_hand)}
         try:
             rows = await self._claims.ask(statement, values, after=self._turn, as_=tuple)
@@ -165,31 +174,43 @@ class Ledger:
                 # holds the whole table, as DDL does.
                 return Claimed([], asked_at, refused=True)
             if refusal.of_a_row:
-                return await self._claim_one_by_one(values, asked_at)
+                return await self._claim_one_by_one(self._sql["claim" if take_expired else "claim_waiting"], values, asked_at)
             raise
         return Claimed(_claims_in(rows), asked_at)
 
-    async def ahead(self, *, take_expired: bool, in_hand: Collection[str] = (), claimed_at: float | None) -> Ahead:
+    async def ahead(
+        self, *, take_expired: bool, in_hand: Collection[str] = (), claimed_at: float | None, took_expired: bool = True
+    ) -> Ahead:
         """When the next row is due, and what is due now and was not claimed.
 
-        `claimed_at`: the monotonic instant at which all that is due was asked for last; None: nothing was.
+        `take_expired`: whether leases that have ended may be taken. `claimed_at`: the monotonic instant at which all that is due was asked for
+        last, but for such leases where not `took_expired`; None: nothing was.
         """
         asked_at = time.monotonic()
-        statement, values = self._looking("ahead", take_expired, asked_at)
+        statement, values = self._looking("ahead", asked_at)
+        values |= {"take_expired": take_expired}
         found = (await self._claims.ask(statement, values))[0]
         self._leave(found["locked"])
         since = math.inf if claimed_at is None else time.monotonic() - claimed_at
-        if self._fleet is None:
+        ended = [
+            (id, due_for)
+            for id, due_for in zip(found["passed_over"], found["due_for"], strict=True)
+            if id is not None and id not in in_hand and id not in self._left
+        ]
+        if took_expired and self._fleet is None:
             # Else it may be the fleet's cap that passed them over.
-            self._leave(
-                id
-                for id, due_for in zip(found["passed_over"], found["due_for"], strict=True)
-                if id is not None and due_for > since and id not in in_hand and id not in self._left
-            )
+            self._leave(id for id, due_for in ended if due_for > since)
         youngest = found["youngest"]
-        return Ahead(found["next_in"], youngest is not None, youngest is not None and youngest <= since, asked_at, found["moved"])
+        return Ahead(
+            next_in=found["next_in"],
+            waiting=youngest is not None,
+            fresh=youngest is not None and youngest <= since,
+            expired=len(found["passed_over"]) >= PASSED_MOST or any(id not in self._left for id, _ in ended),
+            asked_at=asked_at,
+            moved=found["moved"],
+        )
 
-    def _looking(self, name: str, take_expired: bool, now: float) -> tuple[str, dict[str, Any]]:
+    def _looking(self, name: str, now: float) -> tuple[str, dict[str, Any]]:
         """A statement about what is due, without the rows that are put aside for now, and its values."""
         self._left = {id: until for id, until in self._left.items() if until > now}
         self._aside = {id: until for id, until in self._aside.items() if until > now}
@@ -197,16 +218,16 @@ class Ledger:
         if self._aside:
             statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
         return statement, {
-            "lease": self._lease, "worker": self._worker, "take_expired": take_expired, "left": list(self._left), "aside": list(self._aside),
+            "lease": self._lease, "worker": self._worker, "left": list(self._left), "aside": list(self._aside),
         }  # fmt: skip
 
     def _leave(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
         self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease / 3))
 
-    async def _claim_one_by_one(self, values: dict[str, Any], asked_at: float) -> Claimed:
+    async def _claim_one_by_one(self, statement: str, values: dict[str, Any], asked_at: float) -> Claimed:
         """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside."""
-        statement = self._sql["claim"].replace(_NONE_ASIDE, "r.id = %(only)s")
+        statement = statement.replace(_NONE_ASIDE, "r.id = %(only)s")
         claims: list[Claim] = []
         stranded: list[tuple[str, str]] = []
         for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
@@ -246,7 +267,7 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
-        return [Claim._make(row) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple)]
+        return [_claim(row)._replace(lateness=0.0) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple)]
 
     async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
         """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
@@ -400,7 +421,41 @@ class Ledger:
 
 def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
     """The oldest due first."""
-    return sorted(map(Claim._make, rows), key=lambda claim: -claim.lag)
+    return sorted(map(_claim, rows), key=lambda claim: -claim.lag)
+
+
+def _claim(row: Sequence[Any]) -> Claim:
+    """A row of the statement `claim`: dates become ages here, as PostgreSQL would take longer to make ready for that than for all the rest."""
+    (
+        *first,
+        scheduled_for,
+        missed,
+        begun_at,
+        due_at,
+        lease,
+        trigger,
+        trigger_at,
+        planned_at,
+        taken_from,
+        reference,
+        delivered_at,
+        now,
+    ) = row[:21]
+    cadence, cron, time_zone, until, *last = row[21:]
+    scheduled_for, trigger_at, planned_at = clamped(scheduled_for), clamped(trigger_at), clamped(planned_at)
+    begun_age, delivered_age = (None if at is None else max(0.0, (now - at).total_seconds()) for at in (begun_at, delivered_at))
+    return Claim._make(
+        (
+            *first, scheduled_for, missed, begun_age, (now - clamped(due_at)).total_seconds(), (now - scheduled_for).total_seconds(), lease,
+            trigger, trigger_at, planned_at, trigger_at <= now, taken_from, reference, delivered_age, now, cadence, cron, time_zone,
+            None if until is None else clamped(until), *last,
+        )
+    )  # fmt: skip
+
+
+def _without(part: str, statement: str) -> str:
+    """A statement without what it has for one purpose, in between marks of that name."""
+    return re.sub(rf"/\* {part}: \*/.*?/\* :{part} \*/", "", statement, flags=re.DOTALL)
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:

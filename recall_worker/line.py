@@ -99,15 +99,23 @@ class Refusal(Exception):
         return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
 
 
+def clamped(when: datetime) -> datetime:
+    """`when`, or the nearest date that can still be reckoned with."""
+    return when if EARLIEST.year < when.year < LATEST.year else min(LATEST, max(EARLIEST, when))
+
+
 class Dates(TimestamptzLoader):
-    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest."""
+    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest.
+
+    In UTC, as Python's difference of two dates of one zone is that of its clocks on the wall.
+    """
 
     def load(self, data: Buffer) -> datetime:
         text = bytes(data)
         if text.startswith(b"-") or text.endswith(b"BC"):
             return EARLIEST
         try:
-            return min(LATEST, max(EARLIEST, super().load(data)))
+            return clamped(super().load(data)).astimezone(UTC)
         except (errors.DataError, ValueError, OverflowError):
             return LATEST
 
@@ -429,6 +437,15 @@ class _Pipe:
 
     def load(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
         """The rows of a result, none where it has no columns."""
+        try:
+            return self._rows(result, as_)
+        except errors.DataError:
+            # A date that psycopg can't load. Most tables have none, so it is only from the first one on that each is looked at more closely.
+            self._conn.adapters.register_loader("timestamptz", Dates)
+            self._adapt = Transformer(self._conn)
+            return self._rows(result, as_)
+
+    def _rows(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
         self._adapt.set_pgresult(result)
         if as_ is tuple:
             return self._adapt.load_rows(0, result.ntuples, tuple)

@@ -22,7 +22,7 @@ STATUSES = LIVE + FINAL
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """The standing promise: one row, as its owner sees it. Dates are aware, clamped to years 1 to 9998."""
+    """The standing promise: one row, as its owner sees it. Dates are in UTC, clamped to years 1 to 9998."""
 
     id: str
     session_id: str

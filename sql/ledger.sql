@@ -6,7 +6,8 @@
 -- to another one. On the server's own connection these settings then hold, whatever the database or the account has for others: a bound
 -- on waiting for locks, as an insert that the application keeps open can hold up an index entry; no other isolation, no shorter
 -- deadlines, than our statements are made for; and bounds on waiting for us, as the locks of a worker that was cut off in the middle of
--- a transaction must not outlive its lease. Dates come in the one style that psycopg reads, also through a pooler: that much it passes.
+-- a transaction must not outlive its lease. Dates come in the one style that psycopg reads, and in UTC, as Python's difference of two dates of
+-- one zone is that of its clocks on the wall; also through a pooler: that much it passes.
 -- Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three times
 -- as much. And a plan that was made while a table was empty must not go on reading it from end to end. Before PostgreSQL 18 a scan that is
 -- held back so, and can't be helped, looks dear enough to be compiled, at a few hundred milliseconds each time.
@@ -23,7 +24,8 @@ select d.direct,
     case when d.direct then set_config('plan_cache_mode', 'force_generic_plan', false) end,
     case when d.direct then set_config('enable_seqscan', 'off', false) end,
     case when d.direct then set_config('jit', 'off', false) end,
-    case when current_setting('datestyle') !~ '^ISO' then set_config('datestyle', 'ISO', false) end
+    case when current_setting('datestyle') !~ '^ISO' then set_config('datestyle', 'ISO', false) end,
+    case when current_setting('timezone') <> 'UTC' then set_config('timezone', 'UTC', false) end
 from (select pg_backend_pid() = %(pid)s as direct) d;
 
 -- name: manners
@@ -33,24 +35,27 @@ select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout
 
 -- name: claim
 -- The oldest due, and no more than their calls need to know: what comes next is asked when those have been sent (`ahead`).
+-- In between `/* left: */` and `/* :left */` it takes up what others left behind, and `/* fleet: */` keeps the fleet's cap: PostgreSQL would
+-- make ready for both each time, at a tenth of all that a claim costs an idle worker, so the ledger leaves them out where they are not needed.
 -- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
 -- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
 with candidate as materialized (
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.run_reference,
-        r.trigger_at, coalesce(r.lease_until, r.trigger_at) as due_at
+    select r.id, r.lease, r.leased_by, coalesce(r.lease_until, r.trigger_at) as due_at
+        /* left: */, r.session_id, r.occurrence, r.rekey, r.attempt, r.leased_at, r.scheduled_for, r.missed, r.run_reference, r.trigger_at /* :left */
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
         and coalesce(r.lease_until, r.trigger_at) <= now()
         and r.id <> all ('{}') -- In this place the ledger leaves out rows that can't be claimed, or asks for one alone.
-        -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
-        and (r.lease is null or (%(take_expired)s and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        and (r.lease is null /* left: */ or (
+            -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
+            pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
             -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They wait for a third of
             -- a lease longer: this statement may itself have been held up, by a process that stood still, since it was asked what is in hand.
             and r.id <> all (%(in_hand)s)
             and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
             -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
-            and r.id <> all (%(left)s)))
+            and r.id <> all (%(left)s)) /* :left */)
         and (r.lease is not null or not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
@@ -66,13 +71,10 @@ with candidate as materialized (
                 and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
     order by coalesce(r.lease_until, r.trigger_at)
-    limit case
-        when %(fleet)s::integer is null then %(slots)s::bigint
-        else least(%(slots)s, greatest(0, %(fleet)s - (
-            select count(*) from session_recalls f where f.lease is not null and f.status in ('pending', 'running'))))
-    end
+    limit least(%(slots)s::bigint /* fleet: */, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
+            select count(*) from session_recalls f where f.lease is not null and f.status in ('pending', 'running'))) end /* :fleet */)
     for update of r skip locked
-),
+) /* left: */,
 taken as (
     -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place.
     insert into recall_attempts as a
@@ -87,7 +89,7 @@ taken as (
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
             last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
-)
+) /* :left */
 update session_recalls r
 set lease = gen_random_uuid(),
     lease_until = now() + %(lease)s * interval '1 second',
@@ -123,23 +125,10 @@ from candidate k
 where k.id = r.id and r.id = any (array(select id from candidate))
 returning
     r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals,
-    least(greatest(r.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
-    r.missed,
-    case when r.begun_at is not null then extract(epoch from now() - greatest(r.begun_at, '0001-01-02'::timestamptz))::float8 end as begun_age,
-    extract(epoch from now() - greatest(k.due_at, '0001-01-02'::timestamptz))::float8 as lag,
-    extract(epoch from now()
-        - least(greatest(r.scheduled_for, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz))::float8 as lateness,
-    r.lease, r.trigger_at::text as trigger,
-    least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
-    least(greatest(r.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
-    r.trigger_at <= now() as due,
-    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
-    r.run_reference as reference, case when r.delivered_at is not null
-        then extract(epoch from now() - least(greatest(r.delivered_at, '0001-01-02'::timestamptz), now()))::float8 end as delivered_age,
-    now() as claimed_at, r.cadence, r.cron, r.time_zone,
-    case when r.until_at is not null then least(greatest(r.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
-    r.times, r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter;
+    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger, r.trigger_at, r.planned_at,
+    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from, r.run_reference as reference, r.delivered_at,
+    now() as claimed_at, r.cadence, r.cron, r.time_zone, r.until_at as until, r.times, r.failures, r.failures_most, r.grace_seconds as grace,
+    r.jitter_seconds as jitter;
 
 -- name: ahead
 -- When the next row is due, and which are due and were not claimed: locked by the application, or behind a run of their session. Of leases
@@ -219,19 +208,11 @@ returning r.id;
 -- Cron recalls that wait where the application moved them, or that plain SQL wrote without the distance to the next moment: the same
 -- columns as a claim's, of rows that nobody leases.
 select r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals,
-    least(greatest(coalesce(r.scheduled_for, r.planned_at), '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as scheduled_for,
-    r.missed,
-    case when r.begun_at is not null
-        then extract(epoch from now() - least(greatest(r.begun_at, '0001-01-02'::timestamptz), now()))::float8 end as begun_age,
-    0::float8 as lag, 0::float8 as lateness,
-    '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger,
-    least(greatest(r.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at,
-    least(greatest(r.planned_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as planned_at,
-    r.trigger_at <= now() as due, null::text as taken_from, null::text as reference, null::float8 as delivered_age,
-    now() as claimed_at, r.cadence, r.cron, r.time_zone,
-    case when r.until_at is not null then least(greatest(r.until_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) end as until,
-    r.times, r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter
+    r.attempt, r.deferrals, coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at, now() as due_at,
+    '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger, r.trigger_at, r.planned_at,
+    null::text as taken_from, null::text as reference, null::timestamptz as delivered_at,
+    now() as claimed_at, r.cadence, r.cron, r.time_zone, r.until_at as until, r.times, r.failures, r.failures_most, r.grace_seconds as grace,
+    r.jitter_seconds as jitter
 from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
     and r.lease is null and r.status in ('pending', 'running')

@@ -28,7 +28,9 @@ async def look(ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_
         stranded += claimed.stranded
         if claimed.refused:
             return Look(claims, True, None, False, stranded)
-        ahead = await ledger.ahead(take_expired=take_expired, in_hand=in_hand, claimed_at=claimed.asked_at)
+        ahead = await ledger.ahead(
+            take_expired=take_expired, in_hand=in_hand, claimed_at=claimed.asked_at, took_expired=take_expired
+        )
         if not (ahead.fresh and once_more) or len(claims) == slots:
             break
     return Look(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)

@@ -16,9 +16,11 @@ from uuid import uuid4
 import asyncpg
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
+from recall_worker import cadence
 from recall_worker.judge import before_call, honour
-from recall_worker.ledger import Ledger
+from recall_worker.ledger import PASSED_MOST, Ledger
 from recall_worker.line import Dates
 from recall_worker.recall import (
     After,
@@ -1134,3 +1136,43 @@ async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
         await app.schedule("s", "immediate", datetime.now(UTC), "the next link")
 
     assert await rings(database, act) == [""]
+
+
+async def test_a_skip_across_a_change_of_clocks(database: str, db: Connection, ledgers: Ledgers) -> None:
+    """A day is a day also where the database's own zone has one of 23 hours in between: the application skipped one occurrence."""
+    name = conninfo_to_dict(database)["dbname"]
+    await db.execute(f"alter database {name} set timezone = 'Europe/Berlin'".encode())
+    for id, planned, moved in (
+        ("spring", "2026-03-28 11:00Z", "2026-03-29 11:00Z"),
+        ("autumn", "2025-10-25 11:00Z", "2025-10-26 11:00Z"),
+    ):
+        await put(db, id, id=id, call_type="recurring", interval_seconds=86_400)
+        await db.execute("update session_recalls set planned_at = %s, trigger_at = %s where id = %s", (planned, moved, id))
+    claims = await claim(ledgers())
+    assert {claim.id: cadence.skipped(claim) for claim in claims} == {"spring": 1, "autumn": 1}
+    assert all(claim.claimed_at.tzinfo is UTC for claim in claims)
+
+
+@pytest.mark.usefixtures("settled_in")
+async def test_an_ended_lease_behind_much_that_waits_is_asked_for(db: Connection, ledgers: Ledgers) -> None:
+    """A claim that takes no ended leases is quicker, and so the usual one. Whether there are any is then said, also where the rows that wait for
+    their sessions' runs are too many to see it."""
+    dead, living = ledgers(), ledgers()
+    ended = await put(db, "ended")
+    assert [claim.id for claim in await claim(dead)] == [ended]
+    for waits, known in ((0, True), (PASSED_MOST - 2, True), (PASSED_MOST + 1, True)):
+        for n in range(waits):
+            session = f"{waits}-{n}"
+            await put(db, session, -1000.0, status="running")
+            await claim(living, take_expired=False)
+            await put(db, session, -999.0)
+        await db.execute("update session_recalls set lease_until = now() + interval '1 hour' where lease is not null")
+        await expire(db, ended)
+        claimed = await living.claim(5, take_expired=False)
+        ahead = await living.ahead(take_expired=True, claimed_at=claimed.asked_at, took_expired=False)
+        assert claimed.claims == [] and ahead.expired is known and ahead.waiting
+    assert [claim.id for claim in await claim(living)] == [ended]
+    ahead = await living.ahead(take_expired=True, claimed_at=time.monotonic())
+    assert ahead.expired, "too many wait still to say no"
+    await db.execute("delete from session_recalls where lease is null")
+    assert not (await living.ahead(take_expired=True, claimed_at=time.monotonic())).expired

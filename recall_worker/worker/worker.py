@@ -106,6 +106,8 @@ class Worker:
         """Whether something may wait for a run of ours to end: as of the last look, and of what rang since."""
         self._freed = False
         """Whether a run has ended since the last look began."""
+        self._expired = True
+        """Whether leases may have ended that are to be taken: as of when that was asked last. A claim that takes none is the quicker one."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._stop = asyncio.Event()
@@ -282,10 +284,12 @@ class Worker:
         if slots <= 0:
             return min(most, changes_in) if allowed is not None else most
         slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
+        expired = False
         try:
             ahead = await self._see_ahead(None) if merely else None
             if ahead is None or ahead.waiting:
-                claimed = await self._ledger.claim(slots, take_expired=self._reach.may_take_expired, in_hand=self._in_doubt())
+                expired = self._expired and self._reach.may_take_expired
+                claimed = await self._ledger.claim(slots, take_expired=expired, in_hand=self._in_doubt())
                 self._reach.found()
                 took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
                 self._events.tell("claim.answered", recalls=len(claimed.claims), took_ms=took)
@@ -305,7 +309,7 @@ class Worker:
                     self._waits = False  # For a run that ends until then the question that follows is early enough.
                     if await self._is_rung(CALLS_FIRST):
                         return 0.0
-                ahead = await self._see_ahead(claimed.asked_at)
+                ahead = await self._see_ahead(claimed.asked_at, took_expired=expired)
                 if self._more_waits:
                     return self._until_room(most)
         except Outage as outage:
@@ -314,7 +318,7 @@ class Worker:
         except Refusal as refusal:
             self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
             return random.uniform(1, 5)
-        return self._until_next(ahead, most)
+        return self._until_next(ahead, most, took_expired=expired)
 
     def _until_room(self, most: float) -> float:
         """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may close the
@@ -331,15 +335,19 @@ class Worker:
             return False
         return True
 
-    async def _see_ahead(self, claimed_at: float | None) -> Ahead:
+    async def _see_ahead(self, claimed_at: float | None, *, took_expired: bool = False) -> Ahead:
         # A run that ends meanwhile needs no look of its own: the answer tells whether anything can have waited for it.
         self._waits = False
         try:
             ahead = await self._ledger.ahead(
-                take_expired=self._reach.may_take_expired, in_hand=self._in_doubt(), claimed_at=claimed_at
+                take_expired=self._reach.may_take_expired,
+                in_hand=self._in_doubt(),
+                claimed_at=claimed_at,
+                took_expired=took_expired,
             )
         finally:
             self._waits = True
+        self._expired = ahead.expired
         self._reach.found()
         self._unseen_since = None
         if ahead.moved:
@@ -361,9 +369,9 @@ class Worker:
             return 0, wait
         return allowed, changes_in
 
-    def _until_next(self, ahead: Ahead, most: float) -> float:
+    def _until_next(self, ahead: Ahead, most: float, *, took_expired: bool) -> float:
         self._waits = ahead.waiting
-        if ahead.fresh or (ahead.waiting and self._freed):
+        if ahead.fresh or (ahead.waiting and self._freed) or (ahead.expired and not took_expired):
             self._expects = True
             return 0.0
         if ahead.waiting or ahead.moved:
