@@ -21,6 +21,8 @@ How it is measured
   with the local queue and the batched completion of its performance page (it takes five hundred jobs into its memory), undici with keep-alive.
   The Python ones call through aiohttp, as recall-worker does. What is done is deleted by PgQueuer and graphile-worker, and kept by the others;
   of each run a history is kept by all but graphile-worker.
+- The bare worker is what is left of a worker that keeps no promise but to call: the shortest claim, a call, a line that says so, over
+  recall-worker's own connections to PostgreSQL. No worker of this kind wakes faster.
 - The bare loop is aiohttp with as many tasks as there are slots: no database, the same body and headers. Nothing over aiohttp is faster. The
   same through httpx, over the same transport (httpx-aiohttp), is what a client costs that is not trimmed to one purpose.
 - CPU is what the kernel says of the processes (schedstat): the worker's, and PostgreSQL's with all its children.

@@ -315,6 +315,20 @@ async def nouns(slots: int) -> AsyncIterator[Post]:
 
 
 @asynccontextmanager
+async def pyreqwest_own(slots: int) -> AsyncIterator[Post]:
+    """A client in Rust, on threads of its own. It can't say whether anything was sent."""
+    from pyreqwest.client import ClientBuilder
+
+    async with ClientBuilder().build() as client:
+
+        async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
+            response = await client.post(url).headers(headers).body_bytes(body).build().send()
+            return json.loads(bytes(await response.bytes()))
+
+        yield post
+
+
+@asynccontextmanager
 async def raw(slots: int) -> AsyncIterator[Post]:
     """No client at all: bytes out, bytes in. The ceiling that sink, loop and machine allow."""
 
@@ -359,6 +373,7 @@ CANDIDATES: dict[str, tuple[Callable[[int], Any], tuple[str, ...]]] = {
     "traced": (aiohttp_traced, ("aiohttp",)),
     "witness": (aiohttp_witness, ("aiohttp",)),
     "aiohttp": (aiohttp_bare, ("aiohttp",)),
+    "pyreqwest": (pyreqwest_own, ("pyreqwest",)),
     "raw": (raw, ()),
 }
 

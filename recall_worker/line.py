@@ -269,10 +269,14 @@ class Line:
         async with self._turn:
             asked_at = time.monotonic()
             try:
-                async with asyncio.timeout(self._connect_within + self._within) as deadline:
-                    pipe = await self._connected()
-                    # PostgreSQL itself gives a statement up a little before, where it is there.
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._within * 16 / 15)
+                # PostgreSQL itself gives a statement up a little before, where it is there.
+                within = self._within * 16 / 15
+                async with asyncio.timeout(within + (0.0 if self._is_open else self._connect_within)) as deadline:
+                    if not self._is_open:
+                        await self._connect()
+                        deadline.reschedule(asyncio.get_running_loop().time() + within)
+                    pipe = self._pipe
+                    assert pipe is not None
                     wanted = (text, [_array(value) if isinstance(value := values[name], list) else value for name in names])
                     before: list[_Step] = self._borrowed if self._lent else []
                     before = before if after is None else [*before, (after.encode(), ())]
@@ -315,19 +319,20 @@ class Line:
         if pipe.is_in_error:
             await pipe.ask([], (b"rollback", ()), [], False).answer
 
-    async def _connected(self) -> _Pipe:
-        if self._suspect:
-            self._drop()
-            self._suspect = False
-        if self._pipe is None:
-            conn = await Connection.connect(**self._info)
-            try:
-                self._lent = not await arrive(conn, self._within)
-            except BaseException:
-                conn.pgconn.finish()
-                raise
-            self._pipe = _Pipe(conn)
-        return self._pipe
+    @property
+    def _is_open(self) -> bool:
+        return self._pipe is not None and not self._suspect
+
+    async def _connect(self) -> None:
+        self._drop()
+        self._suspect = False
+        conn = await Connection.connect(**self._info)
+        try:
+            self._lent = not await arrive(conn, self._within)
+        except BaseException:
+            conn.pgconn.finish()
+            raise
+        self._pipe = _Pipe(conn)
 
     def _break(self) -> None:
         for line in self._siblings:

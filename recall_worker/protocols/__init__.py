@@ -10,7 +10,7 @@ what their servers can and cannot do.
 from __future__ import annotations
 
 import dataclasses
-import secrets
+import os
 from dataclasses import dataclass, field
 from typing import Protocol as Interface
 
@@ -20,7 +20,7 @@ from ..settings import Settings
 
 def traceparent() -> str:
     """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found by it."""
-    ids = secrets.token_hex(24)
+    ids = os.urandom(24).hex()
     return f"00-{ids[:32]}-{ids[32:]}-01"
 
 
