@@ -143,5 +143,6 @@ def plot(found: dict[str, Any], axes: Any) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("milliseconds from due to request")
     axes.legend()

@@ -128,12 +128,18 @@ def _of(by_name: dict[str, Any], name: str, figure: str) -> list[float]:
 
 def plot(found: dict[str, Any], axes: Any) -> None:
     by_name = found[next(iter(found))]
+    drawn = []
     for name, runs in by_name.items():
         # The median of the rounds, step by step.
         late = [statistics.median(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
+        drawn.append(late)
         axes.plot(late, [n / (len(late) - 1) for n in range(len(late))], label=name)
     axes.set_xscale("log")
-    axes.set_xlim(left=0.5)  # Some requests are there before their inserter knows of its commit.
+    most = max(values[-1] for values in drawn)
+    axes.set_xlim(0.5, 1.1 * most)  # Some requests are there before their inserter knows of its commit.
+    ticks = [tick for tick in (0.5, 0.7, 1, 2, 3, 5, 7, 10, 20, 50, 100) if tick <= 1.1 * most]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("milliseconds from commit to request, one idle replica")
     axes.set_ylabel("share of inserts")
     axes.legend()
