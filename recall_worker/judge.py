@@ -54,17 +54,22 @@ RETRY_AFTER_LEAST, RETRY_AFTER_MOST = 1.0, 86_400.0
 
 LAST = 2_147_483_647
 """The largest number that an occurrence can have: as much as the table's counters hold."""
+MESSAGE_LIMIT = 4 << 20
+"""Octets of the longest message that is sent, where nothing else is set."""
+UNSENT_MOST = 10
+"""So many workers in a row may die with a row in hand that they had taken up, and had not sent: it is what kills them."""
 ID_MOST = 2000
 """Bytes of the longest id that is called: what fits an index beside a call's mark, and a header that servers take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings that decide. Seconds, and a count of attempts."""
+    """The settings that decide. Seconds, a count of attempts, and octets of the longest message."""
 
     busy_delay: float
     max_attempts: int
     give_up: float
+    message_limit: int = MESSAGE_LIMIT
 
 
 def backoff(n: int, dice: Dice) -> float:
@@ -72,8 +77,10 @@ def backoff(n: int, dice: Dice) -> float:
     return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** max(0, min(n, 10)))
 
 
-def before_call(claim: Claim, max_attempts: int) -> Malformed | Misfired | Over | Unknown | None:
-    """What already decides this claim, so that nothing is sent; None where it is to be called."""
+def before_call(
+    claim: Claim, max_attempts: int, message_limit: int = MESSAGE_LIMIT
+) -> Malformed | Misfired | Over | Unknown | None:
+    """What already decides this claim, so that nothing is sent; None where it is to be called. `message_limit`: octets."""
     reason = cadence.problem(claim)
     if reason is None and claim.call_type not in ("once", "recurring", "immediate"):
         reason = f"call_type is {claim.call_type!r}, which nobody here knows"
@@ -81,6 +88,11 @@ def before_call(claim: Claim, max_attempts: int) -> Malformed | Misfired | Over 
         reason = f"session_id is {claim.session_id!r}, which can't be named in an address"
     if reason is None and len(claim.id.encode()) > ID_MOST:
         reason = f"id is {len(claim.id.encode())} bytes long: at most {ID_MOST} make an idempotency key"
+    if reason is None and claim.octets > message_limit:
+        long, limit = _mebibytes(claim.octets), _mebibytes(message_limit)
+        reason = f"its message is {long} long: RECALL_MESSAGE_LIMIT allows {limit}"
+    if reason is None and claim.takeovers > UNSENT_MOST:
+        reason = f"{UNSENT_MOST} workers in a row died with it in hand before anything was sent"
     if reason is not None:
         return Malformed(reason)
     if not claim.begun:
@@ -88,9 +100,15 @@ def before_call(claim: Claim, max_attempts: int) -> Malformed | Misfired | Over 
             return Over(end)
         if (late := cadence.too_late(claim)) is not None:
             return Misfired(late, cadence.passed_over(claim))
-    if claim.taken_from is not None and claim.attempt > max_attempts:
-        return Unknown(f"{max_attempts} attempts, the last by a worker that was not heard of again")
+    if claim.begun and claim.attempt > max_attempts:
+        made = f"{max_attempts} attempts" if max_attempts != 1 else "its one attempt"
+        perhaps = "" if claim.called_before else ": perhaps never called"
+        return Unknown(f"{made}, the last by a worker that was not heard of again{perhaps}")
     return None
+
+
+def _mebibytes(octets: int) -> str:
+    return f"{octets / (1 << 20):.4g} MiB" if octets >= 1 << 20 else f"{octets} octets"
 
 
 def honour(claim: Claim) -> Placement | None:
@@ -128,7 +146,8 @@ def planned(claim: Claim, dice: Dice) -> Finish | Next:
     if reason is not None:
         return Finish("failed", reason)
     placement = honour(claim) or Placement(claim.occurrence, AsMoved(), 0)
-    return _going_on(Ending(claim, Unsent(""), None, 0.0, 0.0), placement.occurrence, placement.when, None, claim.failures, dice)
+    ending = Ending(claim, Unsent(""), None, 0.0, 0.0)
+    return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
 
 
 def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
@@ -139,13 +158,13 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
             placement = honour(claim) if claim.moved or cadence.unplanned(claim) else None
             if placement is None:
                 return Release(reason)
-            return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice)
+            return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
         case Malformed(reason):
             return Finish("failed", reason)
         case Gone() as gone:
             return Finish("cancelled", reason_of(gone))
         case Over(reason):
-            return Finish("fired", reason)
+            return Finish(_as_before(claim), reason)
         case Misfired(reason):
             return _misfired(ending, reason, dice)
         case Accepted():
@@ -178,7 +197,9 @@ def _over(ending: Ending, reason: str | None, dice: Dice, *, succeeded: bool) ->
     claim = ending.claim
     ended = "fired" if succeeded else "failed"
     if not claim.recurring:
-        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice) if claim.moved else Finish(ended, reason)
+        if not claim.moved:
+            return Finish(ended, reason)
+        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice, ended)
     failures = 0 if succeeded else min(LAST, claim.failures + 1)
     if claim.failures_most is not None and failures >= max(1, claim.failures_most):
         return Finish("failed", f"{failures} occurrences failed in a row, the last: {reason}")
@@ -192,16 +213,23 @@ def _misfired(ending: Ending, reason: str, dice: Dice) -> Verdict:
     claim = ending.claim
     reason = f"misfired: {reason}"
     if not claim.recurring:
-        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice) if claim.moved else Finish("failed", reason)
+        if not claim.moved:
+            return Finish("failed", reason)
+        return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice, "failed")
     skip = cadence.skipped(claim)
     when = cadence.moved_to(claim) if claim.moved and not skip else cadence.within_grace(claim, skip)
     return _going_on(ending, claim.occurrence + 1 + skip, when, reason, claim.failures, dice, "failed")
 
 
+def _as_before(claim: Claim) -> str:
+    """How a recall ends before an occurrence that is not called: as the last one did."""
+    return "failed" if claim.failures > 0 or claim.last_outcome not in (None, "answered") else "fired"
+
+
 def _going_on(
-    ending: Ending, occurrence: int, when: When, reason: str | None, failures: int, dice: Dice, ended: str = "fired"
+    ending: Ending, occurrence: int, when: When, reason: str | None, failures: int, dice: Dice, ended: str
 ) -> Finish | Next:
-    """The next occurrence, unless the recall ends before it: then it ends as its last occurrence did."""
+    """The next occurrence, unless the recall ends before it: then it is `ended`, as its last occurrence was."""
     claim = ending.claim
     if occurrence > LAST:
         return Finish("failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}")
@@ -223,10 +251,13 @@ def _going_on(
 
 
 def _moved(ending: Ending, reason: str | None, dice: Dice) -> Verdict:
-    """Between two calls of one occurrence the application named another time: that begins the next one, with its own key."""
+    """Between two calls of one occurrence the application named another time: that begins the next one, with its own key.
+
+    The call that has just ended did not end well, so where no occurrence is left the recall has failed.
+    """
     claim = ending.claim
     occurrence = claim.occurrence + (cadence.skipped(claim) or 1)
-    return _going_on(ending, occurrence, cadence.moved_to(claim), reason, claim.failures, dice)
+    return _going_on(ending, occurrence, cadence.moved_to(claim), reason, claim.failures, dice, "failed")
 
 
 def _obeyed(retry_after: float) -> float:

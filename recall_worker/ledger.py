@@ -1,4 +1,4 @@
-"""The worker's only SQL: claim, place, renew, look, settle, beat, prune. One round trip each, no transaction across a call.
+"""The worker's only SQL: claim, take up, place, renew, look, settle, beat, prune. One round trip each, no transaction across a call.
 
 The database is authoritative for what is due, who holds which lease, and what a recall has become. The process may believe a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,15 +57,18 @@ from .sweep import Batch
 
 REASON_MOST = 500
 """Characters of a reason that are kept."""
-ASIDE = 60.0
-"""Seconds for which a row that PostgreSQL won't let us claim is passed over."""
+ASIDE_FIRST, ASIDE_MOST = 60.0, 3600.0
+"""Seconds for which a row that PostgreSQL won't let us claim is passed over: doubling from the first to the most."""
+ALONE_MOST = 100
+"""Rows that are claimed one by one after a batch was refused, before the next look."""
+HELD = 1e9
+"""Seconds, as good as for ever: after an outage a lease that has ended may be its living owner's still."""
 TURN = 60.0
 """Seconds after which another replica may prune, should the one whose turn it is have fallen silent."""
 BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 PASSED_MOST = 20
 """Rows of what is due and was not claimed that are looked at one by one: the limit in the statement `ahead`."""
-_NONE_ASIDE = "r.id <> all ('{}')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,31 @@ class Ahead:
     """Whether something is due and was not claimed."""
     fresh: bool
     """Whether some of that fell due only after the claim was asked for. What did not is locked, or behind a run of its session."""
-    expired: bool
-    """Whether leases have ended that may be taken, or may have: where too much is due to see it all."""
+    ended: bool
+    """Whether leases have ended, or may have: where too much is due to see it all."""
     asked_at: float
     """Monotonic instant at which this was asked for."""
     moved: bool
     """Whether cron recalls wait where the application (or an insert in plain SQL) put them: to be put on a tick."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedLeases:
+    """Rows whose leases have ended and may be taken up, oldest first."""
+
+    unanswered: list[str]
+    """Whether their runs were called, and how they ended, nobody knows."""
+    accepted: list[str]
+    """Their runs go on at the API, and are polled on."""
+
+
+@dataclass(slots=True)
+class _Aside:
+    """A row that could not be claimed."""
+
+    until: float
+    """Monotonic instant from which on it is tried again, alone."""
+    pause: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +142,26 @@ class Backlog:
 class Ledger:
     """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
 
-    def __init__(self, dsn: str, worker: str, lease: float, *, fleet: int | None = None) -> None:
-        """`lease` in seconds. `fleet`: the most runs at once of all replicas together."""
+    def __init__(
+        self, dsn: str, worker: str, lease: float, *, fleet: int | None = None, message_limit: int = 4 << 20
+    ) -> None:
+        """`lease` in seconds. `fleet`: the most runs at once of all replicas together. `message_limit`: octets."""
         name = f"recall-worker ledger {worker}"
         self._worker = worker
         self._lease = lease
         self._fleet = fleet
+        self._message_limit = message_limit
         self._lines: list[Line] = []
         deadlines = Deadlines.within(lease)
         self._claims, self._settles, self._renewals = (Line(dsn, name, deadlines, self._lines) for _ in range(3))
-        # Opened only where the application holds a row locked.
+        # Opened only where the application holds a row locked, or a message is long.
         self._patient = Line(dsn, name, deadlines, self._lines, prepare=False)
         # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
         self._prunes = Line(dsn, name, Deadlines(), [])
-        self._sql, self._pruning = dict(statements.load("ledger")), statements.load("prune")
-        if fleet is None:
-            self._sql["claim"] = _without("fleet", self._sql["claim"])
-        self._sql["claim_waiting"] = _without("left", self._sql["claim"])
-        self._aside: dict[str, float] = {}
+        self._sql, self._pruning = statements.load("ledger"), statements.load("prune")
+        self._aside: dict[str, _Aside] = {}
+        self._alone_next = False
+        """Whether the last claim was given up for its time: a row of it may be to blame."""
         self._left: dict[str, float] = {}
         """Leases that ended while the application held their rows locked: until when they are left to their owners."""
         self._turn = None if fleet is None else self._sql["fleet_turn"]
@@ -157,93 +180,163 @@ class Ledger:
             raise
         return row["version"], row["oldest_code"]
 
-    async def claim(self, slots: int, *, take_expired: bool, in_hand: Collection[str] = ()) -> Claimed:
-        """Take at most `slots` due rows under leases of their own, oldest due first.
+    async def claim(self, slots: int, *, all_held: bool = False) -> Claimed:
+        """Take at most `slots` due rows that nobody holds, under leases of their own, oldest due first.
 
-        `take_expired`: also those whose leases have ended. `in_hand`: ids of our runs whose leases may have ended: those are not taken from
-        ourselves.
+        `all_held`: under a cap of the fleet, count every lease that has ended: after an outage its owner may live.
         """
         asked_at = time.monotonic()
-        statement, values = self._looking("claim" if take_expired else "claim_waiting", asked_at)
-        values |= {"slots": slots, "fleet": self._fleet, "in_hand": list(in_hand)}
+        if self._alone_next or any(aside.until <= asked_at for aside in self._aside.values()):
+            return await self._claim_one_by_one(slots, asked_at, all_held=all_held)
+        values = self._claiming(slots, HELD if all_held else self._lease / 3) | {"aside": list(self._aside)}
         try:
-            rows = await self._claims.ask(statement, values, after=self._turn, as_=tuple)
+            rows = await self._claims.ask(self._sql["claim"], values, after=self._turn, as_=tuple)
+        except Outage as outage:
+            # Should it be an outage, the next question says so. Should one row be to blame, it is found by asking for each.
+            self._alone_next = outage.timed_out
+            raise
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
                 # holds the whole table, as DDL does.
                 return Claimed([], asked_at, refused=True)
             if refusal.of_a_row:
-                return await self._claim_one_by_one(self._sql["claim" if take_expired else "claim_waiting"], values, asked_at)
+                return await self._claim_one_by_one(slots, asked_at, all_held=all_held)
             raise
         return Claimed(_claims_in(rows), asked_at)
 
-    async def ahead(
-        self, *, take_expired: bool, in_hand: Collection[str] = (), claimed_at: float | None, took_expired: bool = True
-    ) -> Ahead:
+    def _claiming(self, slots: int, held_for: float) -> dict[str, Any]:
+        return {
+            "lease": self._lease, "worker": self._worker, "slots": slots, "fleet": self._fleet, "held_for": held_for,
+            "message_limit": self._message_limit,
+        }  # fmt: skip
+
+    async def ended_leases(self, in_hand: Collection[str] = ()) -> EndedLeases:
+        """Rows whose leases have ended and may be taken up.
+
+        `in_hand`: ids of our runs whose leases may have ended: those are not taken from ourselves. What the application
+        holds locked, so that its owner could not renew it, is left to that owner for a third of a lease.
+        """
+        now = time.monotonic()
+        self._left = {id: until for id, until in self._left.items() if until > now}
+        values = {
+            "lease": self._lease, "worker": self._worker, "in_hand": list(in_hand), "left": list(self._left),
+            "aside": [id for id, aside in self._aside.items() if aside.until > now],
+        }  # fmt: skip
+        found = (await self._claims.ask(self._sql["ended_leases"], values))[0]
+        self._leave(found["locked"])
+        ended = list(zip(found["ids"], found["accepted"], strict=True))
+        return EndedLeases([id for id, accepted in ended if not accepted], [id for id, accepted in ended if accepted])
+
+    async def take_up(self, ids: Sequence[str], in_hand: Collection[str] = ()) -> Claimed:
+        """Take these rows, whose leases have ended, under leases of our own. What is left out is locked, or taken by others."""
+        asked_at = time.monotonic()
+        try:
+            claims = await self._take_up(ids, len(ids), in_hand)
+        except Refusal as refusal:
+            if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+                return Claimed([], asked_at, refused=True)
+            if not refusal.of_a_row:
+                raise
+            if len(ids) > 1:
+                alone = [await self.take_up([id], in_hand) for id in ids]
+                taken = [claim for one in alone for claim in one.claims]
+                return Claimed(taken, asked_at, stranded=[row for one in alone for row in one.stranded])
+            self._put_aside(ids[0], asked_at)
+            return Claimed([], asked_at, stranded=[(ids[0], refusal.reason)])
+        if self._fleet is None:
+            # Else it may be the fleet's cap that passed them over.
+            self._leave(set(ids) - {claim.id for claim in claims})
+        for claim in claims:
+            self._aside.pop(claim.id, None)
+        return Claimed(claims, asked_at)
+
+    async def _take_up(
+        self, ids: Sequence[str], slots: int, in_hand: Collection[str] = (), *, held_for: float | None = None
+    ) -> list[Claim]:
+        """`held_for`: as in the statement, for rows that nobody holds; None: what is taken up are leases that have ended."""
+        values = self._claiming(slots, held_for or 0.0) | {
+            "ids": list(ids), "in_hand": list(in_hand), "ended": held_for is None,
+        }  # fmt: skip
+        return _claims_in(await self._claims.ask(self._sql["take_up"], values, after=self._turn, as_=tuple))
+
+    async def _claim_one_by_one(self, slots: int, asked_at: float, *, all_held: bool) -> Claimed:
+        """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside.
+
+        A row that could not be claimed before is never in a batch again: it is tried alone, at growing distances.
+        """
+        claims: list[Claim] = []
+        stranded: list[tuple[str, str]] = []
+        tried = [id for id, aside in self._aside.items() if aside.until <= asked_at]
+        if self._alone_next or not tried:
+            rows = await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)})
+            tried += [row["id"] for row in rows]
+        self._alone_next = False
+        for id in tried[:ALONE_MOST]:
+            if len(claims) >= slots:
+                break
+            try:
+                taken = await self._take_up([id], 1, held_for=HELD if all_held else self._lease / 3)
+                claims += taken
+                if taken:
+                    self._aside.pop(id, None)
+                elif id in self._aside:
+                    self._wait_longer(id, asked_at)
+            except Refusal as refusal:
+                if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
+                    self._put_aside(id, asked_at)
+                    stranded.append((id, refusal.reason))
+            except Outage as outage:
+                # PostgreSQL had answered just before, so that this row took too long. What was claimed before it is ours.
+                if outage.timed_out:
+                    self._put_aside(id, asked_at)
+                    stranded.append((id, f"it can't be claimed in time: {outage.reason}"))
+                    self._alone_next = True
+                break
+        return Claimed(claims, asked_at, refused=True, stranded=stranded)
+
+    def _wait_longer(self, id: str, now: float) -> None:
+        """It is not to be had now: not due, not live, behind a run, or gone, which is not asked for for ever."""
+        if self._aside[id].pause < ASIDE_MOST:
+            self._put_aside(id, now)
+        else:
+            del self._aside[id]
+
+    def _put_aside(self, id: str, now: float) -> None:
+        before = self._aside.get(id)
+        pause = ASIDE_FIRST if before is None else min(ASIDE_MOST, 2 * before.pause)
+        self._aside[id] = _Aside(now + pause, pause)
+
+    async def ahead(self, *, claimed_at: float | None) -> Ahead:
         """When the next row is due, and what is due now and was not claimed.
 
-        `take_expired`: whether leases that have ended may be taken. `claimed_at`: the monotonic instant at which all that is due was asked for
-        last, but for such leases where not `took_expired`; None: nothing was.
+        `claimed_at`: the monotonic instant at which all that is due was asked for last; None: nothing was.
         """
         asked_at = time.monotonic()
-        statement, values = self._looking("ahead", asked_at)
-        values |= {"take_expired": take_expired}
-        found = (await self._claims.ask(statement, values))[0]
-        self._leave(found["locked"])
+        found = (await self._claims.ask(self._sql["ahead"], {"aside": list(self._aside)}))[0]
         since = math.inf if claimed_at is None else time.monotonic() - claimed_at
-        ended = [
-            (id, due_for)
-            for id, due_for in zip(found["passed_over"], found["due_for"], strict=True)
-            if id is not None and id not in in_hand and id not in self._left
-        ]
-        if took_expired and self._fleet is None:
-            # Else it may be the fleet's cap that passed them over.
-            self._leave(id for id, due_for in ended if due_for > since)
         youngest = found["youngest"]
         return Ahead(
             next_in=found["next_in"],
             waiting=youngest is not None,
             fresh=youngest is not None and youngest <= since,
-            expired=len(found["passed_over"]) >= PASSED_MOST or any(id not in self._left for id, _ in ended),
+            ended=found["ended"] or found["passed_over"] >= PASSED_MOST,
             asked_at=asked_at,
             moved=found["moved"],
         )
-
-    def _looking(self, name: str, now: float) -> tuple[str, dict[str, Any]]:
-        """A statement about what is due, without the rows that are put aside for now, and its values."""
-        self._left = {id: until for id, until in self._left.items() if until > now}
-        self._aside = {id: until for id, until in self._aside.items() if until > now}
-        statement = self._sql[name]
-        if self._aside:
-            statement = statement.replace(_NONE_ASIDE, "r.id <> all (%(aside)s::text[])")
-        return statement, {
-            "lease": self._lease, "worker": self._worker, "left": list(self._left), "aside": list(self._aside),
-        }  # fmt: skip
 
     def _leave(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
         self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease / 3))
 
-    async def _claim_one_by_one(self, statement: str, values: dict[str, Any], asked_at: float) -> Claimed:
-        """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside."""
-        statement = statement.replace(_NONE_ASIDE, "r.id = %(only)s")
-        claims: list[Claim] = []
-        stranded: list[tuple[str, str]] = []
-        for row in await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)}):
-            try:
-                claims += _claims_in(
-                    await self._claims.ask(statement, values | {"slots": 1, "only": row["id"]}, after=self._turn, as_=tuple)
-                )
-            except Refusal as refusal:
-                if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
-                    self._aside[row["id"]] = asked_at + ASIDE
-                    stranded.append((row["id"], refusal.reason))
-            except Outage:
-                break  # What was claimed before it is ours.
-            if len(claims) >= values["slots"]:
-                break
-        return Claimed(claims, asked_at, refused=True, stranded=stranded)
+    async def message(self, claim: Claim) -> str | None:
+        """The message of a claim that came without it; None where it was changed since, or the lease is not ours any more."""
+        rows = await self._patient.ask(self._sql["message"], {"id": claim.id, "lease": claim.lease})
+        return rows[0]["message"] if rows else None
+
+    async def sent(self, claim: Claim) -> bool:
+        """Put on record that its request is about to be sent. False where the lease is not ours any more."""
+        return bool(await self._renewals.ask(self._sql["sent"], {"id": claim.id, "lease": claim.lease}))
 
     async def place(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
         """Write what claims stand for where that differs from what they say, before they are called.
@@ -310,9 +403,16 @@ class Ledger:
         """Tell all replicas that the endpoint answers again."""
         await self._claims.ask(self._sql["endpoint_answers"], {"endpoint": endpoint})
 
-    async def renew(self, leases: Mapping[str, UUID]) -> dict[str, str]:
-        """Extend these leases (id → lease). Says of each: renewed, locked (ask again soon), lost, deleted, or its final status."""
-        values = {"ids": list(leases), "leases": list(leases.values()), "lease": self._lease}
+    async def renew(self, leases: Mapping[str, UUID], sent_ago: Mapping[str, float] | None = None) -> dict[str, str]:
+        """Extend these leases (id → lease). Says of each: renewed, locked (ask again soon), lost, deleted, or its final status.
+
+        `sent_ago`: seconds since the requests of those that were sent, to be on record.
+        """
+        sent_ago = sent_ago or {}
+        values = {
+            "ids": list(leases), "leases": list(leases.values()), "sent_ago": [sent_ago.get(id) for id in leases],
+            "lease": self._lease,
+        }  # fmt: skip
         try:
             return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["renew"], values)}
         except Refusal as refusal:
@@ -322,7 +422,7 @@ class Ledger:
         if len(leases) == 1:
             return dict.fromkeys(leases, "locked")
         half, rows = len(leases) // 2, list(leases.items())
-        return await self.renew(dict(rows[:half])) | await self.renew(dict(rows[half:]))
+        return await self.renew(dict(rows[:half]), sent_ago) | await self.renew(dict(rows[half:]), sent_ago)
 
     async def look(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Of these leases, those that are no longer ours to finish: lost, deleted, or the recall's final status."""
@@ -356,12 +456,12 @@ class Ledger:
         Whoever passes locked rows over comes too late when the lock goes after the lease has ended: another worker would take the row up.
         """
         try:
-            return (await self._settle([(ending, verdict)], on=self._patient))[0]
+            return (await self._settle([(ending, verdict)], waiting=True))[0]
         except Refusal:
             return Locked()
 
     async def _settle(
-        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, on: Line | None = None
+        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, waiting: bool = False
     ) -> list[Settlement]:
         now = time.monotonic()
         rows = [_row(ending, verdict, now, "running" if outside else "pending") for ending, verdict in batch]
@@ -371,16 +471,24 @@ class Ledger:
         columns = {
             name: list(values) for name, values in zip(rows[0], zip(*(row.values() for row in rows), strict=True), strict=True)
         }
-        statement = (
-            self._sql["settle"] if on is None else self._sql["settle"].replace("for update of r skip locked", "for update of r")
-        )
-        answers = await (on or self._settles).ask(statement, columns | {"worker": self._worker})
+        values = columns | {"worker": self._worker}
+        # Who waits locks the rows in the same transaction before: what is locked so is not passed over.
+        before = (self._sql["wait_for"], {"ids": columns["ids"]}) if waiting else None
+        answers = await (self._patient if waiting else self._settles).ask(self._sql["settle"], values, after=before)
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
-    async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-        """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it."""
-        row = (await self._claims.ask(self._sql["beat"], {**facts, "worker": self._worker, "settings": json.dumps(settings)}))[0]
+    async def beat(
+        self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()
+    ) -> int:
+        """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it.
+
+        `in_hand`: as with `ended_leases`.
+        """
+        values = {
+            **facts, "worker": self._worker, "settings": json.dumps(settings), "lease": self._lease, "in_hand": list(in_hand),
+        }  # fmt: skip
+        row = (await self._claims.ask(self._sql["beat"], values))[0]
         return int(row["ahead"])
 
     async def ring(self, channel: str) -> None:
@@ -425,37 +533,21 @@ def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
 
 
 def _claim(row: Sequence[Any]) -> Claim:
-    """A row of the statement `claim`: dates become ages here, as PostgreSQL would take longer to make ready for that than for all the rest."""
+    """A row of `claim`, `take_up` or `moved`: dates become ages here, as PostgreSQL would take longer to make ready for that than
+    for all the rest."""
     (
-        *first,
-        scheduled_for,
-        missed,
-        begun_at,
-        due_at,
-        lease,
-        trigger,
-        trigger_at,
-        planned_at,
-        taken_from,
-        reference,
-        delivered_at,
-        now,
-    ) = row[:21]
-    cadence, cron, time_zone, until, *last = row[21:]
+        id, session_id, call_type, message, interval, occurrence, rekey, attempt, deferrals, scheduled_for, missed,
+        begun_at, due_at, lease, trigger, trigger_at, planned_at, taken_from, octets, called_before, takeovers, reference,
+        delivered_at, now, cadence, cron, time_zone, until, times, failures, failures_most, grace, jitter, last_outcome,
+    ) = row  # fmt: skip
     scheduled_for, trigger_at, planned_at = clamped(scheduled_for), clamped(trigger_at), clamped(planned_at)
     begun_age, delivered_age = (None if at is None else max(0.0, (now - at).total_seconds()) for at in (begun_at, delivered_at))
-    return Claim._make(
-        (
-            *first, scheduled_for, missed, begun_age, (now - clamped(due_at)).total_seconds(), (now - scheduled_for).total_seconds(), lease,
-            trigger, trigger_at, planned_at, trigger_at <= now, taken_from, reference, delivered_age, now, cadence, cron, time_zone,
-            None if until is None else clamped(until), *last,
-        )
+    return Claim(
+        id, session_id, call_type, message, interval, occurrence, rekey, attempt, deferrals, scheduled_for, missed,
+        begun_age, (now - clamped(due_at)).total_seconds(), (now - scheduled_for).total_seconds(), lease, trigger, trigger_at,
+        planned_at, trigger_at <= now, taken_from, octets, called_before, takeovers, reference, delivered_age, now, cadence, cron,
+        time_zone, None if until is None else clamped(until), times, failures, failures_most, grace, jitter, last_outcome,
     )  # fmt: skip
-
-
-def _without(part: str, statement: str) -> str:
-    """A statement without what it has for one purpose, in between marks of that name."""
-    return re.sub(rf"/\* {part}: \*/.*?/\* :{part} \*/", "", statement, flags=re.DOTALL)
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:

@@ -77,9 +77,13 @@ class Deadlines:
 class Outage(Exception):
     """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
 
-    def __init__(self, reason: str, asked_at: float = math.inf, *, for_all: bool = False) -> None:
-        """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either."""
+    def __init__(
+        self, reason: str, asked_at: float = math.inf, *, for_all: bool = False, timed_out: bool = False
+    ) -> None:
+        """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either.
+        `timed_out`: the connection was there, and this statement was not done in time: it may be one of its rows."""
         super().__init__(reason)
+        self.timed_out = timed_out
         self.reason = reason
         self.asked_at = asked_at
         self.for_all = for_all
@@ -260,11 +264,14 @@ class Line:
         self,
         statement: str,
         values: Mapping[str, Any],
-        after: str | None = None,
+        after: str | tuple[str, Mapping[str, Any]] | None = None,
         *,
         as_: type[dict[str, Any]] | type[tuple[Any, ...]] = dict,
     ) -> list[Any]:
-        """Run a statement; `after` another one, where given, in one transaction and still one round trip. Raises Outage, Refusal."""
+        """Run a statement; `after` another one, where given (with its values), in one transaction and still one round trip.
+
+        Raises Outage, Refusal.
+        """
         text, names = _numbered(statement)
         async with self._turn:
             asked_at = time.monotonic()
@@ -277,9 +284,12 @@ class Line:
                         deadline.reschedule(asyncio.get_running_loop().time() + within)
                     pipe = self._pipe
                     assert pipe is not None
-                    wanted = (text, [_array(value) if isinstance(value := values[name], list) else value for name in names])
+                    wanted = (text, _given(names, values))
                     before: list[_Step] = self._borrowed if self._lent else []
-                    before = before if after is None else [*before, (after.encode(), ())]
+                    if after is not None:
+                        first, its = (after, {}) if isinstance(after, str) else after
+                        first_text, first_names = _numbered(first)
+                        before = [*before, (first_text, _given(first_names, its))]
                     question = pipe.ask(before, wanted, [(b"commit", ())] if self._lent else [], self._prepare and not self._lent)
                     try:
                         answer = await question.answer
@@ -288,14 +298,16 @@ class Line:
                         raise
                     return pipe.load(answer, as_)
             except TimeoutError:
+                was_open = self._pipe is not None
                 self._break()
-                raise Outage("no answer within the deadline", asked_at) from None
+                raise Outage("no answer within the deadline", asked_at, timed_out=was_open) from None
             except psycopg.Error as error:
                 if _is_refusal(error):
                     raise Refusal(said(error), error.sqlstate) from error
                 for_all = self._pipe is None and takes_nobody(error, self._dsn)
+                timed_out = isinstance(error, errors.QueryCanceled)
                 self._break()
-                raise Outage(said(error), asked_at, for_all=for_all) from error
+                raise Outage(said(error), asked_at, for_all=for_all, timed_out=timed_out) from error
             except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 self._drop()
                 raise Refusal(f"a text that is not UTF-8: {error.reason}", errors.CharacterNotInRepertoire.sqlstate) from error
@@ -512,6 +524,11 @@ def _numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
     numbers: dict[str, int] = {}
     text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
     return text.replace("%%", "%").encode(), tuple(numbers)
+
+
+def _given(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
+    """A statement's values in order."""
+    return [_array(value) if isinstance(value := values[name], list) else value for name in names]
 
 
 def _array(values: Sequence[Any]) -> str:

@@ -76,7 +76,8 @@ class Claim(NamedTuple):
     id: str
     session_id: str
     call_type: str
-    message: str
+    message: str | None
+    """None: too long to come with a claim. Whoever calls it reads it then."""
     interval: int | None
     """`interval_seconds` as it stands in the row: seconds, possibly absurd."""
     occurrence: int
@@ -107,6 +108,13 @@ class Claim(NamedTuple):
     """Whether `trigger_at` has come: False only where a lease ended on a row that was moved into the future meanwhile."""
     taken_from: str | None
     """The worker whose lease had ended when this claim took the row up, if any."""
+    octets: int = 0
+    """How long the message is, in UTF-8."""
+    called_before: bool = False
+    """Whether that worker is known to have sent its request. It may have, also where this is False."""
+    takeovers: int = 0
+    """Of a row that was taken up: how many workers in a row took it up, and are not known to have sent anything; this one
+    counts."""
     reference: str | None = None
     """How the API calls the run of this occurrence that it accepted: to be polled, not called again."""
     delivered_age: float | None = None
@@ -125,6 +133,8 @@ class Claim(NamedTuple):
     """Seconds of lateness past which an occurrence is not run."""
     jitter: int | None = None
     """Seconds by which occurrences are spread at most."""
+    last_outcome: str | None = None
+    """How the last call ended, of whatever occurrence; None: nothing was called yet."""
 
     @property
     def key(self) -> str:

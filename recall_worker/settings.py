@@ -37,8 +37,17 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-def _setting(default: Any, says: str, *, secret: bool = False, least: float | None = None, most: float | None = None) -> Any:
-    return field(default=default, repr=not secret, metadata={"says": says, "secret": secret, "least": least, "most": most})
+def _setting(
+    default: Any,
+    says: str,
+    *,
+    secret: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    size: bool = False,
+) -> Any:
+    metadata = {"says": says, "secret": secret, "least": least, "most": most, "size": size}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,13 @@ class Settings:
     lease: float = _setting(60.0, "seconds after which a silent worker's runs are taken up by another", least=1, most=86_400)
     run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)
+    message_limit: int = _setting(
+        4 << 20,
+        "octets of the longest message that is sent, also as `512KiB` or `4MiB`; a recall with a longer one fails",
+        least=1,
+        most=1 << 30,
+        size=True,
+    )
     give_up: float = _setting(86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0)
     session_limit: str | None = _setting(
         None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
@@ -104,6 +120,11 @@ class Settings:
         }
 
 
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B?|B)?", re.IGNORECASE | re.ASCII)
+_SIZES = {
+    "": 1, "b": 1, "k": 1 << 10, "kb": 1000, "kib": 1 << 10, "ki": 1 << 10, "m": 1 << 20, "mb": 1000**2, "mib": 1 << 20,
+    "mi": 1 << 20, "g": 1 << 30, "gb": 1000**3, "gib": 1 << 30, "gi": 1 << 30,
+}  # fmt: skip
 _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
 _ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
@@ -221,6 +242,8 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
         if any(ord(c) < 32 or ord(c) == 127 for c in text):
             raise ValueError("holds a control character (a line break?): remove it")
         return text
+    if f.metadata["size"]:
+        raw = _octets(str(raw))
     try:
         number = int(raw) if kind == "int" else float(raw)
     except ValueError:
@@ -232,6 +255,14 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
     if number > LONGEST:
         raise ValueError(f"is {raw}: give a number of at most {LONGEST:g}")
     return number
+
+
+def _octets(text: str) -> int:
+    """A size in octets: `4194304`, `4MiB`. Raises ValueError with what to write."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"is {text!r}: give octets, such as 4194304, or with a unit, such as 512KiB or 4MiB")
+    return int(float(found[1]) * _SIZES[(found[2] or "").lower()])
 
 
 def _contradictions(s: Settings) -> list[str]:

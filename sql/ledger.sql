@@ -34,36 +34,33 @@ select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout
     set_config('idle_in_transaction_session_timeout', %(statement)s, true);
 
 -- name: claim
--- The oldest due, and no more than their calls need to know: what comes next is asked when those have been sent (`ahead`).
--- In between `/* left: */` and `/* :left */` it takes up what others left behind, and `/* fleet: */` keeps the fleet's cap: PostgreSQL would
--- make ready for both each time, at a tenth of all that a claim costs an idle worker, so the ledger leaves them out where they are not needed.
+-- The oldest due that nobody holds, and no more than their calls need to know: what comes next is asked when those
+-- have been sent (`ahead`). Leases that have ended are taken up by `take_up`: PostgreSQL would make ready for that at
+-- each claim, at a tenth of all that a claim costs an idle worker.
 -- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
--- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers then
--- contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in between).
+-- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers
+-- then contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in
+-- between).
+-- The fleet's cap counts what holds: a lease that ended longer ago than `held_for` is nobody's run any more. Not while
+-- PostgreSQL has just come up, as living owners then renew first.
+-- A long message is not loaded here: a batch of them would not fit into a worker. Whoever calls it reads it alone
+-- (`message`). Nor are other texts without a bound: what is cut off here is too long to be used.
 with candidate as materialized (
-    select r.id, r.lease, r.leased_by, coalesce(r.lease_until, r.trigger_at) as due_at
-        /* left: */, r.session_id, r.occurrence, r.rekey, r.attempt, r.leased_at, r.scheduled_for, r.missed, r.run_reference, r.trigger_at /* :left */
+    select r.id, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
         and coalesce(r.lease_until, r.trigger_at) <= now()
-        and r.id <> all ('{}') -- In this place the ledger leaves out rows that can't be claimed, or asks for one alone.
-        and (r.lease is null /* left: */ or (
-            -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
-            pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-            -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They wait for a third of
-            -- a lease longer: this statement may itself have been held up, by a process that stood still, since it was asked what is in hand.
-            and r.id <> all (%(in_hand)s)
-            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
-            -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
-            and r.id <> all (%(left)s)) /* :left */)
-        and (r.lease is not null or not exists (
+        and r.lease is null
+        -- Those that PostgreSQL refuses to have claimed are tried alone.
+        and r.id <> all (%(aside)s::text[])
+        and not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
-                -- num_nulls() and not `is null`: the planner must not come to think that idx_recalls_due, read from end to end,
-                -- could help to find the rows of one session. Where its statistics know of no live rows, it would.
+                -- num_nulls() and not `is null`: the planner must not come to think that idx_recalls_due, read from end
+                -- to end, could help to find the rows of one session. Where its statistics know of no live rows, it would.
                 and (o.lease is not null
                     or (num_nulls(o.paused_at) = 1 and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
-        ))
+        )
         and not exists (
             select from session_recalls o
             where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
@@ -71,25 +68,14 @@ with candidate as materialized (
                 and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
     order by coalesce(r.lease_until, r.trigger_at)
-    limit least(%(slots)s::bigint /* fleet: */, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
-            select count(*) from session_recalls f where f.lease is not null and f.status in ('pending', 'running'))) end /* :fleet */)
+    limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
+        select count(*) from session_recalls f
+        where f.lease is not null and f.status in ('pending', 'running')
+            and (f.lease_until > now() - %(held_for)s * interval '1 second'
+                or pg_postmaster_start_time() > now() - %(lease)s / 3 * interval '1 second')
+    )) end)
     for update of r skip locked
-) /* left: */,
-taken as (
-    -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place.
-    insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
-        ended_at, reason, settled)
-    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, coalesce(c.leased_by, 'unknown'), c.lease,
-        coalesce(c.scheduled_for, c.trigger_at), c.missed, c.leased_at, c.leased_at,
-        c.due_at, 'the worker was not heard of again: its lease ended', 'taken'
-    from candidate c
-    -- An id that is too long for an index is not called by anybody: see judge.
-    where c.lease is not null and c.run_reference is null and octet_length(c.id) <= 2000
-    on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
-        set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
-            last_called_at = excluded.last_called_at, ended_at = excluded.ended_at
-) /* :left */
+)
 update session_recalls r
 set lease = gen_random_uuid(),
     lease_until = now() + %(lease)s * interval '1 second',
@@ -100,12 +86,148 @@ set lease = gen_random_uuid(),
     attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
     -- A key stands for one body: what the application changed between two calls of one occurrence is sent under a new one.
     rekey = least(r.rekey, 2147483646) + coalesce(
-        r.run_reference is null and (r.begun_at is not null or r.lease is not null)
+        r.run_reference is null and r.begun_at is not null
         and split_part(r.body_hash, ':', 1) = r.occurrence::text
+        and octet_length(r.additional_context_message) <= %(message_limit)s
         and split_part(r.body_hash, ':', 2)
             <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
         false)::integer,
-    body_hash = case when r.run_reference is null
+    body_hash = case when r.run_reference is null and octet_length(r.additional_context_message) <= %(message_limit)s
+        then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
+        else r.body_hash
+    end,
+    scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
+    planned_at = coalesce(r.planned_at, r.trigger_at),
+    begun_at = case when r.begun_at is null then null else least(r.begun_at, now()) end,
+    -- On cron the worker counts, where the distance to the following moment has passed.
+    missed = case
+        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.cadence <> 'cron'
+        then least(2147483647, greatest(0, floor(extract(epoch from now()
+            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
+        else r.missed
+    end
+from candidate k
+where k.id = r.id and r.id = any (array(select id from candidate))
+returning
+    r.id, r.session_id, r.call_type,
+    case when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message end as message,
+    r.interval_seconds as interval, r.occurrence, r.rekey,
+    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
+    r.trigger_at, r.planned_at, null::text as taken_from, octet_length(r.additional_context_message) as octets,
+    false as called_before, 0 as takeovers,
+    r.run_reference as reference, r.delivered_at, now() as claimed_at, r.cadence,
+    substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
+    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome;
+
+-- name: ended_leases
+-- Leases that have ended and may be taken up, oldest first, and which of those that are left to their owners are still
+-- locked. By the index of leases: there are as many as there are runs in hand.
+with unlocked as materialized (
+    -- Leases that ended while the application held their rows locked: is it done with them? Only locking tells.
+    select r.id from session_recalls r where r.id = any (%(left)s::text[]) for share of r skip locked
+),
+ended as materialized (
+    select r.id, r.lease_until, r.run_reference is not null as accepted
+    from session_recalls r
+    where r.lease is not null and r.status in ('pending', 'running') and r.paused_at is null and r.lease_until <= now()
+        -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
+        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They
+        -- wait for a third of a lease longer: this statement may itself have been held up, by a process that stood
+        -- still, since it was asked what is in hand.
+        and r.id <> all (%(in_hand)s::text[])
+        and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
+        -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
+        and r.id <> all (%(left)s::text[])
+        and r.id <> all (%(aside)s::text[])
+    order by r.session_id
+    limit 1000
+)
+select array(select id from ended order by lease_until, id) as ids,
+    array(select accepted from ended order by lease_until, id) as accepted,
+    array(select l.id from unnest(%(left)s::text[]) as l (id) where l.id <> all (array(select u.id from unlocked u))) as locked;
+
+-- name: take_up
+-- These very rows, by their ids: leases that have ended, whose workers were not heard of again; or rows that are due
+-- and go alone, as a batch with them was refused. One that is locked, renewed or settled meanwhile is left out.
+-- Of a row that was taken up from a dead worker it is put on record when its request is sent (`sent`), before it is:
+-- should this worker die as well, a call that was never made costs no attempt (`takeovers` counts these).
+-- The session's rules and the fleet's cap are those of `claim`. A lease that has ended is not counted where it is what
+-- is taken up: `held_for` is 0 then.
+with candidate as materialized (
+    select r.id, r.lease, r.leased_by, coalesce(r.lease_until, r.trigger_at) as due_at, r.session_id, r.occurrence,
+        r.rekey, r.attempt, r.leased_at, r.scheduled_for, r.missed, r.run_reference, r.trigger_at, r.takeovers,
+        gen_random_uuid() as new_lease,
+        -- When its request was sent, where that is on record; only what was written under this lease counts.
+        case when r.sent_at >= r.leased_at then r.sent_at end as sent_at,
+        -- Known not to have been sent: its sending would be on record.
+        r.lease is not null and r.taken_lease is not distinct from r.lease and r.run_reference is null
+            and (r.sent_at >= r.leased_at) is not true as unsent
+    from session_recalls r
+    where r.id = any (%(ids)s::text[])
+        and r.status in ('pending', 'running') and r.paused_at is null
+        and coalesce(r.lease_until, r.trigger_at) <= now()
+        and (r.lease is null or (
+            %(ended)s
+            and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+            and r.id <> all (%(in_hand)s::text[])
+            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
+        ))
+        and (r.lease is not null or not exists (
+            select from session_recalls o
+            where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
+                and (o.lease is not null
+                    or (num_nulls(o.paused_at) = 1 and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
+        ))
+        and not exists (
+            select from session_recalls o
+            where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
+                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
+        )
+    order by coalesce(r.lease_until, r.trigger_at)
+    limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
+        select count(*) from session_recalls f
+        where f.lease is not null and f.status in ('pending', 'running')
+            and f.lease_until > now() - %(held_for)s * interval '1 second'
+    )) end)
+    for update of r skip locked
+),
+taken as (
+    -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place. Where it is not known
+    -- whether the request was sent the mark has no time of a call; where it is known that it was not, there is no mark.
+    insert into recall_attempts as a
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at,
+        last_called_at, ended_at, reason, settled)
+    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, coalesce(c.leased_by, 'unknown'), c.lease,
+        coalesce(c.scheduled_for, c.trigger_at), c.missed, c.sent_at, c.sent_at, c.due_at,
+        'the worker was not heard of again: its lease ended'
+            || case when c.sent_at is null then ', and perhaps nothing was called' else '' end, 'taken'
+    from candidate c
+    -- An id that is too long for an index is not called by anybody: see judge.
+    where c.lease is not null and c.run_reference is null and not c.unsent and octet_length(c.id) <= 2000
+    on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
+        set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
+            called_at = coalesce(a.called_at, excluded.called_at),
+            last_called_at = coalesce(excluded.last_called_at, a.last_called_at), ended_at = excluded.ended_at
+)
+update session_recalls r
+set lease = k.new_lease,
+    taken_lease = case when k.lease is not null then k.new_lease end,
+    lease_until = now() + %(lease)s * interval '1 second',
+    leased_at = now(),
+    leased_by = %(worker)s,
+    attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null and not k.unsent)::integer,
+    takeovers = case when k.lease is null then 0 when k.unsent then least(k.takeovers, 2147483646) + 1 else 1 end,
+    sent_at = null,
+    may_still_run = r.may_still_run or (k.lease is not null and not k.unsent),
+    rekey = least(r.rekey, 2147483646) + coalesce(
+        r.run_reference is null and (r.begun_at is not null or r.lease is not null)
+        and split_part(r.body_hash, ':', 1) = r.occurrence::text
+        and octet_length(r.additional_context_message) <= %(message_limit)s
+        and split_part(r.body_hash, ':', 2)
+            <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
+        false)::integer,
+    body_hash = case when r.run_reference is null and octet_length(r.additional_context_message) <= %(message_limit)s
         then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
         else r.body_hash
     end,
@@ -114,9 +236,9 @@ set lease = gen_random_uuid(),
     -- A lease that ended on its own was a call that may have been made.
     begun_at = case when r.lease is null and r.begun_at is null then null
         else least(coalesce(r.begun_at, r.leased_at), now()) end,
-    -- On cron the worker counts, where the distance to the following moment has passed.
     missed = case
-        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null and r.cadence <> 'cron'
+        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null
+            and r.cadence <> 'cron'
         then least(2147483647, greatest(0, floor(extract(epoch from now()
             - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
         else r.missed
@@ -124,30 +246,46 @@ set lease = gen_random_uuid(),
 from candidate k
 where k.id = r.id and r.id = any (array(select id from candidate))
 returning
-    r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger, r.trigger_at, r.planned_at,
-    case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from, r.run_reference as reference, r.delivered_at,
-    now() as claimed_at, r.cadence, r.cron, r.time_zone, r.until_at as until, r.times, r.failures, r.failures_most, r.grace_seconds as grace,
-    r.jitter_seconds as jitter;
+    r.id, r.session_id, r.call_type,
+    case when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message end as message,
+    r.interval_seconds as interval, r.occurrence, r.rekey,
+    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
+    r.trigger_at, r.planned_at, case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
+    octet_length(r.additional_context_message) as octets, k.sent_at is not null as called_before, r.takeovers,
+    r.run_reference as reference, r.delivered_at, now() as claimed_at, r.cadence,
+    substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
+    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome;
+
+-- name: message
+-- A message that is too long to be claimed in a batch, for the one call that needs it. Guarded by the lease and by the
+-- hash that the claim wrote: what the application has changed since then begins another key.
+select r.additional_context_message as message
+from session_recalls r
+where r.id = %(id)s and r.lease = %(lease)s and r.status in ('pending', 'running')
+    and split_part(r.body_hash, ':', 2)
+        = hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text;
+
+-- name: sent
+-- The request of a row that was taken up from a dead worker is about to be sent: on record before it is. No row: the
+-- lease is no longer ours, and nothing may be sent. `taken_lease` tells that this is kept for this very lease, as
+-- workers of an earlier version know nothing of it.
+update session_recalls
+set sent_at = greatest(now(), leased_at)
+where id = %(id)s and lease = %(lease)s and status in ('pending', 'running')
+returning id;
 
 -- name: ahead
--- When the next row is due, and which are due and were not claimed: locked by the application, or behind a run of their session. Of leases
--- that could be taken those are named, as only a lock explains that. With each, for how long it has been due: what fell due since the claim
--- was asked for it could not see.
-with unlocked as materialized (
-    -- Leases that ended while the application held their rows locked: is it done with them? Asked by locking, as nothing else tells.
-    select r.id from session_recalls r where r.id = any (%(left)s) for share of r skip locked
-),
-passed as materialized (
-    -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due, and would
-    -- read the whole table for an `exists`.
-    select case when r.lease is not null and %(take_expired)s
-            and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second') then r.id end as id,
+-- When the next row is due, and what is due and was not claimed: locked by the application, behind a run of its session,
+-- or under a lease that has ended. With it, for how long it has been due: what fell due since the claim was asked for it
+-- could not see.
+with passed as materialized (
+    -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due,
+    -- and would read the whole table for an `exists`.
+    select r.lease is not null as leased,
         extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8 as due_for
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
-        and r.id <> all ('{}')
+        and r.id <> all (%(aside)s::text[])
     order by coalesce(r.lease_until, r.trigger_at)
     limit 20
 )
@@ -158,17 +296,15 @@ select (
         order by coalesce(r.lease_until, r.trigger_at)
         limit 1
     ) as next_in,
-    array(select id from passed) as passed_over, array(select due_for from passed) as due_for,
+    (select count(*) from passed)::integer as passed_over, coalesce((select bool_or(leased) from passed), false) as ended,
     case when (select count(*) from passed) < 20 then (select min(due_for) from passed) else (
         select extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8
         from session_recalls r
         where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
-            and r.id <> all ('{}')
+            and r.id <> all (%(aside)s::text[])
         order by coalesce(r.lease_until, r.trigger_at) desc
         limit 1
     ) end as youngest,
-    -- Of the leases that were left to their owners, those that are locked still.
-    array(select id from unnest(%(left)s) as l (id) where id <> all (array(select id from unlocked))) as locked,
     exists (
         select from session_recalls r
         where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
@@ -180,7 +316,7 @@ select (
 select r.id
 from session_recalls r
 where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
-    and r.id <> all (%(aside)s::text[])
+    and r.lease is null and r.id <> all (%(aside)s::text[])
 order by coalesce(r.lease_until, r.trigger_at)
 limit 1000;
 
@@ -207,12 +343,13 @@ returning r.id;
 -- name: moved
 -- Cron recalls that wait where the application moved them, or that plain SQL wrote without the distance to the next moment: the same
 -- columns as a claim's, of rows that nobody leases.
-select r.id, r.session_id, r.call_type, r.additional_context_message as message, r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals, coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at, now() as due_at,
-    '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger, r.trigger_at, r.planned_at,
-    null::text as taken_from, null::text as reference, null::timestamptz as delivered_at,
-    now() as claimed_at, r.cadence, r.cron, r.time_zone, r.until_at as until, r.times, r.failures, r.failures_most, r.grace_seconds as grace,
-    r.jitter_seconds as jitter
+select r.id, r.session_id, r.call_type, null::text as message, r.interval_seconds as interval, r.occurrence,
+    r.rekey, r.attempt, r.deferrals, coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at,
+    now() as due_at, '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger, r.trigger_at,
+    r.planned_at, null::text as taken_from, 0 as octets, false as called_before, 0 as takeovers, null::text as reference,
+    null::timestamptz as delivered_at, now() as claimed_at, r.cadence, substring(r.cron for 1001) as cron,
+    substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures, r.failures_most,
+    r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome
 from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
     and r.lease is null and r.status in ('pending', 'running')
@@ -279,12 +416,17 @@ from unnest(%(spans)s::float8[], %(mosts)s::integer[]) as w (span, most)
 cross join lateral (
     select count(*) as runs,
         -- The window has room again when so many have left it that one fits.
-        (select extract(epoch from a.last_called_at - now())::float8 + w.span from recall_attempts a
-         where a.session_id = %(session_id)s and a.last_called_at > now() - w.span * interval '1 second'
+        (select extract(epoch from coalesce(a.last_called_at, a.ended_at) - now())::float8 + w.span from recall_attempts a
+         where a.session_id = %(session_id)s
+            and (a.last_called_at > now() - w.span * interval '1 second'
+                or (a.last_called_at is null and a.ended_at > now() - w.span * interval '1 second'))
             and a.outcome in ('answered', 'accepted', 'failed', 'unknown')
-         order by a.last_called_at desc offset w.most - 1 limit 1) as frees_in
+         order by coalesce(a.last_called_at, a.ended_at) desc offset w.most - 1 limit 1) as frees_in
     from recall_attempts a
-    where a.session_id = %(session_id)s and a.last_called_at > now() - w.span * interval '1 second'
+    where a.session_id = %(session_id)s
+        -- Of a worker that died it may not be known whether it called: that counts.
+        and (a.last_called_at > now() - w.span * interval '1 second'
+            or (a.last_called_at is null and a.ended_at > now() - w.span * interval '1 second'))
         and a.outcome in ('answered', 'accepted', 'failed', 'unknown')
 ) r;
 
@@ -322,12 +464,13 @@ select pg_notify('session_recalls', '');
 
 -- name: renew
 -- For all runs at once. A row that the application holds locked is passed over and asked for again soon (nobody else can take
--- it meanwhile either); one that is no longer ours, or no longer live, says why.
+-- it meanwhile either); one that is no longer ours, or no longer live, says why. What was sent meanwhile is on record by
+-- it, at no cost: whoever takes the row up from a dead worker then knows that it was called.
 with told as (
-    select * from unnest(%(ids)s::text[], %(leases)s::uuid[]) as t (id, lease)
+    select * from unnest(%(ids)s::text[], %(leases)s::uuid[], %(sent_ago)s::float8[]) as t (id, lease, sent_ago)
 ),
 held as materialized (
-    select r.id
+    select r.id, t.sent_ago
     from session_recalls r
     join told t on t.id = r.id
     where r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.status in ('pending', 'running')
@@ -335,8 +478,11 @@ held as materialized (
 ),
 renewed as (
     update session_recalls r
-    set lease_until = now() + %(lease)s * interval '1 second'
-    where r.id = any (array(select id from held))
+    set lease_until = now() + %(lease)s * interval '1 second',
+        sent_at = case when r.sent_at >= r.leased_at then r.sent_at
+            else greatest(now() - h.sent_ago * interval '1 second', case when h.sent_ago is not null then r.leased_at end) end
+    from held h
+    where h.id = r.id and r.id = any (array(select id from held))
     returning r.id
 )
 select t.id,
@@ -437,6 +583,12 @@ written as (
             else coalesce(r.begun_at, now() - coalesce(t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end)
                 * interval '1 second') end,
         missed = case when t.fresh then 0 else r.missed end,
+        -- A run that is not known to have ended may go on at the API: its session's slot is free for what it schedules.
+        may_still_run = case
+            when t.outcome = 'unknown' then true
+            when t.fresh or t.outcome in ('answered', 'failed', 'refused', 'gone') then false
+            else r.may_still_run
+        end,
         run_reference = case when t.keep_reference then r.run_reference end,
         delivered_at = case when t.keep_reference then r.delivered_at end,
         last_outcome = coalesce(t.outcome, r.last_outcome),
@@ -491,6 +643,11 @@ select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.
 from state s
 left join written w on w.id = s.id and s.state = 'settled';
 
+-- name: wait_for
+-- Stand in the queue for rows that the application holds locked, in the transaction that settles them: SKIP LOCKED alone
+-- can miss the moment between the unlock and the end of the lease.
+select r.id from session_recalls r where r.id = any (%(ids)s::text[]) for update of r;
+
 -- name: backlog
 -- How much is due and in nobody's hand, and for how long: for those who watch. Counted to a bound, oldest first, so that it costs the same
 -- at any size. What waits for its own session's run does not count: no worker could do anything about that.
@@ -530,39 +687,74 @@ endless as (
         limit 100
         for update skip locked
     ))
+    returning id
 ),
-abandoned as materialized (
-    -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so its lease is ended and its call's mark left
-    -- here. Its session has been free since the lease ran out.
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at, r.scheduled_for, r.missed,
-        r.trigger_at, r.run_reference
+over as materialized (
+    -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so its lease is ended and
+    -- its call's mark left here. Its session has been free since the lease ran out.
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at,
+        r.scheduled_for, r.missed, r.trigger_at, r.run_reference, r.taken_lease, r.sent_at, false as goes_on
     from session_recalls r
     where r.lease is not null and r.status not in ('pending', 'running') and r.lease_until < now() - interval '1 minute'
     order by r.session_id
     limit 100
     for update of r skip locked
 ),
+paused as materialized (
+    -- Paused in mid-run, and then the worker died: nobody takes it up before it is resumed, and until then it must not
+    -- block its session. Its lease is ended here; an accepted run keeps its reference, and is polled once it is resumed.
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at,
+        r.scheduled_for, r.missed, r.trigger_at, r.run_reference, r.taken_lease, r.sent_at, true as goes_on
+    from session_recalls r
+    where r.lease is not null and r.status in ('pending', 'running') and r.paused_at is not null
+        and r.lease_until < now() - %(lease)s / 3 * interval '1 second'
+        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        and r.id <> all (%(in_hand)s::text[])
+    order by r.session_id
+    limit 100
+    for update of r skip locked
+),
+abandoned as (
+    select * from over union all select * from paused
+),
 ended as (
-    update session_recalls
-    set lease = null, lease_until = null
-    where id = any (array(select id from abandoned))
+    update session_recalls r
+    set lease = null, lease_until = null,
+        -- As when another worker takes it up: what may have been called counts, and begins the occurrence.
+        begun_at = case when a.goes_on then least(coalesce(r.begun_at, r.leased_at), now()) else r.begun_at end,
+        may_still_run = r.may_still_run or a.goes_on,
+        last_outcome = case when a.goes_on and r.run_reference is null then 'unknown' else r.last_outcome end,
+        scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at)
+    from abandoned a
+    where a.id = r.id and r.id = any (array(select id from abandoned))
+    returning r.id
 ),
 marked as (
     insert into recall_attempts
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
         ended_at, reason, settled)
     select a.id, a.occurrence, a.rekey, a.attempt, 'unknown', a.session_id, coalesce(a.leased_by, 'unknown'), a.lease,
-        coalesce(a.scheduled_for, a.trigger_at), a.missed, a.leased_at, a.leased_at, a.lease_until,
-        'the worker was not heard of again: its lease ended', 'ended'
+        coalesce(a.scheduled_for, a.trigger_at), a.missed,
+        case when a.sent_at >= a.leased_at then a.sent_at end, case when a.sent_at >= a.leased_at then a.sent_at end,
+        a.lease_until,
+        'the worker was not heard of again: its lease ended'
+            || case when (a.sent_at >= a.leased_at) is not true then ', and perhaps nothing was called' else '' end,
+        case when a.goes_on then 'taken' else 'ended' end
     from abandoned a
     where a.run_reference is null and octet_length(a.id) <= 2000
+        -- Known not to have been sent: see take_up.
+        and not (a.taken_lease is not distinct from a.lease and (a.sent_at >= a.leased_at) is not true)
     on conflict do nothing
+),
+notified as (
+    -- Somebody waits for what was freed here.
+    select pg_notify('session_recalls', '') where exists (select from ended) or exists (select from endless)
 )
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)
 on conflict (worker) do update
     set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell
-returning (
+returning (select count(*) from notified) as notified, (
     select count(*) from recall_workers w
     where w.worker < %(worker)s and w.seen_at > now() - interval '90 seconds' and w.running < w.slots
         and w.breaker = 'closed' and w.bell = 'listening'

@@ -19,18 +19,23 @@ class Look:
 
 
 async def look(ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_hand: Collection[str] = ()) -> Look:
-    """Claim what is due, and see what that left behind; once more where something fell due meanwhile."""
+    """Take up what was left and claim what is due, and see what that left behind; once more where something fell due meanwhile."""
     claims: list[Claim] = []
     stranded: list[tuple[str, str]] = []
     for once_more in (True, False):
-        claimed = await ledger.claim(slots - len(claims), take_expired=take_expired, in_hand=in_hand)
+        if take_expired:
+            ended = await ledger.ended_leases(in_hand)
+            if ids := [*ended.accepted, *ended.unanswered][: slots - len(claims)]:
+                taken = await ledger.take_up(ids, in_hand)
+                claims += taken.claims
+                stranded += taken.stranded
+        claimed = await ledger.claim(slots - len(claims))
         claims += claimed.claims
         stranded += claimed.stranded
         if claimed.refused:
             return Look(claims, True, None, False, stranded)
-        ahead = await ledger.ahead(
-            take_expired=take_expired, in_hand=in_hand, claimed_at=claimed.asked_at, took_expired=take_expired
-        )
+        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
         if not (ahead.fresh and once_more) or len(claims) == slots:
             break
+    claims.sort(key=lambda claim: -claim.lag)
     return Look(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)

@@ -142,7 +142,7 @@ FAR = datetime(2900, 1, 1, tzinfo=UTC)
 
 
 async def claim(ledger: Ledger, slots: int = 10, *, take_expired: bool = True) -> list[Claim]:
-    return (await ledger.claim(slots, take_expired=take_expired)).claims
+    return (await look(ledger, slots, take_expired=take_expired)).claims
 
 
 async def claim_one(ledger: Ledger) -> Claim:
@@ -168,7 +168,7 @@ async def test_the_oldest_due_come_first_and_never_more_than_the_slots(db: Conne
     """Of five due recalls two are claimed, those that are due longest; the rest follows when asked for again."""
     ids = {age: await put(db, f"s{age}", -float(age)) for age in (3, 1, 5, 2, 4)}
     ledger = ledgers()
-    first = await ledger.claim(2, take_expired=True)
+    first = await ledger.claim(2)
     assert [c.id for c in first.claims] == [ids[5], ids[4]]
     rest = await look(ledger, 4)
     assert [c.id for c in rest.claims] == [ids[3], ids[2], ids[1]]
@@ -182,26 +182,26 @@ async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: 
         await put(db, f"s{n}", -60.0 - n)
     async with db.transaction():
         await db.execute("select from session_recalls for update")
-        claimed = await ledger.claim(3, take_expired=True)
-        ahead = await ledger.ahead(take_expired=True, claimed_at=claimed.asked_at)
+        claimed = await ledger.claim(3)
+        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
         assert (claimed.claims, ahead.waiting, ahead.fresh) == ([], True, False)
         await app.create_session("t", "ann")
         id = await app.schedule("t", "once", datetime.now(UTC) - timedelta(milliseconds=1), "late")
-        ahead = await ledger.ahead(take_expired=True, claimed_at=claimed.asked_at)
+        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
         assert (ahead.waiting, ahead.fresh) == (True, True)
-        claimed = await ledger.claim(3, take_expired=True)
+        claimed = await ledger.claim(3)
         assert [claim.id for claim in claimed.claims] == [id]
 
 
 async def test_whoever_comes_by_sees_whether_there_is_anything(db: Connection, ledgers: Ledgers) -> None:
     ledger = ledgers()
-    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    ahead = await ledger.ahead(claimed_at=None)
     assert (ahead.waiting, ahead.fresh, ahead.next_in) == (False, False, None)
     await put(db, "later", 60.0)
-    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    ahead = await ledger.ahead(claimed_at=None)
     assert (ahead.waiting, ahead.fresh) == (False, False) and ahead.next_in == pytest.approx(60.0, abs=5.0)
     await put(db, "s", -60.0)
-    ahead = await ledger.ahead(take_expired=True, claimed_at=None)
+    ahead = await ledger.ahead(claimed_at=None)
     assert (ahead.waiting, ahead.fresh) == (True, True) and ahead.next_in == pytest.approx(60.0, abs=5.0)
 
 
@@ -320,7 +320,7 @@ async def test_racing_claimers_share_no_row_and_no_session(racers: int, rounds: 
         runs: list[str] = []
         async with asyncio.timeout(20):
             while len(runs) < len(ids):
-                answers = await asyncio.gather(*(ledger.claim(3, take_expired=True) for ledger in ours))
+                answers = await asyncio.gather(*(ledger.claim(3) for ledger in ours))
                 taken = [c for answer in answers for c in answer.claims]
                 assert len({c.session_id for c in taken}) == len(taken)
                 assert await leased_twice(db) == []
@@ -1168,11 +1168,11 @@ async def test_an_ended_lease_behind_much_that_waits_is_asked_for(db: Connection
             await put(db, session, -999.0)
         await db.execute("update session_recalls set lease_until = now() + interval '1 hour' where lease is not null")
         await expire(db, ended)
-        claimed = await living.claim(5, take_expired=False)
-        ahead = await living.ahead(take_expired=True, claimed_at=claimed.asked_at, took_expired=False)
-        assert claimed.claims == [] and ahead.expired is known and ahead.waiting
+        claimed = await living.claim(5)
+        ahead = await living.ahead(claimed_at=claimed.asked_at)
+        assert claimed.claims == [] and ahead.ended is known and ahead.waiting
     assert [claim.id for claim in await claim(living)] == [ended]
-    ahead = await living.ahead(take_expired=True, claimed_at=time.monotonic())
-    assert ahead.expired, "too many wait still to say no"
+    ahead = await living.ahead(claimed_at=time.monotonic())
+    assert ahead.ended, "too many wait still to say no"
     await db.execute("delete from session_recalls where lease is null")
-    assert not (await living.ahead(take_expired=True, claimed_at=time.monotonic())).expired
+    assert not (await living.ahead(claimed_at=time.monotonic())).ended

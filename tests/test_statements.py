@@ -83,7 +83,7 @@ def test_every_statement_is_planned_with_nulls(file: str, name: str, migrated: s
         assert conn.execute(f"explain {statement}".encode(), nothing).fetchall()
 
 
-@pytest.mark.parametrize("name", ["claim", "moved"])
+@pytest.mark.parametrize("name", ["claim", "take_up", "moved"])
 def test_a_claim_is_made_of_columns_as_they_come(name: str, migrated: str) -> None:
     """An answer's columns are a claim's fields, in that order, with dates for ages: nothing but this test would notice two that change places."""
     dates = {"begun_age": "begun_at", "lag": "due_at", "delivered_age": "delivered_at"}
@@ -138,6 +138,11 @@ def filled(dsn: str, half: int, statistics: str, due: int = 2 * FEW) -> None:
             conn.execute("analyze")
 
 
+NAMES = [
+    "claim", "ended_leases", "take_up", "sent", "message", "ahead", "place", "renew", "look", "settle", "backlog",
+]  # fmt: skip
+
+
 class Enough(Exception):
     """The ledger has said what it asks."""
 
@@ -163,10 +168,18 @@ class Table:
         with monkeypatch.context() as patched, pytest.raises(Enough):
             patched.setattr(line_module.Line, "ask", ask)
             match name:
-                case "claim" | "claim of what waits":
-                    await ledger.claim(2 * FEW, take_expired=name == "claim")
+                case "claim":
+                    await ledger.claim(2 * FEW)
+                case "ended_leases":
+                    await ledger.ended_leases()
+                case "take_up":
+                    await ledger.take_up([claim.id for claim in self.claims])
+                case "sent":
+                    await ledger.sent(self.claims[0])
+                case "message":
+                    await ledger.message(self.claims[0])
                 case "ahead":
-                    await ledger.ahead(take_expired=True, claimed_at=now)
+                    await ledger.ahead(claimed_at=now)
                 case "place":
                     await ledger.place([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
                 case "renew":
@@ -239,7 +252,7 @@ def crowd(server: str, template: str, half: int, statistics: str, due: int = 2 *
 async def _claimed(dsn: str, slots: int) -> list[Claim]:
     ledger = Ledger(dsn, WORKER, LEASE)
     try:
-        return (await ledger.claim(slots, take_expired=True)).claims
+        return (await ledger.claim(slots)).claims
     finally:
         await ledger.close()
 
@@ -252,7 +265,7 @@ def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Itera
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
-@pytest.mark.parametrize("name", ["claim", "claim of what waits", "ahead", "place", "renew", "look", "settle", "backlog"])
+@pytest.mark.parametrize("name", NAMES)
 async def test_only_indexes_are_used(name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read through, nothing large is sorted."""
     plan = crowded.plan(*await crowded.asked(name, monkeypatch), mode)
@@ -262,7 +275,7 @@ async def test_only_indexes_are_used(name: str, mode: str, crowded: Table, monke
     assert buffers(plan) <= 80 * FEW
 
 
-@pytest.mark.parametrize("name", ["claim", "claim of what waits", "ahead", "place", "renew", "look", "settle", "backlog"])
+@pytest.mark.parametrize("name", NAMES)
 async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     name: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +300,7 @@ async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     assert buffers(plan) <= 80 * FEW
 
 
-@pytest.mark.parametrize("name", ["claim", "claim of what waits", "ahead"])
+@pytest.mark.parametrize("name", ["claim", "ended_leases", "ahead"])
 @pytest.mark.parametrize("due", [0, 5_000], ids=["nothing due", "thousands due"])
 async def test_a_look_costs_the_same_at_any_size(
     name: str, due: int, server: str, template: str, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,8 @@ from ..ledger import Backlog
 from ..recall import FINAL, Outcome, Unsent
 from ..settings import KEPT
 from ..statements import generation
-from ..worker.worker import ENDED, Vitals
+from ..worker.run import ENDED
+from ..worker.worker import Vitals
 
 WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RUNS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)

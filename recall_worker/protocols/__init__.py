@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol as Interface
 
@@ -26,7 +28,7 @@ def traceparent() -> str:
 
 @dataclass(slots=True)
 class Call:
-    """One request to the endpoint, being made. The protocol writes `sent_at`; the worker reads it, also after breaking it off."""
+    """One request to the endpoint, being made. The protocol tells when it is sent; the worker reads it, also after breaking it off."""
 
     claim: Claim
     asked_at: float
@@ -35,6 +37,28 @@ class Call:
     """Monotonic instant from which on bytes of the request may have reached the server; None: nothing was sent."""
     traceparent: str = field(default_factory=traceparent)
     """The header of that name; the log has it, too, and so have traces where they are switched on."""
+    message: str | None = None
+    """The message, where the claim came without it, as it is long. Held until the request is made of it."""
+    before_sent: Callable[[], Awaitable[bool]] | None = None
+    """Asked when a connection is there, before the first byte is sent. False: nothing may be sent."""
+    on_sent: Callable[[], None] | None = None
+    on_written: Callable[[], None] | None = None
+
+    def sent(self) -> None:
+        """The first byte is about to leave."""
+        self.sent_at = time.monotonic()
+        if self.on_sent is not None:
+            self.on_sent()
+
+    def written(self) -> None:
+        """The last byte has left this process's hands."""
+        if self.on_written is not None:
+            self.on_written()
+
+    def whole(self) -> Claim:
+        """The claim with its message, for the request to be made of; a long one is let go of here."""
+        message, self.message = self.message, None
+        return self.claim if message is None else self.claim._replace(message=message)
 
 
 class Protocol(Interface):

@@ -75,12 +75,13 @@ class Agno:
         unsafe = await self._unsafe(_query(call.claim))
         if unsafe is not None:
             return unsafe
-        answer = await self._post(call, None)
+        whole = call.whole()
+        answer = await self._post(call, whole, None)
         if isinstance(answer, Answer) and answer.status == 404:
             owner = await self._owner(call.claim.session_id)
             if not isinstance(owner, str):
                 return owner
-            answer = await self._post(call, owner)
+            answer = await self._post(call, whole, owner)
         return read(answer, self._agent, call.claim.session_id) if isinstance(answer, Answer) else answer
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
@@ -176,9 +177,10 @@ class Agno:
         owner = members(answer).get("user_id") if answer.status == 200 else None
         return owner if _is_name(owner) else _no_agent(self._agent, 404)
 
-    async def _post(self, call: Call, owner: str | None) -> Answer | Unavailable | Unknown:
+    async def _post(self, call: Call, claim: Claim, owner: str | None) -> Answer | Unavailable | Unknown:
         url, headers = self._base + place(self._agent), self._always | {"Content-Type": "application/x-www-form-urlencoded"}
-        return await native.post(self._wire, url, call, body(call.claim, owner), headers, self._secret, self._timeout)
+        content: list[bytes | memoryview] = [body(claim, owner)]
+        return await native.post(self._wire, url, call, content, headers, self._secret, self._timeout)
 
     async def _ask(self, method: str, path: str, deadline: float = ASK_DEADLINE) -> Answer | NoAnswer:
         return await self._wire.ask(method, self._base + path, self._always, deadline)

@@ -72,7 +72,8 @@ class LangGraph:
         thread = thread_of(claim)
         if thread is None:
             return Malformed(f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs")
-        content, deadline = body(claim, self._assistant), min(self._timeout, POST_DEADLINE)
+        deadline = min(self._timeout, POST_DEADLINE)
+        content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
         answer = await post(self._wire, self._runs(thread), call, content, self._always, self._secret, deadline)
         if not isinstance(answer, Answer):
             return answer

@@ -21,7 +21,7 @@ import asyncio
 import select
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,8 @@ PROBE_AFTER, PROBE_EVERY, PROBES = 30, 10, 3
 """Seconds of silence after which the other end is probed, seconds between two probes, and how many go unanswered."""
 ASK_DEADLINE = 10.0
 CONNECTIONS_TRIED = 3
+PIECE = 1 << 16
+"""Octets of a long body that are written at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +104,24 @@ class Wire:
         await self._session.close()
 
     async def post(
-        self, url: str, headers: Callable[[], Mapping[str, str]], body: bytes, timeout: float, on_sent: Callable[[], None]
+        self,
+        url: str,
+        headers: Callable[[], Mapping[str, str]],
+        body: bytes | list[bytes | memoryview],
+        timeout: float,
+        on_sent: Callable[[], None],
+        *,
+        before_sent: Callable[[], Awaitable[bool]] | None = None,
+        on_written: Callable[[], None] | None = None,
     ) -> Answer | NoAnswer:
         """POST once. Never raises, but for cancellation.
 
         `url` is taken as it is, percent-encoding included. `headers()` is asked when the request is made. `timeout`: seconds for
-        everything. `on_sent()` is called just before the first byte leaves, so that it has been called also where the request is
-        cancelled afterwards.
+        everything. `body`: in pieces where it is long; a list is emptied when it is written. `on_sent()` is called just
+        before the first byte leaves, so that it has been called also where the request is cancelled afterwards; `on_written()`
+        after the last one. `before_sent()` is asked when a connection is there: False, and nothing is sent.
         """
-        witness = _Witness(body, on_sent)
+        witness = _Witness([body] if isinstance(body, bytes) else body, on_sent, before_sent, on_written)
         failure: BaseException = _Stale()
         try:
             async with asyncio.timeout(timeout):
@@ -201,20 +212,41 @@ class _Stale(ConnectionResetError):
         return "the server hung up first"
 
 
-class _Witness(aiohttp.BytesPayload):
+class _Withheld(ConnectionError):
+    """Nothing was sent, as whoever asked for it said so at the last moment."""
+
+    def __str__(self) -> str:
+        return "it was held back"
+
+
+class _Witness(aiohttp.Payload):
     """The body of one request, which sees the moment at which it is sent."""
 
-    def __init__(self, body: bytes, on_sent: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        body: list[bytes | memoryview],
+        on_sent: Callable[[], None],
+        before_sent: Callable[[], Awaitable[bool]] | None,
+        on_written: Callable[[], None] | None,
+    ) -> None:
         super().__init__(body, content_type="application/json")
+        self._size = sum(len(piece) for piece in body)
         self.asked = False
         self.sent = False
         self._on_sent = on_sent
+        self._before_sent = before_sent
+        self._on_written = on_written
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return b"".join(self._value).decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
         await self.write_with_length(writer, None)
 
     async def write_with_length(self, writer: Any, content_length: int | None) -> None:
         self.asked = True
+        if self._before_sent is not None and not await self._before_sent():
+            raise _Withheld
         if not _is_gone(writer) and _has_news(writer.transport):
             # FIN, RST, bytes out of turn: a turn of the loop brings them in. TLS, which has words of its own, needs a second one.
             for _ in range(2 if writer.transport.get_extra_info("ssl_object") is not None else 1):
@@ -223,7 +255,15 @@ class _Witness(aiohttp.BytesPayload):
             raise _Stale
         self.sent = True
         self._on_sent()
-        await super().write_with_length(writer, content_length)
+        # What is written is free for others, while the run goes on.
+        self._value.reverse()
+        while self._value:
+            piece = self._value.pop()
+            # A long one goes as fast as the server takes it, and is not copied whole into the buffers in between.
+            for start in range(0, len(piece), PIECE):
+                await writer.write(piece if len(piece) <= PIECE else memoryview(piece)[start : start + PIECE])
+        if self._on_written is not None:
+            self._on_written()
 
 
 def _reason(error: BaseException, sent: bool) -> str:

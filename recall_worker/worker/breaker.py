@@ -4,6 +4,8 @@ It opens when two sessions in a row meet Misconfigured or Unavailable with no an
 the others. While it is open claims stop, but for probes: one row at a time, after 1 s doubling to 30 s. Which row is probed
 rotates by itself, as the one that met trouble is deferred. Any answer to a call sent since then closes it; so does a probe that
 was sent and meets silence for a while, as a run may take minutes and trouble is quick to show.
+
+Whatever changes its state returns the event that this makes, so that no change can go untold: `endpoint_status` tells them.
 """
 
 from __future__ import annotations
@@ -50,22 +52,27 @@ class Breaker:
 
     def allowance(self, now: float) -> tuple[int | None, float]:
         """How many rows may be claimed now (None: no bound), and seconds until that may change."""
-        sent_at = self._probe.sent_at if self._probe is not None else None
-        if self.is_open and sent_at is not None and now - sent_at >= PATIENCE:
-            self._close()
         if not self.is_open:
             return None, 0.0
         if self._probe is not None:
-            return 0, 1.0
+            sent_at = self._probe.sent_at
+            return 0, 1.0 if sent_at is None else max(0.05, sent_at + PATIENCE - now)
         return (1, 0.0) if now >= self._next_probe else (0, self._next_probe - now)
 
     def open_for(self, now: float) -> float:
         """Seconds since it opened."""
         return now - self._opened_at
 
-    def close(self) -> None:
-        """Another replica found the endpoint answering."""
-        self._close()
+    def be_patient(self, now: float) -> str | None:
+        """The probe may have been silent for long enough to show that it is being run: breaker.closed, or None."""
+        sent_at = self._probe.sent_at if self._probe is not None else None
+        return self.close() if sent_at is not None and now - sent_at >= PATIENCE else None
+
+    def close(self) -> str | None:
+        """The endpoint is known to answer: breaker.closed, or None where it was not open."""
+        was_open = self.is_open
+        self.is_open, self._trouble_in, self._probe = False, None, None
+        return "breaker.closed" if was_open else None
 
     def postpone(self, until: float) -> None:
         """The fleet's next probe is not before this instant."""
@@ -112,13 +119,9 @@ class Breaker:
             return None
         if call.sent_at is None or call.sent_at < self._opened_at:
             return None
-        self._close()
-        return "breaker.closed"
+        return self.close()
 
     def _wait_longer(self, now: float) -> str:
         self._pause = min(PROBE_MOST, self._pause * 2)
         self._next_probe = now + self._pause * random.uniform(0.8, 1.0)
         return "breaker.probed"
-
-    def _close(self) -> None:
-        self.is_open, self._trouble_in, self._probe = False, None, None

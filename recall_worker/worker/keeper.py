@@ -69,7 +69,10 @@ class Keeper:
                 for start in range(0, len(ids), CHUNK):
                     chunk = {id: runs[id] for id in ids[start : start + CHUNK]}
                     asked_at = time.monotonic()
-                    states = await self._ledger.renew({id: run.claim.lease for id, run in chunk.items()})
+                    states = await self._ledger.renew(
+                        {id: run.claim.lease for id, run in chunk.items()},
+                        {id: asked_at - run.call.sent_at for id, run in chunk.items() if run.call.sent_at is not None},
+                    )
                     self._reach.found()
                     if "locked" in states.values():
                         pause = min(LOCKED_PAUSE, pause / 4)

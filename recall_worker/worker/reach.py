@@ -30,6 +30,11 @@ class Reach:
     def may_take_expired(self) -> bool:
         return self._lost_at is None and time.monotonic() >= self._courteous_until
 
+    @property
+    def may_take_expired_in(self) -> float:
+        """Seconds until it may, while PostgreSQL answers; 0 where it may."""
+        return max(0.0, self._courteous_until - time.monotonic())
+
     def on_return(self, act: Callable[[], None]) -> None:
         """Have `act()` called when PostgreSQL answers again."""
         self._on_return.append(act)

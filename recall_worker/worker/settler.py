@@ -2,7 +2,8 @@
 
 While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under load, and nothing waits when
 idle. A row that the application moved in mid-run is judged again with what stands there now; one that it holds locked is asked
-for again, while its lease goes on being renewed. In an outage endings wait here, with their runs' slots, until PostgreSQL is back.
+for again, at growing distances and together with all others, so that no row waits for another's lock. One of them at a time also
+stands in the queue for its lock. In an outage endings wait here, with their runs' slots, until PostgreSQL is back.
 
 The application may cancel, move and delete what is being run. Nobody but the lease's holder settles it: where somebody does, by marking it
 fired or failed, or by putting it off by its interval as after a run, another scheduler is at work on the same table, and `lease.violated`
@@ -50,6 +51,8 @@ BATCH_MOST = 500
 NEVER_CALLED = Unsent | Capped | Misfired | Over | Malformed
 LOCKED_FIRST = 0.05
 LOCKED_MOST = 1.0
+"""Seconds between two times that a locked row is asked for: doubling from the first to the most, and a twelfth of a lease at
+most, so that a row whose lock is gone is settled before its lease ends."""
 OUTAGE_PAUSE = (0.1, 0.5)
 VIOLATED = "does another scheduler run beside the workers? docs/migration.md"
 
@@ -62,6 +65,7 @@ class Settler:
         events: Events,
         reach: Reach,
         free: Callable[[Run, bool], None],
+        lease: float,
         dice: Dice = random.random,
     ) -> None:
         """`free(run, is_over)` is called when a run is settled, one way or the other: its slot is free then. `is_over`: its recall will not be due
@@ -74,7 +78,9 @@ class Settler:
         self._dice = dice
         self._waiting: list[tuple[Run, Ending, float]] = []
         self._some = asyncio.Event()
-        self._insisting: set[asyncio.Task[None]] = set()
+        self._insisting: asyncio.Task[None] | None = None
+        """What stands in the queue for a locked row."""
+        self._locked_most = min(LOCKED_MOST, lease / 12)
 
     def put(self, run: Run, ending: Ending) -> None:
         """Have this ending judged and written."""
@@ -111,9 +117,10 @@ class Settler:
                 self._again(run, dataclasses.replace(ending, claim=claim), pause)
                 return
             case Locked():
-                insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
-                self._insisting.add(insisting)
-                insisting.add_done_callback(self._insisting.discard)
+                if self._insisting is None:
+                    self._insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
+                else:
+                    self._later(run, ending, pause)
                 return
             case Settled(status):
                 is_over = status in FINAL
@@ -132,17 +139,21 @@ class Settler:
 
     async def _insist(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
         """Stand in the queue for a locked row: its owner should be the first to have it."""
-        began = time.monotonic()
         try:
             answer = await self._ledger.insist(ending, verdict)
         except Outage:
             answer = Locked()
-        if not isinstance(answer, Locked):
+        finally:
+            self._insisting = None
+        if isinstance(answer, Locked):
+            # In a batch again, as whatever else may stand in the way is told apart there.
+            self._later(run, ending, pause)
+        else:
             self._conclude(run, ending, verdict, answer, pause)
-            return
-        # In a batch again, as whatever else may stand in the way is told apart there.
-        wait = max(0.0, pause - (time.monotonic() - began))
-        asyncio.get_running_loop().call_later(wait, self._again, run, ending, min(LOCKED_MOST, pause * 2))
+
+    def _later(self, run: Run, ending: Ending, pause: float) -> None:
+        """Ask for it again after a pause, and the next time after a longer one."""
+        asyncio.get_running_loop().call_later(pause, self._again, run, ending, min(self._locked_most, pause * 2))
 
     def _again(self, run: Run, ending: Ending, pause: float) -> None:
         self._waiting.append((run, ending, pause))

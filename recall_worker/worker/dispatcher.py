@@ -1,0 +1,302 @@
+"""Claims what is due and starts it, never more than the free slots; and takes up what dead workers left.
+
+Owns the loop of looks: when the next one is due is `wake`'s to say, and whatever that says the loop gives way to all others
+at every turn. A look claims first, sends the calls on their way, and then asks what is due next.
+
+What the database decides: what is due, and whose it is. Rows of dead workers are taken up one at a time: until its request
+has been sent such a row may be what that worker died of, and nobody is to die with it twice. Those that the API accepted are
+only polled, and are taken up together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+
+from .. import judge as judging
+from ..events import Events
+from ..ledger import Ahead, Claimed, Ledger
+from ..line import Outage, Refusal
+from ..protocols import Call
+from ..recall import Claim, Placement
+from ..settings import Settings
+from .endpoint_status import EndpointStatus
+from .executor import Executor
+from .reach import Reach
+from .run import Run, Runs
+from .wake import Looked, Wake
+
+OUTAGE_PAUSE = (0.1, 0.5)
+REFUSED_PAUSE = (1.0, 5.0)
+TICK = 0.001
+"""Seconds before an instant from which on the loop turns without sleeping: its sleeps are whole milliseconds, rounded up."""
+TOGETHER_LEAST, TOGETHER_MOST = 5, 100
+"""Recalls that one claim takes at most: half of the slots, within these bounds. With all slots in one claim this process and
+PostgreSQL come to wait for each other by turns."""
+CALLS_FIRST = 0.001
+"""Seconds for which calls go before the question what is due next."""
+UNSEEN_MOST = 1.0
+"""Seconds after which that is asked in the midst of a backlog, too."""
+PROBED_AGAIN = 1.0
+"""Seconds after which a worker whose breaker is open looks after its probe."""
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        runs: Runs,
+        executor: Executor,
+        endpoint: EndpointStatus,
+        database: Reach,
+        events: Events,
+        wake: Wake,
+        traceparent: Callable[[], str],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._runs = runs
+        self._executor = executor
+        self._endpoint = endpoint
+        self._database = database
+        self._events = events
+        self._traceparent = traceparent
+        self._wake = wake
+        self._roused = asyncio.Event()
+        self._leases_ended = True
+        """Whether leases may have ended that are to be taken up: as of when that was asked last."""
+        self._unseen_since: float | None = None
+        """The first claim since it was asked what is due next."""
+        self._full = False
+        """Whether the last claim took as much as it might: more may be due."""
+        self._stopped = False
+        self.turned_at = time.monotonic()
+        """Monotonic instant of the loop's last turn: what a watchdog should look at."""
+
+    # --- what happened -------------------------------------------------------------------------------------------
+
+    def notified(self) -> None:
+        """A notification came, or the listener has a new connection."""
+        self._wake.notified(time.monotonic())
+        self._roused.set()
+
+    def changed(self) -> None:
+        """PostgreSQL or the endpoint answers again."""
+        self._wake.changed(time.monotonic())
+        self._roused.set()
+
+    def progressed(self) -> None:
+        """A run has left its slot, or has proven to be harmless: worth a look where something waits for that."""
+        if self._full or self._leases_ended:
+            self.changed()
+
+    def run_ended(self, *, is_over: bool) -> None:
+        """A run was settled. `is_over`: its recall will not be due again."""
+        self._wake.run_ended(time.monotonic(), is_over=is_over, awaited=self._endpoint.is_open)
+        self._roused.set()
+
+    def stop(self) -> None:
+        """Claim no more."""
+        self._stopped = True
+        self._roused.set()
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look whenever it is time. Returns when stopped."""
+        while not self._stopped:
+            self._roused.clear()
+            self.turned_at = now = time.monotonic()
+            wait = self._wake.seconds(now)
+            if wait > 0:
+                await self._sleep(now + wait)
+                continue
+            # Whatever is computed here, all others have their turn.
+            await asyncio.sleep(0)
+            claims = self._wake.begin(time.monotonic())
+            found = await self._look(claims=claims)
+            self._wake.looked(found, time.monotonic())
+
+    async def _sleep(self, until: float) -> None:
+        """Until an instant, or until something wakes us. A process that was stopped meanwhile overslept."""
+        try:
+            async with asyncio.timeout(until - time.monotonic() - TICK):
+                await self._roused.wait()
+        except TimeoutError:
+            while time.monotonic() < until and not self._roused.is_set():  # noqa: ASYNC110 - for less than a TICK
+                await asyncio.sleep(0)
+        self._database.woke(time.monotonic() - until)
+
+    async def _look(self, *, claims: bool) -> Looked:
+        """Claim what is due and start it. `claims`: at once; else only where there is anything."""
+        slots, changes_in = await self._endpoint.allowance(self._runs.free_slots)
+        if slots <= 0:
+            return Looked(blocked=True, again_in=changes_in)
+        try:
+            return await self._look_with(slots, claims=claims)
+        except Outage as outage:
+            self._database.lost(outage.reason, outage.asked_at)
+            return Looked(blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
+        except Refusal as refusal:
+            self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
+            return Looked(blocked=True, again_in=random.uniform(*REFUSED_PAUSE))
+
+    async def _look_with(self, slots: int, *, claims: bool) -> Looked:
+        probing = self._endpoint.is_open
+        slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
+        tried = self._leases_ended and self._database.may_take_expired
+        taken = await self._take_up(slots, probing=probing) if tried else 0
+        if taken >= slots:
+            return self._filled(taken)
+        ahead = None
+        if not claims and taken == 0:
+            ahead = await self._ask_ahead(None)
+            if not ahead.waiting:
+                return self._seen(0, ahead, tried=tried)
+        claimed = await self._ledger.claim(slots - taken, all_held=not self._database.may_take_expired)
+        self._tell_claimed(claimed)
+        await self._start(claimed, probing=probing)
+        taken += len(claimed.claims)
+        self._full = taken >= slots
+        if claimed.refused:
+            return Looked(taken, unfinished=True, blocked=True)
+        self._unseen_since = self._unseen_since or claimed.asked_at
+        # The calls go first: PostgreSQL and this process would otherwise be busy with what comes next. What is notified meanwhile
+        # is a look of its own, and while all slots are filled nobody needs to know.
+        if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
+            if self._full:
+                return self._filled(taken)
+            self._wake.asks_ahead()
+            if await self._is_called(CALLS_FIRST):
+                return Looked(taken)
+        ahead = await self._ask_ahead(claimed.asked_at)
+        return self._filled(taken) if self._full else self._seen(taken, ahead, tried=tried)
+
+    def _filled(self, taken: int) -> Looked:
+        """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may
+        close the breaker."""
+        if self._endpoint.is_open:
+            return Looked(taken, full=True, again_in=PROBED_AGAIN)
+        return Looked(taken, full=True, has_room=self._runs.free_slots > 0)
+
+    def _seen(self, taken: int, ahead: Ahead, *, tried: bool) -> Looked:
+        # Leases that have ended are for the next look, unless this one has tried to take them up: then something stands in
+        # the way of those that are left.
+        ended = ahead.ended and not tried
+        may_take_in = self._database.may_take_expired_in if ended else 0.0
+        return Looked(
+            taken,
+            waiting=ahead.waiting,
+            fell_due=ahead.fresh,
+            ended=ended and may_take_in == 0 and not self._runs.any_unproven,
+            due_at=None if ahead.next_in is None else ahead.asked_at + ahead.next_in,
+            unfinished=ahead.moved,
+            again_in=may_take_in or None,
+        )
+
+    async def _is_called(self, within: float) -> bool:
+        """Whether anything asks for another look within so many seconds."""
+        if self._wake.is_called:
+            return True
+        self._roused.clear()
+        try:
+            async with asyncio.timeout(within):
+                while not self._wake.is_called:
+                    await self._roused.wait()
+                    self._roused.clear()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _ask_ahead(self, claimed_at: float | None) -> Ahead:
+        self._wake.asks_ahead()
+        ahead = await self._ledger.ahead(claimed_at=claimed_at)
+        self._leases_ended = ahead.ended
+        self._database.found()
+        self._unseen_since = None
+        if ahead.moved:
+            await self._plan()
+        return ahead
+
+    async def _plan(self) -> None:
+        """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
+        right distance."""
+        moved = await self._ledger.moved()
+        await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved])
+
+    # --- taking up -----------------------------------------------------------------------------------------------
+
+    async def _take_up(self, slots: int, *, probing: bool) -> int:
+        """Take up what dead workers left, within so many slots; returns how many rows that were."""
+        in_hand = self._runs.in_doubt(self._settings.lease)
+        ended = await self._ledger.ended_leases(in_hand)
+        self._database.found()
+        batches = [ended.accepted[:slots]]
+        if ended.unanswered and not self._runs.any_unproven:
+            batches.append(ended.unanswered[:1])
+        self._leases_ended = len(ended.accepted) > slots or len(ended.unanswered) > 0
+        taken = 0
+        for ids in batches:
+            if ids and taken < slots:
+                claimed = await self._ledger.take_up(ids[: slots - taken], in_hand)
+                self._tell_claimed(claimed)
+                await self._start(claimed, probing=probing)
+                taken += len(claimed.claims)
+        return taken
+
+    # --- starting ------------------------------------------------------------------------------------------------
+
+    def _tell_claimed(self, claimed: Claimed) -> None:
+        self._database.found()
+        took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
+        self._events.tell("claim.answered", recalls=len(claimed.claims), took_ms=took)
+        for id, reason in claimed.stranded:
+            self._events.tell("recall.stranded", recall=id, error=reason)
+
+    async def _start(self, claimed: Claimed, *, probing: bool) -> None:
+        placements = [(claim, placement) for claim in claimed.claims if (placement := judging.honour(claim)) is not None]
+        to_place = {claim.lease for claim, _ in placements}
+        placed = await self._place(placements) if placements else {}
+        for claim in claimed.claims:
+            call = Call(placed.get(claim.lease, claim), claimed.asked_at, traceparent=self._traceparent())
+            held_until = claimed.asked_at + self._settings.lease
+            run = Run(call, held_until, held_until, reference=claim.reference)
+            self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
+            if claim.taken_from is not None:
+                self._forget(claim)
+                self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
+            self._runs.add(run)
+            unsent = (
+                "moved by the application"
+                if claim.lease in to_place and claim.lease not in placed
+                else "stopping"
+                if self._stopped
+                else "its claim was answered too late"
+                if time.monotonic() > held_until - self._settings.lease / 3
+                else None
+            )
+            if unsent is not None:
+                self._executor.give_back(run, unsent)
+                continue
+            if probing and claim.reference is None:
+                self._endpoint.probing(call)
+            run.task = asyncio.create_task(self._executor.execute(run))
+
+    def _forget(self, claim: Claim) -> None:
+        """Should the row have been ours before, the lease of that time is gone with this claim."""
+        for run in self._runs:
+            if run.claim.id == claim.id:
+                run.abort("lost")
+
+    async def _place(self, placements: list[tuple[Claim, Placement]]) -> dict[object, Claim]:
+        """Those that are to run now, as they stand after it; the others go back as moved."""
+        try:
+            placed = await self._ledger.place([(claim, to) for claim, to in placements if judging.runs_now(claim, to)])
+        except (Outage, Refusal):
+            return {}  # Put back unsent: the settle honours the move.
+        for claim in placed:
+            self._events.tell("recall.placed", recall=claim.id, session=claim.session_id, occurrence=claim.occurrence)
+        return {claim.lease: claim for claim in placed}

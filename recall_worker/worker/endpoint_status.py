@@ -1,0 +1,94 @@
+"""Whether the endpoint answers, as this worker knows it: its breaker, and what the replicas tell each other.
+
+Owns the breaker, and is the one place where its changes are told: to the log, to the workers' table (by a heartbeat), to the
+claim loop, and, where this worker got an answer, to the other replicas.
+
+The database decides whose the next probe is, and whether anybody was answered. Never here: what an outcome means for a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..events import Events
+from ..ledger import Ledger
+from ..line import Outage, Refusal
+from ..protocols import Call
+from ..recall import Outcome
+from .breaker import Breaker
+
+ASK_AGAIN = 1.0
+"""Seconds until PostgreSQL is asked again for the fleet's probe, where it did not say when."""
+
+
+class EndpointStatus:
+    def __init__(self, ledger: Ledger, endpoint: str, events: Events, on_change: Callable[[], None]) -> None:
+        """`endpoint`: what replicas with the same endpoint know it by. `on_change()` is called when the breaker opened or closed."""
+        self._ledger = ledger
+        self._endpoint = endpoint
+        self._events = events
+        self._on_change = on_change
+        self._breaker = Breaker()
+        self._telling: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> str:
+        """open or closed."""
+        return self._breaker.state
+
+    @property
+    def is_open(self) -> bool:
+        return self._breaker.is_open
+
+    async def allowance(self, free_slots: int) -> tuple[int, float | None]:
+        """How many rows may be claimed now, at most `free_slots`; and seconds until that may change by itself, None: it does not."""
+        self._changed(self._breaker.be_patient(time.monotonic()), "the probe was taken and is being run")
+        allowed, changes_in = self._breaker.allowance(time.monotonic())
+        if allowed is None:
+            return free_slots, None
+        if free_slots <= 0:
+            # The end of a run is told; a probe that is being run closes the breaker by its silence.
+            return 0, changes_in if allowed == 0 else None
+        try:
+            return await self._shared(min(allowed, free_slots), changes_in, free_slots)
+        except (Outage, Refusal):
+            return 0, ASK_AGAIN
+
+    async def _shared(self, allowed: int, changes_in: float, free_slots: int) -> tuple[int, float | None]:
+        """What the fleet knows: whether the endpoint answers others, and whose the next probe is."""
+        now = time.monotonic()
+        probe = await self._ledger.probe(self._endpoint, self._breaker.open_for(now), wanted=allowed > 0)
+        if probe.answered:
+            self._changed(self._breaker.close(), "another worker found the endpoint answering")
+            return free_slots, None
+        if allowed > 0 and not probe.mine:
+            wait = probe.next_in or ASK_AGAIN
+            self._breaker.postpone(now + wait)
+            return 0, wait
+        return allowed, changes_in
+
+    def probing(self, call: Call) -> None:
+        """This call is the probe that was allowed."""
+        self._breaker.probing(call)
+
+    def note(self, call: Call, outcome: Outcome) -> None:
+        """A call has ended so, or the API has accepted its run."""
+        event = self._breaker.note(call, outcome, time.monotonic())
+        self._changed(event, getattr(outcome, "reason", None), session=call.claim.session_id)
+        if event == "breaker.closed":
+            self._telling = asyncio.create_task(self._tell_others())
+
+    def _changed(self, event: str | None, reason: str | None, **facts: str) -> None:
+        """The one place where the breaker's changes are told."""
+        if event is None:
+            return
+        self._events.tell(event, **facts, **({"reason": reason} if reason else {}))
+        self._on_change()
+
+    async def _tell_others(self) -> None:
+        try:
+            await self._ledger.endpoint_answers(self._endpoint)
+        except (Outage, Refusal):
+            pass  # The others find out by their own probes.

@@ -1,0 +1,240 @@
+"""One run, step by step: checked, counted, read, looked up or called, accepted, followed; its outcome goes to the settler.
+
+The claim says what is to be run and never changes; what is learned on the way (the API's reference, when the request was
+sent) stands in the run. Nothing is raised from here: a defect ends a run as one that was broken off.
+
+What the database decides: whether the lease is still ours when a reference is put on record, and when the request of a row
+that was taken up from a dead worker is about to be sent. Never here: what an outcome means for the row (judge).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from .. import judge as judging
+from ..events import Events
+from ..judge import Policy
+from ..ledger import Ledger
+from ..line import Outage, Refusal
+from ..protocols import Protocol, hushed
+from ..recall import Accepted, Answered, Capped, Ending, Malformed, Misconfigured, Outcome, Unknown, Unsent
+from ..settings import Settings
+from .endpoint_status import EndpointStatus
+from .reach import Reach
+from .run import ENDED, LET_GO, Run, Runs
+from .settler import Settler
+
+OUTAGE_PAUSE = (0.1, 0.5)
+LONG_AT_ONCE = 2
+"""Long messages that are read and sent at the same time, so that a worker's memory does not grow with its slots."""
+LONG_PATIENCE = 5.0
+"""Seconds after which the next one is read although the server has not taken all of the one before."""
+READ_AGAIN = 5.0
+"""Seconds until a message is read again that could not be read."""
+
+
+class Executor:
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        protocol: Protocol,
+        ledger: Ledger,
+        runs: Runs,
+        settler: Settler,
+        endpoint: EndpointStatus,
+        database: Reach,
+        events: Events,
+        progressed: Callable[[], None],
+    ) -> None:
+        """`progressed()` is called where a slot is free before its run is settled, and where a row that was taken up from a
+        dead worker has proven to be harmless."""
+        self._settings = settings
+        self._policy = policy
+        self._protocol = protocol
+        self._ledger = ledger
+        self._runs = runs
+        self._settler = settler
+        self._endpoint = endpoint
+        self._database = database
+        self._events = events
+        self._progressed = progressed
+        self._long = asyncio.Semaphore(LONG_AT_ONCE)
+
+    async def execute(self, run: Run) -> None:
+        """Make the run, and hand its outcome to the settler."""
+        outcome: Outcome
+        try:
+            outcome = hushed(await self._outcome(run), self._settings.run_token)
+        except asyncio.CancelledError:
+            outcome = self._broken_off(run, run.aborted or "the worker broke")
+            if run.aborted in ENDED:
+                await self._end_there(run)
+        except Exception as error:
+            self._events.tell("worker.stumbled", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
+            outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
+        self._finish(run, outcome)
+
+    def give_back(self, run: Run, reason: str) -> None:
+        """Nothing is done about this run: its row goes back as it was."""
+        self._finish(run, self._broken_off(run, reason))
+
+    # --- the steps -----------------------------------------------------------------------------------------------
+
+    async def _outcome(self, run: Run) -> Outcome:
+        if run.reference is None:
+            outcome = await self._checked(run) or await self._counted(run) or await self._called(run)
+            if not isinstance(outcome, Accepted):
+                return outcome
+            if not await self._accepted(run, outcome):
+                await self._end_there(run)
+                return Unknown("the recall was taken from this worker while the API accepted the run", outcome.http_status)
+        return await self._followed(run)
+
+    async def _checked(self, run: Run) -> Outcome | None:
+        """What already decides the run, so that nothing is sent; None where it is to be called."""
+        decided = judging.before_call(run.claim, self._policy.max_attempts, self._policy.message_limit)
+        if isinstance(decided, Unknown) and isinstance(found := await self._protocol.find(run.claim), Accepted):
+            # No attempt is left, but the last one reached the server: it is followed there.
+            return found
+        return decided
+
+    async def _counted(self, run: Run) -> Capped | None:
+        """Whether the session has had as many runs as it may: asked under its lease, so that no two claims count at once."""
+        windows = self._settings.session_windows
+        if not windows:
+            return None
+        try:
+            found = await self._ledger.runs_of(run.claim.session_id, windows)
+        except (Outage, Refusal) as error:
+            return Capped(f"its session's runs could not be counted: {error.reason}", 1.0)
+        for (span, most), (runs, frees_in) in zip(windows, found, strict=True):
+            if runs >= most:
+                said = f"its session had {runs} runs within {'an hour' if span == 3600 else 'a day'}, and may have {most}"
+                return Capped(said, max(0.05, frees_in or 1.0))
+        return None
+
+    async def _called(self, run: Run) -> Outcome:
+        """Look the run up where it may be there already, else post it."""
+        claim = run.claim
+        if claim.begun:
+            found = await self._protocol.find(claim)
+            if found is not None:
+                return found
+        withheld: list[str] = []
+        if claim.taken_from is not None:
+            run.call.on_sent = self._progressed
+
+            async def put_on_record() -> bool:
+                try:
+                    if await self._ledger.sent(claim):
+                        return True
+                    withheld.append("its lease is not ours any more")
+                except (Outage, Refusal) as error:
+                    withheld.append(f"it could not be put on record that it is sent: {error.reason}")
+                return False
+
+            run.call.before_sent = put_on_record
+        outcome = await (self._protocol.call(run.call) if claim.message is not None else self._called_at_length(run))
+        return Unsent(withheld[0]) if withheld and run.call.sent_at is None else outcome
+
+    async def _called_at_length(self, run: Run) -> Outcome:
+        """The same with a message that is read for this call alone, a few at a time."""
+        loop, call = asyncio.get_running_loop(), run.call
+        await self._long.acquire()
+        holds = True
+
+        def release() -> None:
+            nonlocal holds
+            if holds:
+                holds = False
+                self._long.release()
+
+        try:
+            try:
+                call.message = await self._ledger.message(run.claim)
+            except Outage as outage:
+                return Capped(f"its message could not be read: {outage.reason}", READ_AGAIN)
+            except Refusal as refusal:
+                return Malformed(f"its message can't be read: {refusal.reason}")
+            if call.message is None:
+                return Unsent("its message was changed while it was read, or the lease is not ours any more")
+            before = call.on_sent
+
+            def sent() -> None:
+                loop.call_later(LONG_PATIENCE, release)
+                if before is not None:
+                    before()
+
+            call.on_sent, call.on_written = sent, release
+            return await self._protocol.call(call)
+        finally:
+            release()
+
+    async def _accepted(self, run: Run, accepted: Accepted) -> bool:
+        """Put the reference on record before it is polled, however long PostgreSQL takes. False where the row is not ours any more."""
+        run.reference, run.delivered_at = accepted.reference, time.monotonic()
+        self._endpoint.note(run.call, accepted)
+        self._progressed()
+        sent_at = run.call.sent_at
+        while True:
+            try:
+                return await self._ledger.accept(run.claim, accepted, 0.0 if sent_at is None else time.monotonic() - sent_at)
+            except Outage as outage:
+                self._database.lost(outage.reason, outage.asked_at)
+                await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
+            except Refusal as refusal:
+                self._events.tell("worker.stumbled", doing="accept", recall=run.claim.id, reason=refusal.reason)
+                return False
+
+    async def _followed(self, run: Run) -> Outcome:
+        """Poll the run that the API accepted, for as long as its time goes."""
+        assert run.reference is not None
+        age = run.claim.delivered_age or 0.0 if run.delivered_at is None else time.monotonic() - run.delivered_at
+        outcome = await self._protocol.follow(run.claim, run.reference, self._settings.run_timeout - age)
+        if isinstance(outcome, Unknown) and outcome.http_status is None:
+            await self._protocol.abort(run.claim, run.reference)
+        return outcome
+
+    # --- endings -------------------------------------------------------------------------------------------------
+
+    async def _end_there(self, run: Run) -> None:
+        """The application ended the recall: ask the API to end the run that it accepted, be its reference on record yet or not."""
+        claim = run.claim
+        with suppress(Outage, Refusal):
+            if run.aborted is None and not set((await self._ledger.look({claim.id: claim.lease})).values()) & set(ENDED):
+                return
+            reference = run.reference
+            if reference is None and run.call.sent_at is not None:
+                found = await self._protocol.find(claim)
+                reference = found.reference if isinstance(found, Accepted) else None
+            if reference is not None:
+                await self._protocol.abort(claim, reference)
+
+    @staticmethod
+    def _broken_off(run: Run, reason: str) -> Outcome:
+        if run.reference is not None and run.aborted not in LET_GO:
+            # It goes on at the API, whether this worker has polled it or not.
+            return Accepted(run.reference, 202)
+        return Unsent(reason) if run.call.sent_at is None else Unknown(reason)
+
+    def _finish(self, run: Run, outcome: Outcome) -> None:
+        if isinstance(outcome, Unsent):
+            # Of an accepted run nothing is given back: that would have it posted again.
+            outcome = self._broken_off(run, outcome.reason)
+        now, call = time.monotonic(), run.call
+        breaker_closed = not self._endpoint.is_open
+        self._endpoint.note(call, outcome)
+        if isinstance(outcome, Misconfigured):
+            self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
+        if isinstance(outcome, Answered):
+            self._runs.leave_slot(run)
+        if isinstance(outcome, Answered) or run.claim.taken_from is not None:
+            self._progressed()
+        claim = run.claim._replace(reference=run.reference)
+        called_after = None if call.sent_at is None else call.sent_at - call.asked_at
+        self._settler.put(run, Ending(claim, outcome, called_after, now - call.asked_at, now, breaker_closed))

@@ -1,0 +1,64 @@
+"""The worker's row in recall_workers, kept fresh: for people, and for other replicas to know that this one is ready.
+
+A heartbeat also does what one worker does for all: it ends leases without an end, and those of recalls that were ended or
+paused in mid-run and whose worker then died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from ..ledger import Ledger
+from ..line import Outage, Refusal
+
+HEARTBEAT_MOST, HEARTBEAT_LEAST = 60.0, 5.0
+"""Seconds between two heartbeats: a lease, within these bounds."""
+SOON = 5.0
+"""Seconds until the next one where the last did not get through, and after the start: replicas that were started together
+know of each other a little later."""
+
+
+class Heartbeat:
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: float,
+        settings: Mapping[str, Any],
+        facts: Callable[[], Mapping[str, Any]],
+        in_hand: Callable[[], Collection[str]],
+        replicas_ahead: Callable[[int], None],
+    ) -> None:
+        """`facts()`: the columns of the worker's row. `in_hand()`: recalls whose leases may have ended, and are this worker's.
+        `replicas_ahead(n)` is told how many other replicas are ready before this one."""
+        self._ledger = ledger
+        self._every = min(HEARTBEAT_MOST, max(HEARTBEAT_LEAST, lease))
+        self._settings = settings
+        self._facts = facts
+        self._in_hand = in_hand
+        self._replicas_ahead = replicas_ahead
+        self._now = asyncio.Event()
+
+    def beat_now(self) -> None:
+        """What people see in the row has changed."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Keep the row fresh. Returns only by cancellation."""
+        began = time.monotonic()
+        while True:
+            self._now.clear()
+            pause = SOON
+            try:
+                self._replicas_ahead(await self._ledger.beat(self._facts(), self._settings, self._in_hand()))
+                if time.monotonic() - began > SOON:
+                    pause = self._every
+            except (Outage, Refusal):
+                pass
+            try:
+                async with asyncio.timeout(pause):
+                    await self._now.wait()
+            except TimeoutError:
+                pass

@@ -1,0 +1,195 @@
+"""When to look at the table next, and why. Pure state: instants are monotonic seconds that the caller brings.
+
+A look is one question to PostgreSQL for what is due. It is asked at a due instant, when a notification or the end of a run
+may have changed the answer, after a pause (an outage, an open breaker), and at the latest after the poll interval.
+
+Every wait goes through `_arm`, which keeps one rule: a look that follows at once needs a reason, and a reason is something
+that has changed since the look before began: a notification, the end of a run, recalls that were claimed, PostgreSQL or the
+endpoint answering again. Where nothing has changed the next look is FLOOR_FIRST seconds away, then twice that, up to
+FLOOR_MOST, whatever the look found. So no state of the table, of the breaker or of a clock makes a worker spin.
+
+Never here: a clock, a timer, a question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
+"""Seconds between two looks where nothing has changed: doubling from the first to the most."""
+UNPROVOKED_MOST = 20
+"""Looks that may come earlier than the floor in FLOOR_MOST seconds because a row has fallen due, or falls due in a moment:
+a timer may be early by a fraction of a millisecond, another replica may have been faster, and rows fall due while
+PostgreSQL is being asked."""
+SHORTEST = 0.0005
+"""Seconds until a due instant, at least: PostgreSQL read its clock a little after it was asked."""
+EAGER_REPLICAS = 2
+"""Replicas that look at once at a notification or a due instant. In a fleet one claim finds it, and all others were for
+nothing."""
+WAKE_STAGGER, WAKE_STAGGER_MOST = 0.01, 0.25
+"""Seconds by which each further replica looks later than the one before it, should those have died, or be full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What one look found. Without arguments: nothing is due, and nothing is known of what comes."""
+
+    claimed: int = 0
+    """Recalls that were taken."""
+    full: bool = False
+    """It took as many as it might: more may be due."""
+    has_room: bool = False
+    """Of a full look: whether a slot is free all the same."""
+    waiting: bool = False
+    """Something is due and was not taken: locked, behind a run of its session, or under a lease that has ended."""
+    fell_due: bool = False
+    """Some of that fell due only after the claim was asked for."""
+    ended: bool = False
+    """Leases have ended that may be taken up, and this look did not try yet."""
+    due_at: float | None = None
+    """Monotonic instant at which the next row is due."""
+    unfinished: bool = False
+    """PostgreSQL refused a part of what is due, or rows wait to be put on their moments: to be asked again soon."""
+    blocked: bool = False
+    """It could not look, or not at all of what is due: no slot is free, the breaker is open, PostgreSQL does not answer."""
+    again_in: float | None = None
+    """Seconds until something outside of the table may have changed: an outage, a probe, the end of a courtesy."""
+
+
+class Wake:
+    """`begin` a look when `seconds` are over, tell what it found to `looked`; tell at any time what happened meanwhile."""
+
+    def __init__(self, poll: float, now: float) -> None:
+        """`poll`: seconds between polls when no notification arrives."""
+        self._poll = poll
+        self._look_at = now
+        self._claims = True
+        """Whether the next look claims. Else it first asks whether anything is due, which is cheap."""
+        self._called = False
+        """Whether the look that follows was asked for while one was going on."""
+        self._later: float | None = None
+        """When a notification is looked after for which other replicas come first."""
+        self._changed = True
+        """Whether anything has changed since the last look began."""
+        self._run_ended = False
+        self._waits = True
+        """Whether something may wait for a run of ours to end: as of the last look, and of what was notified since."""
+        self._looking = False
+        self._floor = FLOOR_FIRST
+        self._unprovoked, self._unprovoked_since = 0, now
+        self.replicas_ahead = 0
+        """How many other replicas are ready before this one."""
+
+    @property
+    def is_called(self) -> bool:
+        """Whether something has asked for another look since this one began."""
+        return self._called
+
+    @property
+    def wake_delay(self) -> float:
+        """Seconds for which other replicas come first."""
+        return min(WAKE_STAGGER_MOST, WAKE_STAGGER * max(0, self.replicas_ahead - EAGER_REPLICAS + 1))
+
+    def seconds(self, now: float) -> float:
+        """Until the next look; 0 where it is time."""
+        return max(0.0, self._look_at - now)
+
+    # --- what happened -------------------------------------------------------------------------------------------
+
+    def notified(self, now: float) -> None:
+        """A notification came: the table may hold something new."""
+        self._floor = FLOOR_FIRST
+        self._waits = True
+        if self.wake_delay == 0:
+            self._call(now, claims=True)
+        elif self._later is None:
+            self._changed = True
+            self._later = now + self.wake_delay
+            self._look_at = min(self._look_at, self._later)
+
+    def run_ended(self, now: float, *, is_over: bool, awaited: bool = False) -> None:
+        """A run was settled. `is_over`: its recall will not be due again. `awaited`: something waits for the slot."""
+        self._changed = self._run_ended = True
+        if self._waits or awaited:
+            self._call(now, claims=True)
+        elif not is_over:
+            # It is due again, some time.
+            self._call(now, claims=False)
+
+    def changed(self, now: float) -> None:
+        """PostgreSQL is back, the breaker opened or closed, a slot is free: look again."""
+        self._call(now, claims=True)
+
+    def _call(self, now: float, *, claims: bool) -> None:
+        self._changed = True
+        self._claims |= claims
+        self._called |= self._looking
+        self._look_at = min(self._look_at, now)
+
+    # --- looks ---------------------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> bool:
+        """A look begins. Returns whether it claims; else it first asks whether anything is due."""
+        claims, self._claims = self._claims, False
+        if self._later is not None and self._later <= now:
+            self._later = None
+        self._looking, self._called = True, False
+        self._changed = self._run_ended = False
+        self._waits = True
+        return claims
+
+    def asks_ahead(self) -> None:
+        """The look asks what is due next: a run that ends from now on needs no look of its own, as the answer tells whether
+        anything can have waited for it."""
+        self._waits = False
+
+    def looked(self, found: Looked, now: float) -> None:
+        """The look that began last has ended, and found this."""
+        self._looking = False
+        self._waits = found.waiting or found.full or found.blocked
+        if found.claimed:
+            self._changed, self._floor = True, FLOOR_FIRST
+        if self._called:
+            self._arm(now, now)
+            return
+        at, reason = now + self._poll, self._changed
+        if found.full:
+            self._claims = True
+            at = now if found.has_room else at
+        elif found.fell_due or found.ended or (found.waiting and self._run_ended):
+            self._claims = reason = True
+            at = now
+        elif found.waiting or found.unfinished:
+            # What stands in its way may go without a notification.
+            self._claims = True
+            at = min(at, now + self._next_floor())
+        if found.due_at is not None and found.due_at + self.wake_delay < at:
+            at = max(now + SHORTEST, found.due_at + self.wake_delay)
+            self._claims |= self.wake_delay == 0
+            reason = True
+        if found.again_in is not None:
+            self._claims = True
+            at = min(at, now + found.again_in)
+        self._arm(at, now, reason=reason)
+
+    def _arm(self, at: float, now: float, *, reason: bool = False) -> None:
+        """The next look is at `at`, or later where nothing has changed: the one place through which every wait passes.
+
+        `reason`: a row fell due meanwhile, or does in a moment. That is told by PostgreSQL's clock, which may stand still,
+        and so it counts a few times a second only.
+        """
+        if not self._changed and at < now + FLOOR_FIRST:
+            if now >= self._unprovoked_since + FLOOR_MOST:
+                self._unprovoked, self._unprovoked_since = 0, now
+            self._unprovoked += 1
+            if not reason or self._unprovoked > UNPROVOKED_MOST:
+                at = now + self._next_floor()
+        elif at >= now + FLOOR_MOST:
+            self._floor = FLOOR_FIRST
+        if self._later is not None:
+            at = min(at, max(self._later, now))
+        self._look_at = at
+
+    def _next_floor(self) -> float:
+        self._floor, floor = min(FLOOR_MOST, self._floor * 2), self._floor
+        return floor
