@@ -1,7 +1,7 @@
-"""Dead ends: nothing may stop a worker, or all of them, for good, or have it ask PostgreSQL in a loop.
+"""Dead ends: nothing may stop a worker, or all of them, for good, or have it loop.
 
-Each test leads real daemons into one. They must come out of it alone: SIGTERM is heard, runs settle,
-due recalls are called, and PostgreSQL is asked no more often than it should be.
+Each test leads real daemons into one. They must come out of it alone: SIGTERM is heard, runs
+settle, due recalls are called, and PostgreSQL is asked no more often than it should be.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,15 @@ from .test_lease import eventually, promise, rows
 from .test_outage import own_server, replicas  # noqa: F401 fixtures
 
 LATER = reply(503, {"error": "starting"}, {"retry-after": "3600"})
-"""Trouble, and not due again while the test runs: no other probe takes the place of what is tested."""
+"""Trouble, and not due again while the test runs: no other probe comes between."""
 
 
-async def comes_out(daemon: Daemon, endpoint: Endpoint, app: Application, session: str = "after") -> None:
+async def comes_out(
+    daemon: Daemon,
+    endpoint: Endpoint,
+    app: Application,
+    session: str = "after",
+) -> None:
     """The endpoint answers again: the daemon calls what is due, hears SIGTERM, and ends well."""
     endpoint.default = reply()
     await promise(app, session)
@@ -53,7 +59,7 @@ def cpu_seconds(daemon: Daemon) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# --- 1: the claim loop that never turns again ---------------------------------------------------
+# --- 1: the claim loop that never turns again ----------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [3, 1])
@@ -63,7 +69,7 @@ async def test_all_slots_in_hand_when_postgresql_is_killed(
     replicas: Daemons,  # noqa: F811
     endpoint: Endpoint,
 ) -> None:
-    """PostgreSQL dies with all slots taken while the API answers 503: a probe is due, no slot is."""
+    """PostgreSQL dies with all slots taken, and the API answers 503: a probe is due, no slot is."""
     gates = [Gate(LATER) for _ in range(slots)]
     sessions = [f"s{n}" for n in range(slots)]
     for session, gate in zip(sessions, gates, strict=True):
@@ -169,7 +175,7 @@ async def test_a_full_worker_hears_a_second_sigterm(
             await stopped_twice(daemon)
 
 
-# --- 2: a cap on the fleet that counts the dead -------------------------------------------------
+# --- 2: a cap on the fleet that counts the dead --------------------------------------------------
 
 
 def at_once(endpoint: Endpoint) -> Callable[[], int]:
@@ -180,7 +186,8 @@ def at_once(endpoint: Endpoint) -> Callable[[], int]:
     def look() -> bool:
         nonlocal most
         running.clear()
-        running.update(n for n, r in enumerate(endpoint.requests) if r.method == "POST" and r.ended_at is None)
+        calls = [(n, r) for n, r in enumerate(endpoint.requests) if r.method == "POST"]
+        running.update(n for n, r in calls if r.ended_at is None)
         most = max(most, len(running))
         return False
 
@@ -209,7 +216,8 @@ async def test_a_cap_filled_by_dead_workers_is_free_when_their_leases_end(
     for session in sessions:
         await promise(app, session, "once")
     fresh = [await daemons.start(fleet_concurrency=2, concurrency=5, lease=2) for _ in range(2)]
-    await endpoint.until(lambda: {r.session for r in endpoint.requests if r.answered} >= {*sessions})
+    wanted = {*sessions}
+    await endpoint.until(lambda: wanted <= {r.session for r in endpoint.requests if r.answered})
     for n in range(2):
         assert len(await endpoint.count(2, f"held{n}")) == 2
         assert len({r.key for r in endpoint.of(f"held{n}")}) == 1
@@ -250,7 +258,8 @@ async def test_the_cap_holds_over_an_outage(
     for n, gate in enumerate(gates):
         endpoint.script(f"held{n}", gate, reply())
     most = at_once(endpoint)
-    workers = [await replicas.start(fleet_concurrency=2, concurrency=5, lease=lease) for _ in range(2)]
+    capped: dict[str, Any] = {"fleet_concurrency": 2, "concurrency": 5, "lease": lease}
+    workers = [await replicas.start(**capped) for _ in range(2)]
     async with await Application.connect(own_server.dsn()) as app:
         for n, gate in enumerate(gates):
             await promise(app, f"held{n}", "once")
@@ -282,7 +291,12 @@ async def test_the_cap_holds_over_an_outage(
     assert len(endpoint.requests) == 12
 
 
-async def test_why_names_a_cap_that_is_full(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_why_names_a_cap_that_is_full(
+    app: Application,
+    database: str,
+    endpoint: Endpoint,
+    daemons: Daemons,
+) -> None:
     """While the fleet's one place is taken `why` says of a due recall that it waits for the cap."""
     gate = Gate()
     endpoint.script("held", gate)
@@ -298,13 +312,14 @@ async def test_why_names_a_cap_that_is_full(app: Application, database: str, end
     assert "RECALL_FLEET_CONCURRENCY" in said.stdout
 
 
-# --- 3: a loop of claims --------------------------------------------------------------------------
+# --- 3: a loop of claims -------------------------------------------------------------------------
 
 
 async def committed(db: Connection) -> int:
     """Transactions of this database so far, as far as its backends have reported them."""
     await db.execute("select pg_stat_clear_snapshot()")
-    found = await rows(db, "select xact_commit as n from pg_stat_database where datname = current_database()")
+    count = "select xact_commit as n from pg_stat_database where datname = current_database()"
+    found = await rows(db, count)
     return int(found[0]["n"])
 
 
@@ -355,14 +370,19 @@ async def test_what_is_due_and_cannot_be_claimed_is_asked_for_now_and_then(
     assert await daemon.stop() == 0
 
 
-# --- 5: locked rows that queue behind each other ---------------------------------------------------
+# --- 5: locked rows that queue behind each other -------------------------------------------------
 
 
 @pytest.mark.parametrize("locked", [40, 1])
 async def test_a_settle_does_not_wait_for_other_locked_rows(
-    locked: int, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+    locked: int,
+    app: Application,
+    database: str,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
-    """Rows that the application holds for long, and one for 0.3 s: it is settled when its own goes."""
+    """Rows that the application locks for long, and one for 0.3 s: its settle waits for its own."""
     long = [f"long{n}" for n in range(locked)]
     gates = {session: Gate() for session in [*long, "brief"]}
     for session, gate in gates.items():

@@ -22,6 +22,7 @@ from .test_corridor import row, soon
 from .test_lease import calls, eventually, promise, rows
 
 KIB, MIB = 1024, 1024 * 1024
+FIRED = "select 1 from session_recalls having count(*) filter (where status = 'fired') = %s"
 EMOJI = "\N{GRINNING FACE}"
 """Four octets in UTF-8, and four in each character of the text that holds it in Python."""
 
@@ -70,8 +71,8 @@ class Sink:
                     self.called[session] += 1
                     self.octets[session] = length
                     self._changed.notify_all()
-                head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n"
-                writer.write(head.encode() + b"{}")
+                head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2"
+                writer.write(head.encode() + b"\r\n\r\n{}")
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
@@ -93,7 +94,14 @@ async def workers(database: str, sink: Sink) -> AsyncIterator[Daemons]:
         yield started
 
 
-async def put(db: Connection, session: str, octets: int, text: str = "a", column: str = "message", **more: Any) -> str:
+async def put(
+    db: Connection,
+    session: str,
+    octets: int,
+    text: str = "a",
+    column: str = "message",
+    **more: Any,
+) -> str:
     """A recall, due now, with so many octets of this text in a column; its id. PostgreSQL makes the
     text itself, so that this process does not hold it."""
     row = {"call_type": "once", "interval_seconds": None} | more
@@ -123,11 +131,18 @@ async def fails(daemon: Daemon, db: Connection, session: str, within: float = 20
     """Wait until its recall has failed without a call; the reason."""
     failed = "select reason from session_recalls where session_id = %s and status = 'failed'"
     reason = str((await eventually(db, failed, [session], within=within))["reason"])
-    assert await rows(db, "select 1 from recall_attempts where session_id = %s and called_at is not null", [session]) == []
+    assert (
+        await rows(
+            db,
+            "select 1 from recall_attempts where session_id = %s and called_at is not null",
+            [session],
+        )
+        == []
+    )
     return reason
 
 
-# --- RECALL_MESSAGE_LIMIT --------------------------------------------------------------------------
+# --- RECALL_MESSAGE_LIMIT ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,13 @@ SIZE = {"128 KiB": r"131[ ,_.]?072|128(\.0)? ?KiB", "64 KiB": r"65[ ,_.]?536|64(
 
 
 @pytest.mark.parametrize("limit", ["64KiB", "65536"])
-async def test_a_message_beyond_the_limit(limit: str, app: Application, db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_a_message_beyond_the_limit(
+    limit: str,
+    app: Application,
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """It fails with its size and the limit, unsent; what is due beside it is called once."""
     daemon = await workers.start(ready=False, message_limit=limit, concurrency=10)
     async with db.transaction():
@@ -173,10 +194,14 @@ async def test_a_message_beyond_the_limit(limit: str, app: Application, db: Conn
     await fails(daemon, db, "wide")  # 16,500 characters: octets count.
     await fails(daemon, db, "one-more")
     assert sink.called == dict.fromkeys(good, 1)
-    await eventually(db, "select 1 from session_recalls having count(*) filter (where status = 'fired') = 7")
+    await eventually(db, FIRED, [7])
 
 
-async def test_a_recurring_message_beyond_the_limit(db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_a_recurring_message_beyond_the_limit(
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """It fails at once, and is not tried again at each of its occurrences."""
     await put(db, "large", 5 * MIB, call_type="recurring", interval_seconds=1)
     daemon = await workers.start()
@@ -185,10 +210,15 @@ async def test_a_recurring_message_beyond_the_limit(db: Connection, sink: Sink, 
     assert daemon.told("worker.stumbled") == daemon.told("database.lost") == []
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
-async def idle(db: Connection, sink: Sink, workers: Daemons, **settings: Any) -> tuple[Daemon, float]:
+async def idle(
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+    **settings: Any,
+) -> tuple[Daemon, float]:
     """A worker that has called once, and the most memory that it needed for it, in MB."""
     daemon = await workers.start(**settings)
     await put(db, "first", 10)
@@ -197,7 +227,12 @@ async def idle(db: Connection, sink: Sink, workers: Daemons, **settings: Any) ->
 
 
 @pytest.mark.parametrize("text", ["a", EMOJI], ids=["plain", "emoji"])
-async def test_a_message_of_50_mb_is_never_loaded(text: str, db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_a_message_of_50_mb_is_never_loaded(
+    text: str,
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """The worker's peak stays near an idle one's, and other sessions are called once."""
     daemon, before = await idle(db, sink, workers)
     await put(db, "large", 50_000_000, text)
@@ -210,9 +245,17 @@ async def test_a_message_of_50_mb_is_never_loaded(text: str, db: Connection, sin
     assert sink.called == dict.fromkeys(["first", "ok0", "ok1", "ok2"], 1)
 
 
-@pytest.mark.parametrize("column", ["cron", "time_zone", "last_outcome", "reason", "internal_comment"])
-async def test_no_other_text_of_a_row_is_loaded(column: str, db: Connection, sink: Sink, workers: Daemons) -> None:
-    """Tens of MB where an application or a hand may have written them: its neighbours are called."""
+@pytest.mark.parametrize(
+    "column",
+    ["cron", "time_zone", "last_outcome", "reason", "internal_comment"],
+)
+async def test_no_other_text_of_a_row_is_loaded(
+    column: str,
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
+    """Tens of MB where an application or a hand has written them: its neighbours are called."""
     daemon, before = await idle(db, sink, workers)
     more: dict[str, Any] = {}
     if column in ("cron", "time_zone"):
@@ -233,7 +276,11 @@ async def test_no_other_text_of_a_row_is_loaded(column: str, db: Connection, sin
     assert daemon.told("database.lost") == daemon.told("worker.stumbled") == []
 
 
-async def test_fifty_messages_just_below_the_limit(db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_fifty_messages_just_below_the_limit(
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """RECALL_CONCURRENCY=50: all are called, and the peak does not grow with what is due."""
     sessions = [f"s{n}" for n in range(50)]
     async with db.transaction():
@@ -241,7 +288,7 @@ async def test_fifty_messages_just_below_the_limit(db: Connection, sink: Sink, w
             await put(db, session, 4 * MIB - 64, EMOJI)
     daemon = await workers.start(concurrency=50, lease=120)
     await sink.until_called(*sessions, within=90)
-    await eventually(db, "select 1 from session_recalls having bool_and(status = 'fired')", within=30)
+    await eventually(db, FIRED, [50], within=30)
     print(f"50 messages of 4 MiB: {peak(daemon):.0f} MB")
     assert peak(daemon) < 250
     assert sink.called == dict.fromkeys(sessions, 1)
@@ -249,10 +296,14 @@ async def test_fifty_messages_just_below_the_limit(db: Connection, sink: Sink, w
     assert min(sink.octets.values()) > 2 * (4 * MIB - 64)
 
 
-# --- timeouts --------------------------------------------------------------------------------------
+# --- timeouts ------------------------------------------------------------------------------------
 
 
-async def test_a_short_lease_and_a_row_of_100_mb(db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_a_short_lease_and_a_row_of_100_mb(
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """RECALL_LEASE=6: it fails within seconds, and PostgreSQL is not taken for lost."""
     daemon, _ = await idle(db, sink, workers, lease=6)
     await put(db, "large", 100_000_000, EMOJI)
@@ -278,7 +329,12 @@ create trigger slow before update on session_recalls for each row execute functi
 
 
 @pytest.mark.parametrize("lease", [4, 12])
-async def test_a_row_that_cannot_be_written_in_time(lease: int, db: Connection, sink: Sink, workers: Daemons) -> None:
+async def test_a_row_that_cannot_be_written_in_time(
+    lease: int,
+    db: Connection,
+    sink: Sink,
+    workers: Daemons,
+) -> None:
     """An application's trigger sleeps for one row: it is put aside, and the others are called."""
     await db.execute(SLOW.encode())
     async with db.transaction():
@@ -300,11 +356,11 @@ async def test_a_row_that_cannot_be_written_in_time(lease: int, db: Connection, 
     assert await daemon.stop() == 0
 
 
-# --- what was never sent ---------------------------------------------------------------------------
+# --- what was never sent -------------------------------------------------------------------------
 
 
 class Deaf:
-    """A port that takes no connection in time: its queue is full. `answer()` serves it from then on."""
+    """A port that takes no connection in time, as its queue is full."""
 
     def __init__(self) -> None:
         self.socket = socket.socket()
@@ -324,8 +380,13 @@ class Deaf:
             one.close()
 
 
-async def killed_before_anything_was_sent(daemons: Daemons, sessions: int, url: str, times: int) -> None:
-    """So many workers, one after the other, claim and are killed while their calls find no connection."""
+async def killed_before_anything_was_sent(
+    daemons: Daemons,
+    sessions: int,
+    url: str,
+    times: int,
+) -> None:
+    """So many workers claim, one after the other, and are killed while they connect."""
     for n in range(times):
         daemon = await daemons.start(lease=1, concurrency=10, run_url=url)
         if n == 0:
@@ -339,7 +400,8 @@ def taken_together(daemon: Daemon) -> int:
     """How many recalls of dead workers one claim of this daemon took up, at most."""
     most = taken = 0
     for event in daemon.events:
-        taken = 0 if event["event"] == "claim.answered" else taken + (event["event"] == "lease.taken")
+        name = event["event"]
+        taken = 0 if name == "claim.answered" else taken + (name == "lease.taken")
         most = max(most, taken)
     return most
 
@@ -370,7 +432,7 @@ async def test_workers_that_died_before_they_called(
 async def test_a_row_that_kills_its_worker_takes_no_other_with_it(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Three workers die with a row in hand that was called; those beside it, unsent, are not buried."""
+    """Three workers die with a row in hand that was called; its neighbours are called once."""
     deadly = Gate()
     endpoint.script("deadly", deadly)
     recall = await promise(app, "deadly", "once")
@@ -385,5 +447,5 @@ async def test_a_row_that_kills_its_worker_takes_no_other_with_it(
     await last.hears("recall.settled", recall=recall, status="failed", within=30)
     await endpoint.count(6)
     assert len(endpoint.of("deadly")) == 3, "RECALL_MAX_ATTEMPTS bounds what may have run"
-    await eventually(db, "select 1 from session_recalls having count(*) filter (where status = 'fired') = 3")
+    await eventually(db, FIRED, [3])
     assert len(await calls(db, recall)) >= 3

@@ -19,15 +19,22 @@ from .test_corridor import row, soon
 from .test_lease import eventually, promise
 from .test_left_behind import command
 
-# --- 6: fired, though nothing ever ran well --------------------------------------------------------
+# --- 6: fired, though nothing ever ran well ------------------------------------------------------
 
 
-async def recurring(app: Application, db: Connection, session: str, interval: int, **columns: Any) -> str:
+async def recurring(
+    app: Application,
+    db: Connection,
+    session: str,
+    interval: int,
+    **columns: Any,
+) -> str:
     """A recall that recurs so many times, inserted by the application and due now; its id."""
     await app.create_session(session, "ann")
     id = await app.schedule(session, "recurring", soon(3600), "work", interval)
     for name, value in columns.items():
-        await db.execute(f"update session_recalls set {name} = %s where id = %s".encode(), [value, id])
+        change = f"update session_recalls set {name} = %s where id = %s"
+        await db.execute(change.encode(), [value, id])
     await app.reschedule(id, soon(0))
     return id
 
@@ -45,7 +52,7 @@ ENDINGS = {
 async def test_moved_past_its_end_in_a_run_that_ends_badly(
     ending: str, how: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """times = 1, the application moves it in mid-run, the call ends badly: failed, and not fired."""
+    """times = 1, moved by the application in mid-run, the call ends badly: failed, not fired."""
     gate = Gate(ENDINGS[ending])
     endpoint.script("s", gate)
     daemon = await daemons.start()
@@ -122,7 +129,7 @@ async def test_skipped_to_its_end_after_an_occurrence_that_failed(
     assert len(endpoint.of("s")) == 1
 
 
-# --- 10: a slot that is not freed --------------------------------------------------------------------
+# --- 10: a slot that is not freed ----------------------------------------------------------------
 
 BUSY = reply(409)
 AWAY = reply(503, headers={"retry-after": "60"})
@@ -145,7 +152,8 @@ FAILED = reply(200, {"status": "failed", "error": "the model broke"})
     ],
     ids=[
         "retry, unknown, busy", "retry twice, unknown, busy", "retry, unknown, unavailable",
-        "retry, unknown twice", "unknown, busy", "retry, failed, busy", "retry, busy", "failed, busy",
+        "retry, unknown twice", "unknown, busy", "retry, failed, busy", "retry, busy",
+        "failed, busy",
     ],
 )  # fmt: skip
 async def test_the_slot_of_a_recall_whose_run_may_still_go_on(
@@ -167,7 +175,7 @@ async def test_the_slot_of_a_recall_whose_run_may_still_go_on(
         await daemon.hears("recall.settled", times=n + 1, recall=recall, status="failed")
         await command(database, "retry", recall)
     # A retry is put off by up to 5 s, and then by up to 20 s.
-    await daemon.until(lambda: len(daemon.told("recall.settled", recall=recall)) == len(answers), within=40)
+    await daemon.hears("recall.settled", times=len(answers), within=40, recall=recall)
     assert daemon.told("recall.settled", recall=recall)[-1]["outcome"] == last
     if free:
         await app.schedule("s", "immediate", soon(3600), "from inside the run")
@@ -176,7 +184,7 @@ async def test_the_slot_of_a_recall_whose_run_may_still_go_on(
             await app.schedule("s", "immediate", soon(3600), "one too many")
 
 
-# --- 11: breaker.closed ------------------------------------------------------------------------------
+# --- 11: breaker.closed --------------------------------------------------------------------------
 
 LATER = reply(503, {"error": "starting"}, {"retry-after": "0"})
 BEATEN = """
@@ -186,7 +194,13 @@ select 1 from recall_workers where worker = %s and seen_at > started_at + interv
 SAYS = "select 1 from recall_workers where worker = %s and breaker = %s"
 
 
-async def opens(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, then: Raw | Gate) -> Daemon:
+async def opens(
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    then: Raw | Gate,
+) -> Daemon:
     """A worker whose breaker is open, as its row says, and whose next probe is answered so."""
     for session in ("a", "b"):
         endpoint.script(session, LATER, then)
@@ -214,7 +228,13 @@ async def stats_say_closed(database: str) -> None:
     assert json.loads(said.stdout)["workers"]["breakers_open"] == 0
 
 
-async def test_closed_by_an_answer(app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_closed_by_an_answer(
+    app: Application,
+    database: str,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+) -> None:
     """A probe is answered."""
     daemon = await opens(app, db, endpoint, daemons, reply())
     await daemon.hears("breaker.closed")
@@ -266,7 +286,12 @@ async def test_closed_by_another_workers_word(
         await eventually(db, SAYS, [daemon.name, "open"], within=2)
     endpoint.scripts["GET r1"] = [ON]
     gate = Gate()
-    endpoint.default = {"answered": reply(), "accepted": accepted("r1"), "silent": gate}[how]
+    ways: dict[str, Raw | Gate] = {
+        "answered": reply(),
+        "accepted": accepted("r1"),
+        "silent": gate,
+    }
+    endpoint.default = ways[how]
     told = [asyncio.create_task(daemon.hears("breaker.closed", within=30)) for daemon in workers]
     await asyncio.gather(*told)
     for daemon in workers:

@@ -10,6 +10,7 @@ import asyncio
 import re
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from ..proxy import Proxy
 from ..test_cli import process
 from .test_accepted import DONE, ON, accepted
 from .test_corridor import row, soon
-from .test_lease import eventually, promise
+from .test_lease import eventually, promise, rows
 
 
 async def command(database: str, *words: str) -> float:
@@ -32,7 +33,13 @@ async def command(database: str, *words: str) -> float:
 
 
 async def stopped_while_it_claims(
-    daemons: Daemons, database: str, db: Connection, session: str, *, lease: float, **settings: object
+    daemons: Daemons,
+    database: str,
+    db: Connection,
+    session: str,
+    *,
+    lease: float,
+    **settings: Any,
 ) -> Daemon:
     """A worker far from PostgreSQL takes a dead worker's row up, and is told to stop while the
     claim's answer is on its way. It has ended well."""
@@ -45,14 +52,20 @@ async def stopped_while_it_claims(
         assert await daemon.exit() == 0
         claimed = daemon.told("recall.claimed", session=session)
         draining = daemon.told("worker.draining")
-        assert claimed and daemon.events.index(draining[0]) < daemon.events.index(claimed[0]), "the claim was on its way"
+        order = [daemon.events.index(told[0]) for told in (draining, claimed)]
+        assert order == sorted(order), "the claim was on its way"
     return daemon
 
 
-# --- 4: an accepted run's reference ---------------------------------------------------------------
+# --- 4: an accepted run's reference --------------------------------------------------------------
 
 
-async def accepted_by_a_dead_worker(app: Application, endpoint: Endpoint, daemons: Daemons, lease: float) -> str:
+async def accepted_by_a_dead_worker(
+    app: Application,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    lease: float,
+) -> str:
     """A recall whose run the API has accepted, and whose worker is dead; its id."""
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]
@@ -66,7 +79,7 @@ async def accepted_by_a_dead_worker(app: Application, endpoint: Endpoint, daemon
 async def test_an_accepted_run_that_a_stopping_worker_takes_up(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM while the claim is under way: the reference and the attempt stay, and it is polled."""
+    """SIGTERM while the claim is under way: its reference and attempt stay, and it is polled."""
     await accepted_by_a_dead_worker(app, endpoint, daemons, lease=3)
     before = await row(db, "acc")
     await stopped_while_it_claims(daemons, database, db, "acc", lease=3)
@@ -95,12 +108,17 @@ async def test_an_accepted_run_whose_claim_is_answered_late(
         assert len(endpoint.of("acc")) == 1, "posted once"
 
 
-# --- 7: RECALL_MAX_ATTEMPTS -------------------------------------------------------------------------
+# --- 7: RECALL_MAX_ATTEMPTS ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
 async def test_a_release_gives_no_attempt_back_that_was_spent(
-    attempts: int, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+    attempts: int,
+    app: Application,
+    database: str,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Killed in hand, taken up, released unsent, taken up again: never more calls than allowed."""
     gate = Gate()
@@ -136,7 +154,7 @@ async def test_the_last_attempt_of_a_dead_worker_says_what_is_not_known(
     assert re.search("perhaps|may |not known", str((await row(db, "s"))["reason"]))
 
 
-# --- 8: paused in mid-run, and then its worker dies --------------------------------------------------
+# --- 8: paused in mid-run, and then its worker dies ----------------------------------------------
 
 CALLED_WITHIN = 3 + 10
 """Seconds after its worker's death: the lease, and some for the look that finds it."""
@@ -158,7 +176,7 @@ async def test_a_run_that_was_paused_blocks_its_session_for_a_lease_only(
     await endpoint.count(2, "s", within=CALLED_WITHIN)
     await second.hears("recall.settled", recall=link, status="fired")
     assert [r.key for r in endpoint.of("s")] == [f"{paused}:1", f"{link}:1"]
-    left = (await (await db.execute("select * from session_recalls where id = %s", [paused])).fetchall())[0]
+    left = (await rows(db, "select * from session_recalls where id = %s", [paused]))[0]
     assert left["status"] in ("pending", "running") and left["paused_at"] is not None
 
     resumed = await command(database, "resume", paused)
@@ -171,7 +189,7 @@ async def test_a_run_that_was_paused_blocks_its_session_for_a_lease_only(
 async def test_an_accepted_run_that_was_paused_is_polled_when_it_is_resumed(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The API has accepted the paused run: the next link is called, the run is never posted again."""
+    """The API has accepted the paused run: the next link is called, the run not posted again."""
     endpoint.script("acc", accepted("r1"), reply())
     endpoint.scripts["GET r1"] = [ON]
     first = await daemons.start(lease=3)
@@ -207,10 +225,15 @@ async def test_a_paused_run_that_goes_on_still_keeps_its_session_to_itself(
     assert [r.key for r in endpoint.of("s")] == [f"{paused}:1", f"{link}:1"]
 
 
-# --- 9: no notification ---------------------------------------------------------------------------
+# --- 9: no notification --------------------------------------------------------------------------
 
 
-async def idle_beside_a_dead_worker(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> tuple[str, Daemon]:
+async def idle_beside_a_dead_worker(
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+) -> tuple[str, Daemon]:
     """A recall whose worker died in mid-run, and another worker that sleeps until its poll."""
     gate = Gate()
     endpoint.script("s", gate, reply())
@@ -222,7 +245,9 @@ async def idle_beside_a_dead_worker(app: Application, db: Connection, endpoint: 
     return recall, second
 
 
-EXPIRED = "select 1 from session_recalls where session_id = 's' and (lease is null or lease_until < now())"
+EXPIRED = """
+select 1 from session_recalls where session_id = 's' and (lease is null or lease_until < now())
+"""
 
 
 async def test_a_retry_after_a_cancel_in_mid_run_notifies(
@@ -243,7 +268,7 @@ async def test_a_retry_after_a_cancel_in_mid_run_notifies(
 async def test_a_resume_of_a_dead_workers_run_notifies(
     when: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Paused in mid-run, its worker dead: resumed, it is called within a second, or at its lease's end."""
+    """Paused in mid-run, its worker dead: called within a second of `resume` or its lease's end."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     lease = 2 if when == "after its lease" else 8
