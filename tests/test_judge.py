@@ -503,3 +503,26 @@ def test_dice_are_cast_only_where_they_decide() -> None:
     no_dice: Callable[[], float] = loaded
     for outcome in (Answered(200), Busy(409), Busy(409, 3.0), Gone(404), Refused("no"), Unsent("stopping"), Malformed("none")):
         assert judge(ended(claimed(), outcome), POLICY, no_dice)
+
+
+ENDED_BADLY: list[Outcome] = [
+    Busy(409),
+    Unavailable("refused"),
+    Misconfigured("a wrong token", 401),
+    Unknown("the API broke", 500),
+    Failed("the model broke", 200),
+    Refused("no", 422),
+]
+
+
+@pytest.mark.parametrize("move", ["skipped once", "skipped twice", "rescheduled"])
+@pytest.mark.parametrize("attempt", [1, 3])
+@pytest.mark.parametrize("outcome", ENDED_BADLY, ids=name_of)
+def test_what_is_moved_past_its_end_ends_as_its_last_call_did(outcome: Outcome, attempt: int, move: str) -> None:
+    """Its last occurrence, moved in mid-run: fired only where the call was answered well."""
+    claim = claimed("recurring", move, times=5, attempt=attempt)
+    verdict = verdict_on(claim, outcome)
+    assert isinstance(verdict, Finish) and verdict.status == "failed"
+    assert verdict.reason
+    well = verdict_on(claim, Answered(200))
+    assert isinstance(well, Finish) and well.status == "fired"
