@@ -574,10 +574,12 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
     distance: int | None = None
     failures: int | None = None
     jitter = 0.0
+    # A run that was accepted before was polled only: its claim counted no attempt that could be given back.
+    counted = 0 if claim.reference is not None and called_ago is None else 1
     match verdict:
         case Finish():
             status = verdict.status
-            attempt -= 0 if called_ago is not None else 1
+            attempt -= counted if called_ago is None else 0
         case Next(occurrence, when):
             # An occurrence that keeps its number keeps the key that an operator gave it.
             rekey = claim.rekey if occurrence == claim.occurrence else 0
@@ -595,7 +597,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         case Retry(After(delay), anew):
             rekey, deferrals = min(LAST, rekey + (1 if anew else 0)), 0
         case Defer(After(delay)):
-            attempt, deferrals = attempt - 1, min(LAST, deferrals + 1)
+            attempt, deferrals = attempt - counted, min(LAST, deferrals + 1)
         case Release():
             attempt -= 0 if isinstance(outcome, Accepted) else 1
         case never_either:

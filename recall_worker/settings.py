@@ -121,6 +121,7 @@ class Settings:
 
 
 _SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B?|B)?", re.IGNORECASE | re.ASCII)
+_NUMBER = re.compile(r"\d+(\.\d*)?e\+?\d\d?", re.IGNORECASE | re.ASCII)
 _SIZES = {
     "": 1, "b": 1, "k": 1 << 10, "kb": 1000, "kib": 1 << 10, "ki": 1 << 10, "m": 1 << 20, "mb": 1000**2, "mib": 1 << 20,
     "mi": 1 << 20, "g": 1 << 30, "gb": 1000**3, "gib": 1 << 30, "gi": 1 << 30,
@@ -260,6 +261,8 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
 def _octets(text: str) -> int:
     """A size in octets: `4194304`, `4MiB`. Raises ValueError with what to write."""
     found = _SIZE.fullmatch(text.strip())
+    if found is None and _NUMBER.fullmatch(text.strip()):
+        return int(float(text))
     if found is None:
         raise ValueError(f"is {text!r}: give octets, such as 4194304, or with a unit, such as 512KiB or 4MiB")
     return int(float(found[1]) * _SIZES[(found[2] or "").lower()])

@@ -129,7 +129,9 @@ with unlocked as materialized (
 ended as materialized (
     select r.id, r.lease_until, r.run_reference is not null as accepted
     from session_recalls r
-    where r.lease is not null and r.status in ('pending', 'running') and r.paused_at is null and r.lease_until <= now()
+    where r.lease is not null and r.status in ('pending', 'running') and r.lease_until <= now()
+        -- num_nulls(), so that idx_recalls_due, which a backlog fills, can't be taken for an index of leases.
+        and num_nulls(r.paused_at) = 1
         -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
         and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
         -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They

@@ -181,9 +181,13 @@ def test_a_probe_that_runs_for_a_while_closes_it() -> None:
     breaker = opened(100.0)
     probe = call_of("c", None)
     breaker.probing(probe)
+    assert breaker.be_patient(101.0 + 10 * PATIENCE) is None
     assert breaker.allowance(101.0 + 10 * PATIENCE) == (0, 1.0)
     probe.sent_at = 101.0
-    assert breaker.allowance(101.0 + PATIENCE - 0.1) == (0, 1.0)
+    assert breaker.be_patient(101.0 + PATIENCE - 0.5) is None
+    assert breaker.allowance(101.0 + PATIENCE - 0.5) == (0, 0.5)
+    assert breaker.be_patient(101.0 + PATIENCE) == "breaker.closed"
+    assert breaker.be_patient(101.0 + PATIENCE) is None
     assert breaker.allowance(101.0 + PATIENCE) == (None, 0.0)
     assert breaker.state == "closed"
 

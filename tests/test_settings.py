@@ -49,7 +49,7 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
         "max_attempts": ("4", "5"), "session_limit": ("5/h", "9/h,50/d"), "fleet_concurrency": ("7", "8"),
         "langgraph_assistant": ("a", "b"), "agno_agent": ("a", "b"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
-        "ops_listen": ("9464", "[::1]:9465"), "prune": ("30d", "fired=7d,failed=90d"),
+        "ops_listen": ("9464", "[::1]:9465"), "prune": ("30d", "fired=7d,failed=90d"), "message_limit": ("1000", "2000"),
     }  # fmt: skip
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
