@@ -27,6 +27,11 @@ from .worker import Worker
 STANDSTILL = STATEMENT_DEADLINE + 2 * CONNECT_DEADLINE + 30.0
 """Seconds that one turn of the claim loop can take at the very most, with the longest poll behind it."""
 
+WORKING_FILES = 64
+"""Descriptors kept for PostgreSQL, look-ups of names, files and the log. Calls need one for each slot; as many again are kept for polls,
+and for runs that were answered and wait to be settled."""
+UNLIMITED = 1 << 30
+
 
 class SchemaRefused(Exception):
     """The schema and this code can't work together. `hint` says what to do."""
@@ -138,6 +143,12 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
     if version < needed:
         return SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
     return None
+
+
+def spare_descriptors(slots: int) -> int:
+    """Descriptors that the process may open beside those that its work needs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft - WORKING_FILES - 2 * slots if soft != resource.RLIM_INFINITY else UNLIMITED
 
 
 def _raise_open_files() -> None:
