@@ -37,7 +37,8 @@ FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
 OUTAGE_PAUSE = (0.1, 0.5)
 TICK = 0.001
 """Seconds before an instant from which on the loop turns without sleeping: its sleeps are whole milliseconds, rounded up."""
-BEAT_EVERY = 60.0
+HEARTBEAT_LEAST, HEARTBEAT_MOST = 5.0, 60.0
+"""Seconds between two heartbeats: the lease, within these bounds. At its start, and after one that failed, a worker's next comes after the least."""
 FIRST = 2
 """Replicas that look at once when it rings or something falls due. In a fleet one claim finds it, and all others were for nothing."""
 STAGGER, STAGGER_MOST = 0.01, 0.25
@@ -123,6 +124,9 @@ class Worker:
         """Whether the last claim took as much as it might: more may be due."""
         self.turned_at = time.monotonic()
         """Monotonic instant of the claim loop's last turn: what a watchdog should look at."""
+        self.before_heartbeat: Callable[[], Awaitable[None]] | None = None
+        """What else is looked at whenever a heartbeat is due. May raise Outage, Refusal."""
+        self._refused: Exception | None = None
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         keep = settings.keep
@@ -143,6 +147,12 @@ class Worker:
             self._events.tell("worker.draining", runs=len(self._runs), timeout_s=self._settings.drain_timeout)
             self._stop.set()
             self._wake.set()
+
+    def refuse(self, reason: Exception) -> None:
+        """Claim no more and let the runs end, as with `stop()`; then `run()` raises `reason`."""
+        if self._refused is None and not self._stop.is_set():
+            self._refused = reason
+            self.stop()
 
     @property
     def bell_is_listening(self) -> bool:
@@ -178,7 +188,7 @@ class Worker:
         return heard
 
     async def run(self) -> None:
-        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back."""
+        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back, and what `refuse()` was given."""
         self._events.tell("worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None})
         try:
             async with asyncio.TaskGroup() as loops:
@@ -209,6 +219,8 @@ class Worker:
             await self._say_goodbye()
             await self._ledger.close()
         self._events.tell("worker.stopped")
+        if self._refused is not None:
+            raise self._refused
 
     # --- waking and claiming -------------------------------------------------------------------------------------
 
@@ -641,17 +653,19 @@ class Worker:
             "version": version("recall-worker"),
             "slots": self._settings.concurrency,
         }
-        began = time.monotonic()
+        began, every = time.monotonic(), min(HEARTBEAT_MOST, max(HEARTBEAT_LEAST, self._settings.lease))
         while True:
             self._beat_now.clear()
             try:
+                if self.before_heartbeat is not None:
+                    await self.before_heartbeat()
                 vitals = self.vitals
                 now = {"running": vitals.slots_in_use, "breaker": vitals.breaker, "bell": vitals.bell}
                 self._ahead = await self._ledger.beat(facts | now, self._settings.shown())
                 # Those of a fleet that were started together know of each other a little later.
-                pause = BEAT_EVERY if time.monotonic() - began > BEAT_EVERY / 12 else BEAT_EVERY / 12
+                pause = every if time.monotonic() - began > HEARTBEAT_LEAST else HEARTBEAT_LEAST
             except (Outage, Refusal):
-                pause = BEAT_EVERY / 12
+                pause = HEARTBEAT_LEAST
             try:
                 async with asyncio.timeout(pause):
                     await self._beat_now.wait()
