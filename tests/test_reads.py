@@ -418,7 +418,7 @@ WHY = [
     (outside, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         lease_ended,
-        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 70 s ago, whose lease ended \d s ago, so another worker takes it up\.",
+        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 7\d s ago, whose lease ended \d s ago, so another worker takes it up\.",
     ),
     (
         lease_ended_of_nobody,
