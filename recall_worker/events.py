@@ -37,6 +37,8 @@ with _without_rich():
 
 LOUDNESS = {
     "ops.listening": "info",
+    "ops.crowded": "warning",
+    "ops.refused": "warning",
     "worker.started": "info",
     "worker.ready": "info",
     "worker.draining": "info",

@@ -76,7 +76,7 @@ class Settings:
         4 << 20,
         "octets of the longest message that is sent, also as `512KiB` or `4MiB`; a recall with a longer one fails",
         least=1,
-        most=1 << 30,
+        most=1_000_000_000,
         size=True,
     )
     give_up: float = _setting(86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0)

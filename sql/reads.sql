@@ -97,6 +97,36 @@ left join lateral (
 ) a on true
 where r.id = %(id)s;
 
+-- name: fleet
+-- Whether RECALL_FLEET_CONCURRENCY holds back what is due: the cap, the leases that a claim counts
+-- against it, and whose they are. A lease that has ended counts for a third of a lease more: until
+-- then its owner may be alive. There is a cap where all live workers keep to one; of several the
+-- highest decides. Settings may be a hand's: what is no number of at least 1 is no cap.
+with live as materialized (
+    select w.worker,
+        case when jsonb_typeof(w.settings -> 'fleet_concurrency') = 'number'
+            then nullif(floor(least(greatest((w.settings ->> 'fleet_concurrency')::numeric, 0), 2147483647)), 0)::integer
+        end as cap,
+        -- Rounded, as a double knows no number as small as numeric does.
+        case when jsonb_typeof(w.settings -> 'lease') = 'number'
+            then round(least(greatest((w.settings ->> 'lease')::numeric, 0), 86400), 3)::float8
+        end as lease
+    from recall_workers w
+    where w.seen_at > now() - %(silence)s * interval '1 second'
+),
+fleet as (
+    select case when count(*) = count(cap) then max(cap) end as cap, coalesce(max(lease), 60) as lease from live
+)
+select f.cap as fleet_cap, f.lease as fleet_lease, c.leases as fleet_leases, c.of_live as fleet_of_live,
+    c.leases - c.of_live - c.ended as fleet_of_silent, c.ended as fleet_ended
+from fleet f cross join lateral (
+    select count(*) as leases, count(*) filter (where r.lease_until <= now()) as ended,
+        count(*) filter (where r.lease_until > now() and r.leased_by in (select worker from live)) as of_live
+    from session_recalls r
+    where r.lease is not null and r.status in ('pending', 'running')
+        and r.lease_until > now() - f.lease / 3 * interval '1 second'
+) c;
+
 -- name: workers
 -- Who is about, and how many runs each has in hand: that is what the leases say, not the last beat.
 select w.*, w.seen_at > now() - %(silence)s * interval '1 second' as alive, coalesce(l.leases, 0) as leases, now() as now

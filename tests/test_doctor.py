@@ -501,9 +501,11 @@ async def test_no_worker(ward: Ward) -> None:
         ("bell = 'lost'", "problem", "w has no connection for LISTEN"),
         ("version = '0.0.9'", "note", "differ in version: 0.0.9, 0.1.0"),
         ("settings = '{\"lease\": 30}'", "note", "differ in lease: 30, 60"),
+        ("settings = '\"x\"'", "note", "differ in lease: 60, None"),
+        ('settings = \'{"lease": 60, "fleet_concurrency": 2}\'', "note", "differ in fleet_concurrency: 2, None"),
         ("seen_at = now() - interval '1 hour'", "note", "w was last heard of 60 min ago"),
     ],
-    ids=["breaker", "unheard", "lost", "version", "lease", "silent"],
+    ids=["breaker", "unheard", "lost", "version", "lease", "no object", "fleet", "silent"],
 )
 async def test_a_worker_in_trouble(change: str, state: str, words: str, ward: Ward) -> None:
     """What the workers tell of themselves."""
@@ -541,6 +543,34 @@ async def test_all_slots_taken(ward: Ward) -> None:
     ward.recall(due=-3600)
     found = await ward.finds("backlog", "problem", "1 overdue", status=1)
     assert "RECALL_CONCURRENCY" in found["todo"]
+
+
+async def test_a_fleet_at_its_cap(ward: Ward) -> None:
+    """Where RECALL_FLEET_CONCURRENCY holds recalls back, that is the cause, with whose leases fill it."""
+    ward.change('update recall_workers set settings = \'{"lease": 60, "fleet_concurrency": 2}\'')
+    for n, (worker, left) in enumerate((("w", 60), ("dead", -5))):
+        ward.recall(f"held{n}", f"h{n}", due=-120)
+        ward.change(
+            "update session_recalls set lease = gen_random_uuid(), leased_by = %(worker)s, leased_at = now(), "
+            "lease_until = now() + %(left)s * interval '1 second' where id = %(id)s",
+            worker=worker, left=left, id=f"held{n}",
+        )  # fmt: skip
+    ward.recall(due=-3600)
+    found = await ward.finds("backlog", "problem", "1 overdue", status=1)
+    assert found["seen"].endswith(
+        "; the fleet runs as many as RECALL_FLEET_CONCURRENCY (2) allows: 2 leases count against it "
+        "(1 of live workers, 1 that has ended, counted until 20.0 s after its end)"
+    )
+    assert found["todo"].startswith("a higher RECALL_FLEET_CONCURRENCY")
+
+
+async def test_a_check_with_a_defect_stands_alone(ward: Ward) -> None:
+    """What a check did not expect is its own problem, and the others go on."""
+    with mock.patch.object(room.Doctor, "_backlog", side_effect=KeyError("nobody thought of that")):
+        said = await ward.examine("--json")
+    rows = {row["check"]: row for row in said.document["checks"]}
+    assert said.status == 1 and rows["held"]["state"] == rows["endpoint"]["state"] == "ok"
+    assert rows["backlog"]["state"] == "problem" and "KeyError" in rows["backlog"]["seen"]
 
 
 @pytest.mark.parametrize(

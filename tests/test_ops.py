@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from recall_worker.cli.metrics import Metrics
-from recall_worker.cli.ops import Pages, Question
+from recall_worker.cli.ops import Pages, Question, connections_most
 from recall_worker.line import Outage, Refusal
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import Vitals, Worker
@@ -75,6 +75,15 @@ async def test_a_loop_that_does_not_turn() -> None:
     assert (answer.status, answer.text) == (503, f"the claim loop has not turned for {STANDSTILL + 5:.0f} s\n")
     worker.turned_at = time.monotonic()
     assert (await pages.livez(ASKED)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("spare", "most"),
+    [(-500, 4), (0, 4), (9, 4), (40, 20), (186, 64), (1 << 30, 64)],
+)
+def test_how_many_connections_the_port_may_hold(spare: int, most: int) -> None:
+    """Half of what the work leaves over; a few where it leaves nothing, as a probe must be answered."""
+    assert connections_most(spare) == most
 
 
 async def test_many_ask_at_once_and_postgresql_is_asked_once() -> None:

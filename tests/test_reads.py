@@ -56,7 +56,9 @@ class Desk:
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
         self.conn = psycopg.connect(dsn, autocommit=True, row_factory=dict_row)
-        self.conn.execute("insert into sessions values ('s', 'ann'), ('t', 'ann'), ('z', 'zoe') on conflict do nothing")
+        self.conn.execute(
+            "insert into sessions values ('s', 'ann'), ('t', 'ann'), ('z', 'zoe'), ('y', 'zoe') on conflict do nothing"
+        )
 
     def recall(
         self,
@@ -323,7 +325,70 @@ def at_the_end_of_time(desk: Desk) -> None:
     desk.conn.execute("update session_recalls set trigger_at = 'infinity', planned_at = 'infinity'")
 
 
+CAPPED = '{"lease": 60, "fleet_concurrency": %d}'
+
+
+def fleet_full(desk: Desk) -> None:
+    """Two leases of a live worker's, and one that ended so long ago that it does not count."""
+    desk.conn.execute("update recall_workers set settings = %s::jsonb", [CAPPED % 2])
+    desk.recall(due=-100)
+    for n, left in enumerate((60, 60, -140)):
+        desk.recall(f"held{n}", session=("t", "z", "y")[n])
+        desk.lease(f"held{n}", "w" if left > 0 else "dead", left)
+
+
+def fleet_full_of_the_dead(desk: Desk) -> None:
+    """One lease of a live worker's, one of a silent one's, one that has ended."""
+    desk.conn.execute("update recall_workers set settings = %s::jsonb", [CAPPED % 3])
+    desk.worker("silent", silent=600, settings=CAPPED % 3)
+    desk.recall(due=-100)
+    for n, (worker, left) in enumerate((("w", 60), ("silent", 30), ("dead", -5))):
+        desk.recall(f"held{n}", session=("t", "z", "y")[n])
+        desk.lease(f"held{n}", worker, left)
+
+
+def fleet_full_and_itself_left_behind(desk: Desk) -> None:
+    """The recall's own lease has ended, and those of others fill the cap."""
+    desk.conn.execute("update recall_workers set settings = %s::jsonb", [CAPPED % 1])
+    desk.recall(due=-100)
+    desk.lease("r", "dead", -100)
+    desk.recall("held", "t")
+    desk.lease("held")
+
+
+def fleet_not_full(desk: Desk) -> None:
+    desk.conn.execute("update recall_workers set settings = %s::jsonb", [CAPPED % 2])
+    desk.recall(due=-100)
+    for n, left in enumerate((60, -140)):
+        desk.recall(f"held{n}", session=("t", "z")[n])
+        desk.lease(f"held{n}", "w" if left > 0 else "dead", left)
+
+
+def fleet_with_one_that_has_no_cap(desk: Desk) -> None:
+    """A worker that keeps to no cap may take it."""
+    fleet_full(desk)
+    desk.worker("free")
+
+
 WHY = [
+    (
+        fleet_full,
+        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as RECALL_FLEET_CONCURRENCY \(2\) allows: "
+        r"2 leases count against it \(2 of live workers\)\.",
+    ),
+    (
+        fleet_full_of_the_dead,
+        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as RECALL_FLEET_CONCURRENCY \(3\) allows: "
+        r"3 leases count against it \(1 of live workers, "
+        r"1 of workers that are not heard of, 1 that has ended, counted until 20\.0 s after its end\)\.",
+    ),
+    (
+        fleet_full_and_itself_left_behind,
+        r"In a run since .*, whose lease ended 2 min ago, so another worker takes it up; "
+        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts against it \(1 of live workers\)\.",
+    ),
+    (fleet_not_full, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
+    (fleet_with_one_that_has_no_cap, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
     (not_due, rf"Not due until {DATE} \(in 60 min\)\."),
     (moved, rf"Not due until {DATE} \(in 3 h\), where it was moved\."),
     (waits, rf"Due since {DATE} \(\d s ago\), and waits to be claimed\."),
@@ -353,7 +418,7 @@ WHY = [
     (outside, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         lease_ended,
-        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 70 s ago, whose lease ended \d s ago, so another worker takes it up\.",
+        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 7\d s ago, whose lease ended \d s ago, so another worker takes it up\.",
     ),
     (
         lease_ended_of_nobody,
@@ -609,16 +674,75 @@ def test_workers(desk: Desk) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "settings", ["{}", "[]", "null", '"x"', '{"lease": "x", "poll_interval": [1]}', '{"lease": 1e300, "run_url": "\\u001b[2J"}']
-)
+STRANGE = [
+    "{}",
+    "[]",
+    "null",
+    '"x"',
+    "7",
+    "true",
+    '{"lease": "x", "poll_interval": [1]}',
+    '{"lease": 1e300, "run_url": "\\u001b[2J"}',
+    '{"lease": 1e400, "poll_interval": 1.5e400}',
+    '{"lease": 1e5000, "poll_interval": -1e5000, "fleet_concurrency": 1e5000}',
+    '{"lease": 1e-5000, "fleet_concurrency": -1}',
+    '{"lease": -1, "fleet_concurrency": 0.5}',
+    '{"lease": {}, "fleet_concurrency": "2"}',
+    '{"lease": null, "fleet_concurrency": [2]}',
+    "[" * 3000 + "]" * 3000,
+    '{"lease": ' + "[" * 3000 + "]" * 3000 + "}",
+]
+
+
+@pytest.mark.parametrize("settings", STRANGE, ids=[str(n) for n in range(len(STRANGE))])
 def test_workers_with_strange_settings(settings: str, desk: Desk) -> None:
-    """Whatever stands where a worker's settings should, `workers` lists it, and those beside it."""
+    """Whatever JSON stands where a worker's settings should, each command does what it does without it."""
     desk.worker("odd", settings=settings)
     desk.worker("w1")
+    desk.recall(due=-1)
     said = operate(desk.dsn, "workers")
     assert said.status == 0 and {line.split()[0] for line in said.out.splitlines()} == {"WORKER", "odd", "w1"}
     assert said.out.isascii() and "\x1b" not in said.out + said.err
+    told = operate(desk.dsn, "workers", "--json")
+    assert {row["worker"] for row in told.document} == {"odd", "w1"} and "Infinity" not in told.out
+    assert desk.why().endswith("and waits to be claimed.")
+    for words in (
+        ["why", "r", "--json"],
+        ["stats"],
+        ["stats", "--json"],
+        ["list"],
+        ["show", "r"],
+        ["doctor"],
+        ["doctor", "--json"],
+    ):
+        said = operate(desk.dsn, *words)
+        assert said.status in ((0, 1) if words[0] == "doctor" else (0,)), said.err
+    [found] = [check for check in said.document["checks"] if check["check"] == "workers" and " alive, " in check["seen"]]
+    assert found["seen"].startswith("2 alive, ")
+
+
+@pytest.mark.parametrize("name", ["worker", "host", "version", "breaker", "bell"])
+def test_workers_with_strange_words(name: str, desk: Desk) -> None:
+    """The same for texts that a hand wrote: empty, long, or such as steer a terminal."""
+    for n, text in enumerate(("", "x" * 10_000, "\x1b[2J\n%s", "{}")):
+        desk.worker(f"odd{n}")
+        desk.conn.execute(f"update recall_workers set {name} = %s where worker = %s".encode(), [text, f"odd{n}"])
+    desk.recall(due=-1)
+    desk.recall("held", "t")
+    desk.lease("held", "")
+    for words in (
+        ["workers"],
+        ["workers", "--json"],
+        ["why", "r"],
+        ["why", "held"],
+        ["stats"],
+        ["list"],
+        ["doctor"],
+        ["doctor", "--json"],
+    ):
+        said = operate(desk.dsn, *words)
+        assert said.status in ((0, 1) if words[0] == "doctor" else (0,)), said.err
+        assert "\x1b" not in said.out + said.err
 
 
 def test_stats_of_times_that_are_none(desk: Desk) -> None:
@@ -892,6 +1016,7 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "why", {**SILENT, "id": "old5"}),
     ("reads", "why", {**SILENT, "id": "live1004"}),
     ("reads", "workers", SILENT),
+    ("reads", "fleet", SILENT),
     ("reads", "stats_calls", {"window": 3600.0}),
     ("reads", "stats_lateness", {"window": 3600.0}),
     *(("client", name, ONE) for name in (

@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from recall_worker.cli.talk import OUTDATED, REFUSED, UNREACHABLE, USAGE
 from recall_worker.settings import Settings, ignored
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import SETTLE_PATIENCE
@@ -82,6 +84,29 @@ def test_bounds_leave_room_for_what_the_daemon_does(unit: str) -> None:
     assert float(value(unit, "TimeoutStopSec")) > default.drain_timeout + SETTLE_PATIENCE + 2
     assert float(value(unit, "WatchdogSec")) * 2 / 3 > STANDSTILL - default.poll_interval
     assert value(unit, "StartLimitIntervalSec") == "0" and value(unit, "Restart") == "always"
+
+
+@pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
+def test_what_is_not_started_again(unit: str) -> None:
+    """Wrong settings, and a schema for newer code; what a migration or PostgreSQL's return can mend is tried again."""
+    listed = {int(status) for status in value(unit, "RestartPreventExitStatus").split()}
+    assert listed == {USAGE, OUTDATED} and not listed & {REFUSED, UNREACHABLE}
+
+
+@pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
+def test_memory_is_bounded(unit: str) -> None:
+    """As in kubernetes/ and compose.yaml; and where the host runs out of it the worker goes before PostgreSQL."""
+    root = UNITS.parent
+    [worker] = [
+        document
+        for document in yaml.safe_load_all((root / "kubernetes" / "recall-worker.yaml").read_text(encoding="utf-8"))
+        if document["kind"] == "Deployment"
+    ]
+    [container] = worker["spec"]["template"]["spec"]["containers"]
+    composed = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"]["worker"]
+    assert value(unit, "MemoryMax") == "256M" and composed["mem_limit"] == "256m"
+    assert container["resources"]["limits"]["memory"] == "256Mi"
+    assert int(value(unit, "OOMScoreAdjust")) == composed["oom_score_adj"] > 0
 
 
 def test_the_example_environment_is_all_settings() -> None:

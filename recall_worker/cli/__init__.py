@@ -1,7 +1,8 @@
 """The command line: one file a command (or a family of them), imported when it is asked for.
 
 Data goes to stdout, talk to stderr. `--json` prints one document. Exit status: 0 done, 1 refused or not found, 2 usage, 3 database
-or endpoint unreachable. Whatever goes wrong reads `Error: …` and then `Try: …`; a traceback is a defect.
+or endpoint unreachable, 4 (`run` alone) the schema is for newer code.
+Whatever goes wrong reads `Error: …` and then `Try: …`; a traceback is a defect.
 """
 
 from __future__ import annotations

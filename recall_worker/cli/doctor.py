@@ -33,11 +33,12 @@ from psycopg.rows import dict_row
 from .. import schema, statements
 from .. import settings as setting
 from ..bell import CHANNEL
-from ..line import CONNECT_DEADLINE, Dates, connection_info, said
+from ..line import CONNECT_DEADLINE, connection_info, said
 from ..protocols import langgraph, native
 from ..protocols.wire import Answer, Wire
 from ..settings import Settings
-from .observe import SILENCE
+from .observe import ALIKE, SILENCE, fleet_cap, told_setting
+from .recalls import load_whatever_stands_there
 from .talk import REFUSED, UNREACHABLE, command, explain, print_findings, print_json, relative, span, tell
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -114,6 +115,10 @@ class Doctor:
         except (psycopg.Error, OSError) as error:
             trouble = explain(error)
             self._find(PROBLEM, trouble.what if trouble else said(error), *(trouble.hints[:1] if trouble else ()))
+        except Exception as error:
+            # A defect of one check must not hide what the others see.
+            seen = f"this check broke, by a defect of recall-worker: {type(error).__name__}: {error}"
+            self._find(PROBLEM, seen[:500], "report it, with this line")
 
     def _find(self, state: str, seen: str, todo: str | None = None) -> None:
         self.findings.append(Finding(self._name, state, seen, todo))
@@ -447,8 +452,8 @@ class Doctor:
                 seen = f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
                 todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
                 self._find(NOTE, seen, todo)
-        for what in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
-            values = {str(row["settings"].get(what)) for row in alive}
+        for what in ALIKE:
+            values = {str(told_setting(row, what)) for row in alive}
             if len(values) > 1:
                 self._find(
                     NOTE,
@@ -471,6 +476,10 @@ class Doctor:
             seen += f"; {row['leased']:,} of them were in a run whose lease has ended"
         full = self._alive and sum(r["leases"] for r in self._alive) >= sum(r["slots"] for r in self._alive)
         todo = "more RECALL_CONCURRENCY or more workers: all slots are taken" if full else command("why", row["oldest"])
+        cursor = await self._conn.execute(statements.load("reads")["fleet"].encode(), {"silence": SILENCE})
+        if (cap := fleet_cap((await cursor.fetchall())[0])) is not None:
+            seen += f"; {cap}"
+            todo = "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait for these runs to end"
         self._find(PROBLEM if age > OVERDUE else NOTE, seen, todo)
 
     async def _held(self) -> None:
@@ -577,7 +586,7 @@ async def _connected(dsn: str) -> AsyncIterator[Connection]:
         conn = await psycopg.AsyncConnection.connect(**connection_info(dsn, "recall-worker doctor"), row_factory=dict_row)
     try:
         conn.prepare_threshold = None
-        conn.adapters.register_loader("timestamptz", Dates)
+        load_whatever_stands_there(conn)
         yield conn
     finally:
         conn.pgconn.finish()

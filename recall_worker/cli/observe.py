@@ -18,15 +18,22 @@ from .talk import Trouble, command, local, print_facts, print_json, print_table,
 Row = Mapping[str, Any]
 
 SILENCE = 180.0
-"""Seconds after which a worker that was not heard of counts as gone: three of its beats."""
+"""Seconds after which a worker that was not heard of counts as gone: three of its heartbeats at the longest lease."""
 WINDOW = 3600.0
+ALIKE = ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol", "fleet_concurrency")
+"""Settings that the workers of one table should agree in."""
+TOLD_MOST = 100
+"""Characters of a setting that are shown."""
 
 
 def why(dsn: str | None, id: str, *, as_json: bool) -> None:
     with connect(dsn) as conn:
-        row = conn.execute(statements.load("reads")["why"].encode(), {"id": id, "silence": SILENCE}).fetchone()
-    if row is None:
+        reads = statements.load("reads")
+        found = conn.execute(reads["why"].encode(), {"id": id, "silence": SILENCE}).fetchone()
+        fleet = conn.execute(reads["fleet"].encode(), {"silence": SILENCE}).fetchone()
+    if found is None or fleet is None:
         raise Trouble(f"there is no recall {id}", command("list"))
+    row = found | fleet
     sentence = because(row)
     if as_json:
         print_json({"id": row["id"], "status": row["status"], "why": sentence, "evidence": row})
@@ -35,13 +42,15 @@ def why(dsn: str | None, id: str, *, as_json: bool) -> None:
 
 
 def because(row: Row) -> str:
-    """Why a recall is where it is, in a sentence with its evidence. `row`: the statement `why`."""
+    """Why a recall is where it is, in a sentence with its evidence. `row`: the statements `why` and `fleet`."""
     now: datetime = row["now"]
     if row["status"] not in ("pending", "running"):
         return _ended(row, now)
     parts = [_waits_for(row, now)]
     if row["paused_at"] is not None:
         parts.insert(0, f"paused since {local(row['paused_at'])}")
+    if row["lease"] is not None and row["paused_at"] is None and not _holds(row["lease_until"], now):
+        parts += filter(None, [fleet_cap(row)])
     parts += filter(None, [_history(row)])
     if not _holds(row["lease_until"], now):
         if not row["alive"]:
@@ -82,10 +91,31 @@ def _waits_for(row: Row, now: datetime) -> str:
         return due
     if row["ahead"] is not None:
         return f"{due}, but {_behind(row, now)}"
+    if (cap := fleet_cap(row)) is not None:
+        return f"{due}, but {cap}"
     if row["alive"] and row["leases"] >= row["slots"]:
         of = "the one live worker" if row["alive"] == 1 else f"{row['alive']} live workers"
         return f"{due}, but all slots are taken: {row['leases']} of {row['slots']} in {of}"
     return f"{due}, and waits to be claimed"
+
+
+def fleet_cap(row: Row) -> str | None:
+    """That RECALL_FLEET_CONCURRENCY holds back what is due, and whose leases fill it. None where it does not. `row`: the statement `fleet`."""
+    if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
+        return None
+    one = row["fleet_ended"] == 1
+    after = span(row["fleet_lease"] / 3)
+    whose = [
+        (row["fleet_of_live"], "of live workers"),
+        (row["fleet_of_silent"], "of workers that are not heard of"),
+        (
+            row["fleet_ended"],
+            f"that {'has' if one else 'have'} ended, counted until {after} after {'its' if one else 'their'} end",
+        ),
+    ]
+    told = ", ".join(f"{leases} {how}" for leases, how in whose if leases)
+    count = f"{row['fleet_leases']} lease{' counts' if row['fleet_leases'] == 1 else 's count'} against it"
+    return f"the fleet runs as many as RECALL_FLEET_CONCURRENCY ({row['fleet_cap']}) allows: {count} ({told})"
 
 
 def _behind(row: Row, now: datetime) -> str:
@@ -149,7 +179,7 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
             [
                 row["worker"], "alive" if row["alive"] else "silent", relative(row["seen_at"], row["now"]),
                 f"{row['leases']}/{row['slots']}", row["breaker"], row["bell"], local(row["started_at"]), row["version"],
-                *(f"{_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
+                *(f"{told_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
             ]
             for row in rows
         ],
@@ -160,16 +190,16 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell(
             f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
         )
-    for name in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
-        values = {str(_setting(row, name)) for row in alive}
+    for name in ALIKE:
+        values = {str(told_setting(row, name)) for row in alive}
         if len(values) > 1:
             tell(harmless(f"Note: live workers differ in {name}: {', '.join(sorted(values))}"))
 
 
-def _setting(row: Row, name: str) -> str | None:
+def told_setting(row: Row, name: str) -> str | None:
     """A setting as the worker told it: in a row of another version's, or of a hand's, anything may be there, or nothing."""
     told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
-    return f"{told:g}" if isinstance(told, int | float) else None if told is None else str(told)
+    return f"{told:g}" if isinstance(told, int | float) else None if told is None else str(told)[:TOLD_MOST]
 
 
 def stats(dsn: str | None, *, as_json: bool) -> None:

@@ -3,23 +3,30 @@
 `/livez` is about this process alone: does the claim loop turn? An outage of PostgreSQL is no reason to restart it. `/readyz` says whether
 recalls are kept now: PostgreSQL answers, the schema fits, no drain has begun. What they need to know from PostgreSQL is asked at most every
 few seconds however often they are read, and not at all while nobody reads them; a page never waits long for it.
+
+Whoever reaches the port must not stop the work through it. So connections are accepted one at a time and are for one request each; their
+number is bounded by the descriptors that calls and PostgreSQL leave over; each has a deadline for its head and one for its answer; and
+where the bound is reached the oldest that has not asked for anything yet gives way to the new one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ..events import Events
 from ..ledger import Backlog
 from ..line import Outage, Refusal
-from ..worker.process import misfit, standing_still
+from ..worker.process import misfit, spare_descriptors, standing_still
 from ..worker.worker import Worker
 from .metrics import Metrics
 from .talk import Trouble
@@ -28,6 +35,16 @@ BACKLOG_EVERY = 5.0
 SCHEMA_EVERY = 2.0
 PATIENCE = 2.0
 """Seconds that a page waits for PostgreSQL."""
+HEAD_DEADLINE = 5.0
+"""Seconds from accepting a connection until the whole head of its request must have been read."""
+ANSWER_DEADLINE = 10.0
+"""Seconds from there until the answer must have been taken and the connection be closed."""
+CONNECTIONS_LEAST, CONNECTIONS_MOST = 4, 64
+"""Open connections: as many as probes and scrapers need; the fewest, where descriptors are scarce."""
+ACCEPT_PAUSE = 0.5
+"""Seconds until accept is tried again after an error, such as having no descriptor left."""
+TELL_EVERY = 60.0
+"""Seconds between two log lines about the same trouble with connections, however often it occurs."""
 
 T = TypeVar("T")
 
@@ -100,32 +117,199 @@ def said(text: str, status: int = 200) -> web.Response:
     return web.Response(text=text + "\n", status=status, headers={"Cache-Control": "no-store"})
 
 
+class Port:
+    """The open connections of the ops port: at most `most`, each closed by a deadline.
+
+    Connections are accepted here and not by asyncio's own server: that accepts a hundred at once, whether there is room for them or not,
+    and logs a traceback for each that fails.
+    """
+
+    def __init__(self, server: web.Server, events: Events, most: int) -> None:
+        self._server = server
+        self._events = events
+        self._most = most
+        self._open: dict[Connection, None] = {}
+        """Oldest first."""
+        self._closed = asyncio.Event()
+        """Set whenever one of them is closed."""
+        self._untold: dict[str, int] = {}
+        """How often an event occurred since it was told last."""
+        self._told_at: dict[str, float] = {}
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Accept connections until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except ConnectionError:
+                continue  # The client has gone already.
+            except OSError as error:
+                # Mostly there is no descriptor left. The error stays until something is closed: one of ours, if there is one.
+                self._tell("ops.refused", reason=os.strerror(error.errno or 0))
+                self._give_way()
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            try:
+                while len(self._open) >= self._most:
+                    self._closed.clear()
+                    self._give_way()
+                    self._tell("ops.crowded", connections=self._most)
+                    await self._closed.wait()
+                await loop.connect_accepted_socket(lambda: Connection(self, self._server()), accepted)
+            except OSError:
+                accepted.close()
+            except asyncio.CancelledError:
+                accepted.close()
+                raise
+
+    def opened(self, connection: Connection) -> None:
+        self._open[connection] = None
+
+    def closed(self, connection: Connection) -> None:
+        self._open.pop(connection, None)
+        self._closed.set()
+
+    def abort(self) -> None:
+        """Close all that is open, at once."""
+        for connection in list(self._open):
+            connection.abort()
+
+    def _give_way(self) -> None:
+        """Close the oldest connection that has not asked for anything yet, or else the oldest."""
+        for connection in sorted(self._open, key=lambda connection: connection.is_answered)[:1]:
+            connection.abort()
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Tell an event at most once in TELL_EVERY, with how often it occurred since the last time."""
+        self._untold[event] = self._untold.get(event, 0) + 1
+        now = time.monotonic()
+        if now >= self._told_at.get(event, now - TELL_EVERY) + TELL_EVERY:
+            self._told_at[event] = now
+            self._events.tell(event, times=self._untold.pop(event), **facts)
+
+
+class Connection(asyncio.Protocol):
+    """One connection, between the transport and aiohttp's own protocol, which knows no deadline for a head."""
+
+    def __init__(self, port: Port, inner: asyncio.Protocol) -> None:
+        self.is_answered = False
+        """Whether the whole head has been read."""
+        self._port = port
+        self._inner = inner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._deadline = asyncio.get_running_loop().call_later(HEAD_DEADLINE, self.abort)
+        self._port.opened(self)
+        self._inner.connection_made(transport)
+
+    def answer(self) -> None:
+        """The head has been read: from now on the deadline is that of the answer."""
+        if not self.is_answered:
+            self.is_answered = True
+            self._deadline.cancel()
+            self._deadline = asyncio.get_running_loop().call_later(ANSWER_DEADLINE, self.abort)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self._inner.connection_lost(exc)
+        self._port.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+
 @contextlib.asynccontextmanager
 async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIterator[None]:
     """Serve the pages until left. Raises Trouble where nothing can listen there."""
     metrics = Metrics(lambda: worker.vitals)
     events.listen(metrics.hear)
     answers = Pages(worker, metrics)
-    app = web.Application()
-    app.on_response_prepare.append(_without_a_name)
+    app = web.Application(middlewares=[_head_was_read])
+    app.on_response_prepare.append(_last_and_without_a_name)
     app.add_routes([web.get(f"/{page.__name__}", page) for page in (answers.livez, answers.readyz, answers.metrics)])
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=75.0)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, logger=_logger())
     await runner.setup()
-    try:
+    assert runner.server is not None
+    connections = Port(runner.server, events, connections_most(spare_descriptors(worker.vitals.slots)))
+    async with contextlib.AsyncExitStack() as around:
+        around.push_async_callback(answers.close)
+        around.push_async_callback(runner.cleanup)
+        around.callback(connections.abort)
         try:
-            await web.TCPSite(runner, host, port).start()
+            listeners = await _listeners(host, port)
         except OSError as error:
-            # asyncio's sentence names the address once more; those of name look-ups have numbers of their own, below zero.
+            # Python's sentence names the address once more; those of name look-ups have numbers of their own, below zero.
             reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or str(error)
             hint = f"another address in RECALL_OPS_LISTEN, or see what listens there: ss -ltnp 'sport = :{port}'"
             raise Trouble(f"RECALL_OPS_LISTEN: nothing can listen on {host} port {port}: {reason}", hint) from None
-        address, bound = runner.addresses[0][:2]
+        for listener in listeners:
+            around.callback(listener.close)
+        accepting = [asyncio.create_task(connections.accept(listener), name="ops") for listener in listeners]
+        around.push_async_callback(_cancelled, accepting)
+        address, bound = listeners[0].getsockname()[:2]
         events.tell("ops.listening", host=address, port=bound)
         yield
-    finally:
-        await runner.cleanup()
-        await answers.close()
 
 
-async def _without_a_name(_: web.Request, response: web.StreamResponse) -> None:
+def connections_most(spare: int) -> int:
+    """How many connections the port may hold, of so many descriptors that nothing else needs: half of them, within bounds."""
+    return max(CONNECTIONS_LEAST, min(CONNECTIONS_MOST, spare // 2))
+
+
+async def _listeners(host: str, port: int) -> list[socket.socket]:
+    """A listening socket for each address that the host's name stands for. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            listener = socket.create_server(cast("tuple[str, int]", address), family=cast("Any", family))
+            listener.setblocking(False)
+            listeners.append(listener)
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def _logger() -> logging.Logger:
+    """For aiohttp: what is wrong with us, and not each request that is none."""
+    logger = logging.getLogger("recall_worker.ops")
+    logger.addFilter(lambda record: record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError))
+    return logger
+
+
+@web.middleware
+async def _head_was_read(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    if request.transport is not None:
+        cast(Connection, request.transport.get_protocol()).answer()
+    return await handler(request)
+
+
+async def _last_and_without_a_name(_: web.Request, response: web.StreamResponse) -> None:
+    # A connection that is kept for later holds a descriptor for nothing.
+    response.force_close()
+    response.headers["Connection"] = "close"
     response.headers["Server"] = "recall-worker"  # And not which versions of what.

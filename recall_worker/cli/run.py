@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import events, settings
-from .talk import UNREACHABLE, Trouble, tell, warn_of_password
+from .talk import OUTDATED, REFUSED, UNREACHABLE, Trouble, tell, warn_of_password
 
 if TYPE_CHECKING:
     from ..worker.worker import Worker
@@ -48,7 +48,8 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         try:
             asyncio.run(serve(chosen, functools.partial(_watched, chosen)))
         except SchemaRefused as refused:
-            raise Trouble(str(refused), refused.hint) from None
+            status = OUTDATED if refused.excludes_code else REFUSED
+            raise Trouble(str(refused), refused.hint, status=status) from None
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,8 @@ from uuid import UUID
 
 from ..events import harmless
 
-REFUSED, USAGE, UNREACHABLE = 1, 2, 3
+REFUSED, USAGE, UNREACHABLE, OUTDATED = 1, 2, 3, 4
+"""Exit statuses. OUTDATED: the schema is for newer code than this; only an upgrade helps."""
 
 
 class Trouble(Exception):

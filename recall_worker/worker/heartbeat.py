@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from ..ledger import Ledger
@@ -40,6 +40,8 @@ class Heartbeat:
         self._in_hand = in_hand
         self._replicas_ahead = replicas_ahead
         self._now = asyncio.Event()
+        self.check: Callable[[], Awaitable[None]] | None = None
+        """What else is looked at whenever a heartbeat is due: whether the schema still is for this code."""
 
     def beat_now(self) -> None:
         """What people see in the row has changed."""
@@ -52,6 +54,8 @@ class Heartbeat:
             self._now.clear()
             pause = SOON
             try:
+                if self.check is not None:
+                    await self.check()
                 self._replicas_ahead(await self._ledger.beat(self._facts(), self._settings, self._in_hand()))
                 if time.monotonic() - began > SOON:
                     pause = self._every

@@ -7,6 +7,7 @@ and is fed by the loop that does the work: a worker whose claim loop stands stil
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import resource
 import signal
@@ -27,13 +28,23 @@ from .worker import Worker
 STANDSTILL = STATEMENT_DEADLINE + 2 * CONNECT_DEADLINE + 30.0
 """Seconds that one turn of the claim loop can take at the very most, with the longest poll behind it."""
 
+WORKING_FILES = 64
+"""Descriptors kept for PostgreSQL, look-ups of names, files and the log. Calls need one for each slot; as many again are kept for polls,
+and for runs that were answered and wait to be settled."""
+UNLIMITED = 1 << 30
+
 
 class SchemaRefused(Exception):
-    """The schema and this code can't work together. `hint` says what to do."""
+    """The schema and this code can't work together. `hint` says what to do.
 
-    def __init__(self, reason: str, hint: str) -> None:
+    `excludes_code`: the schema is for newer code, so that no start of this code can succeed. Else
+    `migrate` may still run.
+    """
+
+    def __init__(self, reason: str, hint: str, *, excludes_code: bool = False) -> None:
         super().__init__(reason)
         self.hint = hint
+        self.excludes_code = excludes_code
 
 
 def name_worker() -> str:
@@ -47,18 +58,30 @@ Beside = Callable[[Worker, Events], AbstractAsyncContextManager[None]]
 async def serve(settings: Settings, beside: Beside | None = None) -> None:
     """Be a worker until stopped by a signal. `beside(worker, events)` is entered before it works and left when it has ended.
 
-    Raises SchemaRefused where the schema is not for this code, ExceptionGroup where a defect ended a loop.
+    Raises SchemaRefused where the schema is not for this code, at once or, where the schema comes to exclude it later, after a drain;
+    ExceptionGroup where a defect ended a loop.
     """
     name = name_worker()
     events = Events(worker=name)
     _raise_open_files()
     protocol = create(settings)
+    signals = 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        notify("STOPPING=1")
+        # A first signal in the midst of a drain that the schema began must not cut that short.
+        if signals > 1 or not worker.vitals.is_draining:
+            worker.stop()
+
     async with AsyncExitStack() as around:
         try:
             worker = Worker(settings, protocol, events, name)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stop, worker)
+                loop.add_signal_handler(number, stop)
+            worker.before_heartbeat(functools.partial(_check_running, worker, events))
             await _check_schema(settings, name)
             if beside is not None:
                 await around.enter_async_context(beside(worker, events))
@@ -91,11 +114,6 @@ def notify(state: str) -> None:
             pass  # A manager that is gone is no reason to stop working.
 
 
-def _stop(worker: Worker) -> None:
-    notify("STOPPING=1")
-    worker.stop()
-
-
 def standing_still(worker: Worker) -> bool:
     """Whether the claim loop has not turned for longer than it ever should."""
     return time.monotonic() - worker.turned_at >= STANDSTILL
@@ -125,6 +143,18 @@ async def _check_schema(settings: Settings, name: str) -> None:
         raise unfit
 
 
+async def _check_running(worker: Worker, events: Events) -> None:
+    """Let a running worker drain and end once the schema excludes its code. Raises Outage, Refusal.
+
+    Only then: a schema that is missing or older than the code is one that somebody restores.
+    """
+    unfit = misfit(*await worker.schema())
+    if unfit is not None and unfit.excludes_code and not worker.vitals.is_draining:
+        events.tell("schema.refused", reason=str(unfit), hint=unfit.hint)
+        notify("STOPPING=1")
+        worker.refuse(unfit)
+
+
 def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
     """Why a schema of this version, which works with code from `oldest_code` on, and this code can't work together; None where they can."""
     needed = generation()
@@ -134,10 +164,17 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
         return SchemaRefused(
             f"the schema is at version {version} and works with code from generation {oldest_code} on; this is {needed}",
             "upgrade recall-worker on this host",
+            excludes_code=True,
         )
     if version < needed:
         return SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
     return None
+
+
+def spare_descriptors(slots: int) -> int:
+    """Descriptors that the process may open beside those that its work needs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft - WORKING_FILES - 2 * slots if soft != resource.RLIM_INFINITY else UNLIMITED
 
 
 def _raise_open_files() -> None:

@@ -100,6 +100,7 @@ class Worker:
             self._replicas_ahead,
         )  # fmt: skip
         self._drained_at: float | None = None
+        self._refused: Exception | None = None
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         keep = settings.keep
@@ -120,6 +121,16 @@ class Worker:
             self._events.tell("worker.draining", runs=len(self._runs), timeout_s=self._settings.drain_timeout)
             self._stop.set()
             self._dispatcher.stop()
+
+    def refuse(self, reason: Exception) -> None:
+        """Claim no more and let the runs end, as with `stop()`; then `run()` raises `reason`."""
+        if self._refused is None and not self._stop.is_set():
+            self._refused = reason
+            self.stop()
+
+    def before_heartbeat(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Have `check()` awaited whenever a heartbeat is due. It may raise Outage, Refusal."""
+        self._heartbeat.check = check
 
     @property
     def bell_is_listening(self) -> bool:
@@ -160,7 +171,8 @@ class Worker:
         return heard
 
     async def run(self) -> None:
-        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back."""
+        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back, and what
+        `refuse()` was given."""
         self._events.tell("worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None})
         try:
             async with asyncio.TaskGroup() as loops:
@@ -191,6 +203,8 @@ class Worker:
             await self._say_goodbye()
             await self._ledger.close()
         self._events.tell("worker.stopped")
+        if self._refused is not None:
+            raise self._refused
 
     # --- what the parts tell each other --------------------------------------------------------------------------
 

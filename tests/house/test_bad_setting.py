@@ -115,7 +115,7 @@ async def test_a_newer_schema(database: str, db: Connection, anywhere: Daemons) 
         "values ('r', 's', 'once', now(), 'm', now(), now())"
     )
     status, error, hints = await refused(anywhere, dsn=database)
-    assert (status, hints) == (1, ["upgrade recall-worker on this host"])
+    assert (status, hints) == (4, ["upgrade recall-worker on this host"])
     assert "version 999" in error and "generation 998" in error
     assert (await row(db, "s"))["attempt"] == 0
 

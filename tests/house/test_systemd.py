@@ -14,6 +14,8 @@ from uuid import uuid4
 
 import pytest
 
+from recall_worker.cli.talk import OUTDATED
+
 from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
@@ -91,6 +93,16 @@ async def test_ready_without_postgresql(at_path: Manager, database: str, daemons
         await daemon.hears("database.lost")
         await at_path.hears("WATCHDOG=1", times=10)
         assert await daemon.stop() == 0
+
+
+async def test_a_refused_schema_is_a_stop(at_path: Manager, db: Connection, daemons: Daemons) -> None:
+    """A worker that the schema comes to exclude says STOPPING=1, is fed, and ends as the units expect it to."""
+    daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "150000"}
+    daemon = await daemons.start(lease=5)
+    await db.execute("insert into recall_schema (version, name, oldest_code) values (9999, 'next', 9999)")
+    await at_path.hears("STOPPING=1")
+    assert await daemon.exit() == OUTDATED
+    assert at_path.times("WATCHDOG=1") and len(at_path.times("STOPPING=1")) == 1
 
 
 async def test_a_draining_worker_is_fed(at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
