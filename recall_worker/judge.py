@@ -102,6 +102,8 @@ def before_call(
             return Misfired(late, cadence.passed_over(claim))
     if claim.begun and claim.attempt > max_attempts:
         made = f"{max_attempts} attempts" if max_attempts != 1 else "its one attempt"
+        if claim.taken_from is None:
+            return Unknown(f"{made} used up, and how the last one ended is not known")
         perhaps = "" if claim.called_before else ": perhaps never called"
         return Unknown(f"{made}, the last by a worker that was not heard of again{perhaps}")
     return None

@@ -142,9 +142,7 @@ class Backlog:
 class Ledger:
     """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
 
-    def __init__(
-        self, dsn: str, worker: str, lease: float, *, fleet: int | None = None, message_limit: int = 4 << 20
-    ) -> None:
+    def __init__(self, dsn: str, worker: str, lease: float, *, fleet: int | None = None, message_limit: int = 4 << 20) -> None:
         """`lease` in seconds. `fleet`: the most runs at once of all replicas together. `message_limit`: octets."""
         name = f"recall-worker ledger {worker}"
         self._worker = worker
@@ -478,9 +476,7 @@ class Ledger:
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
-    async def beat(
-        self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()
-    ) -> int:
+    async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()) -> int:
         """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it.
 
         `in_hand`: as with `ended_leases`.

@@ -77,9 +77,7 @@ class Deadlines:
 class Outage(Exception):
     """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
 
-    def __init__(
-        self, reason: str, asked_at: float = math.inf, *, for_all: bool = False, timed_out: bool = False
-    ) -> None:
+    def __init__(self, reason: str, asked_at: float = math.inf, *, for_all: bool = False, timed_out: bool = False) -> None:
         """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either.
         `timed_out`: the connection was there, and this statement was not done in time: it may be one of its rows."""
         super().__init__(reason)

@@ -115,9 +115,10 @@ returning
     r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
     r.trigger_at, r.planned_at, null::text as taken_from, octet_length(r.additional_context_message) as octets,
     false as called_before, 0 as takeovers,
-    r.run_reference as reference, r.delivered_at, now() as claimed_at, r.cadence,
+    substring(r.run_reference for 4001) as reference, r.delivered_at, now() as claimed_at,
+    substring(r.cadence for 100) as cadence,
     substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
-    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome;
+    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome;
 
 -- name: ended_leases
 -- Leases that have ended and may be taken up, oldest first, and which of those that are left to their owners are still
@@ -252,11 +253,12 @@ returning
     case when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message end as message,
     r.interval_seconds as interval, r.occurrence, r.rekey,
     r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
-    r.trigger_at, r.planned_at, case when k.lease is not null then coalesce(k.leased_by, 'unknown') end as taken_from,
+    r.trigger_at, r.planned_at, case when k.lease is not null then coalesce(substring(k.leased_by for 500), 'unknown') end as taken_from,
     octet_length(r.additional_context_message) as octets, k.sent_at is not null as called_before, r.takeovers,
-    r.run_reference as reference, r.delivered_at, now() as claimed_at, r.cadence,
+    substring(r.run_reference for 4001) as reference, r.delivered_at, now() as claimed_at,
+    substring(r.cadence for 100) as cadence,
     substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
-    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome;
+    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome;
 
 -- name: message
 -- A message that is too long to be claimed in a batch, for the one call that needs it. Guarded by the lease and by the
@@ -349,9 +351,9 @@ select r.id, r.session_id, r.call_type, null::text as message, r.interval_second
     r.rekey, r.attempt, r.deferrals, coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at,
     now() as due_at, '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger, r.trigger_at,
     r.planned_at, null::text as taken_from, 0 as octets, false as called_before, 0 as takeovers, null::text as reference,
-    null::timestamptz as delivered_at, now() as claimed_at, r.cadence, substring(r.cron for 1001) as cron,
+    null::timestamptz as delivered_at, now() as claimed_at, substring(r.cadence for 100) as cadence, substring(r.cron for 1001) as cron,
     substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures, r.failures_most,
-    r.grace_seconds as grace, r.jitter_seconds as jitter, r.last_outcome
+    r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome
 from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
     and r.lease is null and r.status in ('pending', 'running')

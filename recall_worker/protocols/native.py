@@ -100,7 +100,13 @@ class Native:
 
 
 async def post(
-    wire: Wire, url: str, call: Call, content: list[bytes | memoryview], always: Mapping[str, str], secret: str | None, timeout: float
+    wire: Wire,
+    url: str,
+    call: Call,
+    content: list[bytes | memoryview],
+    always: Mapping[str, str],
+    secret: str | None,
+    timeout: float,
 ) -> Answer | Unavailable | Unknown:
     """Make a call: POST `content` (in pieces; the list is emptied) once, with the headers of the contract besides `always`.
 
@@ -125,9 +131,7 @@ async def post(
             made["webhook-signature"] = " ".join(signed)
         return made
 
-    answer = await wire.post(
-        url, headers, content, timeout, call.sent, before_sent=call.before_sent, on_written=call.written
-    )
+    answer = await wire.post(url, headers, content, timeout, call.sent, before_sent=call.before_sent, on_written=call.written)
     if isinstance(answer, NoAnswer):
         return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
     return answer

@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Callable
 from typing import assert_never
+from uuid import UUID
 
 from ..cadence import skipped
 from ..events import Events
@@ -81,6 +82,10 @@ class Settler:
         self._insisting: asyncio.Task[None] | None = None
         """What stands in the queue for a locked row."""
         self._locked_most = min(LOCKED_MOST, lease / 12)
+        self._together = BATCH_MOST
+        """Endings that go in one batch: fewer where one of them takes too long."""
+        self._slow: set[UUID] = set()
+        """Leases of rows that could not be settled in time: each goes alone from then on, beside the batches."""
 
     def put(self, run: Run, ending: Ending) -> None:
         """Have this ending judged and written."""
@@ -92,20 +97,41 @@ class Settler:
             await self._some.wait()
             self._some.clear()
             while self._waiting:
-                batch, self._waiting = self._waiting[:BATCH_MOST], self._waiting[BATCH_MOST:]
+                batch = self._next_batch()
+                if not batch:
+                    break
                 judged = [(ending, judge(ending, self._policy, self._dice)) for _, ending, _ in batch]
                 began = time.monotonic()
                 try:
                     answers = await self._ledger.settle(judged)
                 except Outage as outage:
                     self._waiting = batch + self._waiting
-                    self._reach.lost(outage.reason, outage.asked_at)
+                    if outage.timed_out:
+                        # PostgreSQL is there, so one of these rows may be to blame. (Should it not be, others say so.)
+                        self._together = max(1, len(batch) // 2)
+                        self._slow |= {run.claim.lease for run, _, _ in batch if len(batch) == 1}
+                    else:
+                        self._reach.lost(outage.reason, outage.asked_at)
                     await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
                     continue
+                self._together = min(BATCH_MOST, self._together * 2)
                 self._reach.found()
                 self._events.tell("batch.settled", endings=len(batch), took_ms=round((time.monotonic() - began) * 1000, 1))
                 for (run, ending, pause), (_, verdict), answer in zip(batch, judged, answers, strict=True):
                     self._conclude(run, ending, verdict, answer, pause)
+
+    def _next_batch(self) -> list[tuple[Run, Ending, float]]:
+        """What is written next. Rows that take too long are sent off alone."""
+        batch: list[tuple[Run, Ending, float]] = []
+        for taken, (run, ending, pause) in enumerate(self._waiting, 1):
+            if run.claim.lease in self._slow:
+                self._alone(run, ending, judge(ending, self._policy, self._dice), pause)
+            else:
+                batch.append((run, ending, pause))
+            if len(batch) == self._together:
+                break
+        self._waiting = self._waiting[taken:]
+        return batch
 
     def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
         is_over = False
@@ -117,10 +143,7 @@ class Settler:
                 self._again(run, dataclasses.replace(ending, claim=claim), pause)
                 return
             case Locked():
-                if self._insisting is None:
-                    self._insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
-                else:
-                    self._later(run, ending, pause)
+                self._alone(run, ending, verdict, pause)
                 return
             case Settled(status):
                 is_over = status in FINAL
@@ -135,7 +158,15 @@ class Settler:
                 self._tell("recall.stranded", run, ending, error=reason)
             case never:
                 assert_never(never)
+        self._slow.discard(run.claim.lease)
         self._free(run, is_over)
+
+    def _alone(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
+        """Beside the batches: it stands in the queue for its row, or waits for that, one at a time."""
+        if self._insisting is None:
+            self._insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
+        else:
+            self._later(run, ending, pause)
 
     async def _insist(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
         """Stand in the queue for a locked row: its owner should be the first to have it."""

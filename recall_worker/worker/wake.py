@@ -13,6 +13,7 @@ Never here: a clock, a timer, a question.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
@@ -65,6 +66,8 @@ class Wake:
         self._look_at = now
         self._claims = True
         """Whether the next look claims. Else it first asks whether anything is due, which is cheap."""
+        self._claims_at = math.inf
+        """The due instant from which on it claims in any case."""
         self._called = False
         """Whether the look that follows was asked for while one was going on."""
         self._later: float | None = None
@@ -77,6 +80,8 @@ class Wake:
         self._looking = False
         self._floor = FLOOR_FIRST
         self._unprovoked, self._unprovoked_since = 0, now
+        self._at_once = False
+        """Whether the last look came at once although nothing had changed: that is for once."""
         self.replicas_ahead = 0
         """How many other replicas are ready before this one."""
 
@@ -130,7 +135,8 @@ class Wake:
 
     def begin(self, now: float) -> bool:
         """A look begins. Returns whether it claims; else it first asks whether anything is due."""
-        claims, self._claims = self._claims, False
+        claims, self._claims = self._claims or now >= self._claims_at, False
+        self._claims_at = math.inf
         if self._later is not None and self._later <= now:
             self._later = None
         self._looking, self._called = True, False
@@ -164,8 +170,8 @@ class Wake:
             self._claims = True
             at = min(at, now + self._next_floor())
         if found.due_at is not None and found.due_at + self.wake_delay < at:
-            at = max(now + SHORTEST, found.due_at + self.wake_delay)
-            self._claims |= self.wake_delay == 0
+            at = min(at, max(now + SHORTEST, found.due_at + self.wake_delay))
+            self._claims_at = at if self.wake_delay == 0 else math.inf
             reason = True
         if found.again_in is not None:
             self._claims = True
@@ -176,15 +182,17 @@ class Wake:
         """The next look is at `at`, or later where nothing has changed: the one place through which every wait passes.
 
         `reason`: a row fell due meanwhile, or does in a moment. That is told by PostgreSQL's clock, which may stand still,
-        and so it counts a few times a second only.
+        and so it counts a few times a second only, and never twice in a row for a look at once.
         """
+        before, self._at_once = self._at_once, False
         if not self._changed and at < now + FLOOR_FIRST:
             if now >= self._unprovoked_since + FLOOR_MOST:
                 self._unprovoked, self._unprovoked_since = 0, now
             self._unprovoked += 1
-            if not reason or self._unprovoked > UNPROVOKED_MOST:
+            self._at_once = at <= now
+            if not reason or (before and self._at_once) or self._unprovoked > UNPROVOKED_MOST:
                 at = now + self._next_floor()
-        elif at >= now + FLOOR_MOST:
+        elif at > now + FLOOR_MOST:
             self._floor = FLOOR_FIRST
         if self._later is not None:
             at = min(at, max(self._later, now))

@@ -73,9 +73,7 @@ class Worker:
             give_up=settings.give_up,
             message_limit=limit,
         )
-        self._ledger = Ledger(
-            settings.dsn, name, settings.lease, fleet=settings.fleet_concurrency, message_limit=limit
-        )
+        self._ledger = Ledger(settings.dsn, name, settings.lease, fleet=settings.fleet_concurrency, message_limit=limit)
         endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()

@@ -356,6 +356,25 @@ async def test_a_row_that_cannot_be_written_in_time(
     assert await daemon.stop() == 0
 
 
+async def test_a_row_that_cannot_be_settled_in_time(db: Connection, sink: Sink, workers: Daemons) -> None:
+    """The trigger sleeps only where the row ends: what ended with it is settled, and so is what comes later."""
+    await db.execute(SLOW.replace("'r-slow'", "'r-slow' and new.status = 'fired'").encode())
+    async with db.transaction():
+        await put(db, "slow", 10)
+        for n in range(5):
+            await put(db, f"ok{n}", 10)
+    daemon = await workers.start(lease=4, concurrency=10)
+    for n in range(5):
+        await daemon.hears("recall.settled", session=f"ok{n}", status="fired", within=15)
+    await put(db, "late", 10)
+    await daemon.hears("recall.settled", session="late", status="fired", within=4)
+    assert len(daemon.told("database.lost")) <= 1
+    await db.execute("drop trigger slow on session_recalls")
+    await daemon.hears("recall.settled", session="slow", status="fired", within=10)
+    assert sink.called == {"slow": 1, "late": 1} | {f"ok{n}": 1 for n in range(5)}
+    assert await daemon.stop() == 0
+
+
 # --- what was never sent -------------------------------------------------------------------------
 
 

@@ -25,13 +25,14 @@ begin
         new.planned_at := new.trigger_at;
     end if;
     if new.status = 'pending' then
-        -- The slot of a one-shot that is run, or whose run may still go on. (A failed run, which is over, counts an attempt and begins a new
-        -- key; an unknown one counts an attempt and keeps the key.)
+        -- The slot of a one-shot that is run, or whose run may still go on. (may_still_run says so. Where a worker of an
+        -- earlier version wrote the row: a failed run, which is over, counts an attempt and begins a new key; an unknown
+        -- one counts an attempt and keeps the key.)
         if exists (select from public.session_recalls where session_id = new.session_id and status = 'pending') then
             update public.session_recalls
             set status = 'running'
             where session_id = new.session_id and status = 'pending' and call_type <> 'recurring'
-                and (lease is not null or last_outcome = 'unknown' or attempt > rekey);
+                and (lease is not null or may_still_run or last_outcome = 'unknown' or attempt > rekey);
         end if;
         -- Who inserts very many at once may do without, and has the workers find them at their next look: set recall_worker.rings = 'off'.
         if new.trigger_at <= pg_catalog.now() + interval '60 seconds' and new.paused_at is null
@@ -171,6 +172,10 @@ CREATE TABLE public.session_recalls (
     failures_most integer,
     grace_seconds integer,
     jitter_seconds integer,
+    sent_at timestamp with time zone,
+    taken_lease uuid,
+    takeovers integer DEFAULT 0 NOT NULL,
+    may_still_run boolean DEFAULT false NOT NULL,
     CONSTRAINT session_recalls_call_type_check CHECK ((call_type = ANY (ARRAY['once'::text, 'recurring'::text, 'immediate'::text]))),
     CONSTRAINT session_recalls_status_known CHECK ((status = ANY (ARRAY['pending'::text, 'running'::text, 'fired'::text, 'cancelled'::text, 'failed'::text])))
 )
@@ -232,6 +237,14 @@ COMMENT ON COLUMN public.session_recalls.grace_seconds IS 'an occurrence that is
 
 COMMENT ON COLUMN public.session_recalls.jitter_seconds IS 'each occurrence after the first is due a random part of this later than its time; null: none';
 
+COMMENT ON COLUMN public.session_recalls.sent_at IS 'when the request under this lease was sent, where that is on record; a time before leased_at is of an earlier lease';
+
+COMMENT ON COLUMN public.session_recalls.taken_lease IS 'the lease of a row that was taken up from a dead worker: under it nothing is sent before sent_at is written';
+
+COMMENT ON COLUMN public.session_recalls.takeovers IS 'how many workers in a row took it up from a dead one, and are not known to have sent anything';
+
+COMMENT ON COLUMN public.session_recalls.may_still_run IS 'whether a run of it may still go on at the API, as a call ended as unknown: its session''s slot is free for the next recall';
+
 CREATE TABLE public.sessions (
     id text NOT NULL,
     user_id text NOT NULL
@@ -280,7 +293,7 @@ CREATE TRIGGER recall_before_insert BEFORE INSERT ON public.session_recalls FOR 
 
 CREATE TRIGGER recall_ring_deleted AFTER DELETE ON public.session_recalls FOR EACH ROW WHEN ((old.lease IS NOT NULL)) EXECUTE FUNCTION public.recall_ring();
 
-CREATE TRIGGER recall_ring_earlier AFTER UPDATE OF trigger_at, status, paused_at ON public.session_recalls FOR EACH ROW WHEN (((new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.paused_at IS NULL) AND (new.lease IS NULL) AND (old.lease IS NULL) AND (new.trigger_at <= (now() + '00:01:00'::interval)) AND ((new.trigger_at < old.trigger_at) OR (old.status <> ALL (ARRAY['pending'::text, 'running'::text])) OR (old.paused_at IS NOT NULL)))) EXECUTE FUNCTION public.recall_ring();
+CREATE TRIGGER recall_ring_earlier AFTER UPDATE OF trigger_at, status, paused_at ON public.session_recalls FOR EACH ROW WHEN (((new.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.paused_at IS NULL) AND (COALESCE(new.lease_until, new.trigger_at) <= (now() + '00:01:00'::interval)) AND (((new.lease IS NULL) AND (old.lease IS NULL) AND (new.trigger_at < old.trigger_at)) OR (old.status <> ALL (ARRAY['pending'::text, 'running'::text])) OR (old.paused_at IS NOT NULL)))) EXECUTE FUNCTION public.recall_ring();
 
 CREATE TRIGGER recall_ring_ended AFTER UPDATE OF status ON public.session_recalls FOR EACH ROW WHEN (((new.lease IS NOT NULL) AND (new.lease = old.lease) AND (old.status = ANY (ARRAY['pending'::text, 'running'::text])) AND (new.status <> ALL (ARRAY['pending'::text, 'running'::text])))) EXECUTE FUNCTION public.recall_ring();
 
