@@ -16,6 +16,7 @@ import asyncio
 import dataclasses
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import assert_never
 from uuid import UUID
@@ -123,14 +124,14 @@ class Settler:
     def _next_batch(self) -> list[tuple[Run, Ending, float]]:
         """What is written next. Rows that take too long are sent off alone."""
         batch: list[tuple[Run, Ending, float]] = []
-        for taken, (run, ending, pause) in enumerate(self._waiting, 1):
+        waiting = deque(self._waiting)
+        while waiting and len(batch) < self._together:
+            run, ending, pause = waiting.popleft()
             if run.claim.lease in self._slow:
                 self._alone(run, ending, judge(ending, self._policy, self._dice), pause)
             else:
                 batch.append((run, ending, pause))
-            if len(batch) == self._together:
-                break
-        self._waiting = self._waiting[taken:]
+        self._waiting = list(waiting)
         return batch
 
     def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
