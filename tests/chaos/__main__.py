@@ -31,6 +31,9 @@ from .faults import KINDS, Schedule
 from .hand import Hand
 from .stage import FAKETIME, Stage, commit, install, scratch
 
+HOPELESS_MOST = 30.0
+"""Seconds in which what can still end has ended, where workers have stopped for good."""
+
 
 async def audit(
     seed: int, minutes: float, drawn: Drawn, *, site: Path, folder: Path, kinds: list[str] | None = None
@@ -48,7 +51,7 @@ async def audit(
         await schedule.run(minutes * 60)
         silence.set()
         await living
-        left = await _drained(hand, api, drawn)
+        left = await _drained(hand, api, drawn, hopeless=bool(stage.spins or schedule.stuck))
         rows, marks = await hand.insist(_tables)
         statuses = await stage.end()
         records = Records(
@@ -73,9 +76,10 @@ async def audit(
         return account, schedule
 
 
-async def _drained(hand: Hand, api: Api, drawn: Drawn) -> int:
+async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int:
     """The application cancels what would go on for ever, or waits for an hour, resumes what is paused,
-    and waits; how many have not ended in time."""
+    and waits; how many have not ended in time. `hopeless`: workers were found to have stopped for
+    good, so it is not waited for long."""
 
     async def cancel(conn: psycopg.AsyncConnection[Any]) -> list[tuple[str]]:
         cursor = await conn.execute(
@@ -103,7 +107,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn) -> int:
         ).fetchone()
         return 0 if found is None else int(found[0])
 
-    until = time.monotonic() + drawn.drain_most
+    until = time.monotonic() + (HOPELESS_MOST if hopeless else drawn.drain_most)
     left = 1
     while left and time.monotonic() < until:
         if drawn.session_limit is not None:
@@ -112,7 +116,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn) -> int:
         await asyncio.sleep(0.2)
     # A call whose recall is gone ends a little later, and leaves its mark then.
     until = time.monotonic() + RUN_TIMEOUT
-    while api.open and time.monotonic() < until:  # noqa: ASYNC110 - a count
+    while api.open() and time.monotonic() < until:  # noqa: ASYNC110 - a count
         await asyncio.sleep(0.1)
     await asyncio.sleep(1)
     return left

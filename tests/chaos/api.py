@@ -114,10 +114,9 @@ class Api:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    @property
-    def open(self) -> int:
-        """How many requests are open."""
-        return len(self._open)
+    def open(self, worker: str | None = None) -> int:
+        """How many requests are open; those of one worker, where one is named."""
+        return sum(worker in (None, call.worker) for call in self._open)
 
     # --- the wire ----------------------------------------------------------------------------------------------------
 
@@ -270,10 +269,11 @@ class Api:
         assert self.agent is not None
         recall = run.key.rpartition(":")[0]
         try:
-            await asyncio.sleep(seconds / 2)
+            before = seconds / (4 if long else 2)
+            await asyncio.sleep(before)
             if run.result == "ok":
                 await self.agent.inside(recall, run.session, long=long)
-            await asyncio.sleep(seconds / 2)
+            await asyncio.sleep(seconds - before)
             await self.agent.leaving(recall)
         finally:
             run.ended = time.time()

@@ -54,6 +54,8 @@ where status in ('pending', 'running')
 """
 TERM_MOST = 25.0
 """Seconds in which a worker ends on SIGTERM: RECALL_DRAIN_TIMEOUT, ten for its last settles, and some."""
+IN_HAND_WITHIN = 3.0
+"""Seconds that are waited for those who are to be killed to have runs in hand."""
 FILLED_WITHIN = 10.0
 """Seconds that are waited for all slots to be in use."""
 HEARD_WITHIN = 3.0
@@ -98,7 +100,11 @@ class Scene:
 
 
 async def kill(scene: Scene) -> None:
-    for replica in scene.victims(2):
+    """With runs in hand, as far as there are any within a while."""
+    victims, end = scene.victims(2), time.monotonic() + IN_HAND_WITHIN
+    while not all(scene.stage.api.open(r.slot) for r in victims) and time.monotonic() < end:  # noqa: ASYNC110 - a count
+        await asyncio.sleep(0.02)
+    for replica in victims:
         replica.signal(signal.SIGKILL)
 
 
@@ -322,7 +328,7 @@ async def api_down_slots_full(scene: Scene) -> None:
     scene.hand.rate = min(60.0, rate * 2)
     try:
         end = time.monotonic() + FILLED_WITHIN
-        while scene.stage.api.open < scene.drawn.capacity and time.monotonic() < end:  # noqa: ASYNC110 - a count
+        while scene.stage.api.open() < scene.drawn.capacity and time.monotonic() < end:  # noqa: ASYNC110 - a count
             await asyncio.sleep(0.05)
         scene.hand.rate = rate
         await scene.stage.kill_postgres()
@@ -394,10 +400,10 @@ class Schedule:
         return sorted(set(self._kinds) - {fault.kind for fault in self.faults})
 
     async def run(self, seconds: float, calm: tuple[float, float] = (3.0, 6.0)) -> None:
-        """Strike and heal, until the time is up."""
+        """Strike and heal, until the time is up or a worker spins: all that comes then comes of that."""
         end = time.monotonic() + seconds
         await self._recovered()
-        while True:
+        while not self._stage.spins:
             began = time.time()
             await asyncio.sleep(self._dice.uniform(*calm))
             self.calm.append((began, time.time()))
@@ -412,7 +418,7 @@ class Schedule:
             if await self._recovered():
                 for fault in faults:
                     fault.recovered = time.time() if fault.alone else None
-            else:
+            elif not self._stage.spins:
                 self.stuck.append(
                     f"{' and '.join(chosen)}: something is due and unclaimed {time.time() - healed:.0f} s after it was healed"
                 )
@@ -431,11 +437,11 @@ class Schedule:
         return fault
 
     async def _recovered(self) -> bool:
-        """Wait until nothing is due and unclaimed; False where that takes too long."""
+        """Wait until nothing is due and unclaimed; False where that takes too long, or a worker spins."""
         end = time.monotonic() + self._drawn.recovered_within
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self._stage.spins:
             async with _asking(self._stage.dsn) as conn:
-                while conn is not None and time.monotonic() < end:
+                while conn is not None and time.monotonic() < end and not self._stage.spins:
                     found = await (await conn.execute(WAITING.encode())).fetchone()
                     if found is not None and found[0] == 0:
                         return True

@@ -325,7 +325,8 @@ class Hand:
             async with asyncio.timeout(30):
                 out, err = await process.communicate()
         except BaseException as error:
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
             if isinstance(error, TimeoutError):
                 return None

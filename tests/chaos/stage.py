@@ -39,6 +39,7 @@ RESTART_AFTER = 0.5
 SPINS_SHARE, SPINS_FOR = 0.5, 8.0
 """A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does not
 work: it spins."""
+STARTED_RESTS = 20
 AUDITED = ("recall_worker", "sql", "pyproject.toml", "README.md", "LICENSE")
 """What the wheel is built from."""
 
@@ -221,9 +222,10 @@ class Stage:
                 pid, now = process.pid, time.monotonic()
                 then, seconds, rests = before.get(pid, (now, *used))
                 before[pid] = now, *used
-                # On a machine that does much else it gets less than it would take.
+                # On a machine that does much else it gets less than it would take. While it starts it only
+                # computes.
                 spins = used[0] - seconds > SPINS_SHARE * (now - then) or (used[1] == rests and used[0] > seconds)
-                if now == then or not spins:
+                if now == then or not spins or rests < STARTED_RESTS:
                     since.pop(pid, None)
                 elif now - since.setdefault(pid, then) >= SPINS_FOR and pid not in told:
                     told.add(pid)
@@ -269,10 +271,11 @@ class Stage:
             replica.signal(signal.SIGCONT)
             replica.signal(signal.SIGTERM)
         statuses = []
+        until = asyncio.get_running_loop().time() + within
         for replica in self.replicas:
             assert replica.process is not None
             try:
-                async with asyncio.timeout(within):
+                async with asyncio.timeout_at(until):
                     statuses.append(await replica.process.wait())
             except TimeoutError:
                 statuses.append(-999)
