@@ -196,6 +196,9 @@ def replays(records: Records) -> Iterator[str]:
             # Its worker died, or was stopped for longer than its lease, before it could settle.
             if records.struck(first.worker, first.at, second.at, ("kill", "stop long")):
                 continue
+            # The second had claimed first, was stopped before it called, and went on where it stood.
+            if second.attempt < first.attempt and records.struck(second.worker, first.at, second.at, STOPPED):
+                continue
             # It was told to stop while PostgreSQL would not take its last settles.
             if records.struck(first.worker, first.at, second.at, ("term",)) and records.on(first.at, second.at, OUTAGES):
                 continue

@@ -20,7 +20,7 @@ FOUND_BY: dict[str, tuple[str, float, str, *tuple[str, ...]]] = {
     "look_again_at_once": ("bells", 0.2, "spins", "--slots", "2"),
     "message_changed_under_one_key": ("api down", 0.4, "one body"),
     # A seed that stops those who look first: the third replica of a fleet has few runs in hand.
-    "no_fence": ("stop long", 1.4, "settled twice|at once|numbers|one body|counts", "--seed", "12"),
+    "no_fence": ("stop long", 1.4, "settled twice|at once|numbers|one body", "--seed", "12"),
     "no_look_after_reconnect": ("lone ring", 2, "heard"),
     "repeated_calls_not_counted": ("api down", 0.3, "counts"),
     "second_key_on_unknown": ("bells", 0.1, "second keys"),
