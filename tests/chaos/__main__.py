@@ -77,9 +77,9 @@ async def audit(
 
 
 async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int:
-    """The application cancels what would go on for ever, or waits for an hour, resumes what is paused,
-    and waits; how many have not ended in time. `hopeless`: workers were found to have stopped for
-    good, so it is not waited for long."""
+    """The application cancels what would go on for ever, or waits for an hour, resumes what is
+    paused, and waits; how many have not ended in time. `hopeless`: workers were found to have
+    stopped for good, so it is not waited for long."""
 
     async def cancel(conn: psycopg.AsyncConnection[Any]) -> list[tuple[str]]:
         cursor = await conn.execute(
@@ -282,8 +282,8 @@ def _one(seed: int, given: argparse.Namespace, drawn: Drawn, kinds: list[str] | 
 
 
 def side_by_side(seeds: list[int], jobs: int, words: list[str]) -> list[dict[str, Any]]:
-    """A process for each seed, so many at once; the results of those that came to an end, in the seeds'
-    order. What they show is shown whole, one after the other."""
+    """A process for each seed, so many at once; the results of those that came to an end, in the
+    seeds' order. What they show is shown whole, one after the other."""
     results: dict[int, dict[str, Any]] = {}
 
     async def one(seed: int, turns: asyncio.Semaphore, folder: Path) -> None:

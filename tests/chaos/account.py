@@ -27,7 +27,8 @@ CANCEL_TAKES = 1.0
 """Seconds in which a call may still arrive that was claimed before its recall was ended."""
 
 GAP_SLACK = 0.1
-"""Seconds by which an interval may seem too short: the API notes the end of a run a moment after it."""
+"""Seconds by which an interval may seem too short: the API notes the end of a run a moment after
+it."""
 GAP_MOST = 1.5
 """Seconds by which an interval may be longer than it should, on a machine that does much else."""
 POLLED_MOST = 10.0
@@ -35,8 +36,9 @@ POLLED_MOST = 10.0
 HUNG_UP_WITHIN = 2.0
 """Seconds after a cancel in which the API sees its run's connection close."""
 LOOKS_SPARED, SLOW_MOST = 20.0, 0.3
-"""A look at what is in hand that takes long is waited for so many times as long until the next one. How
-long it takes on this machine is told by the usual lag in calm phases, at most so many seconds."""
+"""A look at what is in hand that takes long is waited for so many times as long until the next one.
+How long it takes on this machine is told by the usual lag in calm phases, at most so many
+seconds."""
 TROUBLED = 4.0
 """Seconds after a fault in which a worker may still be starting, or connecting."""
 
@@ -119,8 +121,8 @@ class Records:
         return bool(acts) and (acts[-1].what == "pause" or acts[-1].done is None)
 
     def stood_or_slow(self, call: Call, since: float) -> bool:
-        """A process that was stopped between its claim and its call goes on where it stood; a slow way
-        holds the request itself back."""
+        """A process that was stopped between its claim and its call goes on where it stood; a slow
+        way holds the request itself back."""
         return self.struck(call.worker, since, call.at, STOPPED) or self.on(since, call.at, API_WAY)
 
     def succeeded(self, call: Call) -> bool:
@@ -196,7 +198,8 @@ def replays(records: Records) -> Iterator[str]:
             # Its worker died, or was stopped for longer than its lease, before it could settle.
             if records.struck(first.worker, first.at, second.at, ("kill", "stop long")):
                 continue
-            # The second had claimed first, was stopped before it called, and went on where it stood.
+            # The second had claimed first, was stopped before it called, and went on where it
+            # stood.
             if second.attempt < first.attempt and records.struck(second.worker, first.at, second.at, STOPPED):
                 continue
             # It was told to stop while PostgreSQL would not take its last settles.
@@ -220,8 +223,9 @@ def replays(records: Records) -> Iterator[str]:
 
 
 def second_keys(records: Records) -> Iterator[str]:
-    """A new key for the same occurrence comes only after a run that the API said had failed, an edit of
-    the message, or a retry by hand; and after such a retry the old one does not come again."""
+    """A new key for the same occurrence comes only after a run that the API said had failed, an
+    edit of the message, or a retry by hand; and after such a retry the old one does not come
+    again."""
     for recall, calls in records.by_recall.items():
         promise = records.journal.promises.get(recall)
         retries = promise.did("retry") if promise else 0
@@ -235,7 +239,8 @@ def second_keys(records: Records) -> Iterator[str]:
                 run = records.api.runs.get(before.key) if before else None
                 edited = edits > 0 and (before is None or before.message != call.message)
                 if not (run is not None and run.result == "failed") and not edited:
-                    # An edit that was taken back, or two between two calls, are not seen in the messages.
+                    # An edit that was taken back, or two between two calls, are not seen in the
+                    # messages.
                     if retries + max(0, edits - 1) > 0:
                         retries, edits = (retries - 1, edits) if retries else (retries, edits - 1)
                     else:
@@ -432,8 +437,8 @@ def paused(records: Records) -> Iterator[str]:
 
 
 def intervals(records: Records) -> Iterator[str]:
-    """The next occurrence on an interval falls that long after the run before has ended: not earlier, and
-    where nothing was wrong not later."""
+    """The next occurrence on an interval falls that long after the run before has ended: not
+    earlier, and where nothing was wrong not later."""
     kinds = {fault.kind for fault in records.faults}
     for promise in records.journal.promises.values():
         if promise.kind != "recurring" or promise.cadence != "interval" or promise.interval is None:
@@ -452,8 +457,9 @@ def intervals(records: Records) -> Iterator[str]:
                 ended = None if run is None else run.ended
             if after is None or ended is None or after.at < before.at:
                 continue
-            # The API learns late of what such a way did to the connection; a process that stood still
-            # read the answer late, and its last attempt may have been counted as unknown before that.
+            # The API learns late of what such a way did to the connection; a process that stood
+            # still read the answer late, and its last attempt may have been counted as unknown
+            # before that.
             if records.on(before.at, ended + 1, API_WAY) or records.struck(before.worker, before.at, after.at, STOPPED):
                 continue
             gap = after.at - ended
@@ -484,12 +490,12 @@ def counts(records: Records) -> Iterator[str]:
         promise = records.journal.promises.get(key.rpartition(":")[0])
         calls, found = by_attempt[key, attempt], marks[key, attempt]
         most = sum(mark["calls"] for mark in found)
-        # What another worker put down for one that was not heard of again may never have been sent; or it
-        # was, and that one puts its own mark beside it.
+        # What another worker put down for one that was not heard of again may never have been sent;
+        # or it was, and that one puts its own mark beside it.
         least = sum(mark["calls"] for mark in found if mark["settled"] not in ("taken", "ended"))
         if len(calls) > most:
-            # Ended in mid-run, and its worker died: it is put down a minute later, and never where the row
-            # is gone or was retried.
+            # Ended in mid-run, and its worker died: it is put down a minute later, and never where
+            # the row is gone or was retried.
             over = promise is None or promise.ends or promise.maybe_ended or promise.did("retry")
             if over and any(records.struck(c.worker, c.at, c.ended or NEVER, (*WORKER_DIED, *OUTAGES)) for c in calls):
                 continue
@@ -503,16 +509,16 @@ def counts(records: Records) -> Iterator[str]:
 
 
 def hung_up(records: Records) -> Iterator[str]:
-    """A run whose recall its application ends is broken off at once: the API sees its connection close,
-    or is asked to end the run that it accepted."""
+    """A run whose recall its application ends is broken off at once: the API sees its connection
+    close, or is asked to end the run that it accepted."""
     lags = sorted(_lags(records))
     slow = min(SLOW_MOST, lags[len(lags) // 2]) if lags else SLOW_MOST
     within = HUNG_UP_WITHIN + LOOKS_SPARED * slow
     for promise in records.journal.promises.values():
         for ended, revived in promise.ends:
             until = ended + within
-            # The ring may be lost with its connection, and the renewal that would find out is a third of a
-            # lease away; a worker that stands still, or is cut off, does not know.
+            # The ring may be lost with its connection, and the renewal that would find out is a
+            # third of a lease away; a worker that stands still, or is cut off, does not know.
             troubled = (ended - records.drawn.lease / 3 - TROUBLED, until)
             if records.on(*troubled, (*OUTAGES, *BELLS, *STOPPED, *API_WAY, "kill", "term")):
                 continue
@@ -531,8 +537,8 @@ def hung_up(records: Records) -> Iterator[str]:
 
 
 def moved(records: Records) -> Iterator[str]:
-    """What was moved, skipped, fired, retried or resumed is called when it is due then: not before, and
-    in calm phases not later."""
+    """What was moved, skipped, fired, retried or resumed is called when it is due then: not before,
+    and in calm phases not later."""
     for promise in records.journal.promises.values():
         if promise.cadence == "cron":
             continue  # What a skip adds is another distance than cron's: a worker finds the moment.
@@ -579,8 +585,8 @@ def _late(promise: Promise, act: Act, when: float, call: Call | None, until: flo
         return
     if call is None and promise.kind == "recurring":
         return  # The move took the last of its numbers.
-    # It was in the hands of a worker that died, stood still or was cut off, or the application itself
-    # had it locked.
+    # It was in the hands of a worker that died, stood still or was cut off, or the application
+    # itself had it locked.
     away = (*WORKER_DIED, *OUTAGES, *STOPPED, "locks")
     if records.on(act.asked - records.drawn.taken_up_within, when, away):
         return
@@ -673,8 +679,8 @@ def _full(records: Records) -> list[tuple[float, float]]:
 
 
 def _breaker_open(calls: Sequence[Call]) -> Iterator[tuple[float, float]]:
-    """When one worker had reason to think that the API is in trouble: from the second session in a row
-    that met it to the next answer of a call that began since, and some."""
+    """When one worker had reason to think that the API is in trouble: from the second session in a
+    row that met it to the next answer of a call that began since, and some."""
     trouble: str | None = None
     opened: float | None = None
     for call in sorted((c for c in calls if c.ended is not None), key=lambda c: c.ended or 0):
@@ -699,8 +705,9 @@ def _lags(records: Records) -> Iterator[float]:
 
 
 def _lagging(records: Records) -> Iterator[tuple[float, float, str]]:
-    """Of recalls in sessions of their own that fell due in a calm phase, and that nobody touched: how
-    late their first call was, in seconds, besides those in which no slot was free; those; and its key."""
+    """Of recalls in sessions of their own that fell due in a calm phase, and that nobody touched:
+    how late their first call was, in seconds, besides those in which no slot was free; those; and
+    its key."""
     for promise in records.journal.promises.values():
         calls = records.by_recall[promise.id]
         if (

@@ -95,7 +95,8 @@ class Api:
         self.mood: str | None = None
         """An answer for every call, while the whole API is in trouble."""
         self.held: asyncio.Event | None = None
-        """While the API hangs: calls are kept open without a run, and answered 503 when this is set."""
+        """While the API hangs: calls are kept open without a run, and answered 503 when this is
+        set."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._busy: dict[str, Run] = {}

@@ -18,7 +18,8 @@ RUN_TIMEOUT = 15.0
 RATE_MOST = 20.0
 """Actions of the application in a second, at most."""
 LOAD = 0.4
-"""The part of all slots that the application keeps busy: a backlog of seconds is gone in seconds."""
+"""The part of all slots that the application keeps busy: a backlog of seconds is gone in
+seconds."""
 SECONDS_AN_ACTION = 0.82
 """What an action of the application costs in seconds of slots: 1.3 runs, and their repetitions."""
 LONG_MOST = 40.0
@@ -75,8 +76,8 @@ class Drawn:
 
     @property
     def taken_up_within(self) -> float:
-        """What a dead worker had in hand is taken up: its lease ends, and after an outage a third of
-        a lease goes by for owners that live."""
+        """What a dead worker had in hand is taken up: its lease ends, and after an outage a third
+        of a lease goes by for owners that live."""
         return 1.4 * self.lease + 1
 
     @property
@@ -87,8 +88,8 @@ class Drawn:
 
     @property
     def recovered_within(self) -> float:
-        """What is due is claimed again, whatever it was: the longest are the breaker's pause between
-        two test calls, leases that hold the fleet's cap, and a backlog before few slots."""
+        """What is due is claimed again, whatever it was: the longest are the breaker's pause
+        between two test calls, leases that hold the fleet's cap, and a backlog before few slots."""
         backlog = 20.0 if self.capacity < 20 else 0.0
         return 40.0 + 2 * self.lease + backlog
 

@@ -1,5 +1,5 @@
-"""What is done to the stage, and when: each kind of fault begins, lasts, is healed, and is on record
-with whom it struck.
+"""What is done to the stage, and when: each kind of fault begins, lasts, is healed, and is on
+record with whom it struck.
 
 The order is the seed's: every kind once before any comes again, now and then two at a time, with a
 calm phase after each. Of the kinds a seed begins with its third (`THIRDS`), so that three
@@ -53,7 +53,8 @@ where status in ('pending', 'running')
     and (lease is not null or (paused_at is null and trigger_at < now() + interval '5 seconds'))
 """
 TERM_MOST = 25.0
-"""Seconds in which a worker ends on SIGTERM: RECALL_DRAIN_TIMEOUT, ten for its last settles, and some."""
+"""Seconds in which a worker ends on SIGTERM: RECALL_DRAIN_TIMEOUT, ten for its last settles, and
+some."""
 IN_HAND_WITHIN = 10.0
 """Seconds that are waited for those who are to be killed to have runs in hand."""
 FILLED_WITHIN = 10.0
@@ -319,8 +320,9 @@ async def api_down(scene: Scene) -> None:
 
 
 async def api_down_slots_full(scene: Scene) -> None:
-    """The API hangs until every slot is in use; then PostgreSQL dies and the API answers 503 to all of
-    it. So the breaker opens, nothing can be settled, and a test call is due while no slot is free."""
+    """The API hangs until every slot is in use; then PostgreSQL dies and the API answers 503 to all
+    of it. So the breaker opens, nothing can be settled, and a test call is due while no slot is
+    free."""
     api, rate = scene.stage.api, scene.hand.rate
     scene.everybody()
     api.held = released = asyncio.Event()
@@ -400,7 +402,8 @@ class Schedule:
         return sorted(set(self._kinds) - {fault.kind for fault in self.faults})
 
     async def run(self, seconds: float, calm: tuple[float, float] = (3.0, 6.0)) -> None:
-        """Strike and heal, until the time is up or a worker spins: all that comes then comes of that."""
+        """Strike and heal, until the time is up or a worker spins: all that comes then comes of
+        that."""
         end = time.monotonic() + seconds
         await self._recovered()
         while not self._stage.spins:
@@ -437,7 +440,8 @@ class Schedule:
         return fault
 
     async def _recovered(self) -> bool:
-        """Wait until nothing is due and unclaimed; False where that takes too long, or a worker spins."""
+        """Wait until nothing is due and unclaimed; False where that takes too long, or a worker
+        spins."""
         end = time.monotonic() + self._drawn.recovered_within
         while time.monotonic() < end and not self._stage.spins:
             async with _asking(self._stage.dsn) as conn:
@@ -451,7 +455,8 @@ class Schedule:
 
 
 def first_deck(seed: int, kinds: list[str], dice: random.Random) -> list[str]:
-    """All of these kinds, in the seed's order; the last comes first. Its own third comes before the rest."""
+    """All of these kinds, in the seed's order; the last comes first. Its own third comes before the
+    rest."""
     mixed = dice.sample(kinds, k=len(kinds))
     own = THIRDS[seed % 3]
     return [kind for kind in mixed if kind not in own] + [kind for kind in mixed if kind in own]

@@ -1,6 +1,6 @@
-"""The application's hand: its own ten columns and plain SQL, past every proxy; and a journal of what it
-did, which is one side of the account. An operator's hand, too: pauses, resumes, retries, fires,
-skips and moves by the wheel's command line, as far as that can be afforded, and else by its
+"""The application's hand: its own ten columns and plain SQL, past every proxy; and a journal of
+what it did, which is one side of the account. An operator's hand, too: pauses, resumes, retries,
+fires, skips and moves by the wheel's command line, as far as that can be afforded, and else by its
 statements (`sql/client.sql`).
 
 A statement whose answer was lost in an outage may have been done or not: the journal says so, and the
@@ -239,8 +239,9 @@ class Hand:
             await self._operate("move", promise, after=seconds)
 
     async def _operate(self, what: str, promise: Promise, after: float | None = None) -> bool:
-        """Do it by the command line, by its statement, or (what the application has always done) by the
-        application's own; returns whether it was done for certain. `after`: seconds, for a move."""
+        """Do it by the command line, by its statement, or (what the application has always done) by
+        the application's own; returns whether it was done for certain. `after`: seconds, for a
+        move."""
         asked = time.time()
         if asked >= self._operator_next:
             self._operator_next = asked + OPERATOR_EVERY
@@ -309,7 +310,8 @@ class Hand:
             promise.maybe_ended |= found is None
 
     async def _command(self, what: str, id: str, after: float | None) -> list[Row] | int | None:
-        """An operator's command of the wheel: the row as it says; 0 where it refuses, None where nobody knows."""
+        """An operator's command of the wheel: the row as it says; 0 where it refuses, None where
+        nobody knows."""
         self.journal.did[f"{what} by command"] += 1
         words = [NAMED.get(what, what), id, "--json"]
         if after is not None:
@@ -395,13 +397,13 @@ class Hand:
         return promise
 
     async def inside(self, recall: str, session: str, *, long: bool) -> None:
-        """What an agent does in its run: schedules the next link, where its chain goes on. And a person
-        who sees that it takes long now and then cancels it, or deletes its session."""
+        """What an agent does in its run: schedules the next link, where its chain goes on. And a
+        person who sees that it takes long now and then cancels it, or deletes its session."""
         left = self._chains.get(session, 0)
         if left > 0:
             self._chains[session] = left - 1
-            # One that was moved in mid-run, or retried, runs again beside its own next link; where one was
-            # ended the session may be gone.
+            # One that was moved in mid-run, or retried, runs again beside its own next link; where
+            # one was ended the session may be gone.
             plain = all(
                 p.ended is None and not p.maybe_ended and not p.moves and not p.did("retry", "fire")
                 for p in self._by_session[session]
@@ -430,8 +432,8 @@ class Hand:
         return len(found) if isinstance(found, list) else found
 
     async def _ask(self, what: str, statement: str, values: Sequence[Any] | Mapping[str, Any]) -> list[Row] | int | None:
-        """The rows that a statement returned, empty ones where it returns none; -1 where it was refused
-        as not unique, None where nobody knows."""
+        """The rows that a statement returned, empty ones where it returns none; -1 where it was
+        refused as not unique, None where nobody knows."""
         self.journal.did[what] += 1
         conn: psycopg.AsyncConnection[Any] | None = None
         try:

@@ -37,16 +37,16 @@ ROOM_MB = 700
 FAKETIME = next((str(p) for p in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 RESTART_AFTER = 0.5
 SPINS_SHARE, SPINS_FOR = 0.5, 8.0
-"""A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does not
-work: it spins."""
+"""A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does
+not work: it spins."""
 STARTED_RESTS = 20
 AUDITED = ("recall_worker", "sql", "pyproject.toml", "README.md", "LICENSE")
 """What the wheel is built from."""
 
 
 def commit() -> str | None:
-    """The commit of this tree, with `-dirty` where what the wheel is built from, or the audit, differs
-    from it; None where git does not know this tree."""
+    """The commit of this tree, with `-dirty` where what the wheel is built from, or the audit,
+    differs from it; None where git does not know this tree."""
 
     def ask(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -222,8 +222,8 @@ class Stage:
                 pid, now = process.pid, time.monotonic()
                 then, seconds, rests = before.get(pid, (now, *used))
                 before[pid] = now, *used
-                # On a machine that does much else it gets less than it would take. While it starts it only
-                # computes.
+                # On a machine that does much else it gets less than it would take. While it starts
+                # it only computes.
                 spins = used[0] - seconds > SPINS_SHARE * (now - then) or (used[1] == rests and used[0] > seconds)
                 if now == then or not spins or rests < STARTED_RESTS:
                     since.pop(pid, None)
@@ -283,8 +283,8 @@ class Stage:
 
 
 def _used(pid: int) -> tuple[float, int] | None:
-    """Seconds of processor time that a process has used, and how often it went to sleep by itself; None
-    where it is gone."""
+    """Seconds of processor time that a process has used, and how often it went to sleep by itself;
+    None where it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = Path(f"/proc/{pid}/status").read_text()

@@ -27,9 +27,9 @@ FOUND_BY: dict[str, tuple[str, float, str, *tuple[str, ...]]] = {
     "settled_before_the_answer": ("bells", 0.1, "endings"),
     "taken_before_living_owners": ("postgres kill long", 0.6, "replays"),
 }
-"""For each: the faults that bring it out, for how many minutes, the rules that find it, and what makes
-it likelier. What nobody heard is found by the next poll every other time, within the three seconds that
-it is given: it takes a few."""
+"""For each: the faults that bring it out, for how many minutes, the rules that find it, and what
+makes it likelier. What nobody heard is found by the next poll every other time, within the three
+seconds that it is given: it takes a few."""
 
 
 def test_every_patch_is_for_a_rule() -> None:

@@ -24,8 +24,8 @@ RESULT = {
 
 
 def test_the_result_documented_is_what_was_found() -> None:
-    """The tables are those of docs/reliability.json: every kind of fault that the audit had then was
-    injected, and no finding is left out."""
+    """The tables are those of docs/reliability.json: every kind of fault that the audit had then
+    was injected, and no finding is left out."""
     results = json.loads((DOCS / "reliability.json").read_text(encoding="utf-8"))
     text = (DOCS / "reliability.md").read_text(encoding="utf-8")
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == f"\n{written(results)}\n"
