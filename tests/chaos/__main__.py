@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from contextlib import AsyncExitStack
@@ -23,24 +26,24 @@ from . import account as accounting
 from . import report as reporting
 from .account import Account, Records
 from .api import Api
+from .drawn import RUN_TIMEOUT, Drawn, draw
 from .faults import KINDS, Schedule
 from .hand import Hand
-from .stage import FAKETIME, LEASE, Stage, install, scratch
+from .stage import FAKETIME, Stage, commit, install, scratch
 
-DRAIN_MOST = 330.0
-"""Seconds in which everything must have ended when the application has fallen silent: the longest backoff of a recall that was deferred again and
-again, and some. Most often it takes ten."""
+HOPELESS_MOST = 30.0
+"""Seconds in which what can still end has ended, where workers have stopped for good."""
 
 
 async def audit(
-    seed: int, minutes: float, *, site: Path, folder: Path, replicas: int = 3, kinds: list[str] | None = None, rate: float = 25.0
+    seed: int, minutes: float, drawn: Drawn, *, site: Path, folder: Path, kinds: list[str] | None = None
 ) -> tuple[Account, Schedule]:
     """One run of the audit: the account, and the faults."""
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(Api(seed))
-        stage = await stack.enter_async_context(Stage(api, replicas, site, folder, {}))
-        api.agent = hand = await stack.enter_async_context(Hand(stage.dsn, seed))
-        hand.rate = rate
+        stage = await stack.enter_async_context(Stage(api, site, folder, drawn))
+        api.agent = hand = await stack.enter_async_context(Hand(stage.dsn, seed, site))
+        hand.rate = drawn.rate
         schedule = Schedule(stage, hand, seed, kinds or list(KINDS))
         await stage.up()
         silence = asyncio.Event()
@@ -48,14 +51,19 @@ async def audit(
         await schedule.run(minutes * 60)
         silence.set()
         await living
-        left = await _drained(hand)
+        left = await _drained(hand, api, drawn, hopeless=bool(stage.spins or schedule.stuck))
         rows, marks = await hand.insist(_tables)
         statuses = await stage.end()
-        records = Records(api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm)
+        records = Records(
+            api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm, drawn,
+            stage.spins,
+        )  # fmt: skip
         account = accounting.settle_up(records)
         account.findings += [f"recovery: {said}" for said in schedule.stuck]
         if left:
-            account.findings.append(f"drain: {left} recalls had not ended {DRAIN_MOST:.0f} s after the application fell silent")
+            account.findings.append(
+                f"drain: {left} recalls had not ended {drawn.drain_most:.0f} s after the application fell silent"
+            )
         account.findings += [f"stop: exit status {status} after SIGTERM" for status in statuses if status != 0]
         account.findings += [
             f"crash: {r.slot} ended with {status} unasked"
@@ -68,18 +76,28 @@ async def audit(
         return account, schedule
 
 
-async def _drained(hand: Hand) -> int:
-    """The application cancels what would go on for ever, and waits; how many have not ended in time."""
+async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int:
+    """The application cancels what would go on for ever, or waits for an hour, resumes what is
+    paused, and waits; how many have not ended in time. `hopeless`: workers were found to have
+    stopped for good, so it is not waited for long."""
 
     async def cancel(conn: psycopg.AsyncConnection[Any]) -> list[tuple[str]]:
         cursor = await conn.execute(
             "update session_recalls set status = 'cancelled', updated_at = now()"
-            " where call_type = 'recurring' and status in ('pending', 'running') returning id"
+            " where (call_type = 'recurring' or (lease is null and trigger_at > now() + interval '20 minutes'))"
+            " and status in ('pending', 'running') returning id"
         )
         return await cursor.fetchall()
 
-    for (id,) in await hand.insist(cancel):
-        hand.journal.promises[id].maybe_ended = True
+    async def resume(conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute("update session_recalls set paused_at = null, updated_at = now() where paused_at is not null")
+
+    async def end() -> None:
+        for (id,) in await hand.insist(cancel):
+            hand.journal.promises[id].maybe_ended = True
+
+    await hand.insist(resume)
+    await end()
 
     async def live(conn: psycopg.AsyncConnection[Any]) -> int:
         found = await (
@@ -89,11 +107,18 @@ async def _drained(hand: Hand) -> int:
         ).fetchone()
         return 0 if found is None else int(found[0])
 
-    end = time.monotonic() + DRAIN_MOST
+    until = time.monotonic() + (HOPELESS_MOST if hopeless else drawn.drain_most)
     left = 1
-    while left and time.monotonic() < end:
+    while left and time.monotonic() < until:
+        if drawn.session_limit is not None:
+            await end()
         left = await hand.insist(live)
         await asyncio.sleep(0.2)
+    # A call whose recall is gone ends a little later, and leaves its mark then.
+    until = time.monotonic() + RUN_TIMEOUT
+    while api.open() and time.monotonic() < until:  # noqa: ASYNC110 - a count
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1)
     return left
 
 
@@ -117,7 +142,7 @@ def _evidence(account: Account, records: Records) -> str:
     return "\n".join([*lines, "", *map(str, records.faults), *map(str, records.calm)])
 
 
-def told(seed: int, minutes: float, account: Account, schedule: Schedule) -> dict[str, Any]:
+def told(seed: int, minutes: float, drawn: Drawn, audited: str | None, account: Account, schedule: Schedule) -> dict[str, Any]:
     """The result as one document."""
     recovered: dict[str, list[float]] = defaultdict(list)
     for fault in schedule.faults:
@@ -126,10 +151,12 @@ def told(seed: int, minutes: float, account: Account, schedule: Schedule) -> dic
     return {
         "seed": seed,
         "minutes": minutes,
-        "lease": LEASE,
+        "commit": audited,
+        "settings": drawn.shown,
         **account.facts,
         "faults": dict(sorted(Counter(f.kind for f in schedule.faults).items())),
         "seconds to recover": {kind: [round(seconds, 2) for seconds in found] for kind, found in sorted(recovered.items())},
+        "kinds not reached": schedule.missed,
         "findings": account.findings,
     }
 
@@ -137,14 +164,14 @@ def told(seed: int, minutes: float, account: Account, schedule: Schedule) -> dic
 def show(result: dict[str, Any]) -> None:
     """For people, on stdout."""
     faults, recovery = result["faults"], result["seconds to recover"]
-    print(f"\nseed {result['seed']}, {result['minutes']:g} minutes, a lease of {result['lease']} s")
+    print(f"\nseed {result['seed']}, {result['minutes']:g} minutes, commit {result['commit']}")
     print(f"  {'FAULT':<24}{'TIMES':>6}   SECONDS TO RECOVER (median, most)")
     for kind, times in faults.items():
         found = recovery.get(kind)
         median, most = (f"{statistics.median(found):.2f}", f"{max(found):.2f}") if found else ("", "")
         print(f"  {kind:<24}{times:>6}   {median:>6}  {most:>6}")
     for name, value in result.items():
-        if name not in ("seed", "minutes", "lease", "faults", "seconds to recover", "findings"):
+        if name not in ("seed", "minutes", "commit", "faults", "seconds to recover", "findings"):
             said = (
                 ", ".join(f"{k} {v}" for k, v in value.items())
                 if isinstance(value, dict)
@@ -172,10 +199,15 @@ def report(results: list[dict[str, Any]], document: Path | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", default="101", help="a number, or a range such as 101-105: one run each")
+    parser.add_argument("--seed", default="101", help="a number, or a range such as 101-103: one run each")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long faults go on, each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each with a PostgreSQL of its own")
     parser.add_argument("--replicas", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=25.0, help="what the application does in a second")
+    for name, what in (
+        ("lease", "seconds"), ("slots", "a number"), ("fleet", "a number, or off"),
+        ("session-limit", "runs an hour, or off"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", help=f"{what}; drawn by the seed where not given")
     parser.add_argument("--only", help="kinds of faults, with commas between: " + ", ".join(KINDS))
     parser.add_argument("--patch", type=Path, help="a patch to plant in the code that is audited")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -189,29 +221,93 @@ def main() -> int:
         report([result for file in given.report for result in json.loads(file.read_text(encoding="utf-8"))], given.docs)
         return 0
     first, _, last = given.seed.partition("-")
+    seeds = list(range(int(first), int(last or first) + 1))
     kinds = [kind.strip() for kind in given.only.split(",")] if given.only else None
     if wrong := sorted(set(kinds or []) - set(KINDS)):
         parser.error(f"no such fault: {', '.join(wrong)}")
+    try:
+        settings = {seed: _settings(seed, given) for seed in seeds}
+    except ValueError as error:
+        parser.error(f"--lease, --slots, --fleet and --session-limit take numbers: {error}")
     if FAKETIME is None:
         print("faketime is not installed: clocks will not jump", file=sys.stderr)
-    results = []
-    for seed in range(int(first), int(last or first) + 1):
-        folder = scratch()
-        try:
-            site = install(folder, given.patch and given.patch.resolve())
-            account, schedule = asyncio.run(
-                audit(seed, given.minutes, site=site, folder=folder, replicas=given.replicas, kinds=kinds, rate=given.rate)
-            )
-            results.append(told(seed, given.minutes, account, schedule))
-            show(results[-1])
-        finally:
-            if given.keep:
-                print(f"  the logs are in {folder}")
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+    if given.jobs > 1 and len(seeds) > 1:
+        results = side_by_side(seeds, given.jobs, sys.argv[1:])
+    else:
+        results = [_one(seed, given, settings[seed], kinds) for seed in seeds]
     if given.json is not None:
         given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(result["findings"] for result in results) else 0
+    if len(seeds) > 1 and kinds is None:
+        missed = reporting.not_reached(results)
+        print(f"\nkinds of faults that no seed reached: {', '.join(missed) or 'none'}")
+    clean = len(results) == len(seeds) and not any(result["findings"] for result in results)
+    return 0 if clean else 1
+
+
+def _settings(seed: int, given: argparse.Namespace) -> Drawn:
+    """What the seed draws, but for what was given. Raises ValueError."""
+
+    def number(text: str) -> int | None:
+        return None if text == "off" else int(text)
+
+    more: dict[str, Any] = {}
+    if given.lease is not None:
+        more["lease"] = float(given.lease)
+    if given.slots is not None:
+        more["slots"] = int(given.slots)
+    if given.fleet is not None:
+        more["fleet"] = number(given.fleet)
+    if given.session_limit is not None:
+        more["session_limit"] = number(given.session_limit)
+    return dataclasses.replace(draw(seed, given.replicas), **more)
+
+
+def _one(seed: int, given: argparse.Namespace, drawn: Drawn, kinds: list[str] | None) -> dict[str, Any]:
+    """One run, shown; its result."""
+    folder = scratch()
+    try:
+        audited = commit()
+        if audited is not None and given.patch is not None:
+            audited += f" with {given.patch.name}"
+        site = install(folder, given.patch and given.patch.resolve())
+        account, schedule = asyncio.run(audit(seed, given.minutes, drawn, site=site, folder=folder, kinds=kinds))
+        result = told(seed, given.minutes, drawn, audited, account, schedule)
+        show(result)
+    finally:
+        if given.keep:
+            print(f"  the logs are in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def side_by_side(seeds: list[int], jobs: int, words: list[str]) -> list[dict[str, Any]]:
+    """A process for each seed, so many at once; the results of those that came to an end, in the
+    seeds' order. What they show is shown whole, one after the other."""
+    results: dict[int, dict[str, Any]] = {}
+
+    async def one(seed: int, turns: asyncio.Semaphore, folder: Path) -> None:
+        file = folder / f"{seed}.json"
+        # The last of an option counts.
+        mine = [*words, "--seed", str(seed), "--jobs", "1", "--json", str(file)]
+        async with turns:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "tests.chaos", *mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            said, _ = await process.communicate()
+        print(said.decode(errors="replace"), end="", flush=True)
+        if file.exists():
+            (results[seed],) = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            print(f"  seed {seed} came to no result: exit status {process.returncode}")
+
+    async def all_of_them(folder: Path) -> None:
+        turns = asyncio.Semaphore(jobs)
+        await asyncio.gather(*(one(seed, turns, folder) for seed in seeds))
+
+    with tempfile.TemporaryDirectory(prefix="recall-chaos-") as folder:
+        asyncio.run(all_of_them(Path(folder)))
+    return [results[seed] for seed in seeds if seed in results]
 
 
 if __name__ == "__main__":

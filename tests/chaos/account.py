@@ -7,19 +7,18 @@ with the rule that it comes from. A replay is a second request under one key; th
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from .api import DEFINITE, Api, Call
+from .drawn import RUN_TIMEOUT, Drawn
 from .faults import HEARD_WITHIN, Fault
-from .hand import Journal, Promise
-from .stage import LEASE, SETTINGS
+from .hand import NEVER, Act, Journal, Promise
 
 MAX_ATTEMPTS = 3
-RUN_TIMEOUT = float(SETTINGS["RECALL_RUN_TIMEOUT"])
 SLACK = 0.05
 """Seconds by which two instants of one host may seem to be in the wrong order."""
 LAG_MOST = 1.5
@@ -27,11 +26,33 @@ LAG_MOST = 1.5
 CANCEL_TAKES = 1.0
 """Seconds in which a call may still arrive that was claimed before its recall was ended."""
 
+GAP_SLACK = 0.1
+"""Seconds by which an interval may seem too short: the API notes the end of a run a moment after
+it."""
+GAP_MOST = 1.5
+"""Seconds by which an interval may be longer than it should, on a machine that does much else."""
+POLLED_MOST = 10.0
+"""Seconds between two polls of an accepted run, at most."""
+HUNG_UP_WITHIN = 2.0
+"""Seconds after a cancel in which the API sees its run's connection close."""
+LOOKS_SPARED, SLOW_MOST = 20.0, 0.3
+"""A look at what is in hand that takes long is waited for so many times as long until the next one.
+How long it takes on this machine is told by the usual lag in calm phases, at most so many
+seconds."""
+TROUBLED = 4.0
+"""Seconds after a fault in which a worker may still be starting, or connecting."""
+
 WORKER_DIED = ("kill", "stop long", "term")
 CUT_OFF = ("database silent", "database half open", "database cut", "database cut for all", "database slow")
 API_WAY = ("api cut", "api slow", "api silent")
 STOPPED = ("stop short", "stop long")
-OUTAGES = ("postgres kill short", "postgres kill long", "postgres restart", "full house", "full disk", *CUT_OFF)
+OUTAGES = (
+    "postgres kill short", "postgres kill long", "postgres restart", "full house", "full disk",
+    "api down slots full", *CUT_OFF,
+)  # fmt: skip
+BELLS = ("bells", "ledgers", "lone ring")
+RAN = ("ok", "huge", "dribbled", "accepted", "failed", "unknown", "broken off", "garbage", "reset")
+"""Answers after which a run counts for the session limit."""
 
 
 @dataclass(slots=True)
@@ -53,6 +74,9 @@ class Records:
     """recall_attempts."""
     faults: Sequence[Fault]
     calm: Sequence[tuple[float, float]]
+    drawn: Drawn
+    spins: Sequence[str] = ()
+    """Workers that turned without a rest, in words."""
 
     def __post_init__(self) -> None:
         self.by_key: dict[str, list[Call]] = defaultdict(list)
@@ -63,13 +87,43 @@ class Records:
         self.marks_of: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for mark in self.marks:
             self.marks_of[mark["recall_id"]].append(mark)
+        self.by_session: dict[str, list[Call]] = defaultdict(list)
+        for call in self.api.calls:
+            self.by_session[call.session].append(call)
+        seen = Counter(promise.session for promise in self.journal.promises.values())
+        self.chains = {session for session, times in seen.items() if times > 1}
+        """Sessions with several recalls, which wait for each other."""
+        self.full = _full(self)
 
     def struck(self, slot: str, start: float, end: float, kinds: Sequence[str]) -> bool:
         return any(f.kind in kinds and f.strikes(slot, start, end) for f in self.faults)
 
-    def on(self, start: float, end: float, kinds: Sequence[str]) -> bool:
+    def on(self, start: float, end: float, kinds: Collection[str]) -> bool:
         """Whether such a fault was on at any time between, whomever it struck."""
         return any(f.kind in kinds and f.began <= end and (f.ended is None or f.ended >= start) for f in self.faults)
+
+    def in_calm(self, instant: float) -> float | None:
+        """The end of the calm phase that this instant lies in."""
+        return next((end for start, end in self.calm if start <= instant < end), None)
+
+    def seconds_full(self, start: float, end: float) -> float:
+        """For how long of this time no worker had a slot free."""
+        return sum(max(0.0, min(end, until) - max(start, since)) for since, until in self.full)
+
+    def is_capped(self, session: str) -> bool:
+        """Whether a session may have had all the runs that it may have."""
+        limit = self.drawn.session_limit
+        return limit is not None and len(self.by_session[session]) >= limit
+
+    def held_back(self, promise: Promise, instant: float) -> bool:
+        """Whether it was paused at that time, or may have been."""
+        acts = [a for a in promise.acts if a.what in ("pause", "resume", "retry") and a.asked < instant]
+        return bool(acts) and (acts[-1].what == "pause" or acts[-1].done is None)
+
+    def stood_or_slow(self, call: Call, since: float) -> bool:
+        """A process that was stopped between its claim and its call goes on where it stood; a slow
+        way holds the request itself back."""
+        return self.struck(call.worker, since, call.at, STOPPED) or self.on(since, call.at, API_WAY)
 
     def succeeded(self, call: Call) -> bool:
         """Whether this call told its worker that the run ended well."""
@@ -80,7 +134,8 @@ class Records:
 def settle_up(records: Records) -> Account:
     """All rules, one after the other."""
     account = Account()
-    account.take("contract", iter(records.api.broken + records.journal.strange))
+    account.take("contract", iter(records.journal.strange))
+    account.take("spins", iter(records.spins))
     for rule in (
         unknown_calls,
         replays,
@@ -94,6 +149,15 @@ def settle_up(records: Records) -> Account:
         leases,
         lateness,
         heard,
+        one_body,
+        edits,
+        paused,
+        intervals,
+        counts,
+        hung_up,
+        moved,
+        fleet_cap,
+        session_limit,
     ):
         account.take(rule.__name__.replace("_", " "), rule(records))
     replayed = sum(len(calls) - 1 for calls in records.by_key.values())
@@ -134,12 +198,16 @@ def replays(records: Records) -> Iterator[str]:
             # Its worker died, or was stopped for longer than its lease, before it could settle.
             if records.struck(first.worker, first.at, second.at, ("kill", "stop long")):
                 continue
+            # The second had claimed first, was stopped before it called, and went on where it
+            # stood.
+            if second.attempt < first.attempt and records.struck(second.worker, first.at, second.at, STOPPED):
+                continue
             # It was told to stop while PostgreSQL would not take its last settles.
             if records.struck(first.worker, first.at, second.at, ("term",)) and records.on(first.at, second.at, OUTAGES):
                 continue
             # It was cut off from the database, alone, for about as long as a lease: the others can't know that it lives.
             cuts = [f for f in records.faults if f.kind in CUT_OFF and f.strikes(first.worker, first.at, second.at)]
-            if any(f.seconds > LEASE / 2 for f in cuts) and second.worker != first.worker:
+            if any(f.seconds > records.drawn.lease / 2 for f in cuts) and second.worker != first.worker:
                 continue
             # Accepted, but in an outage the reference could not be put on record before the lease ran out: through a proxy the worker can't tell
             # a PostgreSQL that is gone for all from one that is gone for it, and breaks off.
@@ -155,17 +223,37 @@ def replays(records: Records) -> Iterator[str]:
 
 
 def second_keys(records: Records) -> Iterator[str]:
-    """A new key for the same occurrence comes only after a run that the API said had failed."""
+    """A new key for the same occurrence comes only after a run that the API said had failed, an
+    edit of the message, or a retry by hand; and after such a retry the old one does not come
+    again."""
     for recall, calls in records.by_recall.items():
-        seen: set[tuple[int, int]] = set()
+        promise = records.journal.promises.get(recall)
+        retries = promise.did("retry") if promise else 0
+        edits = promise.did("edit") if promise else 0
+        last: dict[int, Call] = {}
+        seen: set[str] = set()
         for call in calls:
             occurrence, rekey = call.number
-            if (occurrence, rekey) not in seen:
-                seen.add((occurrence, rekey))
-                before = f"{recall}:{occurrence}" + (f".{rekey - 1}" if rekey > 1 else "")
-                run = records.api.runs.get(before)
-                if rekey and (run is None or run.result != "failed"):
-                    yield f"{call.key} was called, though no run under {before} had failed"
+            before = last.get(occurrence)
+            if call.key not in seen and (rekey if before is None else True):
+                run = records.api.runs.get(before.key) if before else None
+                edited = edits > 0 and (before is None or before.message != call.message)
+                if not (run is not None and run.result == "failed") and not edited:
+                    # An edit that was taken back, or two between two calls, are not seen in the
+                    # messages.
+                    if retries + max(0, edits - 1) > 0:
+                        retries, edits = (retries - 1, edits) if retries else (retries, edits - 1)
+                    else:
+                        yield f"{call.key} was called, though no run under the key before it had failed"
+            seen.add(call.key)
+            last[occurrence] = call
+        for act in promise.acts if promise else ():
+            if act.what == "retry" and act.done is not None:
+                old = {c.key for c in calls if c.at < act.asked}
+                for call in calls:
+                    late = call.at > act.done + CANCEL_TAKES
+                    if late and call.key in old and not records.stood_or_slow(call, act.done):
+                        yield f"{call.key} was called again, after a retry that gives it a new key"
 
 
 def endings(records: Records) -> Iterator[str]:
@@ -248,13 +336,18 @@ def settled_twice(records: Records) -> Iterator[str]:
             if not any(records.succeeded(c) for c in records.by_key.get(key, [])):
                 yield f"{key} is on record as answered, which no call of it was"
     for (recall, occurrence), times in ended.items():
-        if times > 1:
+        promise = records.journal.promises.get(recall)
+        # What was refused, or gone, and then retried by hand, ends once more.
+        if times > 1 + (promise.did("retry") if promise else 0):
             yield f"{recall}:{occurrence} was settled {times} times"
 
 
 def too_early(records: Records) -> Iterator[str]:
     """Nothing is called before its time, whatever the host's clock says."""
     for call in records.api.calls:
+        promise = records.journal.promises.get(call.recall)
+        if promise is not None and promise.did("fire") and promise.cadence != "interval":
+            continue  # Its nominal time stands, as what follows is counted from it.
         early = datetime.fromisoformat(call.scheduled_for).timestamp() - call.at
         if early > SLACK:
             yield f"{call.key} was called {early:.2f} s before its time"
@@ -262,10 +355,7 @@ def too_early(records: Records) -> Iterator[str]:
 
 def at_once(records: Records) -> Iterator[str]:
     """No two requests of a session are open at once."""
-    by_session: dict[str, list[Call]] = defaultdict(list)
-    for call in records.api.calls:
-        by_session[call.session].append(call)
-    for session, calls in by_session.items():
+    for session, calls in records.by_session.items():
         for n, second in enumerate(calls):
             for first in calls[:n]:
                 if first.ended is not None and first.ended <= second.at + SLACK:
@@ -281,19 +371,13 @@ def at_once(records: Records) -> Iterator[str]:
 
 
 def after_the_end(records: Records) -> Iterator[str]:
-    """A recall that its application ended is not called again."""
+    """A recall that its application ended is not called again, unless it was retried."""
     for promise in records.journal.promises.values():
-        if promise.ended_at is None:
-            continue
-        for call in records.by_recall[promise.id]:
-            late = call.at - promise.ended_at
-            # A process that was stopped between its claim and its call goes on where it stood; a slow way holds the request itself back.
-            if (
-                late > CANCEL_TAKES
-                and not records.struck(call.worker, promise.ended_at, call.at, STOPPED)
-                and not records.on(promise.ended_at, call.at, API_WAY)
-            ):
-                yield f"{call.key} was called {late:.1f} s after it was {promise.ended}"
+        for ended, revived in promise.ends:
+            for call in records.by_recall[promise.id]:
+                late = call.at - ended
+                if late > CANCEL_TAKES and call.at < revived and not records.stood_or_slow(call, ended):
+                    yield f"{call.key} was called {late:.1f} s after it was {promise.ended or 'ended'}"
 
 
 def leases(records: Records) -> Iterator[str]:
@@ -305,7 +389,7 @@ def leases(records: Records) -> Iterator[str]:
 
 def lateness(records: Records) -> Iterator[str]:
     """In calm phases nothing is late; and after any fault nothing stays unclaimed: what is due is called when that is over."""
-    for lag, key in _lagging(records):
+    for lag, _, key in _lagging(records):
         if lag > LAG_MOST:
             yield f"{key} was called {lag:.1f} s after it was due, in a calm phase"
 
@@ -319,17 +403,321 @@ def heard(records: Records) -> Iterator[str]:
                 yield f"{fault.lone.id} was inserted while no bell heard, and was not called within {HEARD_WITHIN:g} s"
 
 
+def one_body(records: Records) -> Iterator[str]:
+    """The body is the same, byte for byte, under one key."""
+    for key, calls in records.by_key.items():
+        if len({call.body for call in calls}) > 1:
+            yield f"{key}: {len({call.body for call in calls})} bodies under one key"
+
+
+def edits(records: Records) -> Iterator[str]:
+    """What is claimed after an edit carries the message as it was edited."""
+    for promise in records.journal.promises.values():
+        acts = [act for act in promise.acts if act.what == "edit"]
+        for act, after in zip_longest(acts, acts[1:]):
+            if act.done is None or act.leased:
+                continue
+            for call in records.by_recall[promise.id]:
+                was = act.done + CANCEL_TAKES < call.at < (NEVER if after is None else after.asked)
+                if was and call.message != act.message and not records.stood_or_slow(call, act.done):
+                    yield f"{call.key} said {call.message!r} {call.at - act.done:.1f} s after an edit to {act.message!r}"
+
+
+def paused(records: Records) -> Iterator[str]:
+    """Between a pause and what ends it nothing is called. (A run that is open ends as it ends.)"""
+    for promise in records.journal.promises.values():
+        for n, act in enumerate(promise.acts):
+            if act.what != "pause" or act.done is None:
+                continue
+            until = min((a.asked for a in promise.acts[n + 1 :] if a.what in ("resume", "retry")), default=NEVER)
+            for call in records.by_recall[promise.id]:
+                late = call.at - act.done
+                if late > CANCEL_TAKES and call.at < until and not records.stood_or_slow(call, act.done):
+                    yield f"{call.key} was called {late:.1f} s after it was paused"
+
+
+def intervals(records: Records) -> Iterator[str]:
+    """The next occurrence on an interval falls that long after the run before has ended: not
+    earlier, and where nothing was wrong not later."""
+    kinds = {fault.kind for fault in records.faults}
+    for promise in records.journal.promises.values():
+        if promise.kind != "recurring" or promise.cadence != "interval" or promise.interval is None:
+            continue
+        if any(act.what not in ("pause", "resume", "edit") for act in promise.acts):
+            continue  # Moved, skipped, fired or retried: `moved` looks at those.
+        first: dict[int, Call] = {}
+        last: dict[int, Call] = {}
+        for call in records.by_recall[promise.id]:
+            first.setdefault(call.number[0], call)
+            last[call.number[0]] = call
+        for number, before in last.items():
+            after, ended = first.get(number + 1), before.ended
+            if before.how == "accepted":
+                run = records.api.runs.get(before.key)
+                ended = None if run is None else run.ended
+            if after is None or ended is None or after.at < before.at:
+                continue
+            # The API learns late of what such a way did to the connection; a process that stood
+            # still read the answer late, and its last attempt may have been counted as unknown
+            # before that.
+            if records.on(before.at, ended + 1, API_WAY) or records.struck(before.worker, before.at, after.at, STOPPED):
+                continue
+            gap = after.at - ended
+            if gap < promise.interval - GAP_SLACK:
+                yield f"{after.key} was called {gap:.2f} s after {before.key} had ended, at an interval of {promise.interval} s"
+            # A worker that died, or was cut off, did not see the end.
+            if before.hung_up or records.on(before.at, ended + 2, kinds):
+                continue
+            planned = datetime.fromisoformat(after.scheduled_for).timestamp() - ended
+            most = promise.interval + GAP_MOST + (POLLED_MOST if before.how == "accepted" else 0)
+            if planned > most:
+                yield f"{after.key} was planned {planned:.2f} s after {before.key} had ended, at an interval of {promise.interval} s"
+
+
+def counts(records: Records) -> Iterator[str]:
+    """The marks of an attempt count as many calls as the API had requests of it."""
+    asked: Counter[tuple[str, int]] = Counter()
+    by_attempt: dict[tuple[str, int], list[Call]] = defaultdict(list)
+    for call in records.api.calls:
+        asked[call.key, call.attempt] += 1
+        by_attempt[call.key, call.attempt].append(call)
+    marks: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for mark in records.marks:
+        if mark["outcome"] != "misfired":
+            key = f"{mark['recall_id']}:{mark['occurrence']}" + (f".{mark['rekey']}" if mark["rekey"] else "")
+            marks[key, mark["attempt"]].append(mark)
+    for key, attempt in {*asked, *marks}:
+        promise = records.journal.promises.get(key.rpartition(":")[0])
+        calls, found = by_attempt[key, attempt], marks[key, attempt]
+        most = sum(mark["calls"] for mark in found)
+        # What another worker put down for one that was not heard of again may never have been sent;
+        # or it was, and that one puts its own mark beside it.
+        least = sum(mark["calls"] for mark in found if mark["settled"] not in ("taken", "ended"))
+        if len(calls) > most:
+            # Ended in mid-run, and its worker died: it is put down a minute later, and never where
+            # the row is gone or was retried.
+            over = promise is None or promise.ends or promise.maybe_ended or promise.did("retry")
+            if over and any(records.struck(c.worker, c.at, c.ended or NEVER, (*WORKER_DIED, *OUTAGES)) for c in calls):
+                continue
+            yield f"{key}, attempt {attempt}: {len(calls)} requests, and its marks count {most}"
+        elif len(calls) < least:
+            # Lost on the way to the API, or no connection was made.
+            begun = min(m["called_at"] or m["ended_at"] for m in found).timestamp()
+            ended = max(m["ended_at"] for m in found).timestamp()
+            if not records.on(begun - RUN_TIMEOUT, ended, API_WAY):
+                yield f"{key}, attempt {attempt}: {len(calls)} requests, and its marks count {least} at least"
+
+
+def hung_up(records: Records) -> Iterator[str]:
+    """A run whose recall its application ends is broken off at once: the API sees its connection
+    close, or is asked to end the run that it accepted."""
+    lags = sorted(_lags(records))
+    slow = min(SLOW_MOST, lags[len(lags) // 2]) if lags else SLOW_MOST
+    within = HUNG_UP_WITHIN + LOOKS_SPARED * slow
+    for promise in records.journal.promises.values():
+        for ended, revived in promise.ends:
+            until = ended + within
+            # The ring may be lost with its connection, and the renewal that would find out is a
+            # third of a lease away; a worker that stands still, or is cut off, does not know.
+            troubled = (ended - records.drawn.lease / 3 - TROUBLED, until)
+            if records.on(*troubled, (*OUTAGES, *BELLS, *STOPPED, *API_WAY, "kill", "term")):
+                continue
+            for call in records.by_recall[promise.id]:
+                run = records.api.runs.get(call.key)
+                if call.how == "accepted":
+                    asked = records.api.deleted.get(call.key, NEVER)
+                    # Its reference is on record before it can be asked to end.
+                    if call.ended is None or call.ended > ended - 1 or run is None or asked <= until:
+                        continue
+                    if (run.ended or NEVER) > until and revived > until:
+                        yield f"{call.key} was accepted, and not asked to end within {within:.1f} s of its recall's"
+                elif call.at < ended and (call.ended or NEVER) > until:
+                    over = f"{call.ended - ended:.1f} s later" if call.ended is not None else "to the end"
+                    yield f"{call.key} was {promise.ended or 'ended'} in mid-run, and its call was open {over}"
+
+
+def moved(records: Records) -> Iterator[str]:
+    """What was moved, skipped, fired, retried or resumed is called when it is due then: not before,
+    and in calm phases not later."""
+    for promise in records.journal.promises.values():
+        if promise.cadence == "cron":
+            continue  # What a skip adds is another distance than cron's: a worker finds the moment.
+        for n, act in enumerate(promise.acts):
+            # What was done to it afterwards changes that again.
+            bounds = [a.asked for a in promise.acts[n + 1 :]] + [end for end, _ in promise.ends if end > act.asked]
+            until = min(bounds, default=NEVER)
+            if act.what in ("pause", "edit") or act.done is None or act.due is None:
+                continue
+            if act.leased:
+                yield from _moved_in_run(promise, act, until, records)
+            else:
+                yield from _moved_waiting(promise, act, until, records)
+
+
+def _moved_waiting(promise: Promise, act: Act, until: float, records: Records) -> Iterator[str]:
+    assert act.done is not None and act.due is not None
+    calls = records.by_recall[promise.id]
+    for call in calls:
+        if act.done + CANCEL_TAKES < call.at < min(act.due - SLACK, until) and not records.stood_or_slow(call, act.done):
+            yield f"{call.key} was called {act.due - call.at:.1f} s before the time that a {act.what} gave it"
+    if records.held_back(promise, act.done):
+        return
+    after = next((call for call in calls if call.at >= act.asked), None)
+    yield from _late(promise, act, max(act.due, act.done), after, until, records)
+
+
+def _moved_in_run(promise: Promise, act: Act, until: float, records: Records) -> Iterator[str]:
+    """In mid-run a new time speaks of what comes after the run."""
+    assert act.done is not None and act.due is not None
+    calls = records.by_recall[promise.id]
+    flight = next((call for call in reversed(calls) if call.at <= act.done), None)
+    if act.what != "move" or flight is None or flight.ended is None or flight.hung_up:
+        return
+    if flight.how in ("accepted", "gone") or records.held_back(promise, act.done):
+        return
+    after = next((call for call in calls if call.at > flight.ended), None)
+    yield from _late(promise, act, max(act.due, act.done, flight.ended), after, until, records)
+
+
+def _late(promise: Promise, act: Act, when: float, call: Call | None, until: float, records: Records) -> Iterator[str]:
+    calm = records.in_calm(when)
+    if calm is None or promise.session in records.chains or records.is_capped(promise.session):
+        return
+    if call is None and promise.kind == "recurring":
+        return  # The move took the last of its numbers.
+    # It was in the hands of a worker that died, stood still or was cut off, or the application
+    # itself had it locked.
+    away = (*WORKER_DIED, *OUTAGES, *STOPPED, "locks")
+    if records.on(act.asked - records.drawn.taken_up_within, when, away):
+        return
+    if records.on(when - RUN_TIMEOUT - 1, when, ("api silent",)):
+        return
+    called = min(call.at if call is not None else NEVER, calm, until)
+    late = called - when - records.seconds_full(when, called)
+    if late > LAG_MOST:
+        said = "was not called" if call is None or call.at > called else f"was called as {call.key}"
+        yield f"{promise.id}: {said} {late:.1f} s after it was due by a {act.what}, in a calm phase"
+
+
+def fleet_cap(records: Records) -> Iterator[str]:
+    """Never more runs at once than the fleet's cap."""
+    cap = records.drawn.fleet
+    if cap is None:
+        return
+    ended = {p.id for p in records.journal.promises.values() if p.ends or p.maybe_ended}
+    # One that was ended is no longer counted from then on, and is hung up on a moment later.
+    calls = [call for call in records.api.calls if call.recall not in ended]
+    open_: list[Call] = []
+    for call in calls:
+        open_ = [c for c in open_ if c.ended is None or c.ended > call.at + SLACK] + [call]
+        if len(open_) <= cap:
+            continue
+        # Whoever stood still, or was cut off, keeps connections open whose leases have ended.
+        since = min(c.at for c in open_)
+        if records.on(since, call.at, (*STOPPED, *OUTAGES, *API_WAY, "kill", "term", "locks")):
+            continue
+        yield f"{len(open_)} runs at once when {call.key} was called, and the cap is {cap}"
+
+
+def session_limit(records: Records) -> Iterator[str]:
+    """No session has more runs than it may have; this takes less than an hour."""
+    limit = records.drawn.session_limit
+    if limit is None:
+        return
+    for session, calls in records.by_session.items():
+        # What was under way when its worker died is put down later, or never where the row is gone.
+        runs = [c for c in calls if c.how in RAN and not c.hung_up]
+        if len(runs) > limit:
+            yield f"{session} had {len(runs)} runs, and may have {limit} in an hour"
+
+
+def _full(records: Records) -> list[tuple[float, float]]:
+    """When no worker had a slot free, as far as the API can tell, in order.
+
+    A worker that is away takes no more, nor one that met trouble in two sessions in a row: its breaker
+    is open until it meets an answer.
+    """
+    drawn = records.drawn
+    changes: list[tuple[float, str, int, int]] = []
+    """Instant, slot, by how many slots more or less of it are in use, and how many leases."""
+
+    def take(slot: str, start: float, end: float, slots: int, leases: int = 0) -> None:
+        changes.extend(((start, slot, slots, leases), (end, slot, -slots, -leases)))
+
+    workers = {f"w{n}" for n in range(drawn.replicas)}
+    for call in records.api.calls:
+        run, ended = records.api.runs.get(call.key), call.ended or NEVER
+        if call.how == "accepted":
+            ended = (run.ended or NEVER if run is not None else ended) + POLLED_MOST
+        take(call.worker, call.at - 0.05, ended + 0.15, 1)
+        if records.struck(call.worker, call.at, ended + 1, (*WORKER_DIED, *OUTAGES)):
+            # Its lease counts until it is taken up.
+            ended += drawn.taken_up_within
+        take(call.worker, call.at - 0.05, ended + 0.15, 0, 1)
+    for fault in records.faults:
+        if fault.kind in (*WORKER_DIED, *STOPPED, *OUTAGES, *BELLS):
+            for slot in fault.slots or workers:
+                take(slot, fault.began, (fault.ended or NEVER) + TROUBLED, drawn.slots)
+    for slot in workers:
+        for start, end in _breaker_open([c for c in records.api.calls if c.worker == slot]):
+            take(slot, start, end, drawn.slots)
+    used: Counter[str] = Counter(dict.fromkeys(workers, 0))
+    found: list[tuple[float, float]] = []
+    held = 0
+    since: float | None = None
+    for instant, slot, more, leases in sorted(changes):
+        used[slot] += more
+        held += leases
+        capped = drawn.fleet is not None and held >= drawn.fleet
+        full = capped or all(count >= drawn.slots for count in used.values())
+        if full and since is None:
+            since = instant
+        elif not full and since is not None:
+            found.append((since, instant))
+            since = None
+    return found if since is None else [*found, (since, NEVER)]
+
+
+def _breaker_open(calls: Sequence[Call]) -> Iterator[tuple[float, float]]:
+    """When one worker had reason to think that the API is in trouble: from the second session in a
+    row that met it to the next answer of a call that began since, and some."""
+    trouble: str | None = None
+    opened: float | None = None
+    for call in sorted((c for c in calls if c.ended is not None), key=lambda c: c.ended or 0):
+        assert call.ended is not None
+        if call.how in ("unavailable", "misconfigured"):
+            if opened is None and trouble is not None and trouble != call.session:
+                opened = call.ended
+            trouble = trouble or call.session
+        elif not call.hung_up and call.how not in ("reset", "broken off", "garbage"):
+            if opened is not None and call.at >= opened:
+                yield opened, call.ended + 1
+                opened = None
+            if opened is None:
+                trouble = None
+    if opened is not None:
+        yield opened, NEVER
+
+
 def _lags(records: Records) -> Iterator[float]:
-    yield from (lag for lag, _ in _lagging(records))
+    """Those of `_lagging` that found a slot free."""
+    yield from (lag for lag, waited, _ in _lagging(records) if not waited)
 
 
-def _lagging(records: Records) -> Iterator[tuple[float, str]]:
-    """Of recalls in sessions of their own that fell due in a calm phase, and that nobody moved: how late their first call was."""
-    seen = Counter(promise.session for promise in records.journal.promises.values())
-    chains = {session for session, times in seen.items() if times > 1}
+def _lagging(records: Records) -> Iterator[tuple[float, float, str]]:
+    """Of recalls in sessions of their own that fell due in a calm phase, and that nobody touched:
+    how late their first call was, in seconds, besides those in which no slot was free; those; and
+    its key."""
     for promise in records.journal.promises.values():
         calls = records.by_recall[promise.id]
-        if promise.kind == "recurring" or promise.moves or not calls or not promise.certain or promise.maybe_ended:
+        if (
+            promise.kind == "recurring"
+            or promise.moves
+            or promise.acts
+            or not calls
+            or not promise.certain
+            or promise.maybe_ended
+        ):
             continue
         if calls[0].attempt > 1:
             continue  # Its first request was lost on the way, and is on record as unknown.
@@ -338,5 +726,7 @@ def _lagging(records: Records) -> Iterator[tuple[float, str]]:
             continue
         for start, end in records.calm:
             # What happens after the calm phase is the next fault's doing.
-            if start <= promise.due < end and promise.session not in chains:
-                yield min(calls[0].at, end) - promise.due, calls[0].key
+            if start <= promise.due < end and promise.session not in records.chains:
+                called = min(calls[0].at, end)
+                waited = records.seconds_full(promise.due, called)
+                yield called - promise.due - waited, waited, calls[0].key

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 from urllib.parse import unquote
 
+LONG = 0.04
+"""The part of runs that take seconds."""
 DEFINITE = ("ok", "huge", "dribbled", "refused", "gone")
 """Endings after which nobody may ask again under the key, if they arrived."""
 
@@ -38,6 +40,8 @@ class Call:
     """When the answer was written, or the connection found closed."""
     hung_up: bool = False
     """Whether the caller had gone before the answer was written."""
+    message: str = ""
+    """What the agent was told."""
 
     @property
     def recall(self) -> str:
@@ -69,8 +73,8 @@ class Run:
 class Agent(Protocol):
     """What an agent does itself, through its application."""
 
-    async def inside(self, session: str) -> None:
-        """In the middle of a run that ends well."""
+    async def inside(self, recall: str, session: str, *, long: bool) -> None:
+        """In the middle of a run that ends well; `long` where seconds of it are left."""
 
     async def leaving(self, recall: str) -> None:
         """As the last thing in a run, right before its answer."""
@@ -85,14 +89,18 @@ class Api:
         self.calls: list[Call] = []
         self.runs: dict[str, Run] = {}
         self.polls = 0
-        self.broken: list[str] = []
-        """What no caller may do, in words."""
+        self.deleted: dict[str, float] = {}
+        """When a run that had been accepted was asked to end, by key."""
         self.outcomes: dict[str, int] = defaultdict(int)
         self.mood: str | None = None
         """An answer for every call, while the whole API is in trouble."""
+        self.held: asyncio.Event | None = None
+        """While the API hangs: calls are kept open without a run, and answered 503 when this is
+        set."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._busy: dict[str, Run] = {}
+        self._open: set[Call] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -107,6 +115,10 @@ class Api:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def open(self, worker: str | None = None) -> int:
+        """How many requests are open; those of one worker, where one is named."""
+        return sum(worker in (None, call.worker) for call in self._open)
+
     # --- the wire ----------------------------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -120,6 +132,8 @@ class Api:
                 if method == "POST":
                     keep = await self._post(path, headers, body, reader, writer)
                 else:
+                    if method == "DELETE":
+                        self.deleted.setdefault(unquote(path.rpartition("/runs/")[2]), time.time())
                     keep = await self._poll(path, writer)
                 if not keep:
                     break
@@ -131,9 +145,11 @@ class Api:
         found = re.fullmatch(r"/(w\d+)/sessions/([^/]+)/run", path)
         assert found is not None, path
         call = Call(
-            time.time(), found[1], unquote(headers["idempotency-key"]), unquote(found[2]), body, int(headers["recall-attempt"])
-        )
+            time.time(), found[1], unquote(headers["idempotency-key"]), unquote(found[2]), body,
+            int(headers["recall-attempt"]), message=str(json.loads(body)["user_message"]),
+        )  # fmt: skip
         self.calls.append(call)
+        self._open.add(call)
         answering = asyncio.create_task(self._answer(call))
         gone = asyncio.create_task(reader.read(1))
         try:
@@ -147,9 +163,9 @@ class Api:
             self.outcomes[how] += 1
             if how == "dribbled":
                 for start in range(0, len(data), 40):
+                    await asyncio.sleep(0.01)
                     writer.write(data[start : start + 40])
                     await writer.drain()
-                    await asyncio.sleep(0.01)
             else:
                 writer.write(data)
                 with suppress(ConnectionError):
@@ -166,6 +182,7 @@ class Api:
         finally:
             if call.ended is None:
                 call.ended, call.hung_up = time.time(), True
+            self._open.discard(call)
             gone.cancel()
             answering.cancel()
 
@@ -185,6 +202,9 @@ class Api:
 
     async def _answer(self, call: Call) -> tuple[str, bytes, bool]:
         """How the call ends: a word for the record, the bytes, and whether the connection stays."""
+        if self.held is not None:
+            await self.held.wait()
+            return "unavailable", _http(503, {"error": "down"}, retry_after=1), True
         if self.mood == "down":
             return "unavailable", _http(503, {"error": "down"}, retry_after=1), True
         if self.mood == "misconfigured":
@@ -197,8 +217,6 @@ class Api:
             if call.session in self._busy:
                 return "busy", _http(409, {"code": "session_busy"}, retry_after=1), True
             run = self._begin(call)
-        elif run.body != call.body:
-            self.broken.append(f"{call.key}: two bodies under one key")
         after = self._dice.random()
         if after < 0.03:
             return "accepted", _http(202, {"run_id": call.key, "status": "running"}, location=f"/runs/{call.key}"), True
@@ -242,20 +260,22 @@ class Api:
         run = Run(call.key, call.session, call.body, result, time.time())
         self.runs[call.key] = self._busy[call.session] = run
         long = self._dice.random()
-        seconds = self._dice.uniform(3, 9) if long < 0.04 else self._dice.uniform(0.02, 0.6)
-        task = asyncio.create_task(self._run(run, seconds))
+        seconds = self._dice.uniform(3, 9) if long < LONG else self._dice.uniform(0.02, 0.6)
+        task = asyncio.create_task(self._run(run, seconds, long=long < LONG))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return run
 
-    async def _run(self, run: Run, seconds: float) -> None:
+    async def _run(self, run: Run, seconds: float, *, long: bool) -> None:
         assert self.agent is not None
+        recall = run.key.rpartition(":")[0]
         try:
-            await asyncio.sleep(seconds / 2)
+            before = seconds / (4 if long else 2)
+            await asyncio.sleep(before)
             if run.result == "ok":
-                await self.agent.inside(run.session)
-            await asyncio.sleep(seconds / 2)
-            await self.agent.leaving(run.key.rpartition(":")[0])
+                await self.agent.inside(recall, run.session, long=long)
+            await asyncio.sleep(seconds - before)
+            await self.agent.leaving(recall)
         finally:
             run.ended = time.time()
             del self._busy[run.session]

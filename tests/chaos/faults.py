@@ -1,7 +1,10 @@
-"""What is done to the stage, and when: each kind of fault begins, lasts, is healed, and is on record with whom it struck.
+"""What is done to the stage, and when: each kind of fault begins, lasts, is healed, and is on
+record with whom it struck.
 
-The order is the seed's: every kind once before any comes again, now and then two at a time, with a calm phase after each. How long a kind
-took to recover from is measured from its healing until nothing is due and unclaimed any more.
+The order is the seed's: every kind once before any comes again, now and then two at a time, with a
+calm phase after each. Of the kinds a seed begins with its third (`THIRDS`), so that three
+consecutive seeds reach every kind, also where each has time for a third of them only. How long a
+kind took to recover from is measured from its healing until nothing is due and unclaimed any more.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 import psycopg
 
 from .hand import Hand, Promise
-from .stage import FAKETIME, LEASE, Replica, Stage
+from .stage import FAKETIME, Replica, Stage
 
 
 @dataclass(slots=True, eq=False)
@@ -46,10 +49,16 @@ class Fault:
 
 STIRRING = """
 select count(*) from session_recalls
-where status in ('pending', 'running') and (lease is not null or trigger_at < now() + interval '5 seconds')
+where status in ('pending', 'running')
+    and (lease is not null or (paused_at is null and trigger_at < now() + interval '5 seconds'))
 """
-QUIET_WITHIN = 45.0
-"""Seconds in which what is due soon has ended when nothing new comes: the longest run, or two retries with their backoff."""
+TERM_MOST = 25.0
+"""Seconds in which a worker ends on SIGTERM: RECALL_DRAIN_TIMEOUT, ten for its last settles, and
+some."""
+IN_HAND_WITHIN = 10.0
+"""Seconds that are waited for those who are to be killed to have runs in hand."""
+FILLED_WITHIN = 10.0
+"""Seconds that are waited for all slots to be in use."""
 HEARD_WITHIN = 3.0
 """Seconds in which a bell is back and its worker has looked: a reconnect, and some."""
 
@@ -61,6 +70,7 @@ class Scene:
 
     def __init__(self, stage: Stage, hand: Hand, dice: random.Random, fault: Fault) -> None:
         self.stage, self.hand, self.dice, self.fault = stage, hand, dice, fault
+        self.drawn = stage.drawn
 
     def victims(self, most: int = 1) -> list[Replica]:
         """Some replicas, never all of them; they are on record."""
@@ -75,6 +85,10 @@ class Scene:
     async def lasts(self, least: float, most: float) -> None:
         await asyncio.sleep(self.dice.uniform(least, most))
 
+    async def lasts_leases(self, least: float, most: float) -> None:
+        """For so many leases, as far as a fault goes on."""
+        await self.lasts(self.drawn.leases(least), self.drawn.leases(most))
+
     async def terminate(self, name: str) -> None:
         with suppress(psycopg.Error):
             async with await psycopg.AsyncConnection.connect(self.stage.dsn, autocommit=True, connect_timeout=3) as conn:
@@ -87,7 +101,11 @@ class Scene:
 
 
 async def kill(scene: Scene) -> None:
-    for replica in scene.victims(2):
+    """One of them with runs in hand, as far as there are any within a while."""
+    victims, end = scene.victims(2), time.monotonic() + IN_HAND_WITHIN
+    while not any(scene.stage.api.open(r.slot) for r in victims) and time.monotonic() < end:  # noqa: ASYNC110 - a count
+        await asyncio.sleep(0.02)
+    for replica in victims:
         replica.signal(signal.SIGKILL)
 
 
@@ -95,9 +113,11 @@ async def term(scene: Scene) -> None:
     (replica,) = scene.victims()
     statuses = len(replica.statuses)
     replica.signal(signal.SIGTERM)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(25):
+    try:
+        async with asyncio.timeout(TERM_MOST):
             await replica.ends(statuses)
+    except TimeoutError:
+        scene.stage.spins.append(f"{replica.slot} had not ended {TERM_MOST:g} s after SIGTERM")
 
 
 async def _stop(scene: Scene, least: float, most: float) -> None:
@@ -110,12 +130,12 @@ async def _stop(scene: Scene, least: float, most: float) -> None:
 
 
 async def stop_short(scene: Scene) -> None:
-    await _stop(scene, 0.3, LEASE / 3)
+    await _stop(scene, min(0.3, scene.drawn.lease / 9), min(8.0, scene.drawn.lease / 3))
 
 
 async def stop_long(scene: Scene) -> None:
     """Longer than a lease: it must find its leases gone, and settle nothing."""
-    await _stop(scene, LEASE * 1.3, LEASE * 2)
+    await _stop(scene, scene.drawn.leases(1.3), scene.drawn.leases(2))
 
 
 async def clock(scene: Scene) -> None:
@@ -140,7 +160,7 @@ async def postgres_kill_long(scene: Scene) -> None:
     """For three leases, with runs open: their owners come first afterwards."""
     await scene.stage.kill_postgres()
     try:
-        await scene.lasts(LEASE * 3, LEASE * 3.2)
+        await scene.lasts_leases(3, 3.2)
     finally:
         await scene.stage.revive_postgres()
 
@@ -163,7 +183,7 @@ async def lone_ring(scene: Scene) -> None:
     rate, scene.hand.rate = scene.hand.rate, 0
     try:
         with suppress(TimeoutError):
-            async with asyncio.timeout(QUIET_WITHIN), _asking(scene.stage.dsn) as conn:
+            async with asyncio.timeout(scene.drawn.quiet_within), _asking(scene.stage.dsn) as conn:
                 while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
                 await scene.terminate("recall-worker bell%")
@@ -213,7 +233,7 @@ async def locks(scene: Scene) -> None:
                         "(select id from session_recalls where status in ('pending', 'running') order by random() limit 8)",
                     ).encode()
                 )
-                await scene.lasts(LEASE * 1.2, LEASE * 1.6)
+                await scene.lasts_leases(1.2, 1.6)
                 await conn.execute(end.encode())
 
     await asyncio.gather(
@@ -230,7 +250,7 @@ async def database_cut(scene: Scene) -> None:
     victims = scene.victims(2)
     for replica in victims:
         replica.proxy.cut()
-    await scene.lasts(0.5, LEASE / 2)
+    await scene.lasts(0.5, min(10.0, scene.drawn.lease / 2))
     for replica in victims:
         replica.proxy.heal()
 
@@ -238,7 +258,7 @@ async def database_cut(scene: Scene) -> None:
 async def database_cut_for_all(scene: Scene) -> None:
     for replica in scene.everybody():
         replica.proxy.cut()
-    await scene.lasts(LEASE * 1.2, LEASE * 2)
+    await scene.lasts_leases(1.2, 2)
     for replica in scene.stage.replicas:
         replica.proxy.heal()
 
@@ -259,14 +279,14 @@ async def database_half_open(scene: Scene) -> None:
     await asyncio.sleep(0.05)
     replica.proxy.heal()
     # It takes as long as its deadlines to be noticed, and is on as long.
-    await scene.lasts(LEASE, LEASE * 1.5)
+    await scene.lasts_leases(1, 1.5)
 
 
 async def database_silent(scene: Scene) -> None:
     """One worker is cut off from the database, without a word, for longer than a lease."""
     (replica,) = scene.victims()
     replica.proxy.blackhole()
-    await scene.lasts(LEASE * 1.3, LEASE * 2)
+    await scene.lasts_leases(1.3, 2)
     replica.proxy.heal()
 
 
@@ -299,6 +319,30 @@ async def api_down(scene: Scene) -> None:
     scene.stage.api.mood = None
 
 
+async def api_down_slots_full(scene: Scene) -> None:
+    """The API hangs until every slot is in use; then PostgreSQL dies and the API answers 503 to all
+    of it. So the breaker opens, nothing can be settled, and a test call is due while no slot is
+    free."""
+    api, rate = scene.stage.api, scene.hand.rate
+    scene.everybody()
+    api.held = released = asyncio.Event()
+    # Those that were open before end first, as they hold slots, too.
+    scene.hand.rate = min(60.0, rate * 2)
+    try:
+        end = time.monotonic() + FILLED_WITHIN
+        while scene.stage.api.open() < scene.drawn.capacity and time.monotonic() < end:  # noqa: ASYNC110 - a count
+            await asyncio.sleep(0.05)
+        scene.hand.rate = rate
+        await scene.stage.kill_postgres()
+        released.set()
+        await scene.lasts(2.5, 4)
+    finally:
+        scene.hand.rate = rate
+        released.set()
+        api.held = None
+        await scene.stage.revive_postgres()
+
+
 async def api_misconfigured(scene: Scene) -> None:
     scene.everybody()
     scene.stage.api.mood = "misconfigured"
@@ -312,9 +356,25 @@ KINDS: dict[str, Strike] = {
         kill, term, stop_short, stop_long, clock,
         postgres_kill_short, postgres_kill_long, postgres_restart, bells, ledgers, lone_ring, full_house, full_disk, locks,
         database_cut, database_cut_for_all, database_slow, database_half_open, database_silent,
-        api_cut, api_slow, api_silent, api_down, api_misconfigured,
+        api_cut, api_slow, api_silent, api_down, api_down_slots_full, api_misconfigured,
     )
 }  # fmt: skip
+THIRDS: tuple[tuple[str, ...], ...] = (
+    (
+        "stop long", "postgres kill long", "locks", "database cut for all", "database half open",
+        "database silent", "kill", "api down slots full", "lone ring",
+    ),
+    (
+        "term", "stop short", "postgres kill short", "full disk", "full house", "database cut",
+        "api silent", "api misconfigured",
+    ),
+    (
+        "clock", "postgres restart", "bells", "ledgers", "database slow", "api cut", "api slow",
+        "api down",
+    ),
+)  # fmt: skip
+"""What the seeds of each remainder by three begin with. The first draws the short leases: what is
+meant to outlast a lease does so there."""
 
 WAITING = """
 select count(*) from session_recalls r
@@ -323,26 +383,30 @@ where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.
         select from session_recalls o
         where o.session_id = r.session_id and o.id <> r.id and o.status in ('pending', 'running') and o.lease is not null))
 """
-RECOVERED_WITHIN = 40.0
-"""Seconds after which what is due must be claimed again, whatever it was: the longest is the breaker's pause between two probes."""
 
 
 class Schedule:
     def __init__(self, stage: Stage, hand: Hand, seed: int, kinds: list[str]) -> None:
-        self._stage, self._hand = stage, hand
+        self._stage, self._hand, self._drawn = stage, hand, stage.drawn
         self._dice = random.Random(f"faults {seed}")
         self._kinds = [kind for kind in kinds if (kind != "full disk" or stage.has_room) and (kind != "clock" or FAKETIME)]
-        self._deck: list[str] = []
+        self._deck = first_deck(seed, self._kinds, self._dice)
         self.faults: list[Fault] = []
         self.calm: list[tuple[float, float]] = []
         """Stretches in which nothing was wrong and nothing was left over."""
         self.stuck: list[str] = []
 
+    @property
+    def missed(self) -> list[str]:
+        """Kinds of which none was struck."""
+        return sorted(set(self._kinds) - {fault.kind for fault in self.faults})
+
     async def run(self, seconds: float, calm: tuple[float, float] = (3.0, 6.0)) -> None:
-        """Strike and heal, until the time is up."""
+        """Strike and heal, until the time is up or a worker spins: all that comes then comes of
+        that."""
         end = time.monotonic() + seconds
         await self._recovered()
-        while True:
+        while not self._stage.spins:
             began = time.time()
             await asyncio.sleep(self._dice.uniform(*calm))
             self.calm.append((began, time.time()))
@@ -357,7 +421,7 @@ class Schedule:
             if await self._recovered():
                 for fault in faults:
                     fault.recovered = time.time() if fault.alone else None
-            else:
+            elif not self._stage.spins:
                 self.stuck.append(
                     f"{' and '.join(chosen)}: something is due and unclaimed {time.time() - healed:.0f} s after it was healed"
                 )
@@ -376,17 +440,26 @@ class Schedule:
         return fault
 
     async def _recovered(self) -> bool:
-        """Wait until nothing is due and unclaimed; False where that takes too long."""
-        end = time.monotonic() + RECOVERED_WITHIN
-        while time.monotonic() < end:
+        """Wait until nothing is due and unclaimed; False where that takes too long, or a worker
+        spins."""
+        end = time.monotonic() + self._drawn.recovered_within
+        while time.monotonic() < end and not self._stage.spins:
             async with _asking(self._stage.dsn) as conn:
-                while conn is not None and time.monotonic() < end:
+                while conn is not None and time.monotonic() < end and not self._stage.spins:
                     found = await (await conn.execute(WAITING.encode())).fetchone()
                     if found is not None and found[0] == 0:
                         return True
                     await asyncio.sleep(0.05)
             await asyncio.sleep(0.1)
         return False
+
+
+def first_deck(seed: int, kinds: list[str], dice: random.Random) -> list[str]:
+    """All of these kinds, in the seed's order; the last comes first. Its own third comes before the
+    rest."""
+    mixed = dice.sample(kinds, k=len(kinds))
+    own = THIRDS[seed % 3]
+    return [kind for kind in mixed if kind not in own] + [kind for kind in mixed if kind in own]
 
 
 @asynccontextmanager

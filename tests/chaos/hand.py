@@ -1,28 +1,101 @@
-"""The application's hand: its own ten columns and plain SQL, past every proxy; and a journal of what it did, which is one side of the account.
+"""The application's hand: its own ten columns and plain SQL, past every proxy; and a journal of
+what it did, which is one side of the account. An operator's hand, too: pauses, resumes, retries,
+fires, skips and moves by the wheel's command line, as far as that can be afforded, and else by its
+statements (`sql/client.sql`).
 
-A statement whose answer was lost in an outage may have been done or not: the journal says so, and the account allows for both.
+A statement whose answer was lost in an outage may have been done or not: the journal says so, and the
+account allows for both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
 import psycopg
+from psycopg.rows import dict_row
+
+from recall_worker import statements
 
 INSERT = """
 insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message,
     status, created_at, updated_at{columns})
 values (%s, %s, %s, %s, %s, null, %s, 'pending', now(), now(){values})
 """
+
+
+EDIT = """
+update session_recalls set additional_context_message = %s, updated_at = now()
+where id = %s and status in ('pending', 'running')
+returning id, lease
+"""
+EDIT_BETWEEN = """
+update session_recalls set additional_context_message = %s, updated_at = now()
+where id = (
+    select id from session_recalls
+    where status in ('pending', 'running') and lease is null and attempt + deferrals > 0
+    order by random() limit 1)
+    and status in ('pending', 'running')
+returning id, lease
+"""
+"""One that waits between two calls of one occurrence: what is edited there must get a new key."""
+OVER = """
+select id from session_recalls where status in ('failed', 'cancelled') order by updated_at desc limit 20
+"""
+DELETE = "delete from sessions where id = (select session_id from session_recalls where id = %s)"
+APPLICATION = {
+    "skip": """
+update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()
+where session_id = (select session_id from session_recalls where id = %s)
+    and status = 'pending' and call_type = 'recurring'
+returning trigger_at, lease
+""",
+    "move": """
+update session_recalls set trigger_at = %s, updated_at = now() where id = %s and status = 'pending'
+returning trigger_at, lease
+""",
+}
+"""What the application does itself."""
+NAMED = {"move": "reschedule"}
+"""An act, as the statements and the command line call it."""
+WHAT_IS_DONE = (
+    "cancel", "cancel", "delete", "skip", "skip", "skip", "move", "move", "move", "edit", "edit", "edit",
+    "pause", "fire", "retry",
+)  # fmt: skip
+NEVER = float("inf")
+OPERATOR_EVERY = 4.0
+"""Seconds between two commands of the operator's, as each takes half a second of a core."""
+PAUSED_MOST = 8.0
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Act:
+    """What was done to one recall, and found it live (or over, for `retry`)."""
+
+    what: str
+    """move, skip, fire, retry, pause, resume or edit."""
+    asked: float
+    done: float | None
+    """When it was certain; None where nobody knows whether it was done."""
+    due: float | None = None
+    """When the row was due by then."""
+    leased: bool = False
+    """Whether it was in a run."""
+    message: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -35,15 +108,26 @@ class Promise:
     due: float
     interval: int | None = None
     times: int | None = None
+    cadence: str = "interval"
     certain: bool = True
     """Whether the insert's answer came."""
     moves: int = 0
     """Skips and reschedules that were done, or may have been."""
     ended: str | None = None
     """cancelled or deleted: by the application itself."""
-    ended_at: float | None = None
-    """When that was certain."""
     maybe_ended: bool = False
+    ends: list[list[float]] = field(default_factory=list)
+    """From when to when it was certainly ended: each end, and the retry after it."""
+    acts: list[Act] = field(default_factory=list)
+
+    @property
+    def ended_at(self) -> float | None:
+        """When its last end was certain."""
+        return self.ends[-1][0] if self.ends else None
+
+    def did(self, *what: str) -> int:
+        """How often any of this was done to it, or may have been."""
+        return sum(act.what in what for act in self.acts)
 
 
 @dataclass(slots=True)
@@ -56,8 +140,13 @@ class Journal:
 
 
 class Hand:
-    def __init__(self, dsn: str, seed: int) -> None:
+    def __init__(self, dsn: str, seed: int, site: Path) -> None:
+        """`site`: where the wheel is installed, for the operator's commands."""
         self._dsn = dsn
+        self._site = site
+        self._sql = statements.load("client")
+        self._operator_next = 0.0
+        self._edits = 0
         self._dice = random.Random(f"hand {seed}")
         self.journal = Journal()
         self._pool: list[psycopg.AsyncConnection[Any]] = []
@@ -83,7 +172,7 @@ class Hand:
     async def live(self, until: asyncio.Event) -> None:
         """Do things at the rate, until told to stop; each on a connection of its own, so that none waits for another."""
         while not until.is_set():
-            if self.rate > 0 and len(self._busy) < 40:
+            if self.rate > 0 and len(self._busy) < 80:
                 self._spawn(self._act())
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._dice.expovariate(self.rate) if self.rate > 0 else 0.2):
@@ -129,26 +218,132 @@ class Hand:
         if not young:
             return
         promise = self._dice.choice(young)
-        what = self._dice.choice(("cancel", "delete", "skip", "skip", "move", "move"))
+        what = self._dice.choice(WHAT_IS_DONE)
         if what == "cancel":
             await self._cancel(promise)
         elif what == "delete":
-            await self._end(
-                promise, "deleted", "delete from sessions where id = (select session_id from session_recalls where id = %s)"
-            )
-        elif what == "skip" and promise.kind == "recurring":
-            promise.moves += 1
-            await self._do("skip", "update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()"
-                " where session_id = %s and status = 'pending' and call_type = 'recurring'", promise.session)  # fmt: skip
+            await self._end(promise, "deleted", DELETE)
+        elif what == "edit":
+            self._edits += 1
+            await self._edit(promise, f"look again, {self._edits}")
+        elif what == "retry":
+            await self._retry()
+        elif what == "pause":
+            if await self._operate("pause", promise):
+                await asyncio.sleep(self._dice.uniform(0.5, PAUSED_MOST))
+                await self._operate("resume", promise)
+        elif what == "fire" or (what == "skip" and promise.kind == "recurring"):
+            await self._operate(what, promise)
         elif what == "move":
-            promise.moves += 1
-            at = datetime.now(UTC) + timedelta(seconds=self._dice.uniform(0, 4))
-            await self._do(
-                "move",
-                "update session_recalls set trigger_at = %s, updated_at = now() where id = %s and status = 'pending'",
-                at,
-                promise.id,
+            seconds = self._dice.uniform(0, 4)
+            await self._operate("move", promise, after=seconds)
+
+    async def _operate(self, what: str, promise: Promise, after: float | None = None) -> bool:
+        """Do it by the command line, by its statement, or (what the application has always done) by
+        the application's own; returns whether it was done for certain. `after`: seconds, for a
+        move."""
+        asked = time.time()
+        if asked >= self._operator_next:
+            self._operator_next = asked + OPERATOR_EVERY
+            found = await self._command(what, promise.id, after)
+        elif what in APPLICATION and self._dice.random() < 0.5:
+            when = () if after is None else (datetime.now(UTC) + timedelta(seconds=after),)
+            found = await self._ask(what, APPLICATION[what], (*when, promise.id))
+        else:
+            values = {"ids": [promise.id], "at": None, "after": after}
+            found = await self._ask(what, self._sql[NAMED.get(what, what)], values)
+        return self._note(what, promise, asked, found)
+
+    def _note(
+        self, what: str, promise: Promise, asked: float, found: list[Row] | int | None,
+        message: str | None = None,
+    ) -> bool:  # fmt: skip
+        if found is None:
+            promise.acts.append(Act(what, asked, None, message=message))
+            promise.moves += what in ("move", "skip")
+            return False
+        if not isinstance(found, list) or not found or found[0].get("resumed") is False:
+            return False
+        due = found[0].get("trigger_at")
+        promise.moves += what in ("move", "skip")
+        promise.acts.append(
+            Act(
+                what, asked, time.time(), None if due is None else due.timestamp(),
+                found[0]["lease"] is not None, message,
             )
+        )  # fmt: skip
+        return True
+
+    async def _edit(self, promise: Promise, message: str) -> None:
+        """The message changes, now and then that of a recall that waits between two calls."""
+        asked = time.time()
+        if self._dice.random() < 0.3:
+            self._note("edit", promise, asked, await self._ask("edit", EDIT, (message, promise.id)), message)
+            return
+        found = await self._ask("edit", EDIT_BETWEEN, (message,))
+        if found is None:
+            # Any of them may have it now.
+            for each in self.journal.promises.values():
+                if each.due > asked - 600:
+                    each.acts.append(Act("edit", asked, None, message=message))
+        elif isinstance(found, list) and found and found[0]["id"] in self.journal.promises:
+            self._note("edit", self.journal.promises[found[0]["id"]], asked, found, message)
+
+    async def _retry(self) -> None:
+        """Once more, what failed or was cancelled lately."""
+        over = await self._ask("look", OVER, ())
+        ids = [row["id"] for row in over if row["id"] in self.journal.promises] if isinstance(over, list) else []
+        if not ids:
+            return
+        promise = self.journal.promises[self._dice.choice(ids)]
+        asked = time.time()
+        if asked >= self._operator_next:
+            self._operator_next = asked + OPERATOR_EVERY
+            found = await self._command("retry", promise.id, None)
+        else:
+            found = await self._ask("retry", self._sql["retry"], {"ids": [promise.id]})
+        if self._note("retry", promise, asked, found) or found is None:
+            # A cancel that was asked for meanwhile is in `ends` with its own time.
+            if promise.ends and promise.ends[-1][1] == NEVER:
+                promise.ends[-1][1] = asked
+            promise.ended = None
+            promise.maybe_ended |= found is None
+
+    async def _command(self, what: str, id: str, after: float | None) -> list[Row] | int | None:
+        """An operator's command of the wheel: the row as it says; 0 where it refuses, None where
+        nobody knows."""
+        self.journal.did[f"{what} by command"] += 1
+        words = [NAMED.get(what, what), id, "--json"]
+        if after is not None:
+            words += ["--in", f"{after:.1f}s"]
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "recall_worker", *words, cwd="/",
+            env=environ | {"PYTHONPATH": str(self._site), "RECALL_DSN": self._dsn},
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(30):
+                out, err = await process.communicate()
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            if isinstance(error, TimeoutError):
+                return None
+            raise
+        if process.returncode == 0:
+            rows: list[Row] = json.loads(out)
+            for row in rows:
+                row["trigger_at"] = datetime.fromisoformat(row["trigger_at"])
+            return rows
+        if process.returncode == 1:
+            return 0
+        if process.returncode != 3:
+            said = err.decode(errors="replace").strip().splitlines()[-1:]
+            self.journal.strange.append(f"{' '.join(words)}: exit status {process.returncode}: {said}")
+        return None
 
     async def _cancel(self, promise: Promise) -> None:
         await self._end(
@@ -161,7 +356,8 @@ class Hand:
         promise.maybe_ended = True
         done = await self._do(how, statement, promise.id)
         if done:
-            promise.ended, promise.ended_at = how, time.time()
+            promise.ended = how
+            promise.ends.append([time.time(), NEVER])
         elif done == 0:
             promise.maybe_ended = False  # It was over already.
 
@@ -178,8 +374,9 @@ class Hand:
             self._chains[session] = chain
         at = datetime.now(UTC) + timedelta(seconds=ahead)
         promise = Promise(
-            str(UUID(int=self._dice.getrandbits(128), version=4)), session, kind, at.timestamp(), interval, times, certain=False
-        )
+            str(UUID(int=self._dice.getrandbits(128), version=4)), session, kind, at.timestamp(), interval, times,
+            more.get("cadence", "interval"), certain=False,
+        )  # fmt: skip
         extra = {k: v for k, v in {"times": times, **more}.items() if v is not None}
         insert = INSERT.format(columns="".join(f", {name}" for name in extra), values=", %s" * len(extra))
         self.journal.promises[promise.id] = promise
@@ -199,15 +396,27 @@ class Hand:
         promise.certain = bool(done)
         return promise
 
-    async def inside(self, session: str) -> None:
-        """What an agent does in its run: schedules the next link, where its chain goes on."""
+    async def inside(self, recall: str, session: str, *, long: bool) -> None:
+        """What an agent does in its run: schedules the next link, where its chain goes on. And a
+        person who sees that it takes long now and then cancels it, or deletes its session."""
         left = self._chains.get(session, 0)
         if left > 0:
             self._chains[session] = left - 1
-            # One that was moved in mid-run runs again beside its own next link; where one was ended the session may be gone.
-            plain = all(p.ended is None and not p.maybe_ended and not p.moves for p in self._by_session[session])
+            # One that was moved in mid-run, or retried, runs again beside its own next link; where
+            # one was ended the session may be gone.
+            plain = all(
+                p.ended is None and not p.maybe_ended and not p.moves and not p.did("retry", "fire")
+                for p in self._by_session[session]
+            )
             if await self.promise("immediate", 0, session=session) is None and plain:
                 self.journal.strange.append(f"{session}: the next link was refused in mid-run")
+        promise = self.journal.promises.get(recall)
+        if long and promise is not None and promise.ended is None and not promise.maybe_ended:
+            dice = self._dice.random()
+            if dice < 0.2:
+                await self._cancel(promise)
+            elif dice < 0.3:
+                await self._end(promise, "deleted", DELETE)
 
     async def leaving(self, recall: str) -> None:
         """What an agent does last in its run: now and then it cancels what called it, in a race with the answer."""
@@ -219,6 +428,12 @@ class Hand:
 
     async def _do(self, what: str, statement: str, *values: Any) -> int | None:
         """Rows that a statement touched; -1 where it was refused as not unique; None where nobody knows."""
+        found = await self._ask(what, statement, values)
+        return len(found) if isinstance(found, list) else found
+
+    async def _ask(self, what: str, statement: str, values: Sequence[Any] | Mapping[str, Any]) -> list[Row] | int | None:
+        """The rows that a statement returned, empty ones where it returns none; -1 where it was
+        refused as not unique, None where nobody knows."""
         self.journal.did[what] += 1
         conn: psycopg.AsyncConnection[Any] | None = None
         try:
@@ -226,15 +441,14 @@ class Hand:
                 conn = self._pool.pop() if self._pool else None
                 if conn is None or conn.closed:
                     conn = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=3)
-                rows = (await conn.execute(statement.encode(), values, prepare=False)).rowcount
-        except psycopg.errors.UniqueViolation:
+                async with conn.cursor(row_factory=dict_row) as cursor:
+                    await cursor.execute(statement.encode(), values, prepare=False)
+                    rows: list[Row] = await cursor.fetchall() if cursor.description else [{}] * cursor.rowcount
+        except (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation):
+            # The latter: its session was deleted meanwhile.
             assert conn is not None
             self._pool.append(conn)
             return -1
-        except psycopg.errors.ForeignKeyViolation:
-            assert conn is not None
-            self._pool.append(conn)
-            return -1  # Its session was deleted meanwhile.
         except (psycopg.OperationalError, psycopg.InterfaceError, OSError, TimeoutError):
             if conn is not None:
                 conn.pgconn.finish()

@@ -34,8 +34,27 @@ WHAT = {
     "api slow": "400 ms more on each way",
     "api silent": "connections to the API open, and silent",
     "api down": "the API answers 503 to everything",
+    "api down slots full": "every slot in a call that hangs; PostgreSQL killed, then 503 to all of them",
     "api misconfigured": "the API answers 401 to everything",
 }
+
+
+def not_reached(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The kinds of faults that none of these runs struck."""
+    return sorted(set(WHAT) - {kind for result in results for kind in result["faults"]})
+
+
+def audited(results: Sequence[Mapping[str, Any]]) -> str:
+    """Which code these runs audited, in a sentence."""
+    named = sorted({f"`{result['commit']}`" if result.get("commit") else "not recorded" for result in results})
+    return f"Audited commit: {', '.join(named)}."
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    drawn = result.get("settings") or {"slots": 20, "fleet": None, "lease": result.get("lease"), "session_limit": None}
+    cells = [drawn["slots"], drawn["fleet"] or "off", f"{drawn['lease']:g} s"]
+    limit = drawn["session_limit"]
+    return " | ".join(map(str, [result["seed"], *cells, f"{limit}/h" if limit else "off"]))
 
 
 def written(results: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +68,13 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
         for kind, seconds in result["seconds to recover"].items():
             recoveries[kind] += seconds
     sums = {name: sum(result[name] for result in results) for name in SUMS}
-    lines = ["| seed | minutes | " + " | ".join(SUMS) + " | findings | lag in calm phases, ms: p50, p99, most |"]
+    lines = [audited(results), ""]
+    missed = not_reached(results)
+    lines += [f"Kinds of faults that were not reached: {', '.join(missed) or 'none'}.", ""]
+    lines += ["| seed | slots a worker | fleet's cap | lease | session limit |", "| ---: | ---: | ---: | ---: | ---: |"]
+    lines += [f"| {_settings(result)} |" for result in results]
+    lines += [""]
+    lines.append("| seed | minutes | " + " | ".join(SUMS) + " | findings | lag in calm phases, ms: p50, p99, most |")
     lines.append("| ---: " * (len(SUMS) + 3) + "| --- |")
     for result in results:
         cells = [f"{result[name]:,}" for name in SUMS]

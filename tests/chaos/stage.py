@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,18 +29,33 @@ from recall_worker.cli.embedded import EmbeddedServer
 from ..application import CREATE_TABLES
 from ..proxy import Proxy
 from .api import Api
+from .drawn import Drawn
 
 ROOT = Path(__file__).parents[2]
-LEASE = 6
-SETTINGS = {
-    "RECALL_LEASE": str(LEASE), "RECALL_CONCURRENCY": "20", "RECALL_BUSY_DELAY": "1", "RECALL_RUN_TIMEOUT": "15", "RECALL_DRAIN_TIMEOUT": "3",
-    "RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "info",
-}  # fmt: skip
-"""All else is as shipped."""
 POSTGRES = {"max_connections": "60", "max_wal_size": "128MB", "min_wal_size": "32MB", "wal_recycle": "off"}
 ROOM_MB = 700
 FAKETIME = next((str(p) for p in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 RESTART_AFTER = 0.5
+SPINS_SHARE, SPINS_FOR = 0.5, 8.0
+"""A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does
+not work: it spins."""
+STARTED_RESTS = 20
+AUDITED = ("recall_worker", "sql", "pyproject.toml", "README.md", "LICENSE")
+"""What the wheel is built from."""
+
+
+def commit() -> str | None:
+    """The commit of this tree, with `-dirty` where what the wheel is built from, or the audit,
+    differs from it; None where git does not know this tree."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = ask("status", "--porcelain", "--", *AUDITED, "tests/chaos")
+        return ask("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def install(folder: Path, patch: Path | None = None) -> Path:
@@ -49,10 +63,11 @@ def install(folder: Path, patch: Path | None = None) -> Path:
     source = ROOT
     if patch is not None:
         source = folder / "source"
-        for name in ("recall_worker", "sql"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
+        for name in AUDITED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, source)
         subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(patch)], cwd=source, check=True)
     wheels, site = folder / "wheel", folder / "site"
     subprocess.run(
@@ -106,13 +121,14 @@ class Replica:
 
 
 class Stage:
-    def __init__(self, api: Api, replicas: int, site: Path, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, api: Api, site: Path, folder: Path, drawn: Drawn) -> None:
         self.api = api
         self.folder = folder
+        self.site = site
+        self.drawn = drawn
         self.replicas: list[Replica] = []
-        self._count = replicas
-        self._site = site
-        self._settings = dict(settings)
+        self.spins: list[str] = []
+        """Workers that turned without a rest, in words."""
         self._stack = AsyncExitStack()
         self._keeping: list[asyncio.Task[None]] = []
         self._over = False
@@ -136,13 +152,14 @@ class Stage:
             conn.execute(CREATE_TABLES.encode())
         await asyncio.to_thread(schema.migrate, self.dsn)
         self.way = await self._stack.enter_async_context(Proxy(f"host=127.0.0.1 port={self.api.port}"))
-        for n in range(self._count):
+        for n in range(self.drawn.replicas):
             proxy = await self._stack.enter_async_context(Proxy(self.dsn))
             replica = Replica(f"w{n}", proxy, self.folder / f"clock{n}", self.folder / f"w{n}.log")
             # One of them is hours off from the start.
             replica.clock.write_text("-5h" if n == 1 else "+0")
             self.replicas.append(replica)
             self._keeping.append(asyncio.create_task(self._keep(replica)))
+        self._keeping.append(asyncio.create_task(self._watch()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -162,9 +179,9 @@ class Stage:
 
     async def _keep(self, replica: Replica) -> None:
         """The service manager of one slot."""
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | SETTINGS | self._settings
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | self.drawn.environment
         environ |= {
-            "PYTHONPATH": str(self._site), "RECALL_DSN": replica.proxy.dsn,
+            "PYTHONPATH": str(self.site), "RECALL_DSN": replica.proxy.dsn,
             "RECALL_RUN_URL": f"http://127.0.0.1:{self.way.port}/{replica.slot}/sessions/{{session_id}}/run",
         }  # fmt: skip
         if FAKETIME:
@@ -189,6 +206,31 @@ class Stage:
             status = await replica.process.wait()
             replica.statuses.append(status)
             await asyncio.sleep(RESTART_AFTER)
+
+    async def _watch(self) -> None:
+        """Look each second what each worker does: one whose loop never rests is of no use, and says
+        nothing of it."""
+        since: dict[int, float] = {}
+        before: dict[int, tuple[float, float, int]] = {}
+        told: set[int] = set()
+        while True:
+            for replica in self.replicas:
+                process = replica.process
+                used = _used(process.pid) if process is not None and process.returncode is None else None
+                if process is None or used is None:
+                    continue
+                pid, now = process.pid, time.monotonic()
+                then, seconds, rests = before.get(pid, (now, *used))
+                before[pid] = now, *used
+                # On a machine that does much else it gets less than it would take. While it starts
+                # it only computes.
+                spins = used[0] - seconds > SPINS_SHARE * (now - then) or (used[1] == rests and used[0] > seconds)
+                if now == then or not spins or rests < STARTED_RESTS:
+                    since.pop(pid, None)
+                elif now - since.setdefault(pid, then) >= SPINS_FOR and pid not in told:
+                    told.add(pid)
+                    self.spins.append(f"{replica.slot} did not rest for {now - since[pid]:.0f} s")
+            await asyncio.sleep(1)
 
     # --- PostgreSQL --------------------------------------------------------------------------------------------------
 
@@ -229,14 +271,27 @@ class Stage:
             replica.signal(signal.SIGCONT)
             replica.signal(signal.SIGTERM)
         statuses = []
+        until = asyncio.get_running_loop().time() + within
         for replica in self.replicas:
             assert replica.process is not None
             try:
-                async with asyncio.timeout(within):
+                async with asyncio.timeout_at(until):
                     statuses.append(await replica.process.wait())
             except TimeoutError:
                 statuses.append(-999)
         return statuses
+
+
+def _used(pid: int) -> tuple[float, int] | None:
+    """Seconds of processor time that a process has used, and how often it went to sleep by itself;
+    None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 def _mount(base: Path) -> bool:
