@@ -288,6 +288,12 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
         yield f"{promise.id} failed without a reason"
     if any(c.how == "refused" for c in records.by_recall[promise.id]):
         return
+    if promise.moves and any(said in row["reason"] for said in ("it had all", "it had its one", "where it ends")):
+        # Skips and moves took the last of its numbers. It ends as its last call did.
+        calls = records.by_recall[promise.id]
+        if calls and records.succeeded(calls[-1]):
+            yield f"{promise.id} failed at its end, though its last call was answered"
+        return
     marks = records.marks_of[promise.id]
     spent = max(
         (
