@@ -31,6 +31,8 @@ from .faults import KINDS, Schedule
 from .hand import Hand
 from .stage import FAKETIME, Stage, commit, install, scratch
 
+SLOW_MS = 150
+"""Milliseconds of the usual lag in calm phases beyond which the account's bounds on time say little."""
 HOPELESS_MOST = 30.0
 """Seconds in which what can still end has ended, where workers have stopped for good."""
 
@@ -180,6 +182,9 @@ def show(result: dict[str, Any]) -> None:
                 else value
             )
             print(f"  {name}: {said}")
+    lags = result["lag in calm phases, ms (p50, p99, most)"]
+    if lags and lags[0] > SLOW_MS:
+        print("  THE MACHINE IS TOO SLOW, or does too much else: what is found of times says little")
     for finding in result["findings"][:40]:
         print(f"  FOUND  {finding}")
     if len(result["findings"]) > 40:

@@ -631,10 +631,18 @@ def session_limit(records: Records) -> Iterator[str]:
     if limit is None:
         return
     for session, calls in records.by_session.items():
-        # What was under way when its worker died is put down later, or never where the row is gone.
-        runs = [c for c in calls if c.how in RAN and not c.hung_up]
+        # What was under way when its worker died, or stood still, is put down later where its recall
+        # was ended meanwhile, or never where the row is gone.
+        runs = [c for c in calls if c.how in RAN and not c.hung_up and not _put_down_late(c, records)]
         if len(runs) > limit:
             yield f"{session} had {len(runs)} runs, and may have {limit} in an hour"
+
+
+def _put_down_late(call: Call, records: Records) -> bool:
+    promise = records.journal.promises.get(call.recall)
+    ended = promise is None or promise.ends or promise.maybe_ended
+    away = (*WORKER_DIED, *STOPPED, *OUTAGES)
+    return bool(ended) and records.struck(call.worker, call.at, call.ended or NEVER, away)
 
 
 def _full(records: Records) -> list[tuple[float, float]]:
