@@ -160,6 +160,8 @@ class Ledger:
         self._aside: dict[str, _Aside] = {}
         self._alone_next = False
         """Whether the last claim was given up for its time: a row of it may be to blame."""
+        self._room: float = math.inf
+        """Runs that the fleet's cap had left when leases that have ended were last asked for."""
         self._left: dict[str, float] = {}
         """Leases that ended while the application held their rows locked: until when they are left to their owners."""
         self._turn = None if fleet is None else self._sql["fleet_turn"]
@@ -219,10 +221,11 @@ class Ledger:
         self._left = {id: until for id, until in self._left.items() if until > now}
         values = {
             "lease": self._lease, "worker": self._worker, "in_hand": list(in_hand), "left": list(self._left),
-            "aside": [id for id, aside in self._aside.items() if aside.until > now],
+            "aside": [id for id, aside in self._aside.items() if aside.until > now], "fleet": self._fleet,
         }  # fmt: skip
         found = (await self._claims.ask(self._sql["ended_leases"], values))[0]
         self._leave(found["locked"])
+        self._room = math.inf if found["room"] is None else found["room"]
         ended = list(zip(found["ids"], found["accepted"], strict=True))
         return EndedLeases([id for id, accepted in ended if not accepted], [id for id, accepted in ended if accepted])
 
@@ -242,7 +245,7 @@ class Ledger:
                 return Claimed(taken, asked_at, stranded=[row for one in alone for row in one.stranded])
             self._put_aside(ids[0], asked_at)
             return Claimed([], asked_at, stranded=[(ids[0], refusal.reason)])
-        if self._fleet is None:
+        if len(ids) <= self._room:
             # Else it may be the fleet's cap that passed them over.
             self._leave(set(ids) - {claim.id for claim in claims})
         for claim in claims:

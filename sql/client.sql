@@ -126,22 +126,46 @@ where id = any (%(ids)s::text[]) and status in ('pending', 'running') and lease 
 returning *;
 
 -- name: retry
--- The occurrence that failed or was cancelled, again, under a new key and with all its attempts; not while an aborted call is still
--- open. What the application had moved before stays moved, as with fire.
-update session_recalls
+-- The occurrence that failed or was cancelled, again, under a new key and with all its attempts; not while an aborted
+-- call is still open. What the application had moved before stays moved, as with fire. Where it was ended in mid-run and
+-- its worker then died, that call's mark is left here, as the worker can't.
+with before as materialized (
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at,
+        r.scheduled_for, r.missed, r.trigger_at, r.run_reference,
+        case when r.sent_at >= r.leased_at then r.sent_at end as sent_at, r.taken_lease
+    from session_recalls r
+    where r.id = any (%(ids)s::text[]) and r.status in ('failed', 'cancelled')
+        and (r.lease is null or r.lease_until < now())
+    for update of r
+),
+marked as (
+    insert into recall_attempts
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at,
+        last_called_at, ended_at, reason, settled)
+    select b.id, b.occurrence, b.rekey, b.attempt, 'unknown', b.session_id, coalesce(b.leased_by, 'unknown'), b.lease,
+        coalesce(b.scheduled_for, b.trigger_at), b.missed, b.sent_at, b.sent_at, b.lease_until,
+        'the worker was not heard of again: its lease ended'
+            || case when b.sent_at is null then ', and perhaps nothing was called' else '' end, 'ended'
+    from before b
+    where b.lease is not null and b.run_reference is null and octet_length(b.id) <= 2000
+        and not (b.taken_lease is not distinct from b.lease and b.sent_at is null)
+    on conflict do nothing
+)
+update session_recalls r
 set status = 'pending', lease = null, lease_until = null, leased_at = null, leased_by = null, trigger_at = now(),
     planned_at = case
-        when coalesce(planned_at, trigger_at) = trigger_at then now()
-        when greatest(trigger_at, planned_at) < '4000-01-01' and least(trigger_at, planned_at) > '0001-01-01'
-        then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
+        when coalesce(r.planned_at, r.trigger_at) = r.trigger_at then now()
+        when greatest(r.trigger_at, r.planned_at) < '4000-01-01' and least(r.trigger_at, r.planned_at) > '0001-01-01'
+        then (now() at time zone 'UTC' - (r.trigger_at - r.planned_at)) at time zone 'UTC'
         else now() - interval '1 microsecond'
     end,
-    scheduled_for = case when cadence = 'interval' then least(coalesce(scheduled_for, trigger_at), now())
-        else coalesce(scheduled_for, trigger_at) end,
-    rekey = rekey + 1, attempt = 0, deferrals = 0, failures = 0, begun_at = null, run_reference = null, delivered_at = null, reason = null,
-    ended_at = null, paused_at = null, updated_at = now()
-where id = any (%(ids)s::text[]) and status in ('failed', 'cancelled') and (lease is null or lease_until < now())
-returning *;
+    scheduled_for = case when r.cadence = 'interval' then least(coalesce(r.scheduled_for, r.trigger_at), now())
+        else coalesce(r.scheduled_for, r.trigger_at) end,
+    rekey = r.rekey + 1, attempt = 0, deferrals = 0, failures = 0, begun_at = null, run_reference = null,
+    delivered_at = null, reason = null, ended_at = null, paused_at = null, updated_at = now()
+from before b
+where r.id = b.id
+returning r.*;
 
 -- name: states
 -- What stands in the way of an operation on these.

@@ -146,7 +146,11 @@ ended as materialized (
     order by r.session_id
     limit 1000
 )
-select array(select id from ended order by lease_until, id) as ids,
+select case when %(fleet)s::integer is not null then %(fleet)s - (
+        select count(*) from session_recalls f
+        where f.lease is not null and f.status in ('pending', 'running') and f.lease_until > now()
+    ) end as room,
+    array(select id from ended order by lease_until, id) as ids,
     array(select accepted from ended order by lease_until, id) as accepted,
     array(select l.id from unnest(%(left)s::text[]) as l (id) where l.id <> all (array(select u.id from unlocked u))) as locked;
 
