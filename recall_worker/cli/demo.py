@@ -25,7 +25,7 @@ from typing import Any
 from uuid import uuid4
 
 from .. import schema
-from .embedded import EmbeddedError, EmbeddedServer
+from ..embedded import EmbeddedError, EmbeddedServer
 from .promises import INTERVAL, LINKS, Evidence, Visit, figures, ms, promises
 from .reference_api import Agent, Call
 from .stage import BOLD, DIM, GREEN, RED, RETRY_AFTER, YELLOW, Event, Screen, Stage

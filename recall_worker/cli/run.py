@@ -74,7 +74,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
 @contextlib.contextmanager
 def _embedded(data: str | None) -> Any:
     from .. import schema
-    from .embedded import EmbeddedError, EmbeddedServer
+    from ..embedded import EmbeddedError, EmbeddedServer
 
     directory = Path(data) if data else _home()
     try:

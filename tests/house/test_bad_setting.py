@@ -24,9 +24,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
 from recall_worker.cli.run import run
 from recall_worker.cli.talk import UNREACHABLE, USAGE, Trouble, explain
+from recall_worker.embedded import EmbeddedServer
 from recall_worker.ledger import Ledger
 from recall_worker.line import said
 from recall_worker.protocols.wire import Wire

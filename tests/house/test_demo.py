@@ -36,7 +36,7 @@ whole = demo.demo
 demo.demo = lambda *, keep: whole(keep=keep, spoil=spoil)
 main()
 """
-MISSING = "import recall_worker.cli.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli import main; main()"
+MISSING = "import recall_worker.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli import main; main()"
 
 
 class Demo:
