@@ -30,7 +30,7 @@ from typer.main import get_command
 from recall_worker import schema
 from recall_worker.cli import main
 from recall_worker.cli.app import app as commands
-from recall_worker.cli.talk import Trouble, length, local, relative, seconds, span
+from recall_worker.terminal import Trouble, length, local, relative, seconds, span
 
 from . import postgres
 from .application import COLUMNS, Application

@@ -26,8 +26,8 @@ from ..events import harmless
 from ..protocols.native import FINAL_WORDS
 from ..recall import Accepted, Answered, Busy, Gone, Refused, Unavailable, Unknown, name_of
 from ..settings import Settings
+from ..terminal import REFUSED, UNREACHABLE, USAGE, Trouble, print_json, span, tell
 from .probes import MESSAGE, REQUESTS, Probes, Reply, Run, Spent
-from .talk import REFUSED, UNREACHABLE, USAGE, Trouble, print_json, span, tell
 
 TOGETHER, ROUNDS = 3, 3
 """Calls at once in one session, and how often."""

@@ -26,10 +26,10 @@ from uuid import uuid4
 
 from .. import schema
 from ..embedded import EmbeddedError, EmbeddedServer
+from ..terminal import Trouble, tell
 from .promises import INTERVAL, LINKS, Evidence, Visit, figures, ms, promises
 from .reference_api import Agent, Call
 from .stage import BOLD, DIM, GREEN, RED, RETRY_AFTER, YELLOW, Event, Screen, Stage
-from .talk import Trouble, tell
 
 COLOURS = {"hello": 36, "build": 33, "inbox": 35, "report": 93, "meeting": 94, "chain": 96, "draft": 95}
 RUN = 0.2

@@ -37,8 +37,8 @@ from ..line import CONNECT_DEADLINE, Dates, connection_info, said
 from ..protocols import langgraph, native
 from ..protocols.wire import Answer, Wire
 from ..settings import Settings
+from ..terminal import REFUSED, UNREACHABLE, command, explain, print_findings, print_json, relative, span, tell
 from .observe import SILENCE
-from .talk import REFUSED, UNREACHABLE, command, explain, print_findings, print_json, relative, span, tell
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OLDEST = 140000

@@ -12,8 +12,8 @@ from typing import Any
 from .. import statements
 from ..events import harmless
 from ..recall import STATUSES
+from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
 from .recalls import connect
-from .talk import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
 
 Row = Mapping[str, Any]
 

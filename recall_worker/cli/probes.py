@@ -27,7 +27,7 @@ from ..protocols.polling import StillOn
 from ..protocols.wire import CONNECT_DEADLINE, LIMIT, Answer, trust
 from ..recall import Accepted, Answered, Busy, Failed, Misconfigured, Outcome, Unavailable, Unknown, name_of
 from ..settings import Settings
-from .talk import rfc3339
+from ..terminal import rfc3339
 
 MESSAGE = "recall-worker check-endpoint: a harmless probe; answer anything"
 REQUESTS = 58

@@ -19,7 +19,7 @@ from ..cadence import CadenceError
 from ..events import harmless
 from ..line import Dates, connection_info
 from ..recall import STATUSES
-from .talk import (
+from ..terminal import (
     USAGE,
     Trouble,
     command,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import events, settings
-from .talk import UNREACHABLE, Trouble, tell, warn_of_password
+from ..terminal import UNREACHABLE, Trouble, tell, warn_of_password
 
 if TYPE_CHECKING:
     from ..worker.worker import Worker

@@ -27,8 +27,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from ..events import harmless
+from ..terminal import Trouble
 from .reference_api import Agent, ReferenceAPI
-from .talk import Trouble
 
 WIDTH = 80
 PATIENCE = 10.0

@@ -25,12 +25,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
 from recall_worker.cli.run import run
-from recall_worker.cli.talk import UNREACHABLE, USAGE, Trouble, explain
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.ledger import Ledger
 from recall_worker.line import said
 from recall_worker.protocols.wire import Wire
 from recall_worker.settings import Settings, SettingsError, read
+from recall_worker.terminal import UNREACHABLE, USAGE, Trouble, explain
 
 from .. import postgres
 from ..application import CREATE_TABLES, Application

@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from ..events import harmless
+from .events import harmless
 
 REFUSED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -38,9 +38,9 @@ def explain(error: BaseException) -> Trouble | None:
     import psycopg
     from psycopg import errors
 
-    from ..line import Outage, Refusal, said
-    from ..schema import SchemaError
-    from ..settings import SettingsError
+    from .line import Outage, Refusal, said
+    from .schema import SchemaError
+    from .settings import SettingsError
 
     match error:
         case Trouble():
