@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from recall_worker.cli.metrics import Metrics
 from recall_worker.ledger import Backlog
+from recall_worker.ops.metrics import Metrics
 from recall_worker.settings import Settings, variable
 from recall_worker.worker.worker import Vitals
 

@@ -57,7 +57,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
     async with contextlib.AsyncExitStack() as stack:
         if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
             try:
-                from .traces import traced
+                from ..ops.traces import traced
             except ImportError:
                 tell(
                     "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that is not installed: recall-worker[otel]."
@@ -65,7 +65,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
             else:
                 await stack.enter_async_context(traced(worker, told))
         if chosen.ops_address is not None:
-            from .ops import pages
+            from ..ops.pages import pages
 
             await stack.enter_async_context(pages(worker, told, *chosen.ops_address))
         yield
