@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
@@ -231,23 +232,31 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None:
-    """State, name, what was seen, and what to try: a line each, and one more for each `Try`; on a terminal they go on under their beginning."""
-    states, names = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    """State, name, what was seen, and what to try. Piped: a line each, and one more for each `Try`.
+    On a terminal long texts go on under their beginning; names take a third of it at most.
+    """
+    states, natural = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    names = min(natural, max(20, shutil.get_terminal_size().columns // 3))
+    names = names if sys.stdout.isatty() else natural
     for state, name, seen, todo in findings:
-        lines = [*wrapped(harmless(seen), states + names)]
+        lines = wrapped(harmless(seen), states + names)
         lines += wrapped(harmless(f"Try: {todo}"), states + names) if todo else []
-        head = f"{_coloured(state)}{' ' * (states - _width(state))}{name}{' ' * (names - _width(name))}"
-        for line in lines:
-            print(f"{head}{line}".rstrip())
-            head = " " * (states + names)
+        head = f"{_coloured(state)}{' ' * (states - _width(state))}"
+        for part, line in zip_longest(_lines(name, names - 2), lines, fillvalue=""):
+            print(f"{head}{part}{' ' * (names - _width(part))}{line}".rstrip())
+            head = " " * states
     sys.stdout.flush()
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
-    """`text` in lines that fit the terminal behind so many cells; in one where there is no terminal."""
+    """`text` in lines that fit the terminal behind so many cells; in one where there is none."""
     if not sys.stdout.isatty():
         return [text]
-    room = max(20, shutil.get_terminal_size().columns - indent)
+    return _lines(text, max(20, shutil.get_terminal_size().columns - indent))
+
+
+def _lines(text: str, room: int) -> list[str]:
+    """`text` in lines of at most `room` cells, broken at blanks where it can be."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -323,5 +332,5 @@ def _has_colours() -> bool:
 _COLOURS = {
     "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
     "unheard": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
-    "cancelled": "2",
+    "pass": "32", "fail": "31", "not shown": "33", "cancelled": "2",
 }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from recall_worker.cli.reference_api import KEYS_KEPT, ReferenceAPI
+from recall_worker.contract.reference_api import KEYS_KEPT, ReferenceAPI
 from recall_worker.protocols.native import accepted, address, polled, read
 from recall_worker.protocols.polling import StillOn
 from recall_worker.protocols.wire import Answer, Wire

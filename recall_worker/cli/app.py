@@ -353,7 +353,7 @@ def reference_api(
     ] = None,
 ) -> None:
     """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
-    from .reference_api import serve
+    from ..contract.reference_api import serve
 
     serve(host, port, seconds=seconds, token=token, accept_after=accept_after)
 
@@ -363,6 +363,6 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave database and log behind, and say where.")] = False,
 ) -> None:
     """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
-    from .demo import demo
+    from ..demo.demo import demo
 
     demo(keep=keep)
