@@ -193,7 +193,7 @@ SomeIds = Annotated[list[str] | None, typer.Argument(help="The recalls.", metava
 @app.command()
 def why(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
     """Why a recall has not fired, or how it ended: one sentence, with its evidence."""
-    from .observe import why
+    from .inspect import why
 
     why(dsn, id, as_json=json)
 
@@ -276,7 +276,7 @@ def reschedule(
 @app.command()
 def workers(dsn: Dsn = None, json: Json = False) -> None:
     """The workers that are about, and what they are doing."""
-    from .observe import workers
+    from .inspect import workers
 
     workers(dsn, as_json=json)
 
@@ -284,7 +284,7 @@ def workers(dsn: Dsn = None, json: Json = False) -> None:
 @app.command()
 def stats(dsn: Dsn = None, json: Json = False) -> None:
     """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late they were."""
-    from .observe import stats
+    from .inspect import stats
 
     stats(dsn, as_json=json)
 

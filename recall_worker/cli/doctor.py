@@ -38,7 +38,7 @@ from ..protocols import langgraph, native
 from ..protocols.wire import Answer, Wire
 from ..settings import Settings
 from ..terminal import REFUSED, UNREACHABLE, command, explain, print_findings, print_json, relative, span, tell
-from .observe import SILENCE
+from .inspect import SILENCE
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OLDEST = 140000
