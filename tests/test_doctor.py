@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from recall_worker import schema, settings
-from recall_worker.cli import doctor as room
+from recall_worker.doctor import doctor as room
 
 from . import postgres
 from .conftest import Connection, connected

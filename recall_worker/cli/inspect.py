@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from .. import statements
+from ..doctor.doctor import SILENT_AFTER
 from ..events import harmless
 from ..recall import STATUSES
 from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
@@ -17,14 +18,12 @@ from .recalls import connect
 
 Row = Mapping[str, Any]
 
-SILENCE = 180.0
-"""Seconds after which a worker that was not heard of counts as gone: three of its beats."""
 WINDOW = 3600.0
 
 
 def why(dsn: str | None, id: str, *, as_json: bool) -> None:
     with connect(dsn) as conn:
-        row = conn.execute(statements.load("reads")["why"].encode(), {"id": id, "silence": SILENCE}).fetchone()
+        row = conn.execute(statements.load("reads")["why"].encode(), {"id": id, "silence": SILENT_AFTER}).fetchone()
     if row is None:
         raise Trouble(f"there is no recall {id}", command("list"))
     sentence = because(row)
@@ -136,7 +135,7 @@ def _history(row: Row) -> str | None:
 
 def workers(dsn: str | None, *, as_json: bool) -> None:
     with connect(dsn) as conn:
-        rows = conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENCE}).fetchall()
+        rows = conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "now"} for row in rows])
         return
@@ -178,7 +177,7 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         by_status = {row["status"]: row for row in conn.execute(reads["stats_recalls"].encode())}
         calls = conn.execute(reads["stats_calls"].encode(), {"window": WINDOW}).fetchall()
         late = conn.execute(reads["stats_lateness"].encode(), {"window": WINDOW}).fetchone()
-        about = conn.execute(reads["workers"].encode(), {"silence": SILENCE}).fetchall()
+        about = conn.execute(reads["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
         now = conn.execute("select now() as now").fetchone()
     assert late is not None and now is not None
     live = [by_status[status] for status in ("pending", "running") if status in by_status]

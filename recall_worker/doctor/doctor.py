@@ -38,7 +38,6 @@ from ..protocols import langgraph, native
 from ..protocols.wire import Answer, Wire
 from ..settings import Settings
 from ..terminal import REFUSED, UNREACHABLE, command, explain, print_findings, print_json, relative, span, tell
-from .inspect import SILENCE
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OLDEST = 140000
@@ -52,6 +51,8 @@ CONNECTIONS = 5
 LATE = 10.0
 """Seconds that something may have been due: a worker that is about and has a slot takes it within milliseconds."""
 OVERDUE = 60.0
+SILENT_AFTER = 180.0
+"""Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats."""
 LONG_TRANSACTION = 300.0
 CLOCK_OFF, CLOCK_FAR_OFF = 2.0, 240.0
 """Seconds between two clocks that are worth a word, and that a receiver of signatures (Standard Webhooks: five minutes) may not take."""
@@ -411,7 +412,7 @@ class Doctor:
             self._find(OK, f"{row['connections']} of {row['max_connections']} connections are in use; nothing is set to our harm")
 
     async def _workers(self) -> None:
-        cursor = await self._conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENCE})
+        cursor = await self._conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER})
         rows = await cursor.fetchall()
         self._alive = alive = [row for row in rows if row["alive"]]
         if not alive:

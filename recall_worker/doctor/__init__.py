@@ -1,0 +1,1 @@
+"""`doctor`: is all there that the worker needs, and does it do its work?"""
