@@ -316,7 +316,7 @@ def doctor(dsn: Dsn = None, json: Json = False) -> None:
     Each line is ok, a note or a problem, with what to do; exit 1 where there is a problem, 3 where the database can't be reached. Nothing
     is changed and no agent is run: the endpoint is asked by GET. Settings are those of `run`, from the environment.
     """
-    from ..doctor.doctor import doctor
+    from .doctor import doctor
 
     doctor(dsn, as_json=json)
 

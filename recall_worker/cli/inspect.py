@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from .. import statements
-from ..doctor.doctor import SILENT_AFTER
+from ..doctor.workers import SILENT_AFTER
 from ..events import harmless
 from ..recall import STATUSES
 from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
