@@ -14,26 +14,11 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from select import PIPE_BUF
 from typing import Any, TextIO, cast
 
-
-@contextmanager
-def _without_rich() -> Iterator[None]:
-    """structlog takes rich along where it finds it, four megabytes that stay in every worker; nothing here is shown with it."""
-    absent = "rich" not in sys.modules
-    if absent:
-        sys.modules["rich"] = None  # type: ignore[assignment]  # as for what is not installed
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules["rich"]
-
-
-with _without_rich():
-    import structlog
+import structlog
 
 LOUDNESS = {
     "ops.listening": "info",

@@ -433,7 +433,7 @@ def test_the_daemon_is_started_without_what_takes_command_lines_apart(database: 
 import sys
 from recall_worker.cli import main
 from recall_worker.worker.worker import Worker
-Worker.run = lambda self: print(*sorted({"typer", "pydantic", "rich", "pygments"} & set(sys.modules)), "and no more") or self._ledger.close()
+Worker.run = lambda self: print(*sorted({"typer", "click", "pydantic"} & set(sys.modules)), "and no more") or self._ledger.close()
 sys.argv = ["recall-worker", "run"]
 main()
 """

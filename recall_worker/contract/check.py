@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from ..events import harmless
-from ..protocols.native import FINAL_WORDS
+from ..protocols.contract import FINAL_WORDS
 from ..recall import Accepted, Answered, Busy, Gone, Refused, Unavailable, Unknown, name_of
 from ..settings import Settings
 from ..terminal import UNREACHABLE, Trouble, span

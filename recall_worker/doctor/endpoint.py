@@ -6,8 +6,8 @@ import time
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from ..protocols import langgraph, native
-from ..protocols.wire import Answer, Wire
+from ..protocols import contract, langgraph
+from ..protocols.http import Answer, HttpClient
 from ..settings import Settings, SettingsError
 from ..terminal import command, relative, span
 from .examination import NOTE, OK, PROBLEM, Examination
@@ -19,14 +19,14 @@ async def endpoint(exam: Examination) -> None:
         exam.find(NOTE, "RECALL_RUN_URL is not set here, so nobody was asked", "set it as for recall-worker run")
         return
     try:
-        wire = Wire(settings)
+        http = HttpClient(settings)
     except SettingsError as error:
         exam.find(PROBLEM, error.problems[0])
         return
     try:
         url = _harmless_question(settings)
         began = time.monotonic()
-        answer = await wire.ask("GET", url, _credentials(settings))
+        answer = await http.ask("GET", url, _credentials(settings))
         took = time.monotonic() - began
         if not isinstance(answer, Answer):
             exam.find(PROBLEM, answer.reason.replace(settings.run_token or "\0", "…"), _unreachable_hint(answer.reason))
@@ -37,10 +37,10 @@ async def endpoint(exam: Examination) -> None:
         if settings.run_token is None:
             exam.find(NOTE, "no token is set", "RECALL_RUN_TOKEN, so that nobody else can make your agent run")
         else:
-            without = await wire.ask("GET", url, {})
+            without = await http.ask("GET", url, {})
             await _token(exam, isinstance(without, Answer) and without.status in (401, 403))
     finally:
-        await wire.close()
+        await http.close()
 
 
 def _refused(exam: Examination, answer: Answer) -> bool:
@@ -88,13 +88,13 @@ def _harmless_question(settings: Settings) -> str:
         case "agno":
             return f"{base}/config"
         case _:
-            return native.address(settings.run_url, f"missing-{uuid4()}")
+            return contract.address(settings.run_url, f"missing-{uuid4()}")
 
 
 def _credentials(settings: Settings) -> dict[str, str]:
     if settings.protocol == "langgraph":
         return langgraph.credentials(settings.run_token)
-    return {"Authorization": f"Bearer {settings.run_token}"} if settings.run_token is not None else {}
+    return contract.bearer(settings.run_token)
 
 
 def _unreachable_hint(reason: str) -> str:

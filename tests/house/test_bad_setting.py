@@ -28,7 +28,7 @@ from recall_worker.cli.run import run
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.ledger import Ledger
 from recall_worker.line import said
-from recall_worker.protocols.wire import Wire
+from recall_worker.protocols.http import HttpClient
 from recall_worker.settings import Settings, SettingsError, read
 from recall_worker.terminal import UNREACHABLE, USAGE, Trouble, explain
 
@@ -483,7 +483,7 @@ def test_a_wrong_certificate_authority(content: bytes | Path | None, tmp_path: P
         error = problem(monkeypatch, ca_file=file).what
     else:
         with pytest.raises(SettingsError) as caught:
-            Wire(Settings(ca_file=str(file)))
+            HttpClient(Settings(ca_file=str(file)))
         error = str(caught.value)
     assert error.startswith(f"RECALL_CA_FILE is '{file}', which ") and "PEM" in error
 
