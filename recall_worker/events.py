@@ -86,7 +86,12 @@ def configure(level: str, format: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    shown: list[Any] = [_harmless, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())] if console else [_line]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(),
+        # Tracebacks are texts by then, so that they can be made harmless; rich is not to show them.
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    shown: list[Any] = [_harmless, renderer] if console else [_line]
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
