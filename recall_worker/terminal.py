@@ -1,4 +1,4 @@
-"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, durations.
+"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, times.
 
 Every text that comes from a row is made harmless before a terminal sees it.
 """
@@ -19,6 +19,7 @@ from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
+from . import durations
 from .events import harmless
 
 REFUSED, USAGE, UNREACHABLE = 1, 2, 3
@@ -177,28 +178,12 @@ def span(seconds: float | Decimal | None) -> str:
     return f"{took * 1000:.1f} ms" if abs(took) < 1 else f"{took:.1f} s" if abs(took) < 600 else str(timedelta(seconds=int(took)))
 
 
-def length(seconds: int) -> str:
-    """A whole number of seconds as `seconds` reads it: `1h30m`."""
-    parts, left = [], max(0, seconds)
-    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
-        times, left = divmod(left, size)
-        if times:
-            parts.append(f"{times}{unit}")
-    return "".join(parts) or f"{seconds}s"
-
-
-_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_PART = re.compile(rf"({_NUMBER})\s*(s|min|m|h|d|w)\s*")
-_PARTS = re.compile(rf"({_NUMBER}|(?:{_PART.pattern})+)")
-
-
 def seconds(text: str, option: str) -> float:
-    """A duration as people write it: `90s`, `5m`, `1h30m`, `2d`, or plain seconds. Raises Trouble."""
-    said = text.strip().lower()
-    if not _PARTS.fullmatch(said):
-        raise Trouble(f"{option} {text!r} is no duration", f"{option} 90s, 5m, 1h30m or 2d", status=USAGE)
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(said)) if said[-1].isalpha() else float(said)
+    """The duration that an option was given. Raises Trouble; a number without unit is none."""
+    try:
+        return durations.seconds(text)
+    except durations.DurationError as error:
+        raise Trouble(f"{option} {text!r} {error}", f"{option} {error.instead}", status=USAGE) from None
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()) -> None:

@@ -16,6 +16,7 @@ from psycopg.rows import dict_row
 
 from .. import cadence, settings, statements
 from ..cadence import CadenceError
+from ..durations import length
 from ..events import harmless
 from ..line import Dates, connection_info
 from ..recall import STATUSES
@@ -23,7 +24,6 @@ from ..terminal import (
     USAGE,
     Trouble,
     command,
-    length,
     local,
     print_facts,
     print_json,
