@@ -10,8 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from .. import statements
-from ..doctor.workers import SILENT_AFTER
 from ..events import harmless
+from ..fleet import SILENT_AFTER, differences, told_setting
 from ..recall import STATUSES
 from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
 from .recalls import connect
@@ -148,7 +148,7 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
             [
                 row["worker"], "alive" if row["alive"] else "silent", relative(row["seen_at"], row["now"]),
                 f"{row['leases']}/{row['slots']}", row["breaker"], row["bell"], local(row["started_at"]), row["version"],
-                *(f"{_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
+                *(f"{told_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
             ]
             for row in rows
         ],
@@ -159,16 +159,8 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell(
             f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
         )
-    for name in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
-        values = {str(_setting(row, name)) for row in alive}
-        if len(values) > 1:
-            tell(harmless(f"Note: live workers differ in {name}: {', '.join(sorted(values))}"))
-
-
-def _setting(row: Row, name: str) -> str | None:
-    """A setting as the worker told it: in a row of another version's, or of a hand's, anything may be there, or nothing."""
-    told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
-    return f"{told:g}" if isinstance(told, int | float) else None if told is None else str(told)
+    for name, values in differences(alive):
+        tell(harmless(f"Note: live workers differ in {name}: {', '.join(values)}"))
 
 
 def stats(dsn: str | None, *, as_json: bool) -> None:

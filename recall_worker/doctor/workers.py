@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from .. import settings, statements
+from ..fleet import SILENT_AFTER, differences
 from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
-
-SILENT_AFTER = 180.0
-"""Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats."""
 
 
 async def workers(exam: Examination) -> None:
@@ -49,13 +47,11 @@ async def workers(exam: Examination) -> None:
             )
             todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
             exam.find(NOTE, seen, todo)
-    for what in ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol"):
-        values = {str(row["settings"].get(what)) for row in alive}
-        if len(values) > 1:
-            exam.find(
-                NOTE,
-                f"live workers differ in {what}: {', '.join(sorted(values))}",
-                f"the same {settings.variable(what)} for all",
-            )
+    for what, values in differences(alive):
+        exam.find(
+            NOTE,
+            f"live workers differ in {what}: {', '.join(values)}",
+            f"the same {settings.variable(what)} for all",
+        )
     if len(versions := {row["version"] for row in alive}) > 1:
         exam.find(NOTE, f"live workers differ in version: {', '.join(sorted(versions))}", "upgrade the others, too")
