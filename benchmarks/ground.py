@@ -26,7 +26,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import sql
 
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -14,26 +14,11 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from select import PIPE_BUF
 from typing import Any, TextIO, cast
 
-
-@contextmanager
-def _without_rich() -> Iterator[None]:
-    """structlog takes rich along where it finds it, four megabytes that stay in every worker; nothing here is shown with it."""
-    absent = "rich" not in sys.modules
-    if absent:
-        sys.modules["rich"] = None  # type: ignore[assignment]  # as for what is not installed
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules["rich"]
-
-
-with _without_rich():
-    import structlog
+import structlog
 
 LOUDNESS = {
     "ops.listening": "info",
@@ -103,7 +88,12 @@ def configure(level: str, format: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    shown: list[Any] = [_harmless, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())] if console else [_line]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(),
+        # Tracebacks are texts by then, so that they can be made harmless; rich is not to show them.
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    shown: list[Any] = [_harmless, renderer] if console else [_line]
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

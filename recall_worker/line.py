@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import math
 import os
 import re
@@ -32,7 +33,7 @@ from uuid import UUID
 import psycopg
 from psycopg import errors, pq
 from psycopg.abc import Buffer
-from psycopg.adapt import PyFormat, Transformer
+from psycopg.adapt import Loader, PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq.abc import PGresult
 from psycopg.rows import tuple_row
@@ -47,6 +48,12 @@ CONNECT_LEAST = 2.0
 """Seconds that libpq gives a host at least."""
 LOCK_PATIENCE = 1.0
 """Seconds, at most, a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
+LEVELS_MOST = 100
+"""Values within values that are read from a JSON document: Python's own reader and writer stop at
+some hundreds.
+"""
+DIGITS_MOST = 300
+"""Digits of a whole number that a double can still stand for."""
 EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
 
 _Step: TypeAlias = tuple[bytes, Sequence[Any]]
@@ -120,6 +127,42 @@ class Dates(TimestamptzLoader):
             return clamped(super().load(data)).astimezone(UTC)
         except (errors.DataError, ValueError, OverflowError):
             return LATEST
+
+
+def load_whatever_stands_there(
+    conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any],
+) -> None:
+    """Have a connection read also what somebody may have written into a row by hand and Python has
+    no value for.
+    """
+    conn.adapters.register_loader("timestamptz", Dates)
+    for name in ("json", "jsonb"):
+        conn.adapters.register_loader(name, Documents)
+
+
+class Documents(Loader):
+    """JSON. What Python, or a reader of our own `--json`, has no value for stays text: a document in
+    which values are nested for more than LEVELS_MOST, a number that is no finite double.
+    """
+
+    def load(self, data: Buffer) -> Any:
+        text = bytes(data).decode("utf-8", "backslashreplace")
+        levels = most = 0
+        for bracket in re.findall(r"[][{}]", text):
+            levels += 1 if bracket in "[{" else -1
+            most = max(most, levels)
+        if most > LEVELS_MOST:
+            return text
+        return json.loads(text, parse_int=_whole, parse_float=_fraction)
+
+
+def _whole(digits: str) -> int | str:
+    return int(digits) if len(digits) <= DIGITS_MOST else digits
+
+
+def _fraction(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
 
 
 def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLINE) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Settings: frozen, read once, from `RECALL_*` in the environment and then from flags. The only reader of the environment.
 
 Secrets may also come from `<NAME>_FILE` or from a systemd credential of the same name. All problems are reported at once.
-Durations are seconds. Secrets are kept out of `repr`.
+Durations are seconds, or with units (durations). Secrets are kept out of `repr`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import durations
 
 HORIZON = 60.0
 """Seconds ahead within which the table's trigger rings; written into the trigger by migration 0001."""
@@ -132,10 +134,6 @@ _ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+
 _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 
-_KEEP = re.compile(r"(?:(\w+)=)?(\d{1,12}(?:\.\d{1,6})?)([smhd])", re.ASCII)
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-
-
 def retention(text: str) -> tuple[dict[str, float], list[str]]:
     """How long what is over is kept, in seconds (`30d,failed=90d`), and what is wrong with the text, a clause each.
 
@@ -145,12 +143,13 @@ def retention(text: str) -> tuple[dict[str, float], list[str]]:
     given: dict[str, float] = {}
     problems: list[str] = []
     for part in [part.strip() for part in text.split(",")] if text else []:
-        found = _KEEP.fullmatch(part)
-        if found is None:
-            problems.append(f"holds {part!r}: give durations such as 30d, or fired=7d, in s, m, h or d")
+        name, named, duration = part.rpartition("=")
+        try:
+            seconds = durations.seconds(duration)
+        except durations.DurationError:
+            problems.append(f"holds {part!r}: give durations such as 30d, or fired=7d, with units")
             continue
-        name, seconds = found[1] or "", float(found[2]) * _UNITS[found[3]]
-        if name and name not in KEPT:
+        if named and name not in KEPT:
             problems.append(f"names {name!r}: give one of {', '.join(KEPT)}")
         elif name in given:
             problems.append(f"names {name} twice: keep one" if name else "gives two durations for all: keep one")
@@ -246,9 +245,11 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
     if f.metadata["size"]:
         raw = _octets(str(raw))
     try:
-        number = int(raw) if kind == "int" else float(raw)
+        # What is no whole number is a duration: seconds, or with units.
+        number = int(raw) if kind == "int" else durations.seconds(str(raw), bare=True)
     except ValueError:
-        raise ValueError(f"is {raw!r}: give a {'whole number' if kind == 'int' else 'number of seconds'}") from None
+        wanted = "whole number" if kind == "int" else "number of seconds, or such as 90s or 1h30m"
+        raise ValueError(f"is {raw!r}: give a {wanted}") from None
     least, most = f.metadata["least"], f.metadata["most"]
     if number != number or (least is not None and number < least) or (most is not None and number > most):
         bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"

@@ -6,14 +6,15 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from recall_worker.cli.metrics import Metrics
 from recall_worker.ledger import Backlog
+from recall_worker.ops.metrics import Metrics
 from recall_worker.settings import Settings, variable
 from recall_worker.worker.worker import Vitals
 
@@ -29,6 +30,8 @@ README = ROOT / "README.md"
 CADENCE = ROOT / "docs" / "cadence.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+LAYERS_MARK = "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
 
@@ -62,6 +65,14 @@ def metrics_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def layers() -> str:
+    """The rooms, top first, as `lint-imports` holds them apart."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        [contract] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    rooms = [[room.strip().removeprefix("recall_worker.") for room in layer.split("|")] for layer in contract["layers"]]
+    return " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms) + "\n"
+
+
 def operations_tables() -> str:
     """What tests/test_operations.py shows, cell by cell."""
     cancelling = {name: COMMANDS[name] for name in ("cancel", "cancel --session", "skip", "skip --session")}
@@ -90,6 +101,13 @@ def _cell(cell: Cell) -> str:
 def test_the_operations_documented_are_those_shown() -> None:
     """docs/operations.md carries the tables whose every cell is a test."""
     assert OPERATIONS.read_text(encoding="utf-8").endswith(OPERATIONS_MARK + operations_tables())
+
+
+def test_the_layers_documented_are_those_checked() -> None:
+    """CONTRIBUTING.md lists the layers of pyproject.toml, and each of them is a room that is there."""
+    assert LAYERS_MARK + layers() in CONTRIBUTING.read_text(encoding="utf-8")
+    for room in re.findall(r"`(\w+)`", layers()):
+        assert any((ROOT / "recall_worker" / name).exists() for name in (room, f"{room}.py"))
 
 
 def test_the_settings_documented_are_those_there_are() -> None:
@@ -229,3 +247,5 @@ if __name__ == "__main__":
     ):
         text = path.read_text(encoding="utf-8")
         path.write_text(text[: text.index(mark)] + mark + generated, encoding="utf-8")
+    before, _, after = CONTRIBUTING.read_text(encoding="utf-8").partition(LAYERS_MARK)
+    CONTRIBUTING.write_text(before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8")

@@ -20,8 +20,10 @@ from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from recall_worker import schema, settings
-from recall_worker.cli import doctor as room
+from recall_worker import schema
+from recall_worker.doctor import backlog, examination, listener
+from recall_worker.doctor import schema as doctor_schema
+from recall_worker.doctor import server as doctor_server
 
 from . import postgres
 from .conftest import Connection, connected
@@ -305,7 +307,7 @@ async def test_a_constraint_that_is_not_valid(ward: Ward, database: str) -> None
     assert "validate constraint session_recalls_session_id_fkey" in found["todo"] and "belong to no session" in found["todo"]
 
 
-@pytest.mark.parametrize("trigger", room._made("trigger"))
+@pytest.mark.parametrize("trigger", doctor_schema.made("trigger"))
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -323,8 +325,8 @@ async def test_a_trigger_that_does_not_fire(trigger: str, how: str, said: str, w
 
 def test_what_migrations_make() -> None:
     """The indexes and triggers are those of the migrations themselves, so that a new one is looked for, too."""
-    assert {"recall_before_insert", "recall_ring_earlier"} <= set(room._made("trigger"))
-    assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(room._made("index"))
+    assert {"recall_before_insert", "recall_ring_earlier"} <= set(doctor_schema.made("trigger"))
+    assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(doctor_schema.made("index"))
 
 
 # --- waking ------------------------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
 
 async def test_a_bell_in_another_database(ward: Ward, server: str, template: str) -> None:
     """A RECALL_LISTEN_DSN that leads to another database hears nothing."""
-    with postgres.database(server, template) as elsewhere, mock.patch.object(room, "RING_PATIENCE", 1.0):
+    with postgres.database(server, template) as elsewhere, mock.patch.object(listener, "RING_PATIENCE", 1.0):
         found = await ward.finds("bell", "problem", "did not arrive", status=1, RECALL_LISTEN_DSN=elsewhere)
     assert "same database on the same server" in found["todo"]
 
@@ -412,7 +414,7 @@ async def test_a_bell_behind_a_pooler(ward: Ward, database: str) -> None:
 async def test_a_pool_of_any_size(size: int, ward: Ward, database: str) -> None:
     """Transaction pooling is found out with one connection in the pool and with many."""
     with pooler(database, default_pool_size=size) as bouncer:
-        found = [await room.Doctor(settings.read({"RECALL_DSN": bouncer.dsn}))._pooling_of(bouncer.dsn) for _ in range(5)]
+        found = [await listener.pooling_of(bouncer.dsn) for _ in range(5)]
     assert found == ["transaction"] * 5
 
 
@@ -475,7 +477,10 @@ async def test_settings_that_cost_promises(ward: Ward) -> None:
 
 async def test_a_long_transaction(ward: Ward) -> None:
     """A transaction that has been open for long is named, with whose it is."""
-    with psycopg.connect(ward.dsn, application_name="forgetful") as conn, mock.patch.object(room, "LONG_TRANSACTION", 0.2):
+    with (
+        psycopg.connect(ward.dsn, application_name="forgetful") as conn,
+        mock.patch.object(doctor_server, "LONG_TRANSACTION", 0.2),
+    ):
         conn.execute("select pg_sleep(0.3)")
         found = await ward.finds("server", "note", rf"a transaction \(of {ward.role}, forgetful, pid \d+, idle in transaction\)")
     assert "pg_terminate_backend" in found["todo"]
@@ -566,7 +571,7 @@ async def test_a_fleet_at_its_cap(ward: Ward) -> None:
 
 async def test_a_check_with_a_defect_stands_alone(ward: Ward) -> None:
     """What a check did not expect is its own problem, and the others go on."""
-    with mock.patch.object(room.Doctor, "_backlog", side_effect=KeyError("nobody thought of that")):
+    with mock.patch.object(backlog, "backlog", side_effect=KeyError("nobody thought of that")):
         said = await ward.examine("--json")
     rows = {row["check"]: row for row in said.document["checks"]}
     assert said.status == 1 and rows["held"]["state"] == rows["endpoint"]["state"] == "ok"
@@ -693,7 +698,7 @@ async def test_other_protocols(protocol: str, path: str, ward: Ward, endpoint: E
 
 async def test_a_check_that_breaks_stands_alone(ward: Ward) -> None:
     """A table that somebody holds locked costs its check, after a while, and not the others."""
-    with psycopg.connect(ward.db.info.dsn, user="postgres") as holder, mock.patch.object(room, "PATIENCE", 1.0):
+    with psycopg.connect(ward.db.info.dsn, user="postgres") as holder, mock.patch.object(examination, "PATIENCE", 1.0):
         holder.execute("lock table recall_workers")
         said = await ward.examine("--json")
     states = {row["check"]: row["state"] for row in said.document["checks"]}

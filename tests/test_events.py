@@ -146,6 +146,7 @@ def test_no_format_lets_a_fact_steer_the_terminal(format: str) -> None:
     lines = lines_of(format, "info")
     assert not set("".join(lines)) & {"\x1b", "\x07", "\u202e", "\r"}
     assert sum("recall.settled" in line for line in lines) == 1
+    assert not any("Warning" in line for line in lines), "structlog has something against how it is set up"
     assert all(line.startswith("{") for line in lines) is (format != "console")
 
 

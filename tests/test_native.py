@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.protocols.native import accepted, address, body, header_key, read, retry_after, same_origin, signature
-from recall_worker.protocols.wire import LIMIT, Answer
+from recall_worker.protocols.contract import address, header_key, read, retry_after, same_origin, signature
+from recall_worker.protocols.http import LIMIT, Answer
+from recall_worker.protocols.native import accepted, body
 from recall_worker.recall import (
     Accepted,
     Answered,

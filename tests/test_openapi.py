@@ -20,8 +20,9 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from recall_worker.protocols import Call
-from recall_worker.protocols.native import FAILED_WORDS, FINAL_WORDS, Native, accepted, body, read
-from recall_worker.protocols.wire import Answer
+from recall_worker.protocols.contract import FAILED_WORDS, FINAL_WORDS, read
+from recall_worker.protocols.http import Answer
+from recall_worker.protocols.native import Native, accepted, body
 from recall_worker.recall import name_of
 from recall_worker.settings import Settings
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from recall_worker.cli.metrics import Metrics
-from recall_worker.cli.ops import Pages, Question, connections_most
 from recall_worker.line import Outage, Refusal
+from recall_worker.ops.metrics import Metrics
+from recall_worker.ops.pages import Pages, Question, connections_most
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import Vitals, Worker
 
@@ -118,7 +118,7 @@ async def test_trouble_is_an_answer(error: Exception) -> None:
 
 async def test_nobody_waits_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A question without an answer is left open, not broken off: those who ask meanwhile are told so, and it is asked once."""
-    monkeypatch.setattr("recall_worker.cli.ops.PATIENCE", 0.01)
+    monkeypatch.setattr("recall_worker.ops.pages.PATIENCE", 0.01)
     asked = 0
 
     async def ask() -> int:

@@ -16,10 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from recall_worker.cli.reference_api import KEYS_KEPT, ReferenceAPI
-from recall_worker.protocols.native import accepted, address, polled, read
+from recall_worker.contract.reference_api import KEYS_KEPT, ReferenceAPI
+from recall_worker.protocols.contract import address, read
+from recall_worker.protocols.http import Answer, HttpClient
+from recall_worker.protocols.native import accepted, polled
 from recall_worker.protocols.polling import StillOn
-from recall_worker.protocols.wire import Answer, Wire
 from recall_worker.recall import Accepted, name_of
 from recall_worker.settings import Settings
 
@@ -359,7 +360,7 @@ async def test_the_worker_follows_what_it_accepts(accepting: Client, agent: Agen
 async def test_hostile_keys(accepting: Client, key: str) -> None:
     """Whatever a key holds, the address of its run is one that the worker's own wire finds it at."""
     taken = await accepting.run(key=key, message="wait")
-    wire = Wire(Settings())
+    wire = HttpClient(Settings())
     try:
         answer = await wire.ask("GET", accepting.base + taken.headers["Location"], {"Authorization": f"Bearer {TOKEN}"})
     finally:

@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from recall_worker import Recalls, schema, statements
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GRANTS
 
 from . import postgres

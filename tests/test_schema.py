@@ -22,7 +22,7 @@ from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GENERATION, SchemaError
 
 from . import postgres

@@ -87,11 +87,22 @@ HOUR, DAY = 3600.0, 86_400.0
         ("fired=7d,failed=90d", {"fired": 7 * DAY, "failed": 90 * DAY, "calls": 90 * DAY}),
         ("fired=90m,calls=1s", {"fired": 1.5 * HOUR, "calls": 1.0}),
         ("calls=1d", {"calls": DAY}),
+        ("1h30m", {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 1.5 * HOUR, "calls": 1.5 * HOUR}),
+        ("fired=2 weeks", {"fired": 14 * DAY, "calls": 14 * DAY}),
     ],
 )
 def test_how_long_what_is_over_is_kept(given: str, means: dict[str, float]) -> None:
     """A duration alone is for all statuses that are not named; marks of calls outlast their recalls unless they are named."""
     assert settings.read({"RECALL_PRUNE": given}).keep == means
+
+
+@pytest.mark.parametrize(
+    ("given", "means"), [("90", 90), ("90s", 90), ("2.5", 2.5), ("30m", 1800), ("1h30", 5400), ("2 hours", 7200)]
+)
+def test_a_duration(given: str, means: float) -> None:
+    """Seconds, or with units; from the environment and from a flag alike."""
+    assert settings.read({"RECALL_RUN_TIMEOUT": given}).run_timeout == means
+    assert settings.read({}, run_timeout=given).run_timeout == means
 
 
 def test_what_can_be_kept() -> None:
@@ -135,6 +146,7 @@ WRONG = [
     ({"RECALL_CONCURRENCY": "0"}, "RECALL_CONCURRENCY is 0: give a number between 1 and 100000"),
     ({"RECALL_MAX_ATTEMPTS": "-1"}, "RECALL_MAX_ATTEMPTS is -1: give a number between 1 and 1000"),
     ({"RECALL_LEASE": "a minute"}, "RECALL_LEASE is 'a minute': give a number of seconds"),
+    ({"RECALL_LEASE": "2 days"}, "RECALL_LEASE is 2 days: give a number between 1 and 86400"),
     ({"RECALL_LEASE": "0.5"}, "RECALL_LEASE is 0.5: give a number between 1 and 86400"),
     ({"RECALL_LEASE": "nan"}, "RECALL_LEASE is nan: give a number between 1 and 86400"),
     ({"RECALL_GIVE_UP": "-1"}, "RECALL_GIVE_UP is -1: give a number at least 0"),
@@ -167,6 +179,8 @@ WRONG = [
     ({"RECALL_OPS_LISTEN": "65536"}, "RECALL_OPS_LISTEN is '65536': give host:port"),
     ({"RECALL_PRUNE": "soon"}, "RECALL_PRUNE holds 'soon': give durations such as 30d, or fired=7d"),
     ({"RECALL_PRUNE": "30"}, "RECALL_PRUNE holds '30': give durations"),
+    ({"RECALL_PRUNE": "fired=30"}, "RECALL_PRUNE holds 'fired=30': give durations"),
+    ({"RECALL_PRUNE": "=30d"}, "RECALL_PRUNE names '': give one of fired"),
     ({"RECALL_PRUNE": "30d,"}, "RECALL_PRUNE holds '': give durations"),
     ({"RECALL_PRUNE": "pending=30d"}, "RECALL_PRUNE names 'pending': give one of fired, cancelled, failed, calls"),
     ({"RECALL_PRUNE": "fired=30d,fired=7d"}, "RECALL_PRUNE names fired twice"),

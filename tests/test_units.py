@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recall_worker.cli.talk import OUTDATED, REFUSED, UNREACHABLE, USAGE
 from recall_worker.settings import Settings, ignored
+from recall_worker.terminal import OUTDATED, REFUSED, UNREACHABLE, USAGE
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import SETTLE_PATIENCE
 

@@ -19,8 +19,8 @@ from typing import Self
 
 import pytest
 
-from recall_worker.protocols import wire as wiring
-from recall_worker.protocols.wire import LIMIT, Answer, NoAnswer, Wire
+from recall_worker.protocols import http as room
+from recall_worker.protocols.http import LIMIT, Answer, HttpClient, NoAnswer
 from recall_worker.settings import Settings
 
 BODY = b'{"a":"' + b"x" * 300 + b'"}'
@@ -150,7 +150,7 @@ class Posting:
 
     def __init__(
         self,
-        wire: Wire,
+        wire: HttpClient,
         url: str,
         *,
         body: bytes = BODY,
@@ -193,9 +193,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-async def wire() -> AsyncIterator[Wire]:
+async def wire() -> AsyncIterator[HttpClient]:
     """The transport, as a protocol has it."""
-    made = Wire(Settings())
+    made = HttpClient(Settings())
     yield made
     await made.close()
 
@@ -207,7 +207,7 @@ async def peer() -> AsyncIterator[Peer]:
         yield played
 
 
-async def kept(wire: Wire, peer: Peer) -> Conn:
+async def kept(wire: HttpClient, peer: Peer) -> Conn:
     """A connection that has served one request and is kept for the next."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -220,7 +220,7 @@ async def kept(wire: Wire, peer: Peer) -> Conn:
 # --- nothing was sent -----------------------------------------------------------------------------------------------
 
 
-async def test_refused(wire: Wire, peer: Peer) -> None:
+async def test_refused(wire: HttpClient, peer: Peer) -> None:
     """Nobody listens: nothing was sent."""
     peer.stop()
     end = await Posting(wire, peer.url).unanswered(sent=False)
@@ -240,15 +240,15 @@ def crowded() -> Iterator[Peer]:
 
 async def test_no_connection_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was sent when the time for connecting is over."""
-    monkeypatch.setattr(wiring, "CONNECT_DEADLINE", 0.3)
-    wire = Wire(Settings())
+    monkeypatch.setattr(room, "CONNECT_DEADLINE", 0.3)
+    wire = HttpClient(Settings())
     with crowded() as peer:
         end = await Posting(wire, peer.url).unanswered(sent=False)
     assert "no connection within 0.3 s" in end.reason
     await wire.close()
 
 
-async def test_the_runs_time_is_over_before_there_is_a_connection(wire: Wire) -> None:
+async def test_the_runs_time_is_over_before_there_is_a_connection(wire: HttpClient) -> None:
     """The whole call's timeout covers connecting, too: nothing was sent."""
     with crowded() as peer:
         end = await Posting(wire, peer.url, timeout=0.2).unanswered(sent=False)
@@ -256,7 +256,7 @@ async def test_the_runs_time_is_over_before_there_is_a_connection(wire: Wire) ->
 
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
-async def test_the_peer_hangs_up_unread(wire: Wire, peer: Peer, ending: str) -> None:
+async def test_the_peer_hangs_up_unread(wire: HttpClient, peer: Peer, ending: str) -> None:
     """A server that hangs up on everybody is tried a few times as long as nothing was sent, and never once something was."""
 
     async def hang_up() -> None:
@@ -269,11 +269,11 @@ async def test_the_peer_hangs_up_unread(wire: Wire, peer: Peer, ending: str) -> 
     end = await posting.ends()
     hanging_up.cancel()
     assert isinstance(end, NoAnswer) and end.reason
-    assert 1 <= len(peer.conns) <= wiring.CONNECTIONS_TRIED
+    assert 1 <= len(peer.conns) <= room.CONNECTIONS_TRIED
 
 
 @pytest.mark.parametrize("headers", [{"X": "a\r\nX-Injected: yes"}, {"X\r\nX-Injected": "yes"}, {"X": "a\0b"}], ids=repr)
-async def test_a_header_that_can_not_be_sent(wire: Wire, peer: Peer, headers: dict[str, str]) -> None:
+async def test_a_header_that_can_not_be_sent(wire: HttpClient, peer: Peer, headers: dict[str, str]) -> None:
     """A line break in a header is refused before anything leaves: no header can be smuggled in."""
     await Posting(wire, peer.url, headers=lambda: headers).unanswered(sent=False)
     await wire.close()
@@ -281,7 +281,7 @@ async def test_a_header_that_can_not_be_sent(wire: Wire, peer: Peer, headers: di
 
 
 @pytest.mark.parametrize("url", ["http://", "no address", "http://127.0.0.1:notaport/"], ids=repr)
-async def test_an_address_that_is_none(wire: Wire, url: str) -> None:
+async def test_an_address_that_is_none(wire: HttpClient, url: str) -> None:
     """What can't be an address raises nothing and sends nothing."""
     await Posting(wire, url).unanswered(sent=False)
 
@@ -319,7 +319,7 @@ async def test_an_authority_that_is_trusted(tmp_path: Path, authority: str, give
     seen: list[bytes] = []
     if given == "system":
         monkeypatch.setenv("SSL_CERT_FILE", authority)
-    wire = Wire(Settings(run_url="https://localhost", ca_file=None if given == "system" else authority))
+    wire = HttpClient(Settings(run_url="https://localhost", ca_file=None if given == "system" else authority))
     async with secured(tmp_path, seen) as port:
         for _ in range(2):
             assert (await Posting(wire, f"https://127.0.0.1:{port}/run").answered()).status == 200
@@ -331,7 +331,7 @@ async def test_an_authority_that_is_trusted(tmp_path: Path, authority: str, give
 async def test_a_certificate_that_is_not_trusted(tmp_path: Path, authority: str, wrong: str) -> None:
     """An unknown authority, or the certificate of another host: nothing was sent, and the reason names the certificate."""
     seen: list[bytes] = []
-    wire = Wire(Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority))
+    wire = HttpClient(Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority))
     host = "127.0.0.1" if wrong == "authority" else "localhost"
     async with secured(tmp_path, seen) as port:
         end = await Posting(wire, f"https://{host}:{port}/run").unanswered(sent=False)
@@ -340,7 +340,7 @@ async def test_a_certificate_that_is_not_trusted(tmp_path: Path, authority: str,
 
 
 @pytest.mark.parametrize("peer_does", ["speaks plainly", "hangs up", "resets"])
-async def test_a_handshake_that_fails(peer: Peer, wire: Wire, peer_does: str) -> None:
+async def test_a_handshake_that_fails(peer: Peer, wire: HttpClient, peer_does: str) -> None:
     """The peer speaks no TLS, or hangs up in the handshake: nothing of the request was sent."""
     posting = Posting(wire, f"https://127.0.0.1:{peer.port}/run")
     conn = await peer.accept()
@@ -354,7 +354,7 @@ async def test_a_handshake_that_fails(peer: Peer, wire: Wire, peer_does: str) ->
 
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
-async def test_the_peer_reads_and_hangs_up(wire: Wire, peer: Peer, ending: str) -> None:
+async def test_the_peer_reads_and_hangs_up(wire: HttpClient, peer: Peer, ending: str) -> None:
     """A server that took the request and died: it was sent, once, and nobody posts it again."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -375,7 +375,7 @@ async def test_the_peer_reads_and_hangs_up(wire: Wire, peer: Peer, ending: str) 
     ],
     ids=["interim", "no end", "half a line", "half a body"],
 )
-async def test_a_head_that_breaks_off_is_not_quoted(wire: Wire, peer: Peer, data: bytes) -> None:
+async def test_a_head_that_breaks_off_is_not_quoted(wire: HttpClient, peer: Peer, data: bytes) -> None:
     """What stood in the head of a broken answer, such as another user's cookie, does not come into a reason, and so not into a row or a log."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -398,7 +398,7 @@ CUT = {
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
 @pytest.mark.parametrize("data", CUT.values(), ids=list(CUT))
-async def test_an_answer_that_breaks_off(wire: Wire, peer: Peer, data: bytes, ending: str) -> None:
+async def test_an_answer_that_breaks_off(wire: HttpClient, peer: Peer, data: bytes, ending: str) -> None:
     """Half of a good answer is none: the request was sent and may have run."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -422,7 +422,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=list(GARBAGE))
-async def test_an_answer_that_is_no_http(wire: Wire, peer: Peer, data: bytes) -> None:
+async def test_an_answer_that_is_no_http(wire: HttpClient, peer: Peer, data: bytes) -> None:
     """Garbage after the request raises nothing: it was sent, and no answer to it came."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -435,7 +435,7 @@ async def test_an_answer_that_is_no_http(wire: Wire, peer: Peer, data: bytes) ->
 
 
 @pytest.mark.parametrize("status", [409, 422, 500, 503])
-async def test_a_refusal_says_enough_with_its_status(wire: Wire, peer: Peer, status: int) -> None:
+async def test_a_refusal_says_enough_with_its_status(wire: HttpClient, peer: Peer, status: int) -> None:
     """An error whose body breaks off is still the error that its status says."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -447,7 +447,7 @@ async def test_a_refusal_says_enough_with_its_status(wire: Wire, peer: Peer, sta
 
 
 @pytest.mark.parametrize("until", ["request", "head", "body"])
-async def test_timeout_once_sent(wire: Wire, peer: Peer, until: str) -> None:
+async def test_timeout_once_sent(wire: HttpClient, peer: Peer, until: str) -> None:
     """The time for the run covers everything until the last byte of the answer; then the connection is given up."""
     posting = Posting(wire, peer.url, timeout=0.4)
     conn = await peer.accept()
@@ -459,7 +459,7 @@ async def test_timeout_once_sent(wire: Wire, peer: Peer, until: str) -> None:
     assert await conn.rest() == b""
 
 
-async def test_an_answer_in_good_time(wire: Wire, peer: Peer) -> None:
+async def test_an_answer_in_good_time(wire: HttpClient, peer: Peer) -> None:
     """Byte by byte is slow and whole: an answer."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -474,7 +474,7 @@ async def test_an_answer_in_good_time(wire: Wire, peer: Peer) -> None:
 # --- kept connections -----------------------------------------------------------------------------------------------
 
 
-async def test_a_connection_is_kept(wire: Wire, peer: Peer) -> None:
+async def test_a_connection_is_kept(wire: HttpClient, peer: Peer) -> None:
     """The next request goes over the connection of the last."""
     conn = await kept(wire, peer)
     posting = Posting(wire, peer.url)
@@ -487,7 +487,7 @@ async def test_a_connection_is_kept(wire: Wire, peer: Peer) -> None:
 
 @pytest.mark.parametrize("moment", ["before the call", "in the call"])
 @pytest.mark.parametrize("ending", ["fin", "rst"])
-async def test_a_kept_connection_that_was_closed_right_before(wire: Wire, peer: Peer, ending: str, moment: str) -> None:
+async def test_a_kept_connection_that_was_closed_right_before(wire: HttpClient, peer: Peer, ending: str, moment: str) -> None:
     """The server hangs up in the moment before the next request: exactly one request arrives, on another connection, and is answered."""
     conn = await kept(wire, peer)
 
@@ -543,7 +543,7 @@ async def test_a_kept_connection_that_was_closed_right_before_over_tls(
         gone.wait(PATIENCE)  # Blocks the loop, so that it can't have seen the end.
         return {}
 
-    wire = Wire(Settings(ca_file=authority))
+    wire = HttpClient(Settings(ca_file=authority))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/run"
@@ -568,7 +568,7 @@ STRAY = {
 
 @pytest.mark.parametrize("moment", ["long before", "before the call", "in the call"])
 @pytest.mark.parametrize("data", STRAY.values(), ids=list(STRAY))
-async def test_bytes_that_wait_on_an_idle_connection(wire: Wire, peer: Peer, data: bytes, moment: str) -> None:
+async def test_bytes_that_wait_on_an_idle_connection(wire: HttpClient, peer: Peer, data: bytes, moment: str) -> None:
     """What a proxy says on an idle connection is no answer to the next request, which goes over another connection."""
     conn = await kept(wire, peer)
 
@@ -590,7 +590,7 @@ async def test_bytes_that_wait_on_an_idle_connection(wire: Wire, peer: Peer, dat
     assert await conn.rest() == b"" and await fresh.rest() == b""
 
 
-async def test_a_burst_after_an_answer(wire: Wire, peer: Peer) -> None:
+async def test_a_burst_after_an_answer(wire: HttpClient, peer: Peer) -> None:
     """Bytes behind an answer spoil the connection and nothing else."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -605,7 +605,7 @@ async def test_a_burst_after_an_answer(wire: Wire, peer: Peer) -> None:
     assert await conn.rest() == b""
 
 
-async def test_nothing_listens_any_more_behind_a_kept_connection(wire: Wire, peer: Peer) -> None:
+async def test_nothing_listens_any_more_behind_a_kept_connection(wire: HttpClient, peer: Peer) -> None:
     """The server is gone altogether: nothing was sent."""
     conn = await kept(wire, peer)
     peer.stop()
@@ -621,7 +621,7 @@ async def test_cancelled_after_any_number_of_turns(peer: Peer, reused: bool) -> 
     """Wherever a call is cancelled, it was said to be sent exactly if bytes of it arrived."""
     said = set()
     for turns in range(16):
-        wire = Wire(Settings())
+        wire = HttpClient(Settings())
         before = 0
         if reused:
             before = len((await kept(wire, peer)).seen)
@@ -640,7 +640,7 @@ async def test_cancelled_after_any_number_of_turns(peer: Peer, reused: bool) -> 
     assert said == {0, 1}
 
 
-async def test_cancelled_in_mid_run(wire: Wire, peer: Peer) -> None:
+async def test_cancelled_in_mid_run(wire: HttpClient, peer: Peer) -> None:
     """A call that is aborted hangs up at once, so that the API can stop the run; the connection is not used again."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -654,7 +654,7 @@ async def test_cancelled_in_mid_run(wire: Wire, peer: Peer) -> None:
     assert len(peer.conns) == 2
 
 
-async def test_closing_breaks_open_calls_off(wire: Wire, peer: Peer) -> None:
+async def test_closing_breaks_open_calls_off(wire: HttpClient, peer: Peer) -> None:
     """A wire that is closed leaves no call hanging, and the peer sees the end."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -667,7 +667,7 @@ async def test_closing_breaks_open_calls_off(wire: Wire, peer: Peer) -> None:
 # --- what is sent, and what is read ---------------------------------------------------------------------------------
 
 
-async def test_what_is_sent(wire: Wire, peer: Peer) -> None:
+async def test_what_is_sent(wire: HttpClient, peer: Peer) -> None:
     """The address goes as it is given, the body as it is, the headers once each; nothing asks for packing or an upgrade."""
     url = f"http://127.0.0.1:{peer.port}/%41/sessions/a%2F..%2Fb%3Fc%23d%252e/run?x=%20"
     posting = Posting(wire, url, headers=lambda: {"Content-Type": "application/json", "Idempotency-Key": "r1:1"})
@@ -687,7 +687,7 @@ async def test_what_is_sent(wire: Wire, peer: Peer) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body")  # of aiohttp, to whom has it on disk; ours is in memory already
-async def test_a_large_body_arrives_whole(wire: Wire, peer: Peer) -> None:
+async def test_a_large_body_arrives_whole(wire: HttpClient, peer: Peer) -> None:
     """A body of megabytes is sent to a reader that takes its time."""
     body = b'"' + b"x" * (4 << 20) + b'"'
     posting = Posting(wire, peer.url, body=body)
@@ -697,7 +697,7 @@ async def test_a_large_body_arrives_whole(wire: Wire, peer: Peer) -> None:
     assert (await posting.answered()).status == 200
 
 
-async def test_headers_are_asked_for_when_the_request_is_made(wire: Wire, peer: Peer) -> None:
+async def test_headers_are_asked_for_when_the_request_is_made(wire: HttpClient, peer: Peer) -> None:
     """A request that has to take another connection asks for its headers again: what they say of the time is true."""
     conn = await kept(wire, peer)
     conn.close()
@@ -715,7 +715,7 @@ async def test_headers_are_asked_for_when_the_request_is_made(wire: Wire, peer: 
     assert f"X-Asked: {asked[-1]}\r\n".encode() in request
 
 
-async def test_cookies_are_not_kept(wire: Wire, peer: Peer) -> None:
+async def test_cookies_are_not_kept(wire: HttpClient, peer: Peer) -> None:
     """What one answer sets is not sent with the next request. By name: no jar keeps cookies of an address."""
     url = f"http://localhost:{peer.port}/run"
     posting = Posting(wire, url)
@@ -730,7 +730,7 @@ async def test_cookies_are_not_kept(wire: Wire, peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_redirects_are_not_followed(wire: Wire, peer: Peer, status: int) -> None:
+async def test_redirects_are_not_followed(wire: HttpClient, peer: Peer, status: int) -> None:
     """A redirect is an answer like others; nobody connects to where it points."""
     with Peer() as target:
         posting = Posting(wire, peer.url)
@@ -748,14 +748,14 @@ async def test_no_proxy_from_the_environment(peer: Peer, monkeypatch: pytest.Mon
     with Peer() as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        wire = Wire(Settings())
+        wire = HttpClient(Settings())
         await kept(wire, peer)
         await wire.close()
         await proxy.seen()
         assert proxy.conns == []
 
 
-async def test_gzip_is_left_packed(wire: Wire, peer: Peer) -> None:
+async def test_gzip_is_left_packed(wire: HttpClient, peer: Peer) -> None:
     """A server that packs though nobody asked is not unpacked: a small answer can't become a large one."""
     packed = gzip.compress(b"{}" + b" " * (8 << 20))
     posting = Posting(wire, peer.url)
@@ -768,7 +768,7 @@ async def test_gzip_is_left_packed(wire: Wire, peer: Peer) -> None:
 
 @pytest.mark.parametrize("length", ["content-length", "chunked", "until the end"])
 @pytest.mark.parametrize(("size", "truncated"), [(LIMIT - 1, False), (LIMIT, False), (LIMIT + 1, True), (3 * LIMIT, True)])
-async def test_the_limit(wire: Wire, peer: Peer, size: int, truncated: bool, length: str) -> None:
+async def test_the_limit(wire: HttpClient, peer: Peer, size: int, truncated: bool, length: str) -> None:
     """An answer of exactly 1 MiB is read whole; of one byte more, 1 MiB is read and the rest is left."""
     head = {"content-length": f"content-length: {size}\r\n", "chunked": "transfer-encoding: chunked\r\n"}.get(length, "")
     before, after = (f"{size:x}\r\n".encode(), b"\r\n0\r\n\r\n") if length == "chunked" else (b"", b"")
@@ -786,7 +786,7 @@ async def test_the_limit(wire: Wire, peer: Peer, size: int, truncated: bool, len
     assert (len(answer.body), answer.truncated) == (min(size, LIMIT), truncated)
 
 
-async def test_an_endless_answer_is_left(wire: Wire, peer: Peer) -> None:
+async def test_an_endless_answer_is_left(wire: HttpClient, peer: Peer) -> None:
     """A server that never stops talking is hung up on past the limit; the next call takes another connection."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -801,7 +801,7 @@ async def test_an_endless_answer_is_left(wire: Wire, peer: Peer) -> None:
     assert len(peer.conns) == 2
 
 
-async def test_interim_answers_are_passed_over(wire: Wire, peer: Peer) -> None:
+async def test_interim_answers_are_passed_over(wire: HttpClient, peer: Peer) -> None:
     """100 and 103 come before an answer and are none."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -810,7 +810,7 @@ async def test_interim_answers_are_passed_over(wire: Wire, peer: Peer) -> None:
     assert (await posting.answered()).status == 200
 
 
-async def test_many_at_once(wire: Wire, peer: Peer) -> None:
+async def test_many_at_once(wire: HttpClient, peer: Peer) -> None:
     """Nothing holds one call back behind others: a hundred are open at the same time."""
     postings = [Posting(wire, peer.url, body=f"{n:>10}".encode()) for n in range(100)]
     requests = [await (await peer.accept()).request() for _ in postings]

@@ -23,7 +23,7 @@ PARTS = {
     "claim": ("recall_worker/ledger.py:claim", "recall_worker/worker/worker.py:_look"),
     "request": ("aiohttp/client.py", "aiohttp/client_reqrep.py", "aiohttp/http_writer.py", "aiohttp/connector.py"),
     "answer": ("aiohttp/",),
-    "wire": ("recall_worker/protocols/wire.py",),
+    "wire": ("recall_worker/protocols/http.py",),
     "body, headers, reading": ("recall_worker/protocols/",),
     "PostgreSQL's answers": ("recall_worker/line.py",),
     "slots, breaker, ledger": ("recall_worker/",),

@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     """The console script."""
-    from .talk import explain
+    from ..terminal import explain
 
     try:
         if sys.argv[1:] == ["run"]:

@@ -193,7 +193,7 @@ SomeIds = Annotated[list[str] | None, typer.Argument(help="The recalls.", metava
 @app.command()
 def why(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
     """Why a recall has not fired, or how it ended: one sentence, with its evidence."""
-    from .observe import why
+    from .inspect import why
 
     why(dsn, id, as_json=json)
 
@@ -276,7 +276,7 @@ def reschedule(
 @app.command()
 def workers(dsn: Dsn = None, json: Json = False) -> None:
     """The workers that are about, and what they are doing."""
-    from .observe import workers
+    from .inspect import workers
 
     workers(dsn, as_json=json)
 
@@ -284,7 +284,7 @@ def workers(dsn: Dsn = None, json: Json = False) -> None:
 @app.command()
 def stats(dsn: Dsn = None, json: Json = False) -> None:
     """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late they were."""
-    from .observe import stats
+    from .inspect import stats
 
     stats(dsn, as_json=json)
 
@@ -353,7 +353,7 @@ def reference_api(
     ] = None,
 ) -> None:
     """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
-    from .reference_api import serve
+    from ..contract.reference_api import serve
 
     serve(host, port, seconds=seconds, token=token, accept_after=accept_after)
 
@@ -363,6 +363,6 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave database and log behind, and say where.")] = False,
 ) -> None:
     """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
-    from .demo import demo
+    from ..demo.demo import demo
 
     demo(keep=keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import schema, settings
-from .talk import Trouble, print_json, tell, warn_of_password
+from ..terminal import Trouble, print_json, tell, warn_of_password
 
 
 def migrate(dsn: str | None, *, check: bool, roles: bool, as_json: bool) -> None:

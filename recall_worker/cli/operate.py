@@ -15,8 +15,8 @@ from psycopg import Connection, errors
 
 from .. import statements
 from ..events import harmless
+from ..terminal import USAGE, Trouble, command, confirmed, local, print_json, seconds, tell
 from .recalls import connect, instant
-from .talk import USAGE, Trouble, command, confirmed, local, print_json, seconds, tell
 
 Row = Mapping[str, Any]
 WhyNot = Callable[[Row], tuple[str, str]]

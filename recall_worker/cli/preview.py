@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
 
 from .. import cadence, statements
+from ..durations import length
 from ..events import harmless
 from ..recall import FINAL, Recall
+from ..terminal import USAGE, Trouble, command, print_json, print_table, relative, rfc3339, tell
 from .recalls import clock, connect, explained, instant, nature
-from .talk import USAGE, Trouble, command, length, print_json, print_table, relative, rfc3339, tell
 
 
 def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | None, count: int, as_json: bool) -> None:

@@ -7,8 +7,8 @@ import time
 from .. import settings, statements
 from ..recall import FINAL
 from ..sweep import Sweep
+from ..terminal import USAGE, Trouble, confirmed, print_json, seconds, tell
 from .recalls import connect
-from .talk import USAGE, Trouble, confirmed, print_json, seconds, tell
 
 
 def prune(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import random
-import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
@@ -15,20 +12,18 @@ from uuid import uuid4
 
 import psycopg
 from psycopg import errors
-from psycopg.abc import Buffer
-from psycopg.adapt import Loader
 from psycopg.rows import dict_row
 
 from .. import cadence, settings, statements
 from ..cadence import CadenceError
+from ..durations import length
 from ..events import harmless
-from ..line import Dates, connection_info
+from ..line import connection_info, load_whatever_stands_there
 from ..recall import STATUSES
-from .talk import (
+from ..terminal import (
     USAGE,
     Trouble,
     command,
-    length,
     local,
     print_facts,
     print_json,
@@ -39,11 +34,6 @@ from .talk import (
     tell,
     warn_of_password,
 )
-
-LEVELS_MOST = 100
-"""Values within values that are read from a JSON document: Python's own reader and writer stop at some hundreds."""
-DIGITS_MOST = 300
-"""Digits of a whole number that a double can still stand for."""
 
 
 def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
@@ -57,37 +47,6 @@ def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
     )
     load_whatever_stands_there(conn)
     return conn
-
-
-def load_whatever_stands_there(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Have a connection read what a hand may have written into a row, where Python has no value for it, too."""
-    conn.adapters.register_loader("timestamptz", Dates)
-    for name in ("json", "jsonb"):
-        conn.adapters.register_loader(name, Documents)
-
-
-class Documents(Loader):
-    """JSON. What Python, or who reads our own `--json`, has no value for stays text: a document in which values are nested for more than
-    LEVELS_MOST, a number that is no finite double."""
-
-    def load(self, data: Buffer) -> Any:
-        text = bytes(data).decode("utf-8", "backslashreplace")
-        levels = most = 0
-        for bracket in re.findall(r"[][{}]", text):
-            levels += 1 if bracket in "[{" else -1
-            most = max(most, levels)
-        if most > LEVELS_MOST:
-            return text
-        return json.loads(text, parse_int=_whole, parse_float=_fraction)
-
-
-def _whole(digits: str) -> int | str:
-    return int(digits) if len(digits) <= DIGITS_MOST else digits
-
-
-def _fraction(digits: str) -> float | str:
-    number = float(digits)
-    return number if math.isfinite(number) else digits
 
 
 def schedule(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import events, settings
-from .talk import OUTDATED, REFUSED, UNREACHABLE, Trouble, tell, warn_of_password
+from ..terminal import OUTDATED, REFUSED, UNREACHABLE, Trouble, tell, warn_of_password
 
 if TYPE_CHECKING:
     from ..worker.worker import Worker
@@ -58,7 +58,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
     async with contextlib.AsyncExitStack() as stack:
         if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
             try:
-                from .traces import traced
+                from ..ops.traces import traced
             except ImportError:
                 tell(
                     "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that is not installed: recall-worker[otel]."
@@ -66,7 +66,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
             else:
                 await stack.enter_async_context(traced(worker, told))
         if chosen.ops_address is not None:
-            from .ops import pages
+            from ..ops.pages import pages
 
             await stack.enter_async_context(pages(worker, told, *chosen.ops_address))
         yield
@@ -75,7 +75,7 @@ async def _watched(chosen: settings.Settings, worker: Worker, told: events.Event
 @contextlib.contextmanager
 def _embedded(data: str | None) -> Any:
     from .. import schema
-    from .embedded import EmbeddedError, EmbeddedServer
+    from ..embedded import EmbeddedError, EmbeddedServer
 
     directory = Path(data) if data else _home()
     try:

@@ -3,7 +3,8 @@
 A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (but for cancellation, by which a call is
 broken off), never decides what an outcome means for the row, and never touches the database.
 
-`wire` owns connections, `polling` the patience with which an accepted run is followed; `native`, `langgraph` and `agno` say at their tops
+`http` owns connections, `contract` what all protocols share (headers, signature, what a status means), `polling` the patience
+with which an accepted run is followed; `native`, `langgraph` and `agno` say at their tops
 what their servers can and cannot do.
 """
 

@@ -32,15 +32,14 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC
 from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
 from ..recall import Accepted, Answered, Claim, Failed, Misconfigured, Outcome, Refused, Unavailable, Unknown
 from ..settings import Settings
-from . import Call, native
+from . import Call, contract
+from .http import Answer, HttpClient, NoAnswer
 from .polling import StillOn, follow
-from .wire import Answer, NoAnswer, Wire
 
 POST_DEADLINE = 60.0
 """Seconds for the answer to a post, which the server gives as soon as the run is on record."""
@@ -68,8 +67,8 @@ class Agno:
         self._agent = settings.agno_agent
         self._timeout = min(settings.run_timeout, POST_DEADLINE)
         self._secret = settings.signing_secret
-        self._wire = Wire(settings)
-        self._always = {} if settings.run_token is None else {"Authorization": f"Bearer {settings.run_token}"}
+        self._http = HttpClient(settings)
+        self._always = contract.bearer(settings.run_token)
 
     async def call(self, call: Call) -> Outcome:
         unsafe = await self._unsafe(_query(call.claim))
@@ -100,7 +99,7 @@ class Agno:
 
     async def abort(self, claim: Claim, reference: str) -> None:
         if _REFERENCE.fullmatch(reference):
-            await self._ask("POST", f"{reference}/cancel?{_query(claim)}", native.ABORT_DEADLINE)
+            await self._ask("POST", f"{reference}/cancel?{_query(claim)}", contract.ABORT_DEADLINE)
 
     async def find(self, claim: Claim) -> Outcome | None:
         session = _query(claim)
@@ -124,13 +123,13 @@ class Agno:
         found = listed(runs, claim.key)
         if found is not None:
             return Accepted(place(*found), runs.status)
-        whole = runs.status == 404 or (runs.status == 200 and _json(runs) is not None)
+        whole = runs.status == 404 or (runs.status == 200 and contract.json_of(runs) is not None)
         if not whole and (claim.begun_age or 0.0) > KEYS_KEPT:
             return Unknown("an earlier call may have run, and the session's runs can't be listed", runs.status)
         return None
 
     async def close(self) -> None:
-        await self._wire.close()
+        await self._http.close()
 
     async def _unsafe(self, session: str) -> Outcome | None:
         """Why nothing may be posted to this server now, if so."""
@@ -172,7 +171,7 @@ class Agno:
         answer = await self._ask("GET", f"/sessions/{quote(session_id, safe='')}?type=agent")
         if isinstance(answer, NoAnswer):
             return Unavailable(answer.reason)
-        if answer.status >= 500 or answer.status in native.UNAVAILABLE:
+        if answer.status >= 500 or answer.status in contract.UNAVAILABLE:
             return _untold(answer, "whose the session is")
         owner = members(answer).get("user_id") if answer.status == 200 else None
         return owner if _is_name(owner) else _no_agent(self._agent, 404)
@@ -180,35 +179,27 @@ class Agno:
     async def _post(self, call: Call, claim: Claim, owner: str | None) -> Answer | Unavailable | Unknown:
         url, headers = self._base + place(self._agent), self._always | {"Content-Type": "application/x-www-form-urlencoded"}
         content: list[bytes | memoryview] = [body(claim, owner)]
-        return await native.post(self._wire, url, call, content, headers, self._secret, self._timeout)
+        return await contract.post(self._http, url, call, content, headers, self._secret, self._timeout)
 
     async def _ask(self, method: str, path: str, deadline: float = ASK_DEADLINE) -> Answer | NoAnswer:
-        return await self._wire.ask(method, self._base + path, self._always, deadline)
+        return await self._http.ask(method, self._base + path, self._always, deadline)
 
 
 def place(agent: str, run_id: str | None = None) -> str:
     """Where the agent's runs are, or one of them: a path below the base address, which nothing in the names can leave."""
-    runs = f"/agents/{_segment(agent)}/runs"
-    return runs if run_id is None else f"{runs}/{_segment(run_id)}"
+    runs = f"/agents/{contract.segment(agent)}/runs"
+    return runs if run_id is None else f"{runs}/{contract.segment(run_id)}"
 
 
 def body(claim: Claim, owner: str | None) -> bytes:
     """The form. Nothing in it changes between two calls under one key, unless the session gets another owner; no `internal_comment`."""
-    nominal = claim.scheduled_for.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    metadata = {
-        "recall_key": claim.key,
-        "recall_id": claim.id,
-        "recall_call_type": claim.call_type,
-        "recall_occurrence": claim.occurrence,
-        "recall_scheduled_for": nominal,
-        "recall_missed": claim.missed,
-    }
+    assert claim.message is not None
     form = {
-        "message": f"[Scheduled recall] {claim.message}",
+        "message": contract.PROMPT + claim.message,
         "stream": "false",
         "background": "true",
         "session_id": claim.session_id,
-        "metadata": json.dumps(metadata, separators=(",", ":")),
+        "metadata": json.dumps(contract.metadata(claim), separators=(",", ":")),
     }
     if owner is not None:
         form["user_id"] = owner
@@ -224,11 +215,11 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
         # Never a busy session: Agno says so where the key is another agent's.
         return Unknown("the server knows the key as another agent's: was RECALL_AGNO_AGENT changed meanwhile? (HTTP 409)", status)
     if not 200 <= status < 300:
-        return native.read(answer)
+        return contract.read(answer)
     said = members(answer)
     run_id, word = said.get("run_id"), said.get("status")
     if not _is_name(run_id) or not isinstance(word, str):
-        outcome = native.read(answer)
+        outcome = contract.read(answer)
         return (
             outcome
             if isinstance(outcome, Misconfigured)
@@ -247,7 +238,7 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
 
 def polled(answer: Answer) -> Outcome | StillOn:
     """What a ticket, or a run, says of itself."""
-    status, later = answer.status, native.retry_after(answer.headers)
+    status, later = answer.status, contract.retry_after(answer.headers)
     if status == 404:
         return Unknown("Agno no longer knows the run that it accepted (HTTP 404)", status)
     if status != 200:
@@ -265,7 +256,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
 
 def listed(answer: Answer, key: str) -> tuple[str, str] | None:
     """The agent and the id of the run under this key, in a list of tickets or of runs."""
-    document = _json(answer) if answer.status == 200 else None
+    document = contract.json_of(answer) if answer.status == 200 else None
     entries = document.get("data") if isinstance(document, dict) else document
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
@@ -273,7 +264,7 @@ def listed(answer: Answer, key: str) -> tuple[str, str] | None:
         metadata = entry.get("metadata")
         named = metadata.get("recall_key") if isinstance(metadata, dict) else None
         agent, run_id = entry.get("component_id") or entry.get("agent_id"), entry.get("id") or entry.get("run_id")
-        ours = entry.get("idempotency_key") == native.header_key(key) or named == key
+        ours = entry.get("idempotency_key") == contract.header_key(key) or named == key
         if ours and _is_name(agent) and _is_name(run_id):
             return agent, run_id
     return None
@@ -281,7 +272,7 @@ def listed(answer: Answer, key: str) -> tuple[str, str] | None:
 
 def members(answer: Answer) -> dict[str, Any]:
     """The members of the JSON object in an answer; of one that was cut off at its limit, those that came whole."""
-    document = _json(answer)
+    document = contract.json_of(answer)
     if document is not None:
         return document if isinstance(document, dict) else {}
     found: dict[str, Any] = {}
@@ -310,14 +301,6 @@ def _skip(text: str, at: int) -> int:
     return at if blank is None else blank.end()
 
 
-def _json(answer: Answer) -> Any:
-    """The answer's JSON; None where it is none, or not whole."""
-    try:
-        return None if answer.truncated else json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _ended(word: str, why: object, status: int) -> Outcome | None:
     if word.upper() in FINE:
         return Answered(status)
@@ -336,21 +319,16 @@ def _no_agent(agent: str, status: int) -> Outcome:
 def _untold(answer: Answer, what: str) -> Outcome:
     """The server did not say what has to be known before anything is posted."""
     status = answer.status
-    if status >= 500 or status in native.UNAVAILABLE:
-        return Unavailable(f"the server does not say {what} (HTTP {status})", status, native.retry_after(answer.headers))
+    if status >= 500 or status in contract.UNAVAILABLE:
+        return Unavailable(f"the server does not say {what} (HTTP {status})", status, contract.retry_after(answer.headers))
     hint = "RECALL_RUN_TOKEN" if status in (401, 403) else "RECALL_RUN_URL"
     return Misconfigured(f"the server does not say {what}: see {hint} (HTTP {status})", status)
 
 
 def _is_name(value: object) -> TypeGuard[str]:
     """Whether the server gave a name that can be part of an address, and of the row that remembers it."""
-    return isinstance(value, str) and 0 < len(value) <= NAME_MOST and native.nameable(value)
+    return isinstance(value, str) and 0 < len(value) <= NAME_MOST and contract.nameable(value)
 
 
 def _query(claim: Claim) -> str:
     return urlencode({"session_id": claim.session_id})
-
-
-def _segment(name: str) -> str:
-    # `quote` leaves dots alone, and a dot segment would lead out of its place.
-    return quote(name, safe="") if name not in (".", "..") else name.replace(".", "%2E")

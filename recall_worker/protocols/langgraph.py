@@ -29,16 +29,15 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from ..recall import Accepted, Answered, Claim, Failed, Gone, Malformed, Misconfigured, Outcome, Unavailable, Unknown
 from ..settings import Settings
 from . import Call
-from .native import ABORT_DEADLINE, post, read, retry_after
+from .contract import ABORT_DEADLINE, PROMPT, bearer, json_of, metadata, post, read, retry_after
+from .http import Answer, HttpClient, NoAnswer
 from .polling import StillOn, follow
-from .wire import Answer, NoAnswer, Wire
 
 POST_DEADLINE = 60.0
 """Seconds that the server gets to take a run; the run itself goes on behind."""
@@ -63,7 +62,7 @@ class LangGraph:
         self._assistant = settings.langgraph_assistant
         self._timeout = settings.run_timeout
         self._secret = settings.signing_secret
-        self._wire = Wire(settings)
+        self._http = HttpClient(settings)
         self._credentials = credentials(settings.run_token)
         self._always = self._credentials | {"Content-Type": "application/json"}
 
@@ -74,7 +73,7 @@ class LangGraph:
             return Malformed(f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs")
         deadline = min(self._timeout, POST_DEADLINE)
         content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
-        answer = await post(self._wire, self._runs(thread), call, content, self._always, self._secret, deadline)
+        answer = await post(self._http, self._runs(thread), call, content, self._always, self._secret, deadline)
         if not isinstance(answer, Answer):
             return answer
         if 200 <= answer.status < 300:
@@ -91,7 +90,7 @@ class LangGraph:
             return Unknown("the reference of the accepted run is none that LangGraph could have given")
 
         async def ask() -> Outcome | StillOn:
-            answer = await self._wire.ask("GET", url, self._credentials)
+            answer = await self._http.ask("GET", url, self._credentials)
             if isinstance(answer, Answer) and answer.truncated:
                 # A run is told with all that went into it; the list can leave that out.
                 answer = one_of(await self._listed(thread, PAGE, 0, "run_id", "status"), reference)
@@ -103,7 +102,7 @@ class LangGraph:
     async def abort(self, claim: Claim, reference: str) -> None:
         url = self._run(claim, reference)
         if url is not None:
-            await self._wire.ask("POST", f"{url}/cancel", self._credentials, ABORT_DEADLINE)
+            await self._http.ask("POST", f"{url}/cancel", self._credentials, ABORT_DEADLINE)
 
     async def find(self, claim: Claim) -> Outcome | None:
         thread = thread_of(claim)
@@ -125,7 +124,7 @@ class LangGraph:
         return None
 
     async def close(self) -> None:
-        await self._wire.close()
+        await self._http.close()
 
     # --- addresses -----------------------------------------------------------------------------------------------
 
@@ -142,11 +141,11 @@ class LangGraph:
     async def _listed(self, thread: UUID, limit: int, offset: int, *fields: str) -> Answer | NoAnswer:
         """The thread's runs, newest first."""
         query = "&".join([f"limit={limit}", f"offset={offset}", *(f"select={field}" for field in fields)])
-        return await self._wire.ask("GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE)
+        return await self._http.ask("GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE)
 
     async def _search(self, what: str, wanted: dict[str, Any]) -> Answer | NoAnswer:
         content = json.dumps(wanted | {"limit": 1}).encode()
-        return await self._wire.post(f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None)
+        return await self._http.post(f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None)
 
     async def _missing(self, thread: UUID) -> Outcome:
         """What the 404 of a post is about."""
@@ -187,8 +186,8 @@ class LangGraph:
         """With the graph's own words, where the server still has them."""
         if failed.reason != _ENDED_BADLY["error"]:
             return failed
-        answer = await self._wire.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
-        document = _document(answer) if isinstance(answer, Answer) and answer.status == 200 else None
+        answer = await self._http.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
+        document = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
         error = document.get("__error__") if isinstance(document, dict) else None
         words = [str(error[name]) for name in ("error", "message") if error.get(name)] if isinstance(error, dict) else []
         said = " ".join(": ".join(words).split())[:200]
@@ -200,7 +199,7 @@ def credentials(token: str | None) -> dict[str, str]:
     if token is None:
         return {}
     key = {"X-Api-Key": token}
-    return key if token.startswith(LANGSMITH_KEY) else key | {"Authorization": f"Bearer {token}"}
+    return key if token.startswith(LANGSMITH_KEY) else key | bearer(token)
 
 
 def thread_of(claim: Claim) -> UUID | None:
@@ -213,23 +212,16 @@ def thread_of(claim: Claim) -> UUID | None:
 
 def body(claim: Claim, assistant: str) -> bytes:
     """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it."""
-    nominal = claim.scheduled_for.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    assert claim.message is not None
     message = {
         "role": "user",
-        "content": f"[Scheduled recall] {claim.message}",
+        "content": PROMPT + claim.message,
         "id": str(uuid5(NAMESPACE_URL, f"recall:{claim.key}")),
     }
     document = {
         "assistant_id": assistant,
         "input": {"messages": [message]},
-        "metadata": {
-            "recall_key": claim.key,
-            "recall_id": claim.id,
-            "recall_call_type": claim.call_type,
-            "recall_occurrence": claim.occurrence,
-            "recall_scheduled_for": nominal,
-            "recall_missed": claim.missed,
-        },
+        "metadata": metadata(claim),
         "multitask_strategy": "reject",
         "if_not_exists": "reject",
     }
@@ -238,7 +230,7 @@ def body(claim: Claim, assistant: str) -> bytes:
 
 def taken(answer: Answer) -> Outcome:
     """What a 2xx of a post means: Accepted, if it is LangGraph's."""
-    document = _document(answer)
+    document = json_of(answer)
     if isinstance(document, dict) and _is_run_id(document.get("run_id")) and isinstance(document.get("status"), str):
         return Accepted(document["run_id"], answer.status)
     if answer.truncated:
@@ -252,7 +244,7 @@ def taken(answer: Answer) -> Outcome:
 
 def one_of(answer: Answer | NoAnswer, reference: str) -> Answer | NoAnswer:
     """An answer with a list of runs as if only this one had been asked for."""
-    runs = _document(answer) if isinstance(answer, Answer) and answer.status == 200 else None
+    runs = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
     if isinstance(answer, NoAnswer) or not isinstance(runs, list):
         return answer
     run = next((run for run in runs if isinstance(run, dict) and run.get("run_id") == reference), {})
@@ -263,7 +255,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
     """What a poll's answer says of a run."""
     if answer.status in (404, 410):
         return Unknown(f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status)
-    document = _document(answer) if answer.status == 200 else None
+    document = json_of(answer) if answer.status == 200 else None
     word = document.get("status") if isinstance(document, dict) else None
     if word == "success":
         return Answered(answer.status)
@@ -278,7 +270,7 @@ def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
     if isinstance(answer, NoAnswer):
         return Unavailable(f"{otherwise}: {answer.reason}")
     if answer.status == 200:
-        found = _document(answer)
+        found = json_of(answer)
         if isinstance(found, list):
             return found
         if answer.truncated:
@@ -297,13 +289,6 @@ def _no_langgraph(answer: Answer) -> Outcome:
         return outcome
     said = f"an answer, but not as LangGraph gives them: see RECALL_RUN_URL and RECALL_PROTOCOL (HTTP {answer.status})"
     return Misconfigured(said, answer.status)
-
-
-def _document(answer: Answer) -> Any:
-    try:
-        return json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _metadata(run: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, Self
 import psycopg
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from ..application import CREATE_TABLES
 from ..proxy import Proxy

@@ -24,13 +24,13 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
 from recall_worker.cli.run import run
-from recall_worker.cli.talk import UNREACHABLE, USAGE, Trouble, explain
+from recall_worker.embedded import EmbeddedServer
 from recall_worker.ledger import Ledger
 from recall_worker.line import said
-from recall_worker.protocols.wire import Wire
+from recall_worker.protocols.http import HttpClient
 from recall_worker.settings import Settings, SettingsError, read
+from recall_worker.terminal import UNREACHABLE, USAGE, Trouble, explain
 
 from .. import postgres
 from ..application import CREATE_TABLES, Application
@@ -483,7 +483,7 @@ def test_a_wrong_certificate_authority(content: bytes | Path | None, tmp_path: P
         error = problem(monkeypatch, ca_file=file).what
     else:
         with pytest.raises(SettingsError) as caught:
-            Wire(Settings(ca_file=str(file)))
+            HttpClient(Settings(ca_file=str(file)))
         error = str(caught.value)
     assert error.startswith(f"RECALL_CA_FILE is '{file}', which ") and "PEM" in error
 
@@ -497,7 +497,7 @@ async def test_a_daemon_with_a_wrong_certificate_authority(anywhere: Daemons) ->
 NUMBERS = [f.name.upper() for f in dataclasses.fields(Settings) if "int" in str(f.type) or "float" in str(f.type)]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1h", "٣x"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1 fortnight", "٣x"])
 def test_wrong_numbers(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number, not finite, negative, or longer than a life is refused for every setting, all of them in one error."""
     error = problem(monkeypatch, **{name.lower(): value for name in NUMBERS}).what

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from ..application import Application
 from ..conftest import Connection, connected

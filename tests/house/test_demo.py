@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from recall_worker.cli.promises import LINKS, Evidence, Visit, figures, promises
+from recall_worker.demo.expectations import LINKS, Evidence, Visit, expectations, figures
 
 DEADLINE = 60.0
 BEGAN = datetime(2027, 1, 31, 9, tzinfo=UTC)
 
 SPOILT = """
 from recall_worker.cli import app, main
-import recall_worker.cli.demo as demo
+import recall_worker.demo.demo as demo
 
 def spoil(agent):
     async def refusing(session_id, user_message, recall):
@@ -36,7 +36,7 @@ whole = demo.demo
 demo.demo = lambda *, keep: whole(keep=keep, spoil=spoil)
 main()
 """
-MISSING = "import recall_worker.cli.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli import main; main()"
+MISSING = "import recall_worker.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli import main; main()"
 
 
 class Demo:
@@ -209,7 +209,7 @@ async def test_without_the_wheel(demo: Demo, options: tuple[str, ...]) -> None:
     assert list(demo.temporary.iterdir()) == []
 
 
-# --- the judge of itself: evidence in, promises out -----------------------------------------------------------------------
+# --- the judge of itself: evidence in, expectations out -----------------------------------------------------------------------
 
 
 def at(seconds: float) -> datetime:
@@ -264,7 +264,7 @@ def rows(session: str, status: str | None) -> Evidence:
 
 
 def broken(evidence: Evidence) -> list[str]:
-    return [f"{p.session}: {p.what}" for p in promises(evidence) if not p.kept]
+    return [f"{p.session}: {p.what}" for p in expectations(evidence) if not p.kept]
 
 
 def test_all_kept() -> None:
@@ -280,7 +280,7 @@ def test_all_kept() -> None:
 def test_no_evidence() -> None:
     """Where nothing was seen, every promise counts as broken and nothing raises."""
     nothing = Evidence([], [], 0, None, {}, None)
-    assert len(broken(nothing)) == len(promises(nothing)) == 11
+    assert len(broken(nothing)) == len(expectations(nothing)) == 11
     assert len(figures(nothing)) == 1
 
 

@@ -21,7 +21,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from .. import postgres
 from ..application import CREATE_TABLES, AlreadyScheduled, Application

@@ -23,7 +23,7 @@ import psycopg
 import pytest
 
 from recall_worker import schema
-from recall_worker.protocols import wire
+from recall_worker.protocols import http
 from recall_worker.settings import Settings
 
 from .. import network, postgres
@@ -297,15 +297,15 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
         api = Endpoint()
         await api.start(on=stack.enter_context(closing(net["api"].socket())))
         stack.push_async_callback(api.stop)
-        made = wire._socket
+        made = http._socket
 
         def there(address: aiohttp.AddrInfoType) -> socket.socket:
             with net["one"].entered():
                 return made(address)
 
         for name, value in (("_socket", there), ("PROBE_AFTER", 1), ("PROBE_EVERY", 1), ("PROBES", 2)):
-            monkeypatch.setattr(wire, name, value)
-        caller = wire.Wire(Settings())
+            monkeypatch.setattr(http, name, value)
+        caller = http.HttpClient(Settings())
         stack.push_async_callback(caller.close)
         gate = Gate()
         api.script("s", gate)
@@ -322,4 +322,4 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
         net.cut("one", "api")
         async with asyncio.timeout(20):
             answer = await call
-        assert isinstance(answer, wire.NoAnswer) and answer.sent, answer
+        assert isinstance(answer, http.NoAnswer) and answer.sent, answer

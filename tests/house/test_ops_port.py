@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recall_worker.cli.ops import ANSWER_DEADLINE, HEAD_DEADLINE
+from recall_worker.ops.pages import ANSWER_DEADLINE, HEAD_DEADLINE
 
 from ..application import Application
 from ..daemon import Daemon, Daemons

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from recall_worker import schema
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from .. import postgres
 from ..application import CREATE_TABLES, AlreadyScheduled, Application

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from ..application import Application
 from ..conftest import Connection, connected

@@ -8,7 +8,7 @@ import signal
 import psycopg
 import pytest
 
-from recall_worker.cli.embedded import EmbeddedServer
+from recall_worker.embedded import EmbeddedServer
 
 from ..application import Application
 from ..conftest import Connection, connected

@@ -21,8 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from recall_worker.cli.embedded import EmbeddedServer
-from recall_worker.cli.talk import UNREACHABLE, USAGE
+from recall_worker.embedded import EmbeddedServer
+from recall_worker.terminal import UNREACHABLE, USAGE
 
 from .. import postgres
 from ..application import Application

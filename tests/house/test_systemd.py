@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 
-from recall_worker.cli.talk import OUTDATED
+from recall_worker.terminal import OUTDATED
 
 from ..application import Application
 from ..conftest import Connection

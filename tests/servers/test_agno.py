@@ -19,8 +19,8 @@ from multidict import CIMultiDict
 from recall_worker.protocols import Call, create
 from recall_worker.protocols import agno as agno_protocol
 from recall_worker.protocols.agno import KEYS_KEPT, Agno, body, listed, members, place, polled, read
+from recall_worker.protocols.http import LIMIT, Answer
 from recall_worker.protocols.polling import StillOn
-from recall_worker.protocols.wire import LIMIT, Answer
 from recall_worker.recall import (
     Accepted,
     Answered,

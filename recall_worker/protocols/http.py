@@ -21,33 +21,15 @@ import asyncio
 import select
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 from yarl import URL
 
 from ..settings import Settings, SettingsError
-
-
-@contextmanager
-def _without_authorities() -> Iterator[None]:
-    """aiohttp reads the system's authorities as it is imported: a megabyte that stays, and a tenth of the time to the first call.
-
-    The context that it makes meanwhile trusts nobody, and is not used: see `trust`.
-    """
-    usual = ssl.create_default_context
-    ssl.create_default_context = lambda *_, **__: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        yield
-    finally:
-        ssl.create_default_context = usual
-
-
-with _without_authorities():
-    import aiohttp
 
 LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
@@ -86,7 +68,7 @@ def trust(settings: Settings) -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.
 
 
-class Wire:
+class HttpClient:
     """Connections to the endpoint. Needs a running event loop."""
 
     def __init__(self, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, durations.
+"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, times.
 
 Every text that comes from a row is made harmless before a terminal sees it.
 """
@@ -15,10 +15,12 @@ import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
-from ..events import harmless
+from . import durations
+from .events import harmless
 
 REFUSED, USAGE, UNREACHABLE, OUTDATED = 1, 2, 3, 4
 """Exit statuses. OUTDATED: the schema is for newer code than this; only an upgrade helps."""
@@ -39,9 +41,9 @@ def explain(error: BaseException) -> Trouble | None:
     import psycopg
     from psycopg import errors
 
-    from ..line import Outage, Refusal, said
-    from ..schema import SchemaError
-    from ..settings import SettingsError
+    from .line import Outage, Refusal, said
+    from .schema import SchemaError
+    from .settings import SettingsError
 
     match error:
         case Trouble():
@@ -177,28 +179,12 @@ def span(seconds: float | Decimal | None) -> str:
     return f"{took * 1000:.1f} ms" if abs(took) < 1 else f"{took:.1f} s" if abs(took) < 600 else str(timedelta(seconds=int(took)))
 
 
-def length(seconds: int) -> str:
-    """A whole number of seconds as `seconds` reads it: `1h30m`."""
-    parts, left = [], max(0, seconds)
-    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
-        times, left = divmod(left, size)
-        if times:
-            parts.append(f"{times}{unit}")
-    return "".join(parts) or f"{seconds}s"
-
-
-_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_PART = re.compile(rf"({_NUMBER})\s*(s|min|m|h|d|w)\s*")
-_PARTS = re.compile(rf"({_NUMBER}|(?:{_PART.pattern})+)")
-
-
 def seconds(text: str, option: str) -> float:
-    """A duration as people write it: `90s`, `5m`, `1h30m`, `2d`, or plain seconds. Raises Trouble."""
-    said = text.strip().lower()
-    if not _PARTS.fullmatch(said):
-        raise Trouble(f"{option} {text!r} is no duration", f"{option} 90s, 5m, 1h30m or 2d", status=USAGE)
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(said)) if said[-1].isalpha() else float(said)
+    """The duration that an option was given. Raises Trouble; a number without unit is none."""
+    try:
+        return durations.seconds(text)
+    except durations.DurationError as error:
+        raise Trouble(f"{option} {text!r} {error}", f"{option} {error.instead}", status=USAGE) from None
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()) -> None:
@@ -232,23 +218,31 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None:
-    """State, name, what was seen, and what to try: a line each, and one more for each `Try`; on a terminal they go on under their beginning."""
-    states, names = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    """State, name, what was seen, and what to try. Piped: a line each, and one more for each `Try`.
+    On a terminal long texts go on under their beginning; names take a third of it at most.
+    """
+    states, natural = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    names = min(natural, max(20, shutil.get_terminal_size().columns // 3))
+    names = names if sys.stdout.isatty() else natural
     for state, name, seen, todo in findings:
-        lines = [*wrapped(harmless(seen), states + names)]
+        lines = wrapped(harmless(seen), states + names)
         lines += wrapped(harmless(f"Try: {todo}"), states + names) if todo else []
-        head = f"{_coloured(state)}{' ' * (states - _width(state))}{name}{' ' * (names - _width(name))}"
-        for line in lines:
-            print(f"{head}{line}".rstrip())
-            head = " " * (states + names)
+        head = f"{_coloured(state)}{' ' * (states - _width(state))}"
+        for part, line in zip_longest(_lines(name, names - 2), lines, fillvalue=""):
+            print(f"{head}{part}{' ' * (names - _width(part))}{line}".rstrip())
+            head = " " * states
     sys.stdout.flush()
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
-    """`text` in lines that fit the terminal behind so many cells; in one where there is no terminal."""
+    """`text` in lines that fit the terminal behind so many cells; in one where there is none."""
     if not sys.stdout.isatty():
         return [text]
-    room = max(20, shutil.get_terminal_size().columns - indent)
+    return _lines(text, max(20, shutil.get_terminal_size().columns - indent))
+
+
+def _lines(text: str, room: int) -> list[str]:
+    """`text` in lines of at most `room` cells, broken at blanks where it can be."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -324,5 +318,5 @@ def _has_colours() -> bool:
 _COLOURS = {
     "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
     "unheard": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
-    "cancelled": "2",
+    "pass": "32", "fail": "31", "not shown": "33", "cancelled": "2",
 }  # fmt: skip

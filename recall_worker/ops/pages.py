@@ -26,10 +26,10 @@ from aiohttp.http_exceptions import HttpProcessingError
 from ..events import Events
 from ..ledger import Backlog
 from ..line import Outage, Refusal
+from ..terminal import Trouble
 from ..worker.process import misfit, spare_descriptors, standing_still
 from ..worker.worker import Worker
 from .metrics import Metrics
-from .talk import Trouble
 
 BACKLOG_EVERY = 5.0
 SCHEMA_EVERY = 2.0

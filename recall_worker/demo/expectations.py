@@ -1,4 +1,4 @@
-"""What the demo promises, and whether it was kept: expected against seen. Pure: evidence in, promises out.
+"""What the demo promises, and whether it was kept: expected against seen. Pure: evidence in, expectations out.
 
 Evidence is what the agent's API saw and what stands in PostgreSQL at the end, never what the daemon says of itself. All instants
 are of one clock, as the demo's PostgreSQL and its API share a machine.
@@ -72,7 +72,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class Expectation:
     session: str
     what: str
     expected: str
@@ -95,7 +95,7 @@ def handovers(evidence: Evidence) -> list[float]:
     return [(b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None]
 
 
-def promises(evidence: Evidence) -> list[Promise]:
+def expectations(evidence: Evidence) -> list[Expectation]:
     """Everything that was promised, in the order in which it was shown."""
     return [
         _once(evidence, "hello", "at once"),
@@ -108,79 +108,81 @@ def promises(evidence: Evidence) -> list[Promise]:
         _each_once(evidence),
         _recorded(evidence),
         _states(evidence),
-        Promise("daemon", "ends on SIGTERM", "status 0", f"status {evidence.daemon_status}", evidence.daemon_status == 0),
+        Expectation("daemon", "ends on SIGTERM", "status 0", f"status {evidence.daemon_status}", evidence.daemon_status == 0),
     ]
 
 
-def _once(evidence: Evidence, session: str, what: str) -> Promise:
+def _once(evidence: Evidence, session: str, what: str) -> Expectation:
     runs = evidence.runs(session)
     late = f", {ms(runs[0].lateness)} late" if runs else ""
     kept = len(evidence.of(session)) == len(runs) == 1 and 0 <= runs[0].lateness <= ON_TIME
-    return Promise(session, what, "1 run, on time", f"{_count(runs)}{late}", kept)
+    return Expectation(session, what, "1 run, on time", f"{_count(runs)}{late}", kept)
 
 
-def _recurring(evidence: Evidence) -> Promise:
+def _recurring(evidence: Evidence) -> Expectation:
     runs, after = evidence.runs("inbox"), evidence.later("inbox")
     numbers = [run.key.rpartition(":")[2] for run in runs]
     gaps = [(b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None]
     steady = all(INTERVAL <= gap <= INTERVAL + ON_TIME for gap in gaps) and all(0 <= run.lateness <= ON_TIME for run in runs)
     in_order = len(runs) >= 3 and numbers == [str(n + 1) for n in range(len(runs))]
     apart = f" {'on' if steady else 'NOT on'} time"
-    return Promise(
+    return Expectation(
         "inbox", f"every {INTERVAL} s", "3+ on time, then none", f"{len(runs)}{apart}, {after} later",
         steady and in_order and "inbox" in evidence.cancelled and after == 0,
     )  # fmt: skip
 
 
-def _busy(evidence: Evidence) -> Promise:
+def _busy(evidence: Evidence) -> Expectation:
     calls, runs, left = evidence.of("meeting"), evidence.runs("meeting"), evidence.person_left
     refused = sum(call.http_status == 409 for call in calls)
     after = sum(left is not None and run.at > left for run in runs)
-    return Promise(
+    return Expectation(
         "meeting", "waits for people", "put off, 1 run after", f"{refused} x put off, {after} after",
         len(runs) == after == 1 and refused >= 1 and len(calls) == refused + 1,
     )  # fmt: skip
 
 
-def _chain(evidence: Evidence) -> Promise:
+def _chain(evidence: Evidence) -> Expectation:
     runs = evidence.runs("chain")
     order = " ".join((run.message or "").split()[1] for run in runs)
     wanted = " ".join(str(n + 1) for n in range(LINKS))
     apart = all(b.at > (a.ended_at or b.at) for a, b in pairwise(runs))
     kept = order == wanted and apart and len(runs) == len(evidence.of("chain"))
-    return Promise("chain", "from inside runs", f"1-{LINKS}, never 2 at once", f"{order}{'' if apart else ', OVERLAPPING'}", kept)
+    return Expectation(
+        "chain", "from inside runs", f"1-{LINKS}, never 2 at once", f"{order}{'' if apart else ', OVERLAPPING'}", kept
+    )
 
 
-def _aborted(evidence: Evidence) -> Promise:
+def _aborted(evidence: Evidence) -> Expectation:
     runs, when, after = evidence.runs("draft"), evidence.cancelled.get("draft"), evidence.later("draft")
     left = runs[0].left_at if runs else None
     took = None if left is None or when is None else (left - when).total_seconds()
     seen = "not aborted" if took is None else f"after {ms(took)}"
     kept = len(evidence.of("draft")) == 1 and took is not None and 0 <= took <= ON_TIME and after == 0
-    return Promise("draft", "cancel in mid-run", "aborted, then none", f"{seen}, {after} later", kept)
+    return Expectation("draft", "cancel in mid-run", "aborted, then none", f"{seen}, {after} later", kept)
 
 
-def _each_once(evidence: Evidence) -> Promise:
+def _each_once(evidence: Evidence) -> Expectation:
     due = {visit.key for visit in evidence.visits}
     taken = [visit.key for visit in evidence.visits if visit.http_status != 409]
     runs = [visit.key for visit in evidence.visits if visit.message is not None]
     kept = len(taken) == len(runs) == len(set(runs)) == len(due) > 0
-    return Promise("all", "exactly once", f"{len(due)} due, each 1 run", f"{len(taken)} calls, {len(runs)} runs", kept)
+    return Expectation("all", "exactly once", f"{len(due)} due, each 1 run", f"{len(taken)} calls, {len(runs)} runs", kept)
 
 
-def _recorded(evidence: Evidence) -> Promise:
+def _recorded(evidence: Evidence) -> Expectation:
     made = len(evidence.visits)
     seen = f"{evidence.recorded} in PostgreSQL"
-    return Promise("all", "calls on record", f"{made} in PostgreSQL", seen, made == evidence.recorded > 0)
+    return Expectation("all", "calls on record", f"{made} in PostgreSQL", seen, made == evidence.recorded > 0)
 
 
-def _states(evidence: Evidence) -> Promise:
+def _states(evidence: Evidence) -> Expectation:
     wanted = dict.fromkeys(("hello", "build", "report", "meeting"), "fired") | dict.fromkeys(("inbox", "draft"), "cancelled")
     wanted["chain"] = ", ".join(["fired"] * LINKS)
     total = Counter(", ".join(wanted.values()).split(", "))
     seen = Counter(str(row["status"]) for row in evidence.rows)
     kept = all(evidence.states(session) == states for session, states in wanted.items()) and seen == total
-    return Promise("all", "rows at the end", _counted(total), _counted(seen), kept)
+    return Expectation("all", "rows at the end", _counted(total), _counted(seen), kept)
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -3,7 +3,7 @@
 Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or sessions. A series that can be named beforehand
 is there from the start, at zero, as a rate can't be told from a first appearance. Names and units after Prometheus's own rules.
 
-Never here: HTTP (ops), questions to PostgreSQL (ops brings the answer).
+Never here: HTTP (pages), questions to PostgreSQL (pages brings the answer).
 """
 
 from __future__ import annotations

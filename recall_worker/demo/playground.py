@@ -3,7 +3,7 @@
 Owns their beginnings and ends: nothing of it is left behind, however the demo ends. The daemon is started as anybody would start it,
 with settings of its own and none of the caller's RECALL_*; its log goes to a file and is read as it comes.
 
-Never here: what is played (demo), or whether it went as promised (promises).
+Never here: what is played (demo), or whether it went as promised (expectations).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any, Self
 import psycopg
 from psycopg.rows import dict_row
 
+from ..contract.reference_api import Agent, ReferenceAPI
 from ..events import harmless
-from .reference_api import Agent, ReferenceAPI
-from .talk import Trouble
+from ..terminal import Trouble
 
 WIDTH = 80
 PATIENCE = 10.0
@@ -80,7 +80,7 @@ class Screen:
             clock, session = " " * len(clock), ""
 
 
-class Stage:
+class Playground:
     """An async context: inside, everything runs; `dsn` has to be migrated before the daemon is started."""
 
     def __init__(self, screen: Screen, dsn: str, log: Path, agent: Agent, show: Callable[[Event], None]) -> None:

@@ -25,11 +25,11 @@ from typing import Any
 from uuid import uuid4
 
 from .. import schema
-from .embedded import EmbeddedError, EmbeddedServer
-from .promises import INTERVAL, LINKS, Evidence, Visit, figures, ms, promises
-from .reference_api import Agent, Call
-from .stage import BOLD, DIM, GREEN, RED, RETRY_AFTER, YELLOW, Event, Screen, Stage
-from .talk import Trouble, tell
+from ..contract.reference_api import Agent, Call
+from ..embedded import EmbeddedError, EmbeddedServer
+from ..terminal import Trouble, tell
+from .expectations import INTERVAL, LINKS, Evidence, Visit, expectations, figures, ms
+from .playground import BOLD, DIM, GREEN, RED, RETRY_AFTER, YELLOW, Event, Playground, Screen
 
 COLOURS = {"hello": 36, "build": 33, "inbox": 35, "report": 93, "meeting": 94, "chain": 96, "draft": 95}
 RUN = 0.2
@@ -78,7 +78,7 @@ class Play:
         """When the first one-shot was done, by the screen's clock."""
         self._screen, self._say = screen, screen.say
         self._dsn = dsn
-        self._stage = Stage(screen, dsn, log, spoil(self._agent), self._show)
+        self._playground = Playground(screen, dsn, log, spoil(self._agent), self._show)
         self._person_left: datetime | None = None
         self._cancelled: dict[str, datetime] = {}
 
@@ -87,51 +87,53 @@ class Play:
         assert performance is not None
         for number in (signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, performance.cancel)
-        async with self._stage as stage:
+        async with self._playground as playground:
             await self._set_up()
             # In an order in which the recurring one goes on through the next acts, and silence is watched through others.
             for act in (self._types, self._busy, self._recurring, self._chain, self._mid_run, self._silence):
                 await act()
-            await stage.stop_daemon()
-            self._say("end", f"the daemon was sent SIGTERM and ended with status {stage.daemon_status}")
+            await playground.stop_daemon()
+            self._say("end", f"the daemon was sent SIGTERM and ended with status {playground.daemon_status}")
             return await self._evidence()
 
     async def _set_up(self) -> None:
-        await self._stage.db.execute(TABLES.encode())
+        await self._playground.db.execute(TABLES.encode())
         for session in COLOURS:
-            await self._stage.db.execute("insert into sessions values (%s, 'ann')", (session,))
+            await self._playground.db.execute("insert into sessions values (%s, 'ann')", (session,))
         self._say("setup", "the application creates its own tables, with its own SQL")
-        self._stage.show_command("setup", "migrate")
+        self._playground.show_command("setup", "migrate")
         began = time.monotonic()
         await asyncio.to_thread(schema.migrate, self._dsn)
         self._say("setup", f"the application's table is adopted ({ms(time.monotonic() - began)})")
-        await self._stage.start_daemon()
+        await self._playground.start_daemon()
 
     async def _types(self) -> None:
         self._screen.heading("1. Promises: at once, once, again and again; by command and by plain SQL")
-        await self._stage.command("hello", "schedule", "hello", "say hello")
-        await self._stage.command("build", "schedule", "build", "look at the build", "--in", "3s")
-        await self._stage.command("inbox", "schedule", "inbox", "read the inbox", "--every", f"{INTERVAL}s")
+        await self._playground.command("hello", "schedule", "hello", "say hello")
+        await self._playground.command("build", "schedule", "build", "look at the build", "--in", "3s")
+        await self._playground.command("inbox", "schedule", "inbox", "read the inbox", "--every", f"{INTERVAL}s")
         await self._insert("report", "once", 1.5, "send the report", "application: insert into session_recalls ..., in 1.5 s")
         for session in ("hello", "report", "build"):
             await self._answers(session)
 
     async def _busy(self) -> None:
         self._screen.heading("2. A person is chatting in the session: the agent must not burst in")
-        self._stage.api.enter("meeting")
+        self._playground.api.enter("meeting")
         self._say("meeting", "a person comes in and chats")
         await self._insert("meeting", "immediate", 0, "sum up the meeting", "application: insert ..., at once")
-        await self._stage.until(lambda: len(self._stage.events("recall.settled", "meeting", "busy")) >= 2, "two refusals")
+        await self._playground.until(
+            lambda: len(self._playground.events("recall.settled", "meeting", "busy")) >= 2, "two refusals"
+        )
         await asyncio.sleep(0.4)
         self._person_left = datetime.now(UTC)
-        self._stage.api.leave("meeting")
+        self._playground.api.leave("meeting")
         self._say("meeting", "the person leaves")
         await self._answers("meeting")
 
     async def _recurring(self) -> None:
         self._screen.heading(f"3. Every {INTERVAL} s, until it is cancelled")
-        await self._answers("inbox", max(3, len(self._stage.events("recall.settled", "inbox", "answered")) + 1))
-        cancelled_at = await self._stage.command("inbox", "cancel", "--session", "inbox", "--yes")
+        await self._answers("inbox", max(3, len(self._playground.events("recall.settled", "inbox", "answered")) + 1))
+        cancelled_at = await self._playground.command("inbox", "cancel", "--session", "inbox", "--yes")
         if cancelled_at is not None:
             self._cancelled["inbox"] = cancelled_at
             self._say("inbox", "cancelled: from here on, nothing may come")
@@ -144,12 +146,12 @@ class Play:
     async def _mid_run(self) -> None:
         self._screen.heading("5. Cancelled in mid-run: the call is to be aborted at once")
         await self._insert("draft", "immediate", 0, "write a long draft", "application: insert ..., at once")
-        if await self._stage.until(lambda: "draft" in self._stage.api.inside, "the run"):
+        if await self._playground.until(lambda: "draft" in self._playground.api.inside, "the run"):
             await asyncio.sleep(1.0)
             self._say("draft", "application: update ... set status = 'cancelled'")
             self._cancelled["draft"] = datetime.now(UTC)
-            await self._stage.db.execute(CANCEL, ("draft",))
-            await self._stage.until(lambda: self._stage.events("recall.ended", "draft"), "the run's end")
+            await self._playground.db.execute(CANCEL, ("draft",))
+            await self._playground.until(lambda: self._playground.events("recall.ended", "draft"), "the run's end")
 
     async def _silence(self) -> None:
         until = [at + timedelta(seconds=2 * INTERVAL + 0.5) for at in self._cancelled.values()]
@@ -161,11 +163,11 @@ class Play:
     # --- what the acts are made of -----------------------------------------------------------------------------------
 
     async def _agent(self, session: str, message: str, recall: Mapping[str, Any]) -> str:
-        run = self._stage.api.inside[session]
+        run = self._playground.api.inside[session]
         assert run is not None
-        self._stage.stir()
+        self._playground.stir()
         after = f"{ms((run.call.at - datetime.fromisoformat(recall['scheduled_for'])).total_seconds())} late"
-        before = [other for other in self._stage.api.runs.values() if other.call.session_id == session and other is not run]
+        before = [other for other in self._playground.api.runs.values() if other.call.session_id == session and other is not run]
         if session == "meeting" and self._person_left is not None:
             after = f"{(run.call.at - self._person_left).total_seconds():.1f} s after they left"
         elif session == "chain" and before and before[-1].ended_at is not None:
@@ -186,11 +188,13 @@ class Play:
 
     async def _insert(self, session: str, call_type: str, after: float, message: str, said: str) -> None:
         self._say(session, said, BOLD)
-        await self._stage.db.execute(INSERT, (str(uuid4()), session, call_type, after, message))
+        await self._playground.db.execute(INSERT, (str(uuid4()), session, call_type, after, message))
 
     async def _answers(self, session: str, n: int = 1) -> None:
         """Wait until the daemon has written down n runs of a session that were answered."""
-        await self._stage.until(lambda: len(self._stage.events("recall.settled", session, "answered")) >= n, f"{session} to run")
+        await self._playground.until(
+            lambda: len(self._playground.events("recall.settled", session, "answered")) >= n, f"{session} to run"
+        )
 
     def _show(self, event: Event) -> None:
         """What the daemon made of a call."""
@@ -215,14 +219,16 @@ class Play:
                 self._say("daemon", f"{name}: {event.get('reason', '')}", RED)
 
     async def _evidence(self) -> Evidence:
-        rows = await (await self._stage.db.execute("select session_id, status from session_recalls")).fetchall()
-        calls = await (await self._stage.db.execute("select coalesce(sum(calls), 0)::int as n from recall_attempts")).fetchone()
+        rows = await (await self._playground.db.execute("select session_id, status from session_recalls")).fetchall()
+        calls = await (
+            await self._playground.db.execute("select coalesce(sum(calls), 0)::int as n from recall_attempts")
+        ).fetchone()
         assert calls is not None
-        visits = [self._visit(call) for call in self._stage.api.calls]
-        return Evidence(visits, rows, calls["n"], self._person_left, self._cancelled, self._stage.daemon_status)
+        visits = [self._visit(call) for call in self._playground.api.calls]
+        return Evidence(visits, rows, calls["n"], self._person_left, self._cancelled, self._playground.daemon_status)
 
     def _visit(self, call: Call) -> Visit:
-        run = self._stage.api.runs.get(call.key)
+        run = self._playground.api.runs.get(call.key)
         if run is None or run.call is not call:
             return Visit(call.session_id, call.key, call.at, call.http_status, left_at=call.left_at)
         return Visit(
@@ -269,19 +275,21 @@ def _kept_place() -> Path:
 
 
 def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> None:
-    made = promises(evidence)
+    made = expectations(evidence)
     screen.heading("What was promised, and what the API and PostgreSQL have seen of it")
     screen.print(f"{'':7}{'SESSION':9}{'PROMISED':18}{'EXPECTED':23}SEEN", DIM)
-    for promise in made:
-        word = screen.paint("kept  ", GREEN) if promise.kept else screen.paint("BROKEN", BOLD, RED)
-        screen.print(f"{word} {screen.name(promise.session)} {promise.what:17} {promise.expected:22} {promise.seen}")
+    for expectation in made:
+        word = screen.paint("kept  ", GREEN) if expectation.kept else screen.paint("BROKEN", BOLD, RED)
+        screen.print(
+            f"{word} {screen.name(expectation.session)} {expectation.what:17} {expectation.expected:22} {expectation.seen}"
+        )
     screen.print()
     for line in figures(evidence):
         screen.print(line)
     fired = "" if first_fired is None else f"The first recall had fired after {first_fired:.1f} s. "
     screen.print(f"{fired}The whole took {screen.clock:.1f} s.")
     screen.print()
-    broken = [f"{promise.session} ({promise.what})" for promise in made if not promise.kept]
+    broken = [f"{expectation.session} ({expectation.what})" for expectation in made if not expectation.kept]
     if broken:
         raise Trouble(
             f"{len(broken)} of {len(made)} promises were broken: {', '.join(broken)}",

@@ -39,7 +39,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from ..events import harmless
 from ..recall import CALL_TYPES
-from .talk import Trouble, rfc3339, tell
+from ..terminal import Trouble, rfc3339, tell
 
 Agent = Callable[[str, str, Mapping[str, Any]], Awaitable[str]]
 """The agent: session id, user message, and the recall as it stands in the request, to what the agent says."""

@@ -22,12 +22,13 @@ from typing import Any, Self
 
 import httpx
 
-from ..protocols.native import accepted, address, header_key, polled, read, retry_after, same_origin, signature
+from ..protocols import traceparent
+from ..protocols.contract import address, bearer, headers, read, retry_after, same_origin
+from ..protocols.http import CONNECT_DEADLINE, LIMIT, Answer, trust
+from ..protocols.native import accepted, polled, written
 from ..protocols.polling import StillOn
-from ..protocols.wire import CONNECT_DEADLINE, LIMIT, Answer, trust
 from ..recall import Accepted, Answered, Busy, Failed, Misconfigured, Outcome, Unavailable, Unknown, name_of
 from ..settings import Settings
-from .talk import rfc3339
 
 MESSAGE = "recall-worker check-endpoint: a harmless probe; answer anything"
 REQUESTS = 58
@@ -117,7 +118,7 @@ class Probes:
         """Runs that were accepted."""
         self._settings, self._template, self._session, self._timeout = settings, settings.run_url, session, timeout
         self._name = f"check-endpoint-{secrets.token_hex(4)}"
-        self._began = rfc3339(datetime.now(UTC))
+        self._began = datetime.now(UTC)
         self._keys = 0
         self._lost = False
         """Whether an accepted run did not end in its time: no other is then waited for so long."""
@@ -198,8 +199,9 @@ class Probes:
         assert isinstance(reply.outcome, Accepted)
         where = same_origin(address(self._template, self._session), reply.outcome.reference)
         assert where is not None
-        headers = {name: value for name, value in self._headers(reply.key, b"", None).items() if not name.startswith("webhook-")}
-        return await self._ask(method, where, reply.key, headers)
+        made = self._headers(reply.key, b"", None)
+        unsigned = {n: value for n, value in made.items() if not n.startswith("webhook-")}
+        return await self._ask(method, where, reply.key, unsigned)
 
     def new_key(self) -> str:
         """A key that stands for nothing yet."""
@@ -279,27 +281,11 @@ class Probes:
 
     def _content(self, key: str, message: str, session: str) -> bytes:
         """The request's body, the same for the same key and message."""
-        recall = {
-            "id": self._name, "call_type": "once", "occurrence": int(key.rpartition(":")[2]), "scheduled_for": self._began, "missed": 0,
-        }  # fmt: skip
-        document = {
-            "session_id": session, "user_message": message, "system_message": f"[Scheduled recall] {message}", "recall": recall,
-        }  # fmt: skip
-        return json.dumps(document, separators=(",", ":")).encode("ascii")
+        occurrence = int(key.rpartition(":")[2])
+        return b"".join(written(session, message, self._name, "once", occurrence, self._began, 0))
 
     def _headers(self, key: str, content: bytes, token: str | None) -> dict[str, str]:
-        made = {
-            "Content-Type": "application/json",
-            "Idempotency-Key": header_key(key),
-            "Recall-Attempt": "1",
-            "Recall-Lateness": "0.000000",
-            "traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-        }
         token = self._settings.run_token if token is None else token
-        if token:
-            made["Authorization"] = f"Bearer {token}"
-        if self._settings.signing_secret is not None:
-            now = int(time.time())
-            signed = (signature(secret, key, now, content) for secret in self._settings.signing_secret.split())
-            made |= {"webhook-id": key, "webhook-timestamp": str(now), "webhook-signature": " ".join(signed)}
-        return made
+        always = {"Content-Type": "application/json"} | bearer(token or None)
+        trace, secret = traceparent(), self._settings.signing_secret
+        return headers(key, 1, 0.0, trace, [content], always, secret)

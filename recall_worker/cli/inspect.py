@@ -11,26 +11,21 @@ from typing import Any
 
 from .. import statements
 from ..events import harmless
+from ..fleet import SILENT_AFTER, differences, fleet_cap, told_setting
 from ..recall import STATUSES
+from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
 from .recalls import connect
-from .talk import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
 
 Row = Mapping[str, Any]
 
-SILENCE = 180.0
-"""Seconds after which a worker that was not heard of counts as gone: three of its heartbeats at the longest lease."""
 WINDOW = 3600.0
-ALIKE = ("lease", "run_url", "max_attempts", "give_up", "run_timeout", "protocol", "fleet_concurrency")
-"""Settings that the workers of one table should agree in."""
-TOLD_MOST = 100
-"""Characters of a setting that are shown."""
 
 
 def why(dsn: str | None, id: str, *, as_json: bool) -> None:
     with connect(dsn) as conn:
         reads = statements.load("reads")
-        found = conn.execute(reads["why"].encode(), {"id": id, "silence": SILENCE}).fetchone()
-        fleet = conn.execute(reads["fleet"].encode(), {"silence": SILENCE}).fetchone()
+        found = conn.execute(reads["why"].encode(), {"id": id, "silence": SILENT_AFTER}).fetchone()
+        fleet = conn.execute(reads["fleet"].encode(), {"silence": SILENT_AFTER}).fetchone()
     if found is None or fleet is None:
         raise Trouble(f"there is no recall {id}", command("list"))
     row = found | fleet
@@ -99,25 +94,6 @@ def _waits_for(row: Row, now: datetime) -> str:
     return f"{due}, and waits to be claimed"
 
 
-def fleet_cap(row: Row) -> str | None:
-    """That RECALL_FLEET_CONCURRENCY holds back what is due, and whose leases fill it. None where it does not. `row`: the statement `fleet`."""
-    if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
-        return None
-    one = row["fleet_ended"] == 1
-    after = span(row["fleet_lease"] / 3)
-    whose = [
-        (row["fleet_of_live"], "of live workers"),
-        (row["fleet_of_silent"], "of workers that are not heard of"),
-        (
-            row["fleet_ended"],
-            f"that {'has' if one else 'have'} ended, counted until {after} after {'its' if one else 'their'} end",
-        ),
-    ]
-    told = ", ".join(f"{leases} {how}" for leases, how in whose if leases)
-    count = f"{row['fleet_leases']} lease{' counts' if row['fleet_leases'] == 1 else 's count'} against it"
-    return f"the fleet runs as many as RECALL_FLEET_CONCURRENCY ({row['fleet_cap']}) allows: {count} ({told})"
-
-
 def _behind(row: Row, now: datetime) -> str:
     ahead = f"recall {row['ahead']}"
     if row["ahead_leased_at"] is None:
@@ -166,7 +142,7 @@ def _history(row: Row) -> str | None:
 
 def workers(dsn: str | None, *, as_json: bool) -> None:
     with connect(dsn) as conn:
-        rows = conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENCE}).fetchall()
+        rows = conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "now"} for row in rows])
         return
@@ -190,16 +166,8 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell(
             f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
         )
-    for name in ALIKE:
-        values = {str(told_setting(row, name)) for row in alive}
-        if len(values) > 1:
-            tell(harmless(f"Note: live workers differ in {name}: {', '.join(sorted(values))}"))
-
-
-def told_setting(row: Row, name: str) -> str | None:
-    """A setting as the worker told it: in a row of another version's, or of a hand's, anything may be there, or nothing."""
-    told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
-    return f"{told:g}" if isinstance(told, int | float) else None if told is None else str(told)[:TOLD_MOST]
+    for name, values in differences(alive):
+        tell(harmless(f"Note: live workers differ in {name}: {', '.join(values)}"))
 
 
 def stats(dsn: str | None, *, as_json: bool) -> None:
@@ -208,7 +176,7 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         by_status = {row["status"]: row for row in conn.execute(reads["stats_recalls"].encode())}
         calls = conn.execute(reads["stats_calls"].encode(), {"window": WINDOW}).fetchall()
         late = conn.execute(reads["stats_lateness"].encode(), {"window": WINDOW}).fetchone()
-        about = conn.execute(reads["workers"].encode(), {"silence": SILENCE}).fetchall()
+        about = conn.execute(reads["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
         now = conn.execute("select now() as now").fetchone()
     assert late is not None and now is not None
     live = [by_status[status] for status in ("pending", "running") if status in by_status]

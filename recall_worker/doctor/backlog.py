@@ -1,0 +1,59 @@
+"""What waits: recalls that are overdue, that are held back, that failed lately; and by what."""
+
+from __future__ import annotations
+
+from .. import statements
+from ..fleet import SILENT_AFTER, fleet_cap
+from ..terminal import command, relative
+from .examination import NOTE, OK, PROBLEM, Examination
+
+LATE = 10.0
+"""Seconds that something may have been due: a worker that is about and has a slot takes it within milliseconds."""
+OVERDUE = 60.0
+
+
+async def backlog(exam: Examination) -> None:
+    row = await exam.one("overdue", late=LATE)
+    if not row["recalls"]:
+        exam.find(OK, "nothing is overdue")
+        return
+    age = (row["now"] - row["since"]).total_seconds()
+    seen = f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due {relative(row['since'], row['now'])}"
+    if row["leased"]:
+        seen += f"; {row['leased']:,} of them were in a run whose lease has ended"
+    full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(r["slots"] for r in exam.alive)
+    todo = "more RECALL_CONCURRENCY or more workers: all slots are taken" if full else command("why", row["oldest"])
+    text = statements.load("reads")["fleet"].encode()
+    [fleet] = await (await exam.conn.execute(text, {"silence": SILENT_AFTER})).fetchall()
+    if (cap := fleet_cap(fleet)) is not None:
+        seen += f"; {cap}"
+        todo = "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait for these runs to end"
+    exam.find(PROBLEM if age > OVERDUE else NOTE, seen, todo)
+
+
+async def held(exam: Examination) -> None:
+    before = len(exam.findings)
+    for row in await exam.ask("held"):
+        since = relative(row["since"], row["now"])
+        seen = f"{row['recalls']:,} {row['by']}, the first {since}" + (f"; such as: {row['reason']}" if row["reason"] else "")
+        match row["by"]:
+            case "misconfigured" | "unavailable":
+                exam.find(PROBLEM, seen, "see the endpoint below; every recall is kept")
+            case "paused":
+                exam.find(
+                    NOTE,
+                    f"{row['recalls']:,} paused by hand, the first {since}",
+                    f"{command('resume')} ID… when they may go on",
+                )
+            case "capped":
+                exam.find(NOTE, seen, "RECALL_SESSION_LIMIT holds them back: an agent that calls itself?")
+            case "busy":
+                exam.find(OK, seen)
+            case _:
+                exam.find(NOTE, seen, f"{command('why')} ID tells of each")
+    failed = await exam.one("failed")
+    if failed["recalls"]:
+        seen = f"{failed['recalls']:,} have failed within a day; such as: {failed['reason']}"
+        exam.find(NOTE, seen, f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause is mended")
+    if len(exam.findings) == before:
+        exam.find(OK, "nothing is held back")

@@ -1,0 +1,34 @@
+"""The examination of a worker's surroundings: which checks are made, and in which order.
+
+It looks from where it is run, with the settings that are there: run it where, and as whom, the worker
+runs. What it does is harmless: the rights are asked by EXPLAIN of every statement that the worker
+has, the endpoint by GET, which runs no agent; a notification costs each worker one look at the table.
+
+Never here: a change of anything, a call to a session.
+"""
+
+from __future__ import annotations
+
+from ..settings import Settings
+from . import backlog, endpoint, listener, schema, server, workers
+from .examination import Examination
+
+
+async def examine(settings: Settings) -> Examination:
+    """Make every check that can be made; its findings are in the order in which they are shown."""
+    async with Examination(settings) as exam:
+        await exam.check("database", server.database)
+        if exam.reached:
+            await exam.check("schema", schema.schema)
+            await exam.check("pooler", listener.pooler)
+            await exam.check("bell", listener.bell)
+            await exam.check("clock", server.clock)
+        if exam.adopted:
+            await exam.check("rights", schema.rights)
+            await exam.check("trigger", schema.triggers)
+            await exam.check("workers", workers.workers)
+            await exam.check("server", server.server)
+            await exam.check("backlog", backlog.backlog)
+            await exam.check("held", backlog.held)
+        await exam.check("endpoint", endpoint.endpoint)
+    return exam

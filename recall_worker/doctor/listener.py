@@ -1,0 +1,150 @@
+"""Notifications: does a pooler stand in their way, and do they arrive?
+
+A NOTIFY is tried all the way: a LISTEN as the worker's, a NOTIFY from the other connection, timed on
+a channel of the doctor's own. The workers' channel is notified once, in the same transaction, which
+costs each of them one look at the table.
+"""
+
+from __future__ import annotations
+
+import time
+from uuid import uuid4
+
+import psycopg
+
+from ..bell import CHANNEL
+from ..line import said
+from ..terminal import span
+from .examination import (
+    DIRECT,
+    OK,
+    PROBLEM,
+    SESSION,
+    STATEMENT,
+    TRANSACTION,
+    Connection,
+    Examination,
+    connected,
+)
+from .server import FAILOVER_HINT
+
+RING_PATIENCE = 5.0
+RINGS = 5
+POOLING_ROUNDS = 5
+
+POOLER_HINT = "the server's own address in RECALL_LISTEN_DSN: it must be direct"
+
+
+async def pooler(exam: Examination) -> None:
+    exam.pooling = await pooling_of(exam.dsn)
+    listens = exam.settings.listen_dsn is not None
+    match exam.pooling:
+        case "direct":
+            exam.find(OK, "none: RECALL_DSN leads to the server itself")
+        case "statement":
+            exam.find(
+                PROBLEM,
+                "RECALL_DSN leads through a pooler in statement mode, which takes no transactions",
+                "pool_mode = transaction",
+            )
+        case "transaction" if not listens:
+            exam.find(
+                PROBLEM,
+                "RECALL_DSN leads through a pooler in transaction mode, which LISTEN does not pass: what is inserted waits for a poll",
+                POOLER_HINT,
+            )
+        case mode:
+            how = f"RECALL_DSN leads through a pooler in {mode} mode"
+            exam.find(OK, how + ("; LISTEN has its own way" if listens else ", which passes LISTEN"))
+    exam.listen_pooling = exam.pooling
+    if exam.settings.listen_dsn is not None:
+        try:
+            exam.listen_pooling = await pooling_of(exam.settings.listen_dsn)
+        except (psycopg.Error, OSError):
+            exam.listen_pooling = DIRECT  # The bell says what is wrong.
+        if exam.listen_pooling in (TRANSACTION, STATEMENT):
+            exam.find(
+                PROBLEM,
+                f"RECALL_LISTEN_DSN leads through a pooler in {exam.listen_pooling} mode, too, which LISTEN does not pass",
+                POOLER_HINT,
+            )
+
+
+async def pooling_of(dsn: str) -> str:
+    """How connections by this DSN are pooled.
+
+    A pooler announces a backend of its own making; asked, the server names the true one. If that changes while the connection is
+    open, or serves another connection meanwhile, it is lent for a transaction at a time.
+    """
+    async with connected(dsn) as one:
+        mine = await _backend(one)
+        if mine == one.pgconn.backend_pid:
+            return DIRECT
+        try:
+            async with one.transaction():
+                await one.execute(b"select 1")
+        except psycopg.Error:
+            return STATEMENT
+        for _ in range(POOLING_ROUNDS):
+            async with connected(dsn) as another:
+                if await _backend(another) == mine or await _backend(one) != mine:
+                    return TRANSACTION
+    return SESSION
+
+
+async def _backend(conn: Connection) -> int:
+    [row] = await (await conn.execute(b"select pg_backend_pid() as pid")).fetchall()
+    return int(row["pid"])
+
+
+async def bell(exam: Examination) -> None:
+    if exam.listen_pooling in (TRANSACTION, STATEMENT):
+        # Not tried: the LISTEN would stay behind on one of the pooler's connections.
+        exam.find(PROBLEM, f"what is rung can't pass the pooler: {_meanwhile(exam)}", POOLER_HINT)
+        return
+    try:
+        conn = await exam.connect(exam.settings.listen_dsn or exam.dsn)
+    except (psycopg.Error, OSError) as error:
+        which = "RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else "RECALL_DSN"
+        exam.find(
+            PROBLEM,
+            f"the bell's connection can't be had: {said(error)}",
+            f"check {which}: it is to lead to the server itself",
+        )
+        return
+    if (await exam.ask("read_only", conn))[0]["standby"]:
+        exam.find(PROBLEM, "the bell's connection leads to a standby, which takes no LISTEN", FAILOVER_HINT)
+        return
+    own = f"{CHANNEL}_{uuid4().hex[:16]}"
+    for channel in (CHANNEL, own):
+        await conn.execute(f"listen {channel}".encode())
+    times = []
+    for n in range(RINGS):
+        began = time.monotonic()
+        # Only the first of them also rings the workers' channel.
+        await exam.ask("echo" if n else "ring", channel=own)
+        heard: set[str] = set()
+        while own not in heard and (left := began + RING_PATIENCE - time.monotonic()) > 0:
+            async for notification in conn.notifies(timeout=left, stop_after=1):
+                heard.add(notification.channel)
+        if own not in heard or (n == 0 and CHANNEL not in heard):
+            _unheard(exam)
+            return
+        times.append(time.monotonic() - began)
+    exam.find(OK, f"heard what was rung, {RINGS} of {RINGS} times, after {span(sorted(times)[RINGS // 2])}")
+    if exam.server["queue"] > 0.5:
+        todo = "end the transaction that a listener has open: see pg_stat_activity, state 'idle in transaction'"
+        exam.find(
+            PROBLEM,
+            f"PostgreSQL's queue of notifications is {exam.server['queue']:.0%} full; when it is full, inserts fail",
+            todo,
+        )
+
+
+def _unheard(exam: Examination) -> None:
+    todo = "the same database on the same server in RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else POOLER_HINT
+    exam.find(PROBLEM, f"what was rung did not arrive within {RING_PATIENCE:g} s: {_meanwhile(exam)}", todo)
+
+
+def _meanwhile(exam: Examination) -> str:
+    return f"what is inserted waits for a look, every {exam.settings.poll_interval:g} s"

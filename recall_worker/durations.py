@@ -1,0 +1,67 @@
+"""Durations as people write them: `90s`, `5m`, `1h30`, `2 hours`, `1d 12h`. The one parser of them,
+for settings and for commands. Pure: text in, seconds out, and back.
+
+Never here: how long something may be (settings, cadence), how a mistake is shown (terminal).
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = {
+    604_800: "w week weeks",
+    86_400: "d day days",
+    3600: "h hr hrs hour hours",
+    60: "m min mins minute minutes",
+    1: "s sec secs second seconds",
+}
+_SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_PART = re.compile(rf"({_NUMBER})\s*([a-z]+)\s*")
+_MINUTES = re.compile(r"[0-5]?[0-9]")
+EXAMPLES = "90s, 5m, 1h30m or 2d"
+
+
+class DurationError(ValueError):
+    """The text is no duration; its own text is a clause that says why. `instead`: what to write."""
+
+    def __init__(self, why: str, instead: str) -> None:
+        super().__init__(why)
+        self.instead = instead
+
+
+def seconds(text: str, *, bare: bool = False) -> float:
+    """The seconds of a duration: numbers with units, the largest unit first.
+
+    `bare`: whether a number alone counts, as seconds. Else it is refused, as nobody can tell whether
+    its author meant seconds, minutes or days. Raises DurationError.
+    """
+    said = text.strip().lower()
+    if bare:
+        try:
+            return float(said)
+        except ValueError:
+            pass
+    elif re.fullmatch(_NUMBER, said):
+        raise DurationError("has no unit", f"{said}s, {said}m, {said}h or {said}d")
+    total, at, last = 0.0, 0, float("inf")
+    while (part := _PART.match(said, at)) is not None:
+        size = _SIZES.get(part[2], 0)
+        if not 0 < size < last:
+            break
+        total, at, last = total + float(part[1]) * size, part.end(), size
+    if last == 3600 and _MINUTES.fullmatch(said, at):
+        return total + float(said[at:]) * 60  # 1h30: minutes, as everybody reads it
+    if at == 0 or at < len(said):
+        raise DurationError("is no duration", EXAMPLES)
+    return total
+
+
+def length(seconds: int) -> str:
+    """A whole number of seconds as `seconds` reads it: `1h30m`."""
+    parts, left = [], max(0, seconds)
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        times, left = divmod(left, size)
+        if times:
+            parts.append(f"{times}{unit}")
+    return "".join(parts) or f"{seconds}s"

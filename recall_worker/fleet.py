@@ -1,0 +1,67 @@
+"""What the rows of recall_workers say of the workers together: who is alive, and do they agree?
+
+For those who read (`workers`, `why`, `stats`, `doctor`); the worker itself decides nothing by this.
+
+Never here: a statement of SQL, a table or a column of what is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .terminal import span
+
+SILENT_AFTER = 180.0
+"""Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats at
+the longest lease.
+"""
+ALIKE = (
+    "lease",
+    "run_url",
+    "max_attempts",
+    "give_up",
+    "run_timeout",
+    "protocol",
+    "fleet_concurrency",
+)
+"""Settings that the workers of one table should agree in."""
+TOLD_MOST = 100
+"""Characters of a setting that are shown."""
+
+
+def told_setting(row: Mapping[str, Any], name: str) -> str | None:
+    """A setting as the worker told it; None where it did not. In a row of another version, or of one
+    that somebody wrote by hand, anything may stand there.
+    """
+    told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
+    if isinstance(told, int | float):
+        return f"{told:g}"
+    return None if told is None else str(told)[:TOLD_MOST]
+
+
+def differences(alive: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The settings in which live workers differ, each with the values that there are."""
+    told = [(name, sorted({str(told_setting(row, name)) for row in alive})) for name in ALIKE]
+    return [(name, values) for name, values in told if len(values) > 1]
+
+
+def fleet_cap(row: Mapping[str, Any]) -> str | None:
+    """That RECALL_FLEET_CONCURRENCY holds back what is due, and whose leases fill it; None where it
+    does not. `row`: the statement `fleet`.
+    """
+    if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
+        return None
+    one = row["fleet_ended"] == 1
+    after = span(row["fleet_lease"] / 3)
+    whose = [
+        (row["fleet_of_live"], "of live workers"),
+        (row["fleet_of_silent"], "of workers that are not heard of"),
+        (
+            row["fleet_ended"],
+            f"that {'has' if one else 'have'} ended, counted until {after} after {'its' if one else 'their'} end",
+        ),
+    ]
+    told = ", ".join(f"{leases} {how}" for leases, how in whose if leases)
+    count = f"{row['fleet_leases']} lease{' counts' if row['fleet_leases'] == 1 else 's count'} against it"
+    return f"the fleet runs as many as RECALL_FLEET_CONCURRENCY ({row['fleet_cap']}) allows: {count} ({told})"
