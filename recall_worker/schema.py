@@ -1,9 +1,16 @@
 """Migrations: adopt the application's table in place, or create it, without holding the application up.
 
-Owns the order in which `sql/migrations/` is applied, the patience with which locks are asked for, and the foreign key to
-`sessions`, which is added by whichever `migrate` first sees that table, and the grants of the roles of `sql/roles.sql`, which are renewed
-where those roles are. Each migration runs in a transaction of its own together
-with its row in `recall_schema`; one with the header `-- transaction: none` runs outside, statement by statement, and may be repeated.
+Owns the order in which `sql/migrations/` is applied, the patience with which locks are asked for,
+the foreign key to `sessions`, which is added by the first `migrate` that finds that table, and the
+grants of the roles of `sql/roles.sql`, which are renewed where those roles exist. Each migration
+runs in a transaction of its own together with its row in `recall_schema`; one with the header
+`-- transaction: none` runs outside, statement by statement, and may be repeated.
+
+The files up to number 15 are the baseline: what the migrations 0001 to 0015 from before the first
+release made, in as few files as concurrent indexes allow. A database that has recorded 15, by these
+files or by the earlier ones, skips them all. A baseline that was interrupted continues with the
+first file that is not recorded. A database that the earlier files left below 15 is refused, as the
+files that could continue it are no longer here.
 
 No lock that stops the application is waited for longer than `LOCK_PATIENCE_MS`: an ALTER that waits behind an open reader makes every
 insert queue behind it, so we let go and try again. Two `migrate`s at once meet at an advisory lock, which is polled and never waited
@@ -31,6 +38,8 @@ LOCK_PATIENCE_MS = 400
 INDEX_PATIENCE_MS = 5_000
 LOCK_ID = 0x7265_6361_6C6C
 """The advisory lock at which two migrators meet: "recall" in ASCII."""
+BASELINE = 15
+"""The number of the baseline's last file, and so the version that the baseline makes."""
 
 _WORKS_WITH = re.compile(r"^-- works with code from: (\d+)$", re.MULTILINE)
 _OUTSIDE = re.compile(r"^-- transaction: none$", re.MULTILINE)
@@ -91,9 +100,9 @@ GRANTS = "grants of the roles recall_worker, recall_application, recall_reader"
 def pending(dsn: str) -> list[str]:
     """What `migrate` would do, in words; empty where there is nothing to do. Raises psycopg.Error, SchemaError."""
     with _connected(dsn) as conn:
-        done = _applied(conn)
         _refuse_newer(conn)
-        said = [f"{m.version:04} {m.name}" for m in migrations() if m.version not in done]
+        _refuse_older(conn)
+        said = [f"{m.version:04} {m.name}" for m in _to_apply(conn)]
         if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
             said.append("foreign key to sessions")
         if _grants_lacking(conn):
@@ -121,14 +130,14 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, rol
                      "from (select 1) one left join pg_class c on c.oid = to_regclass('session_recalls') "
                      "left join pg_namespace n on n.oid = c.relnamespace")  # fmt: skip
         _refuse_newer(conn)
+        _refuse_older(conn)
         _refuse_strange_table(conn)
         _create_record(conn)
         done = []
-        for migration in migrations():
-            if migration.version not in _applied(conn):
-                say(f"{migration.version:04} {migration.name}")
-                _patiently(conn, say, until, lambda m=migration: _apply(conn, m))  # type: ignore[misc]
-                done.append(f"{migration.version:04} {migration.name}")
+        for migration in _to_apply(conn):
+            say(f"{migration.version:04} {migration.name}")
+            _patiently(conn, say, until, lambda m=migration: _apply(conn, m))  # type: ignore[misc]
+            done.append(f"{migration.version:04} {migration.name}")
         if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
             say("foreign key to sessions")
             _patiently(conn, say, until, lambda: _add_foreign_key(conn))
@@ -160,10 +169,18 @@ def _connected(dsn: str) -> psycopg.Connection[tuple[object, ...]]:
     return psycopg.connect(**connection_info(dsn, "recall-worker migrate"), prepare_threshold=None)
 
 
-def _applied(conn: psycopg.Connection[tuple[object, ...]]) -> set[object]:
+def _applied(conn: psycopg.Connection[tuple[object, ...]]) -> set[int]:
+    """The numbers of the migrations that the database has recorded."""
     if conn.execute("select to_regclass('recall_schema')").fetchone() == (None,):
         return set()
-    return {row[0] for row in conn.execute("select version from recall_schema")}
+    return {int(str(row[0])) for row in conn.execute("select version from recall_schema")}
+
+
+def _to_apply(conn: psycopg.Connection[tuple[object, ...]]) -> list[Migration]:
+    """The migrations that the database has not recorded, in order; none up to 15 where that is."""
+    done = _applied(conn)
+    skipped = BASELINE if BASELINE in done else 0
+    return [m for m in migrations() if m.version > skipped and m.version not in done]
 
 
 def _create_record(conn: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -245,6 +262,22 @@ def _refuse_newer(conn: psycopg.Connection[tuple[object, ...]]) -> None:
         raise SchemaError(
             f"the schema is at version {row[0]} and works with code from generation {row[1]} on; this is {GENERATION}",
             "upgrade recall-worker on this host",
+        )
+
+
+def _refuse_older(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    """Refuse a schema that the files from before the baseline began and did not complete.
+
+    They were numbered from 1 and the baseline's are not, so a number below the baseline's first
+    tells such a schema from a baseline that was interrupted.
+    """
+    done = _applied(conn)
+    if done and BASELINE not in done and min(done) < migrations()[0].version:
+        raise SchemaError(
+            f"the schema is at version {max(done)}, made by a recall-worker from before the first "
+            f"release; this one can continue from version {BASELINE} only",
+            "with that recall-worker, or a later one whose last migration is "
+            f"{BASELINE:04}: recall-worker migrate; then migrate again with this one",
         )
 
 

@@ -18,7 +18,9 @@ from typing import Any
 from . import durations
 
 HORIZON = 60.0
-"""Seconds ahead within which the table's trigger rings; written into the trigger by migration 0001."""
+"""Seconds ahead within which the table's triggers notify the workers.
+
+The triggers have the number written out, in sql/migrations/ (0010, and 0016 last)."""
 
 LONGEST = 1e9
 """Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""

@@ -16,7 +16,7 @@
 
 do $roles$
 declare
-    -- What the application writes. Those of its cadence are there from migration 0009 on.
+    -- What the application writes: its own columns, and those that say how a recall recurs.
     written constant text[] := array[
         'id', 'session_id', 'call_type', 'trigger_at', 'interval_seconds', 'internal_comment', 'additional_context_message', 'status',
         'created_at', 'updated_at',

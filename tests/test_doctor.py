@@ -266,7 +266,7 @@ async def test_row_security(ward: Ward) -> None:
 
 async def test_a_schema_that_is_not_there(ward: Ward, empty_database: str) -> None:
     """In a database without a schema that is the one problem, and what depends on it is not asked."""
-    found = await ward.finds("schema", "problem", "to be done: 0001 adopt", status=1, dsn=empty_database)
+    found = await ward.finds("schema", "problem", "to be done: 0010 baseline", status=1, dsn=empty_database)
     assert found["todo"] == "recall-worker migrate"
 
 

@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -260,9 +262,8 @@ async def test_four_migrates_at_once(empty_database: str) -> None:
         assert [await racer.exit() for racer in racers] == [0] * 4
     said = [line for racer in racers for line in racer.lines]
     assert [said.count(name) for name in ALL] == [1] * len(ALL)
-    assert [version for (version,) in execute(empty_database, "select version from recall_schema order by 1")] == list(
-        range(1, GENERATION + 1)
-    )
+    recorded = execute(empty_database, "select version from recall_schema order by 1")
+    assert [version for (version,) in recorded] == [m.version for m in schema.migrations()]
 
 
 def test_check_tells_and_changes_nothing(empty_database: str) -> None:
@@ -361,6 +362,91 @@ def test_a_standby_is_refused(standby: str) -> None:
     )
 
 
+# --- from before the baseline ----------------------------------------------------------------------
+
+VERSION_15 = (Path(expected.__file__).parent / "version_15.sql").read_text(encoding="utf-8")
+"""What the migrations 0001 to 0015 made before they became the baseline, with rows in every state."""
+PUBLIC_TABLES = (
+    "select array_agg(relname::text order by relname) from pg_class "
+    "where relnamespace = 'public'::regnamespace and relkind = 'r' and relname <> 'recall_schema'"
+)
+
+
+def rows_at_15(dsn: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Each row of each table, with its place and its writer, in the columns of version 15."""
+    columns = (
+        "select string_agg(format('r.%I::text', attname), ', ' order by attnum) from pg_attribute "
+        "where attrelid = '{0}'::regclass and attnum > 0 and not attisdropped "
+        "and attname <> all ('{{sent_at,taken_lease,takeovers,may_still_run}}')"
+    )
+    [(tables,)] = execute(dsn, PUBLIC_TABLES)
+    return {
+        table: execute(
+            dsn,
+            f"select ctid::text, xmin::text, {execute(dsn, columns.format(table))[0][0]} from {table} r order by ctid",
+        )
+        for table in tables
+    }
+
+
+def test_version_15_skips_the_baseline(empty_database: str) -> None:
+    """A database that has recorded 15 goes on from there: every row keeps its place and its writer."""
+    execute(empty_database, VERSION_15)
+    before = rows_at_15(empty_database), execute(empty_database, FILES)
+    states = "select status, count(*) from session_recalls group by 1 order by 1"
+    assert {status for status, _ in execute(empty_database, states)} == {
+        "pending", "running", "fired", "cancelled", "failed",
+    }  # fmt: skip
+    assert all(before[0].values()), "a table without rows proves nothing"
+
+    assert schema.pending(empty_database) == [name for name in ALL if int(name[:4]) > 15]
+    assert schema.migrate(empty_database) == [name for name in ALL if int(name[:4]) > 15]
+    assert (rows_at_15(empty_database), execute(empty_database, FILES)) == before
+    assert schema.pending(empty_database) == []
+
+
+def test_15_alone_is_enough_to_skip_the_baseline(empty_database: str) -> None:
+    """What counts is that 15 is recorded, not which numbers below it are."""
+    execute(empty_database, VERSION_15, "delete from recall_schema where version < 15")
+    assert schema.migrate(empty_database) == [name for name in ALL if int(name[:4]) > 15]
+
+
+@pytest.mark.parametrize("version", [1, 9, 10, 14])
+@pytest.mark.parametrize("options", [(), ("--check",)], ids=["migrate", "check"])
+def test_a_state_from_before_the_baseline_is_refused(options: tuple[str, ...], version: int, empty_database: str) -> None:
+    """A schema that the earlier files left below 15 is left alone, also where its number is one of
+    the baseline's; the refusal says which version it has and what to do."""
+    execute(empty_database, VERSION_15, f"delete from recall_schema where version > {version}")
+    record = "select * from recall_schema order by version"
+    before = rows_at_15(empty_database), execute(empty_database, record)
+    refused = command(empty_database, *options)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"Error: the schema is at version {version}, made by")
+    assert "Try: " in refused.stderr and "whose last migration is 0015" in refused.stderr
+    assert (rows_at_15(empty_database), execute(empty_database, record)) == before
+
+
+@pytest.mark.parametrize("version", range(10, 16))
+def test_an_interrupted_baseline_continues(version: int, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `migrate` that ended after any file of the baseline is continued with the next one."""
+    execute(empty_database, CREATE_TABLES, SESSIONS, OLD_ROWS)
+    assert up_to(monkeypatch, empty_database, version) == ALL[: version - 9]
+    if version < 15:
+        # The next index was interrupted in mid-build: its name is there, and the index is invalid.
+        texts = [m.text for m in schema.migrations() if m.version > version]
+        name = re.findall(r"concurrently if not exists (\w+)", "".join(texts))[0]
+        with pytest.raises(errors.UniqueViolation):
+            execute(
+                empty_database,
+                f"create unique index concurrently {name} on session_recalls ((1))",
+            )
+    assert schema.pending(empty_database) == ALL[version - 9 :]
+    assert schema.migrate(empty_database) == ALL[version - 9 :]
+    assert schema.pending(empty_database) == []
+    if expected.pg_dump() is not None:
+        assert expected.dump(empty_database) == expected.EXPECTED.read_text(encoding="utf-8")
+
+
 # --- the application goes on meanwhile -------------------------------------------------------------------------------
 
 
@@ -441,10 +527,15 @@ async def test_an_open_reader_holds_up_migrate_and_nobody_else(rows: int, empty_
 
 def adopt_only(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apply the first migrations, up to those that build an index."""
-    first = [m for m in schema.migrations() if m.in_transaction and m.version <= 2]
+    up_to(monkeypatch, dsn, 11)
+
+
+def up_to(monkeypatch: pytest.MonkeyPatch, dsn: str, version: int) -> list[str]:
+    """Apply the migrations up to this one; returns what was done."""
+    first = [m for m in schema.migrations() if m.version <= version]
     with monkeypatch.context() as patch:
         patch.setattr(schema, "migrations", lambda: first)
-        assert schema.migrate(dsn) == ALL[:2]
+        return schema.migrate(dsn)
 
 
 @pytest.mark.full
@@ -501,9 +592,12 @@ async def test_an_interrupted_index_is_built_again(empty_database: str) -> None:
             assert await migrate.exit() == 3
             assert "Traceback" not in "\n".join(migrate.lines)
     assert execute(empty_database, invalid) == [(name,)]
+    assert execute(empty_database, "select version from recall_schema order by 1") == [(10,), (11,)]
     assert command(empty_database, "--check").returncode == 1
 
-    assert command(empty_database).returncode == 0
+    again = command(empty_database, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == {"done": ALL[2:]}
     assert execute(empty_database, invalid) == []
     assert schema.pending(empty_database) == []
 
@@ -578,3 +672,37 @@ def test_a_created_table_is_like_an_adopted_one(empty_database: str) -> None:
     execute(empty_database, CREATE_TABLES)
     schema.migrate(empty_database)
     assert expected.dump(empty_database).strip().split("\n\n") == wanted
+
+
+@needs_pg_dump
+@pytest.mark.parametrize(
+    "before",
+    [[CREATE_TABLES, SESSIONS, OLD_ROWS], [VERSION_15], []],
+    ids=["the application's table", "version 15", "nothing"],
+)
+def test_the_schema_is_the_same_from_wherever_it_came(before: list[str], empty_database: str) -> None:
+    """From the application's table, from version 15 (both with rows in every state) and from
+    nothing: the same dump, with the columns in the same order."""
+    if before:
+        execute(empty_database, *before)
+    else:
+        execute(empty_database, "create table sessions (id text primary key, user_id text not null)")
+    schema.migrate(empty_database)
+    assert expected.dump(empty_database) == expected.EXPECTED.read_text(encoding="utf-8")
+
+
+@needs_pg_dump
+def test_the_baseline_makes_version_15(server: str, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline alone ends in what the earlier files 0001 to 0015 made, but for the line breaks
+    and comments in the functions."""
+    execute(empty_database, CREATE_TABLES)
+    assert up_to(monkeypatch, empty_database, 15) == [name for name in ALL if int(name[:4]) <= 15]
+    with postgres.database(server) as earlier:
+        execute(earlier, VERSION_15)
+        assert _words(expected.dump(empty_database)) == _words(expected.dump(earlier))
+
+
+def _words(dump: str) -> list[str]:
+    """A dump without the comments in functions' bodies and the breaks of lines and literals."""
+    without_comments = re.sub(r"^ *-- .*$", "", dump, flags=re.MULTILINE)
+    return re.sub(r"'\n *'", "", without_comments).split()
