@@ -376,13 +376,14 @@ class Ledger:
         }
         await self._claims.ask(self._sql["settle_moved"], values)
 
-    async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool:
+    async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool | Locked:
         """Put an accepted run's reference on record, under the lease. False where the row is no longer ours."""
         values = {
             "id": claim.id, "lease": claim.lease, "reference": accepted.reference, "http_status": accepted.http_status,
             "called_ago": called_ago, "worker": self._worker,
         }  # fmt: skip
-        return bool(await self._renewals.ask(self._sql["accept"], values))
+        row = (await self._renewals.ask(self._sql["accept"], values))[0]
+        return Locked() if row["locked"] else bool(row["accepted"])
 
     async def runs_of(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
         """For each window (seconds, most runs): how many runs the session had in it, and in how many seconds it has room again."""
@@ -609,6 +610,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "sessions": claim.session_id, "scheduled": claim.scheduled_for,
         "missed": outcome.passed_over if isinstance(outcome, Misfired) else claim.missed,
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
+        "kept": outcome.reference if isinstance(outcome, Accepted) else None,
         "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
 

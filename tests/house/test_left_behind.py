@@ -108,6 +108,54 @@ async def test_an_accepted_run_whose_claim_is_answered_late(
         assert len(endpoint.of("acc")) == 1, "posted once"
 
 
+async def test_an_accepted_run_whose_row_the_application_holds_locked(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Locked for longer than a statement waits while the API accepts: polled, not posted again."""
+    gate = Gate(accepted("r1"))
+    endpoint.script("acc", gate, accepted("r2"))
+    endpoint.scripts["GET r1"] = [DONE]
+    daemon = await daemons.start(lease=30)
+    await promise(app, "acc", "once")
+    await gate.entered.wait()
+    async with await Application.connect(database) as holder:
+        async with holder.connection.transaction():
+            await holder.connection.execute("select 1 from session_recalls for update")
+            gate.open()
+            await asyncio.sleep(3)  # Three times as long as a statement waits for a lock.
+    await daemon.hears("recall.settled", session="acc")
+    assert [e["status"] for e in daemon.told("recall.settled")] == ["fired"]
+    assert len(endpoint.of("acc")) == 1, "posted once"
+
+
+async def test_an_accepted_run_of_a_worker_that_is_stopped_in_an_outage(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """What the API accepted could not be put on record before the stop: the release does it."""
+    gate = Gate(accepted("r1"))
+    endpoint.script("acc", gate, accepted("r2"))
+    endpoint.scripts["GET r1"] = [DONE]
+    async with Proxy(database) as proxy:
+        first = await daemons.start(lease=6, drain_timeout=1, dsn=proxy.dsn)
+        recall = await promise(app, "acc", "once")
+        await gate.entered.wait()
+        proxy.cut()
+        gate.open()
+        await first.hears("database.lost")
+        first.signal(signal.SIGTERM)
+        await first.hears("worker.released")
+        proxy.heal()
+        assert await first.exit() == 0
+    left = await row(db, "acc")
+    assert left["run_reference"] is not None and left["delivered_at"] is not None
+    second = await daemons.start(lease=6)
+    await second.hears("recall.settled", session="acc", status="fired", attempt=1)
+    assert len(endpoint.of("acc")) == 1, "posted once"
+    marks = await rows(db, "select * from recall_attempts where recall_id = %s", [recall])
+    assert [(m["outcome"], m["calls"]) for m in marks] == [("answered", 1)]
+    assert marks[0]["called_at"] <= marks[0]["delivered_at"] <= marks[0]["completed_at"]
+
+
 # --- 7: RECALL_MAX_ATTEMPTS ----------------------------------------------------------------------
 
 
