@@ -358,10 +358,16 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
-        return [_claim(row)._replace(lateness=0.0) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple)]
+        return [
+            _claim(row)._replace(lateness=0.0)
+            for row in await self._claims.ask(self._sql["moved"], {"aside": list(self._aside)}, as_=tuple)
+        ]
 
-    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
-        """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
+    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> list[tuple[str, str]]:
+        """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile.
+
+        Returns the rows that PostgreSQL refuses to have written, with its reason: they are put aside, as in a claim.
+        """
         nexts = [verdict if isinstance(verdict, Next) else None for _, verdict in verdicts]
         ats = [n.when if n is not None and isinstance(n.when, At) else None for n in nexts]
         values = {
@@ -374,7 +380,17 @@ class Ledger:
             "jitters": [0.0 if at is None else at.jitter for at in ats],
             "distances": [None if n is None or isinstance(n.when, After) else n.when.distance for n in nexts],
         }
-        await self._claims.ask(self._sql["settle_moved"], values)
+        try:
+            await self._claims.ask(self._sql["settle_moved"], values)
+        except Refusal as refusal:
+            if not refusal.of_a_row:
+                raise
+            if len(verdicts) > 1:
+                return [row for one in verdicts for row in await self.settle_moved([one])]
+            id = verdicts[0][0].id
+            self._put_aside(id, time.monotonic())
+            return [(id, refusal.reason)]
+        return []
 
     async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool | Locked:
         """Put an accepted run's reference on record, under the lease. False where the row is no longer ours."""

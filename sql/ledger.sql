@@ -312,7 +312,7 @@ select (
     exists (
         select from session_recalls r
         where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-            and r.lease is null and r.status in ('pending', 'running')
+            and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
     ) as moved;
 
 -- name: suspects
@@ -356,7 +356,7 @@ select r.id, r.session_id, r.call_type, null::text as message, r.interval_second
     r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome
 from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-    and r.lease is null and r.status in ('pending', 'running')
+    and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
 limit 500;
 
 -- name: settle_moved

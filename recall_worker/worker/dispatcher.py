@@ -225,7 +225,8 @@ class Dispatcher:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
         right distance."""
         moved = await self._ledger.moved()
-        await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved])
+        for id, reason in await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved]):
+            self._events.tell("recall.stranded", recall=id, error=reason)
 
     # --- taking up -----------------------------------------------------------------------------------------------
 
