@@ -738,7 +738,10 @@ abandoned as (
 ended as (
     update session_recalls r
     set lease = null, lease_until = null,
-        -- As when another worker takes it up: what may have been called counts, and begins the occurrence.
+        -- As when another worker takes it up: what may have been called counts, and begins the occurrence; what is known
+        -- not to have been sent costs no attempt.
+        attempt = greatest(0, r.attempt - (a.goes_on and r.run_reference is null
+            and a.taken_lease is not distinct from a.lease and (a.sent_at >= a.leased_at) is not true)::integer),
         begun_at = case when a.goes_on then least(coalesce(r.begun_at, r.leased_at), now()) else r.begun_at end,
         may_still_run = r.may_still_run or a.goes_on,
         last_outcome = case when a.goes_on and r.run_reference is null then 'unknown' else r.last_outcome end,

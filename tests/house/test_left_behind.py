@@ -234,6 +234,25 @@ async def test_a_run_that_was_paused_blocks_its_session_for_a_lease_only(
     assert endpoint.of("s")[2].headers["recall-attempt"] == "2", "the lost call counts"
 
 
+async def test_a_run_that_was_paused_before_it_was_sent_costs_no_attempt(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Taken up, paused, and its second worker died before the call: it has its last attempt yet."""
+    recall = await promise(app, "s", "once")
+    await db.execute(
+        "update session_recalls set lease = gen_random_uuid(), lease_until = now() - interval '1 min',"
+        " leased_at = now() - interval '1 min', leased_by = 'dead', attempt = 2, paused_at = now(),"
+        " begun_at = now() - interval '2 min', takeovers = 1"
+    )
+    await db.execute("update session_recalls set taken_lease = lease")
+    daemon = await daemons.start(lease=3, max_attempts=2)
+    await eventually(db, "select 1 from session_recalls where lease is null")
+    await command(database, "resume", recall)
+    await daemon.hears("recall.settled", recall=recall)
+    assert [e["status"] for e in daemon.told("recall.settled")] == ["fired"]
+    assert [r.headers["recall-attempt"] for r in endpoint.of("s")] == ["2"]
+
+
 async def test_an_accepted_run_that_was_paused_is_polled_when_it_is_resumed(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
