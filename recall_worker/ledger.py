@@ -361,10 +361,16 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
-        return [_claim(row)._replace(lateness=0.0) for row in await self._claims.ask(self._sql["moved"], {}, as_=tuple)]
+        return [
+            _claim(row)._replace(lateness=0.0)
+            for row in await self._claims.ask(self._sql["moved"], {"aside": list(self._aside)}, as_=tuple)
+        ]
 
-    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> None:
-        """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile."""
+    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> list[tuple[str, str]]:
+        """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile.
+
+        Returns the rows that PostgreSQL refuses to have written, with its reason: they are put aside, as in a claim.
+        """
         nexts = [verdict if isinstance(verdict, Next) else None for _, verdict in verdicts]
         ats = [n.when if n is not None and isinstance(n.when, At) else None for n in nexts]
         values = {
@@ -377,15 +383,26 @@ class Ledger:
             "jitters": [0.0 if at is None else at.jitter for at in ats],
             "distances": [None if n is None or isinstance(n.when, After) else n.when.distance for n in nexts],
         }
-        await self._claims.ask(self._sql["settle_moved"], values)
+        try:
+            await self._claims.ask(self._sql["settle_moved"], values)
+        except Refusal as refusal:
+            if not refusal.of_a_row:
+                raise
+            if len(verdicts) > 1:
+                return [row for one in verdicts for row in await self.settle_moved([one])]
+            id = verdicts[0][0].id
+            self._put_aside(id, time.monotonic())
+            return [(id, refusal.reason)]
+        return []
 
-    async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool:
+    async def accept(self, claim: Claim, accepted: Accepted, called_ago: float) -> bool | Locked:
         """Put an accepted run's reference on record, under the lease. False where the row is no longer ours."""
         values = {
             "id": claim.id, "lease": claim.lease, "reference": accepted.reference, "http_status": accepted.http_status,
             "called_ago": called_ago, "worker": self._worker,
         }  # fmt: skip
-        return bool(await self._renewals.ask(self._sql["accept"], values))
+        row = (await self._renewals.ask(self._sql["accept"], values))[0]
+        return Locked() if row["locked"] else bool(row["accepted"])
 
     async def runs_of(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
         """For each window (seconds, most runs): how many runs the session had in it, and in how many seconds it has room again."""
@@ -612,6 +629,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "sessions": claim.session_id, "scheduled": claim.scheduled_for,
         "missed": outcome.passed_over if isinstance(outcome, Misfired) else claim.missed,
         "keep_references": isinstance(outcome, Accepted), "references": claim.reference is not None,
+        "kept": outcome.reference if isinstance(outcome, Accepted) else None,
         "ats": at, "jitters": jitter, "distances": distance, "failures": failures,
     }  # fmt: skip
 

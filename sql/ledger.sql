@@ -316,7 +316,7 @@ select (
     exists (
         select from session_recalls r
         where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-            and r.lease is null and r.status in ('pending', 'running')
+            and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
     ) as moved;
 
 -- name: suspects
@@ -360,7 +360,7 @@ select r.id, r.session_id, r.call_type, null::text as message, r.interval_second
     r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome
 from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-    and r.lease is null and r.status in ('pending', 'running')
+    and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
 limit 500;
 
 -- name: settle_moved
@@ -396,11 +396,16 @@ where r.id = t.id and r.id = any (array(select id from held));
 -- name: accept
 -- The API took the run and will say later how it ended: its reference is on record before it is polled. Delivered and completed are
 -- two facts; the mark says so.
-with accepted as (
+-- A row that the application holds locked is passed over and asked for again: renewals must not wait behind it.
+with held as materialized (
+    select r.id from session_recalls r where r.id = %(id)s for update of r skip locked
+),
+accepted as (
     update session_recalls r
     set run_reference = %(reference)s, delivered_at = now(), last_outcome = 'accepted',
         begun_at = coalesce(r.begun_at, now() - %(called_ago)s * interval '1 second')
-    where r.id = %(id)s and r.lease = %(lease)s and r.status in ('pending', 'running')
+    where r.id = %(id)s and r.id = any (array(select id from held)) and r.lease = %(lease)s
+        and r.status in ('pending', 'running')
     returning r.*
 ),
 marked as (
@@ -411,10 +416,12 @@ marked as (
         now() - %(called_ago)s * interval '1 second', now() - %(called_ago)s * interval '1 second', now(), %(http_status)s, 'polled', now()
     from accepted r
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
-        set calls = a.calls + 1, last_called_at = excluded.last_called_at, ended_at = excluded.ended_at, lease = excluded.lease,
-            worker = excluded.worker, delivered_at = excluded.delivered_at
+        -- The same lease is the same call, whose answer was lost.
+        set calls = a.calls + (a.lease <> excluded.lease)::integer, last_called_at = excluded.last_called_at,
+            ended_at = excluded.ended_at, lease = excluded.lease, worker = excluded.worker, delivered_at = excluded.delivered_at
 )
-select id from accepted;
+select exists (select from accepted) as accepted,
+    not exists (select from held) and exists (select from session_recalls r where r.id = %(id)s) as locked;
 
 -- name: runs_of
 -- How many runs a session had in each window, and when the oldest of them leaves it. Asked under the session's lease: its runs are
@@ -525,19 +532,20 @@ with told as (
         %(outcomes)s::text[], %(reasons)s::text[], %(called_ago)s::float8[], %(ended_ago)s::float8[], %(http_statuses)s::integer[],
         %(call_occurrences)s::integer[], %(call_rekeys)s::integer[], %(call_attempts)s::integer[],
         %(sessions)s::text[], %(scheduled)s::timestamptz[], %(missed)s::integer[], %(keep_references)s::boolean[], %(references)s::boolean[],
-        %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[], %(failures)s::integer[]
+        %(kept)s::text[], %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[], %(failures)s::integer[]
     ) as t (id, lease, trigger, status, occurrence, rekey, attempt, deferrals, delay, fresh, outcome, reason, called_ago, ended_ago,
-        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, missed, keep_reference, has_reference, at, jitter,
-        distance, failures)
+        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, missed, keep_reference, has_reference, kept, at,
+        jitter, distance, failures)
 ),
 held as materialized (
-    select r.id, r.session_id, r.lease, r.status, r.trigger_at, r.updated_at, r.interval_seconds
+    select r.id, r.session_id, r.lease, r.status, r.trigger_at, r.updated_at, r.interval_seconds,
+        r.run_reference is null as unrecorded
     from session_recalls r
     where r.id = any (%(ids)s::text[])
     for update of r skip locked
 ),
 state as materialized (
-    select t.id, t.lease, h.status as status_before, h.trigger_at,
+    select t.id, t.lease, h.status as status_before, h.trigger_at, h.unrecorded,
         -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
         case when isfinite(h.trigger_at) and isfinite(h.updated_at)
             then coalesce(
@@ -597,8 +605,10 @@ written as (
             when t.fresh or t.outcome in ('answered', 'failed', 'refused', 'gone') then false
             else r.may_still_run
         end,
-        run_reference = case when t.keep_reference then r.run_reference end,
-        delivered_at = case when t.keep_reference then r.delivered_at end,
+        -- A worker that is stopped in an outage knows what the API accepted, and could not put it on record before.
+        run_reference = case when t.keep_reference then coalesce(r.run_reference, t.kept) end,
+        delivered_at = case when t.keep_reference then
+            coalesce(r.delivered_at, now() - coalesce(t.called_ago, t.ended_ago) * interval '1 second') end,
         last_outcome = coalesce(t.outcome, r.last_outcome),
         reason = t.reason,
         ended_at = case when t.status in ('pending', 'running') then null else now() end,
@@ -630,14 +640,18 @@ marked as (
         ended_at, http_status, reason, settled, delivered_at, completed_at)
     select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id, %(worker)s, t.lease, t.scheduled_for, t.missed,
         coalesce(b.called_at, now() - t.called_ago * interval '1 second'), coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
-        now() - t.ended_ago * interval '1 second', t.http_status, t.reason, coalesce(w.status, s.state),
-        coalesce(b.delivered_at, case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end),
+        now() - t.ended_ago * interval '1 second', t.http_status, t.reason,
+        case t.outcome when 'accepted' then 'polled' else coalesce(w.status, s.state) end,
+        coalesce(b.delivered_at, case
+            when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second'
+            when t.outcome = 'accepted' then now() - t.called_ago * interval '1 second'
+        end),
         case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end
     from told t
     join state s on s.id = t.id and s.lease = t.lease
     left join written w on w.id = t.id and s.state = 'settled'
     left join before b on b.recall_id = t.id
-    where s.state not in ('moved', 'locked', 'again') and t.outcome <> 'accepted'
+    where s.state not in ('moved', 'locked', 'again') and (t.outcome <> 'accepted' or (s.state = 'settled' and s.unrecorded))
         and (t.called_ago is not null or t.outcome in ('unavailable', 'misfired') or b.recall_id is not null)
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         -- The same lease is the same call: its mark may have been left already by whoever took the row up.
@@ -728,7 +742,10 @@ abandoned as (
 ended as (
     update session_recalls r
     set lease = null, lease_until = null,
-        -- As when another worker takes it up: what may have been called counts, and begins the occurrence.
+        -- As when another worker takes it up: what may have been called counts, and begins the occurrence; what is known
+        -- not to have been sent costs no attempt.
+        attempt = greatest(0, r.attempt - (a.goes_on and r.run_reference is null
+            and a.taken_lease is not distinct from a.lease and (a.sent_at >= a.leased_at) is not true)::integer),
         begun_at = case when a.goes_on then least(coalesce(r.begun_at, r.leased_at), now()) else r.begun_at end,
         may_still_run = r.may_still_run or a.goes_on,
         last_outcome = case when a.goes_on and r.run_reference is null then 'unknown' else r.last_outcome end,

@@ -225,27 +225,35 @@ class Dispatcher:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
         right distance."""
         moved = await self._ledger.moved()
-        await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved])
+        for id, reason in await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved]):
+            self._events.tell("recall.stranded", recall=id, error=reason)
 
     # --- taking up -----------------------------------------------------------------------------------------------
 
     async def _take_up(self, slots: int, *, probing: bool) -> int:
-        """Take up what dead workers left, within so many slots; returns how many rows that were."""
+        """Take up what dead workers left, within so many slots; returns how many of these that used.
+
+        While the breaker is open accepted runs take no probe's place, as they are only polled: but a slot is kept for it.
+        """
         in_hand = self._runs.in_doubt(self._settings.lease)
         ended = await self._ledger.ended_leases(in_hand)
         self._database.found()
-        batches = [ended.accepted[:slots]]
-        if ended.unanswered and not self._runs.any_unproven:
-            batches.append(ended.unanswered[:1])
-        self._leases_ended = len(ended.accepted) > slots or len(ended.unanswered) > 0
-        taken = 0
-        for ids in batches:
-            if ids and taken < slots:
-                claimed = await self._ledger.take_up(ids[: slots - taken], in_hand)
-                self._tell_claimed(claimed)
-                await self._start(claimed, probing=probing)
-                taken += len(claimed.claims)
-        return taken
+        room = max(slots, min(TOGETHER_MOST, self._runs.free_slots - 1)) if probing else slots
+        self._leases_ended = len(ended.accepted) > room or len(ended.unanswered) > 0
+        used = await self._take(ended.accepted[:room], in_hand, probing=probing)
+        if probing:
+            used = max(0, slots - self._runs.free_slots)
+        if ended.unanswered and used < slots and not self._runs.any_unproven:
+            used += await self._take(ended.unanswered[:1], in_hand, probing=probing)
+        return used
+
+    async def _take(self, ids: list[str], in_hand: list[str], *, probing: bool) -> int:
+        if not ids:
+            return 0
+        claimed = await self._ledger.take_up(ids, in_hand)
+        self._tell_claimed(claimed)
+        await self._start(claimed, probing=probing)
+        return len(claimed.claims)
 
     # --- starting ------------------------------------------------------------------------------------------------
 

@@ -15,18 +15,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from psycopg import errors
+
 from .. import judge as judging
 from ..events import Events
 from ..judge import Policy
 from ..ledger import Ledger
 from ..line import Outage, Refusal
 from ..protocols import Protocol, hushed
-from ..recall import Accepted, Answered, Capped, Ending, Malformed, Misconfigured, Outcome, Unknown, Unsent
+from ..recall import Accepted, Answered, Capped, Ending, Locked, Malformed, Misconfigured, Outcome, Unknown, Unsent
 from ..settings import Settings
 from .endpoint_status import EndpointStatus
 from .reach import Reach
 from .run import ENDED, LET_GO, Run, Runs
-from .settler import Settler
+from .settler import LOCKED_FIRST, LOCKED_MOST, Settler
 
 OUTAGE_PAUSE = (0.1, 0.5)
 LONG_AT_ONCE = 2
@@ -181,13 +183,23 @@ class Executor:
         self._endpoint.note(run.call, accepted)
         self._progressed()
         sent_at = run.call.sent_at
+        pause = LOCKED_FIRST
         while True:
             try:
-                return await self._ledger.accept(run.claim, accepted, 0.0 if sent_at is None else time.monotonic() - sent_at)
+                called_ago = 0.0 if sent_at is None else time.monotonic() - sent_at
+                answer = await self._ledger.accept(run.claim, accepted, called_ago)
+                if not isinstance(answer, Locked):
+                    return answer
+                await asyncio.sleep(pause)
+                pause = min(LOCKED_MOST, self._settings.lease / 12, pause * 2)
             except Outage as outage:
                 self._database.lost(outage.reason, outage.asked_at)
                 await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
             except Refusal as refusal:
+                if refusal.sqlstate == errors.LockNotAvailable.sqlstate:
+                    # Somebody holds the whole table, as DDL does.
+                    await asyncio.sleep(pause)
+                    continue
                 self._events.tell("worker.stumbled", doing="accept", recall=run.claim.id, reason=refusal.reason)
                 return False
 

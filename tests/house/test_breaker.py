@@ -8,6 +8,7 @@ from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
 from ..endpoint import Endpoint, Gate, reply
+from .test_accepted import accepted
 from .test_corridor import row
 from .test_lease import calls, eventually, promise, rows
 
@@ -156,3 +157,27 @@ async def test_a_probe_that_runs_closes_it(app: Application, endpoint: Endpoint,
     gate.open()
     for session in ("a", "b"):
         await daemon.hears("recall.settled", session=session, status="fired")
+
+
+async def test_accepted_runs_of_a_dead_worker_take_no_probe(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+    """Twelve of them are taken up while the breaker is open: the next probe still finds out."""
+    runs = [f"r{n}" for n in range(12)]
+    first = await daemons.start(lease=3, concurrency=12)
+    for run in runs:
+        endpoint.script(f"of {run}", accepted(run))
+        endpoint.scripts[f"GET {run}"] = [reply(200, {"status": "running"}, {"retry-after": "1"})]
+        await promise(app, f"of {run}", "once")
+    await endpoint.until(lambda: all(endpoint.of(run, "GET") for run in runs))
+    second = await daemons.start(lease=3, concurrency=20)
+    endpoint.default = reply(503, {}, {"retry-after": "3600"})
+    await first.kill()
+    for n in range(8):
+        await promise(app, f"bad{n}")
+    await second.hears("breaker.opened")
+    await second.hears("lease.taken")
+    endpoint.default = reply()
+    await promise(app, "good")
+    # Twelve probes' pauses, 1 s doubling to 30 s, would be minutes; one or two are half of one.
+    await second.hears("breaker.closed", within=45)
+    await second.hears("recall.settled", session="good", status="fired")
+    assert len(second.told("lease.taken")) == 12

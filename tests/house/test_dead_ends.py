@@ -443,3 +443,27 @@ async def test_a_new_recall_is_called_while_rows_are_locked(
     await daemon.hears("recall.settled", times=41)
     assert daemon.told("lease.taken") == daemon.told("lease.lost") == []
     assert len(endpoint.requests) == 41
+
+
+async def test_a_cron_recall_that_can_not_be_put_on_its_moment(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """A trigger of the application's refuses every update of one row: others are called on time."""
+    await app.create_session("frozen", "ann")
+    await db.execute(
+        "insert into session_recalls (id, session_id, call_type, trigger_at, status, created_at,"
+        " updated_at, additional_context_message, cadence, cron, time_zone) values ('frozen',"
+        " 'frozen', 'recurring', now() + interval '1 day', 'pending', now(), now(), 'x', 'cron',"
+        " '0 0 * * *', 'UTC')"
+    )
+    await db.execute("create function refuse() returns trigger language plpgsql as $$ begin raise exception 'frozen'; end $$")
+    await db.execute(
+        "create trigger zz before update on session_recalls for each row when (old.id = 'frozen') execute function refuse()"
+    )
+    daemon = await daemons.start()
+    for n in range(4):
+        await promise(app, f"s{n}", "once", 4 + 1.7 * n)
+    settled = await daemon.hears("recall.settled", times=4, status="fired")
+    assert max(event["lateness_ms"] for event in settled) < 1000
+    assert [e["error"] for e in daemon.told("recall.stranded")] == ["frozen"], "told once"
+    assert daemon.told("worker.stumbled") == []

@@ -108,6 +108,54 @@ async def test_an_accepted_run_whose_claim_is_answered_late(
         assert len(endpoint.of("acc")) == 1, "posted once"
 
 
+async def test_an_accepted_run_whose_row_the_application_holds_locked(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Locked for longer than a statement waits while the API accepts: polled, not posted again."""
+    gate = Gate(accepted("r1"))
+    endpoint.script("acc", gate, accepted("r2"))
+    endpoint.scripts["GET r1"] = [DONE]
+    daemon = await daemons.start(lease=30)
+    await promise(app, "acc", "once")
+    await gate.entered.wait()
+    async with await Application.connect(database) as holder:
+        async with holder.connection.transaction():
+            await holder.connection.execute("select 1 from session_recalls for update")
+            gate.open()
+            await asyncio.sleep(3)  # Three times as long as a statement waits for a lock.
+    await daemon.hears("recall.settled", session="acc")
+    assert [e["status"] for e in daemon.told("recall.settled")] == ["fired"]
+    assert len(endpoint.of("acc")) == 1, "posted once"
+
+
+async def test_an_accepted_run_of_a_worker_that_is_stopped_in_an_outage(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """What the API accepted could not be put on record before the stop: the release does it."""
+    gate = Gate(accepted("r1"))
+    endpoint.script("acc", gate, accepted("r2"))
+    endpoint.scripts["GET r1"] = [DONE]
+    async with Proxy(database) as proxy:
+        first = await daemons.start(lease=6, drain_timeout=1, dsn=proxy.dsn)
+        recall = await promise(app, "acc", "once")
+        await gate.entered.wait()
+        proxy.cut()
+        gate.open()
+        await first.hears("database.lost")
+        first.signal(signal.SIGTERM)
+        await first.hears("worker.released")
+        proxy.heal()
+        assert await first.exit() == 0
+    left = await row(db, "acc")
+    assert left["run_reference"] is not None and left["delivered_at"] is not None
+    second = await daemons.start(lease=6)
+    await second.hears("recall.settled", session="acc", status="fired", attempt=1)
+    assert len(endpoint.of("acc")) == 1, "posted once"
+    marks = await rows(db, "select * from recall_attempts where recall_id = %s", [recall])
+    assert [(m["outcome"], m["calls"]) for m in marks] == [("answered", 1)]
+    assert marks[0]["called_at"] <= marks[0]["delivered_at"] <= marks[0]["completed_at"]
+
+
 # --- 7: RECALL_MAX_ATTEMPTS ----------------------------------------------------------------------
 
 
@@ -184,6 +232,25 @@ async def test_a_run_that_was_paused_blocks_its_session_for_a_lease_only(
     assert [r.key for r in endpoint.of("s")] == [f"{paused}:1", f"{link}:1", f"{paused}:1"]
     assert endpoint.of("s")[2].at - resumed < 2
     assert endpoint.of("s")[2].headers["recall-attempt"] == "2", "the lost call counts"
+
+
+async def test_a_run_that_was_paused_before_it_was_sent_costs_no_attempt(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Taken up, paused, and its second worker died before the call: it has its last attempt yet."""
+    recall = await promise(app, "s", "once")
+    await db.execute(
+        "update session_recalls set lease = gen_random_uuid(), lease_until = now() - interval '1 min',"
+        " leased_at = now() - interval '1 min', leased_by = 'dead', attempt = 2, paused_at = now(),"
+        " begun_at = now() - interval '2 min', takeovers = 1"
+    )
+    await db.execute("update session_recalls set taken_lease = lease")
+    daemon = await daemons.start(lease=3, max_attempts=2)
+    await eventually(db, "select 1 from session_recalls where lease is null")
+    await command(database, "resume", recall)
+    await daemon.hears("recall.settled", recall=recall)
+    assert [e["status"] for e in daemon.told("recall.settled")] == ["fired"]
+    assert [r.headers["recall-attempt"] for r in endpoint.of("s")] == ["2"]
 
 
 async def test_an_accepted_run_that_was_paused_is_polled_when_it_is_resumed(
