@@ -111,10 +111,10 @@ async def bare(dsn: str, caller: Caller, slots: int) -> None:
     """What is left of a worker that keeps no promise but to call: it listens, claims the row, calls, and writes that it has."""
     import psycopg
 
-    from recall_worker.line import Deadlines, Line
+    from recall_worker.database.connection import Deadlines, QueryConnection
 
-    lines: list[Line] = []
-    claims, settles = (Line(dsn, name, Deadlines(), lines) for name in ("claims", "settles"))
+    lines: list[QueryConnection] = []
+    claims, settles = (QueryConnection(dsn, name, Deadlines(), lines) for name in ("claims", "settles"))
     rung = asyncio.Event()
     running = set()
 

@@ -25,7 +25,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from . import cadence, statements
-from .line import Dates
+from .database.values import Dates
 from .recall import STATUSES, Recall
 
 Connection = AsyncConnection[Any]

@@ -30,17 +30,17 @@ LOUDNESS = {
     "worker.hurried": "warning",
     "worker.released": "warning",
     "worker.stopped": "info",
-    "worker.stumbled": "error",
-    "bell.listening": "info",
-    "bell.lost": "warning",
-    "bell.unheard": "error",
+    "worker.error": "error",
+    "listener.listening": "info",
+    "listener.lost": "warning",
+    "listener.deaf": "error",
     "database.lost": "warning",
     "database.found": "info",
     "schema.refused": "error",
     "claim.answered": "debug",
     "batch.settled": "debug",
     "recall.claimed": "debug",
-    "recall.placed": "info",
+    "recall.moved": "info",
     "recall.settled": "info",
     "recall.ended": "info",
     "recall.aborted": "info",
@@ -90,10 +90,10 @@ def configure(level: str, format: str) -> None:
     ]
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
-        # Tracebacks are texts by then, so that they can be made harmless; rich is not to show them.
+        # Tracebacks are texts by then, so that they can be made escape_controls; rich is not to show them.
         exception_formatter=structlog.dev.plain_traceback,
     )
-    shown: list[Any] = [_harmless, renderer] if console else [_line]
+    shown: list[Any] = [_escaped, renderer] if console else [_line]
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
@@ -112,12 +112,12 @@ def configure(level: str, format: str) -> None:
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with everything that could steer a terminal or hide in a line made visible: controls, bidi marks, surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def _harmless(_: Any, __: str, facts: Any) -> Any:
+def _escaped(_: Any, __: str, facts: Any) -> Any:
     return {name: _shown(name, fact) for name, fact in facts.items()}
 
 
@@ -126,8 +126,8 @@ def _shown(name: str, fact: Any) -> Any:
         return fact
     if name == "exception":
         # A traceback keeps its lines, set in so that what it quotes can't pass for an event.
-        return "\n".join("  " + harmless(line) for line in fact.split("\n"))
-    return harmless(fact)
+        return "\n".join("  " + escape_controls(line) for line in fact.split("\n"))
+    return escape_controls(fact)
 
 
 _WRITER = json.JSONEncoder(default=str, allow_nan=False)

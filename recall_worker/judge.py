@@ -23,6 +23,7 @@ from .recall import (
     Claim,
     Defer,
     Ending,
+    Expired,
     Failed,
     Finish,
     Gone,
@@ -30,7 +31,6 @@ from .recall import (
     Misconfigured,
     Misfired,
     Next,
-    Over,
     Placement,
     Refused,
     Release,
@@ -79,7 +79,7 @@ def backoff(n: int, dice: Dice) -> float:
 
 def before_call(
     claim: Claim, max_attempts: int, message_limit: int = MESSAGE_LIMIT
-) -> Malformed | Misfired | Over | Unknown | None:
+) -> Malformed | Misfired | Expired | Unknown | None:
     """What already decides this claim, so that nothing is sent; None where it is to be called. `message_limit`: octets."""
     reason = cadence.problem(claim)
     if reason is None and claim.call_type not in ("once", "recurring", "immediate"):
@@ -97,7 +97,7 @@ def before_call(
         return Malformed(reason)
     if not claim.begun:
         if (end := cadence.ends(claim, claim.scheduled_for, claim.occurrence)) is not None:
-            return Over(end)
+            return Expired(end)
         if (late := cadence.too_late(claim)) is not None:
             return Misfired(late, cadence.passed_over(claim))
     if claim.begun and claim.attempt > max_attempts:
@@ -113,7 +113,7 @@ def _mebibytes(octets: int) -> str:
     return f"{octets / (1 << 20):.4g} MiB" if octets >= 1 << 20 else f"{octets} octets"
 
 
-def honour(claim: Claim) -> Placement | None:
+def resolve_move(claim: Claim) -> Placement | None:
     """What a row stands for, where that differs from what it says: the application moved `trigger_at`, or cron moments were missed.
 
     A skip of k intervals consumes k numbers. Any other move keeps the number of an occurrence that was never called, and begins
@@ -147,7 +147,7 @@ def planned(claim: Claim, dice: Dice) -> Finish | Next:
     reason = cadence.problem(claim)
     if reason is not None:
         return Finish("failed", reason)
-    placement = honour(claim) or Placement(claim.occurrence, AsMoved(), 0)
+    placement = resolve_move(claim) or Placement(claim.occurrence, AsMoved(), 0)
     ending = Ending(claim, Unsent(""), None, 0.0, 0.0)
     return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
 
@@ -157,7 +157,7 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
     claim = ending.claim
     match ending.outcome:
         case Unsent(reason):
-            placement = honour(claim) if claim.moved or cadence.unplanned(claim) else None
+            placement = resolve_move(claim) if claim.moved or cadence.unplanned(claim) else None
             if placement is None:
                 return Release(reason)
             return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
@@ -165,7 +165,7 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
             return Finish("failed", reason)
         case Gone() as gone:
             return Finish("cancelled", reason_of(gone))
-        case Over(reason):
+        case Expired(reason):
             return Finish(_as_before(claim), reason)
         case Misfired(reason):
             return _misfired(ending, reason, dice)
@@ -175,7 +175,7 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
         case Capped(reason, retry_after):
             return _moved(ending, reason, dice) if claim.moved else Defer(After(retry_after), reason)
         case Answered():
-            return _over(ending, None, dice, succeeded=True)
+            return _occurrence_done(ending, None, dice, succeeded=True)
         case Busy(_, retry_after) as busy:
             delay = policy.busy_delay if retry_after is None else _obeyed(retry_after)
             return _defer(ending, policy, delay, dice, reason_of(busy) or "busy")
@@ -189,12 +189,12 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
         case Failed(reason):
             return _retry(ending, policy, dice, reason, rekey=True)
         case Refused(reason):
-            return _over(ending, reason, dice, succeeded=False)
+            return _occurrence_done(ending, reason, dice, succeeded=False)
         case never:
             assert_never(never)
 
 
-def _over(ending: Ending, reason: str | None, dice: Dice, *, succeeded: bool) -> Verdict:
+def _occurrence_done(ending: Ending, reason: str | None, dice: Dice, *, succeeded: bool) -> Verdict:
     """This occurrence is over, one way or the other."""
     claim = ending.claim
     ended = "fired" if succeeded else "failed"
@@ -272,14 +272,14 @@ def _defer(ending: Ending, policy: Policy, delay: float, dice: Dice, reason: str
         return _moved(ending, reason, dice)
     waited = 0.0 if claim.begun_age is None else claim.begun_age + ending.ended_after
     if waited > policy.give_up and ending.breaker_closed:
-        return _over(ending, f"given up after {waited:.0f} s: {reason}", dice, succeeded=False)
+        return _occurrence_done(ending, f"given up after {waited:.0f} s: {reason}", dice, succeeded=False)
     return Defer(After(delay), reason)
 
 
 def _retry(ending: Ending, policy: Policy, dice: Dice, reason: str, *, rekey: bool) -> Verdict:
     claim = ending.claim
     if claim.attempt >= policy.max_attempts:
-        return _over(ending, reason, dice, succeeded=False)
+        return _occurrence_done(ending, reason, dice, succeeded=False)
     if claim.moved:
         return _moved(ending, reason, dice)
     return Retry(After(backoff(claim.attempt - 1, dice)), rekey, reason)

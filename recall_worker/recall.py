@@ -254,7 +254,7 @@ class Misfired:
 
 
 @dataclass(frozen=True, slots=True)
-class Over:
+class Expired:
     """The recall's own end (a date, a number of occurrences) came before this occurrence: nothing was sent."""
 
     reason: str
@@ -279,7 +279,7 @@ Outcome: TypeAlias = (
     | Refused
     | Capped
     | Misfired
-    | Over
+    | Expired
     | Unsent
     | Malformed
 )

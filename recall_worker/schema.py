@@ -32,7 +32,7 @@ import psycopg
 from psycopg import errors, sql
 
 from . import statements
-from .line import connection_info
+from .database.connection import connection_info
 
 LOCK_PATIENCE_MS = 400
 INDEX_PATIENCE_MS = 5_000
@@ -73,7 +73,7 @@ class SchemaError(Exception):
         self.hint = hint
 
 
-class Lent(SchemaError):
+class Pooled(SchemaError):
     """A pooler stands in between: what is set for the session, and the lock at which migrators meet, would stay behind on it."""
 
     def __init__(self) -> None:
@@ -114,13 +114,13 @@ def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, rol
     """Bring the schema up to date; returns what was done. Repeated and concurrent calls are safe.
 
     `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError. `roles`: make the roles
-    of `sql/roles.sql`, too; where they are there, their grants follow the schema in any case. Raises Lent where the DSN leads through a
+    of `sql/roles.sql`, too; where they are there, their grants follow the schema in any case. Raises Pooled where the DSN leads through a
     pooler.
     """
     until = time.monotonic() + patience
     with _connected(dsn) as conn:
         if conn.execute("select pg_backend_pid()").fetchone() != (conn.pgconn.backend_pid,):
-            raise Lent
+            raise Pooled
         # An index that waits for open transactions takes its time, however short the application's own statements are kept.
         conn.execute("set statement_timeout = 0")
         _refuse_standby(conn)

@@ -1,6 +1,6 @@
 """How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, times.
 
-Every text that comes from a row is made harmless before a terminal sees it.
+Every text that comes from a row is made escape_controls before a terminal sees it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from uuid import UUID
 
 from . import durations
-from .events import harmless
+from .events import escape_controls
 
 REFUSED, USAGE, UNREACHABLE, OUTDATED = 1, 2, 3, 4
 """Exit statuses. OUTDATED: the schema is for newer code than this; only an upgrade helps."""
@@ -31,8 +31,8 @@ class Trouble(Exception):
 
     def __init__(self, what: str, *hints: str, status: int = REFUSED) -> None:
         super().__init__(what)
-        self.what = harmless(what)
-        self.hints = [harmless(hint) for hint in hints]
+        self.what = escape_controls(what)
+        self.hints = [escape_controls(hint) for hint in hints]
         self.status = status
 
 
@@ -41,7 +41,7 @@ def explain(error: BaseException) -> Trouble | None:
     import psycopg
     from psycopg import errors
 
-    from .line import Outage, Refusal, said
+    from .database.connection import DatabaseUnavailable, StatementRejected, error_text
     from .schema import SchemaError
     from .settings import SettingsError
 
@@ -54,26 +54,28 @@ def explain(error: BaseException) -> Trouble | None:
         case SchemaError():
             return Trouble(str(error), error.hint)
         case errors.UndefinedTable() | errors.UndefinedColumn() | errors.UndefinedFunction():
-            return Trouble(f"the database has no (or an old) recall-worker schema: {said(error)}", "recall-worker migrate")
+            return Trouble(f"the database has no (or an old) recall-worker schema: {error_text(error)}", "recall-worker migrate")
         case errors.InsufficientPrivilege():
             hint = "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), or the tables' owner for migrate"
-            return Trouble(f"PostgreSQL forbids it: {said(error)}", hint)
+            return Trouble(f"PostgreSQL forbids it: {error_text(error)}", hint)
         case errors.ReadOnlySqlTransaction():
             return Trouble("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
         case errors.ProgrammingError() if error.sqlstate is None:
             # What libpq quotes from a DSN that it can't read may be a part of the password.
-            what = re.sub(r'"[^"]*"', "…", said(error))
+            what = re.sub(r'"[^"]*"', "…", error_text(error))
             return Trouble(f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE)
-        case errors.OperationalError() | Outage():
+        case errors.OperationalError() | DatabaseUnavailable():
             return Trouble(
-                f"PostgreSQL can't be reached: {said(error)}", "check RECALL_DSN, and that the server runs", status=UNREACHABLE
+                f"PostgreSQL can't be reached: {error_text(error)}",
+                "check RECALL_DSN, and that the server runs",
+                status=UNREACHABLE,
             )
         case errors.DataError():
             return Trouble(
-                f"PostgreSQL can't take that: {said(error)}", "a nearer time, or text without NUL characters", status=USAGE
+                f"PostgreSQL can't take that: {error_text(error)}", "a nearer time, or text without NUL characters", status=USAGE
             )
-        case psycopg.Error() | Refusal():
-            return Trouble(f"PostgreSQL refuses it: {said(error)}", "its log says more")
+        case psycopg.Error() | StatementRejected():
+            return Trouble(f"PostgreSQL refuses it: {error_text(error)}", "its log says more")
         case UnicodeEncodeError():
             return Trouble("an argument is no text: it holds bytes that are not UTF-8", "the same in UTF-8", status=USAGE)
         case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(error, "format_message"):
@@ -110,7 +112,7 @@ def warn_of_password(dsn: str | None) -> None:
 
 def confirmed(question: str) -> bool:
     """Whether a person at the terminal says yes; nobody there is a no."""
-    print(f"{harmless(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{escape_controls(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return input().strip().lower() in ("y", "yes")
     except EOFError:
@@ -192,7 +194,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields
     altogether for 0. Piped, it is as wide as its data, and plain. A column whose name begins with `>` is set to the right.
     """
     names = [name.removeprefix(">") for name in columns]
-    cells = [[harmless(cell) for cell in row] for row in rows]
+    cells = [[escape_controls(cell) for cell in row] for row in rows]
     natural = [max(map(_width, column)) for column in zip(names, *cells, strict=True)]
     widths = _fitted(names, natural, yields) if sys.stdout.isatty() else natural
     for row, colour in [(names, _bold), *((row, _coloured) for row in cells)]:
@@ -210,7 +212,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Names and values, a line each; on a terminal a long value goes on under its beginning."""
     left = max(_width(name) for name, _ in facts) + 2
     for name, value in facts:
-        first, *rest = wrapped(harmless(value), left)
+        first, *rest = wrapped(escape_controls(value), left)
         print(f"{name}{' ' * (left - _width(name))}{_coloured(first)}".rstrip())
         for line in rest:
             print(" " * left + line)
@@ -225,8 +227,8 @@ def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None
     names = min(natural, max(20, shutil.get_terminal_size().columns // 3))
     names = names if sys.stdout.isatty() else natural
     for state, name, seen, todo in findings:
-        lines = wrapped(harmless(seen), states + names)
-        lines += wrapped(harmless(f"Try: {todo}"), states + names) if todo else []
+        lines = wrapped(escape_controls(seen), states + names)
+        lines += wrapped(escape_controls(f"Try: {todo}"), states + names) if todo else []
         head = f"{_coloured(state)}{' ' * (states - _width(state))}"
         for part, line in zip_longest(_lines(name, names - 2), lines, fillvalue=""):
             print(f"{head}{part}{' ' * (names - _width(part))}{line}".rstrip())
@@ -317,6 +319,6 @@ def _has_colours() -> bool:
 
 _COLOURS = {
     "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
-    "unheard": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
+    "deaf": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
     "pass": "32", "fail": "31", "not shown": "33", "cancelled": "2",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 -- The worker's statements: claim, place, renew, settle. Every one is a single round trip in its own transaction.
 -- now() is the start of that transaction: PostgreSQL's clock decides what is due, the worker's is for durations only.
 
--- name: arrive
+-- name: session_setup
 -- The first question on a connection: is it the server's own? A pooler announces a backend of its own making, and passes each transaction
 -- to another one. On the server's own connection these settings then hold, whatever the database or the account has for others: a bound
 -- on waiting for locks, as an insert that the application keeps open can hold up an index entry; no other isolation, no shorter
@@ -28,14 +28,14 @@ select d.direct,
     case when current_setting('timezone') <> 'UTC' then set_config('timezone', 'UTC', false) end
 from (select pg_backend_pid() = %(pid)s as direct) d;
 
--- name: manners
+-- name: transaction_setup
 -- The same for one transaction, where a pooler lends the connection: as nothing may stay behind on it.
 select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout', %(statement)s, true),
     set_config('idle_in_transaction_session_timeout', %(statement)s, true);
 
 -- name: claim
 -- The oldest due that nobody holds, and no more than their calls need to know: what comes next is asked when those
--- have been sent (`ahead`). Leases that have ended are taken up by `take_up`: PostgreSQL would make ready for that at
+-- have been sent (`next_due`). Leases that have ended are taken up by `take_up`: PostgreSQL would make ready for that at
 -- each claim, at a tenth of all that a claim costs an idle worker.
 -- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
 -- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers
@@ -282,7 +282,7 @@ set sent_at = greatest(now(), leased_at)
 where id = %(id)s and lease = %(lease)s and status in ('pending', 'running')
 returning id;
 
--- name: ahead
+-- name: next_due
 -- When the next row is due, and what is due and was not claimed: locked by the application, behind a run of its session,
 -- or under a lease that has ended. With it, for how long it has been due: what fell due since the claim was asked for it
 -- could not see.
@@ -319,7 +319,7 @@ select (
             and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
     ) as moved;
 
--- name: suspects
+-- name: due_ids
 -- Where PostgreSQL refuses a claim because of one row: what is due, oldest first, to be claimed one by one.
 select r.id
 from session_recalls r
@@ -328,7 +328,7 @@ where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.
 order by coalesce(r.lease_until, r.trigger_at)
 limit 1000;
 
--- name: place
+-- name: write_moves
 -- The application moved trigger_at, or cron moments were missed: the occurrence that follows from it is written before it is called,
 -- so that whoever comes after a crash calls it under the same key. Guarded by the lease and by the very trigger_at that was judged.
 with told as (
@@ -423,7 +423,7 @@ marked as (
 select exists (select from accepted) as accepted,
     not exists (select from held) and exists (select from session_recalls r where r.id = %(id)s) as locked;
 
--- name: runs_of
+-- name: count_session_runs
 -- How many runs a session had in each window, and when the oldest of them leaves it. Asked under the session's lease: its runs are
 -- one after the other, each on record before the next can be claimed, so nothing is counted that another worker is about to add.
 select w.span, w.most, r.runs, r.frees_in
@@ -445,7 +445,7 @@ cross join lateral (
         and a.outcome in ('answered', 'accepted', 'failed', 'unknown')
 ) r;
 
--- name: fleet_turn
+-- name: fleet_lock
 -- Claims under a cap on the whole fleet go one at a time; the lock ends with the transaction, and the count that follows sees all
 -- that was claimed before.
 select pg_advisory_xact_lock(hashtext('recall-worker fleet'), hashtext(current_schema()));
@@ -512,7 +512,7 @@ from told t
 left join renewed n on n.id = t.id
 left join session_recalls r on r.id = t.id and r.id = any (%(ids)s::text[]);
 
--- name: look
+-- name: check_leases
 -- Of the runs in hand, those that are no longer ours to finish: asked when the bell rings, as a cancel rings it.
 select t.id,
     case when r.id is null then 'deleted' when r.lease is distinct from t.lease then 'lost' else r.status end as state
@@ -690,7 +690,7 @@ where not exists (
         and o.lease_until > now()
 );
 
--- name: beat
+-- name: heartbeat
 -- That this worker is about, for people to read; and how many others are at hand before it, so that not all of a fleet look at once when
 -- something falls due. Whoever died without a word is forgotten after a day.
 with forgotten as (
@@ -785,11 +785,11 @@ returning (select count(*) from notified) as notified, (
         and w.breaker = 'closed' and w.bell = 'listening'
 ) as ahead;
 
--- name: ring
+-- name: notify
 -- Whether a bell hears can only be told by a ring from another connection. The channel is that bell's own: nobody else is woken.
 select pg_notify(%(channel)s, '');
 
--- name: leave
+-- name: deregister
 -- This worker has stopped in good order. The bell lets the others look at what it put back.
 with gone as (
     delete from recall_workers where worker = %(worker)s

@@ -110,7 +110,7 @@ class Daemons:
         daemon = await Daemon.start(self.environ | more, *options, before=self._before)
         self._all.append(daemon)
         if ready:
-            await daemon.hears("bell.listening")
+            await daemon.hears("listener.listening")
         return daemon
 
     async def __aenter__(self) -> Self:

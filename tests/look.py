@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from recall_worker.ledger import Ledger
+from recall_worker.database.ledger import Ledger
 from recall_worker.recall import Claim
 
 
@@ -34,7 +34,7 @@ async def look(ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_
         stranded += claimed.stranded
         if claimed.refused:
             return Look(claims, True, None, False, stranded)
-        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
+        ahead = await ledger.next_due(claimed_at=claimed.asked_at)
         if not (ahead.fresh and once_more) or len(claims) == slots:
             break
     claims.sort(key=lambda claim: -claim.lag)

@@ -437,7 +437,7 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
     for request in endpoint.requests:
         assert request.line.startswith("POST /sessions/s%201/run ") or request.session == "gone"
         assert (request.document.keys(), request.document["recall"].keys()) == (known.keys(), known["recall"].keys())
-        assert MESSAGE in request.document["user_message"] and "harmless" in MESSAGE
+        assert MESSAGE in request.document["user_message"] and "escape_controls" in MESSAGE
         assert request.document["system_message"] == f"[Scheduled recall] {request.document['user_message']}"
         assert request.headers["webhook-id"] == request.key and request.headers["webhook-signature"].startswith("v1,")
         assert "cookie" not in request.headers

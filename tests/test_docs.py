@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from recall_worker.ledger import Backlog
+from recall_worker.database.ledger import Backlog
 from recall_worker.ops.metrics import Metrics
 from recall_worker.settings import Settings, variable
-from recall_worker.worker.worker import Vitals
+from recall_worker.worker.worker import WorkerStatus
 
 from .application import Application
 from .conftest import Connection
@@ -47,7 +47,7 @@ def settings_table() -> str:
 
 def metrics_table() -> str:
     """What a page of /metrics carries, with the labels' values as they are known from the start."""
-    metrics = Metrics(lambda: Vitals(3, 0, "closed", "listening", database_is_lost=False, is_draining=False))
+    metrics = Metrics(lambda: WorkerStatus(3, 0, "closed", "listening", database_is_lost=False, is_draining=False))
     metrics.backlog = Backlog(0, 0.0)
     lines = ["| metric | type | labels | what it is |", "| --- | --- | --- | --- |"]
     for family in metrics.registry.collect():

@@ -28,12 +28,12 @@ from recall_worker.doctor import server as doctor_server
 from . import postgres
 from .conftest import Connection, connected
 from .endpoint import Endpoint, Raw, Request, reply
-from .house.test_bell import listening
 from .house.test_lease import eventually
+from .house.test_listener import listening
 from .house.test_wake import faketime  # noqa: F401 - a fixture
 from .pgbouncer import pooler
 from .test_cli import NOWHERE, Said, operate, plain
-from .test_wire import CERTIFICATE, KEY, authority  # noqa: F401 - a fixture
+from .test_http import CERTIFICATE, KEY, authority  # noqa: F401 - a fixture
 
 TOKEN = "t0ken-that-nobody-may-see"
 PASSWORD = "pa55word-that-nobody-may-see"
@@ -344,7 +344,7 @@ async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
 async def test_a_bell_in_another_database(ward: Ward, server: str, template: str) -> None:
     """A RECALL_LISTEN_DSN that leads to another database hears nothing."""
     with postgres.database(server, template) as elsewhere, mock.patch.object(listener, "RING_PATIENCE", 1.0):
-        found = await ward.finds("bell", "problem", "did not arrive", status=1, RECALL_LISTEN_DSN=elsewhere)
+        found = await ward.finds("bell", "problem", "did not session_setup", status=1, RECALL_LISTEN_DSN=elsewhere)
     assert "same database on the same server" in found["todo"]
 
 
@@ -434,7 +434,7 @@ async def test_pooling_by_statement(ward: Ward, database: str) -> None:
 
 @pytest.mark.parametrize(
     ("secret", "words"),
-    [(None, "(7:00:0|6:59:5).*behind this host's .*harmless"), ("whsec_c2VjcmV0", "signatures carry this host's")],
+    [(None, "(7:00:0|6:59:5).*behind this host's .*escape_controls"), ("whsec_c2VjcmV0", "signatures carry this host's")],
 )
 async def test_a_clock_that_is_off(secret: str | None, words: str, ward: Ward, faketime: str, tmp_path: Path) -> None:  # noqa: F811
     """A host's clock that is seven hours ahead is measured, and is no problem; where it goes into signatures, that is said."""
@@ -502,7 +502,7 @@ async def test_no_worker(ward: Ward) -> None:
     ("change", "state", "words"),
     [
         ("breaker = 'open'", "problem", "the breaker is open in w:"),
-        ("bell = 'unheard'", "problem", "w hears nothing of what is rung"),
+        ("bell = 'deaf'", "problem", "w hears nothing of what is rung"),
         ("bell = 'lost'", "problem", "w has no connection for LISTEN"),
         ("version = '0.0.9'", "note", "differ in version: 0.0.9, 0.1.0"),
         ("settings = '{\"lease\": 30}'", "note", "differ in lease: 30, 60"),
@@ -510,7 +510,7 @@ async def test_no_worker(ward: Ward) -> None:
         ('settings = \'{"lease": 60, "fleet_concurrency": 2}\'', "note", "differ in fleet_concurrency: 2, None"),
         ("seen_at = now() - interval '1 hour'", "note", "w was last heard of 60 min ago"),
     ],
-    ids=["breaker", "unheard", "lost", "version", "lease", "no object", "fleet", "silent"],
+    ids=["breaker", "deaf", "lost", "version", "lease", "no object", "fleet", "silent"],
 )
 async def test_a_worker_in_trouble(change: str, state: str, words: str, ward: Ward) -> None:
     """What the workers tell of themselves."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import recall_worker
-from recall_worker.events import LOUDNESS, Events, Together, harmless
+from recall_worker.events import LOUDNESS, Events, Together, escape_controls
 
 HOUSE = Path(recall_worker.__file__).parent
 STEER = "\x1b[2J\u202egnp.exe\x07"
@@ -84,7 +84,7 @@ def test_loudness(name: str, loudness: str) -> None:
 @settings(deadline=None)
 def test_harmless_text_is_printable(text: str) -> None:
     """Nothing is left that could steer a terminal or hide in a line, and what was printable stays as it is."""
-    shown = harmless(text)
+    shown = escape_controls(text)
     assert shown.isprintable()
     shown.encode()
     if text.isprintable():
@@ -106,7 +106,7 @@ def test_harmless_text_is_printable(text: str) -> None:
 )
 def test_harmless(text: str, shown: str) -> None:
     """Controls, bidirectional marks, invisible characters and lone surrogates are made visible."""
-    assert harmless(text) == shown
+    assert escape_controls(text) == shown
 
 
 def lines_of(format: str, level: str) -> list[str]:
@@ -120,7 +120,7 @@ told.tell("recall.settled", recall={STEER!r}, session="two\\r\\nlines", lag_ms=1
 try:
     1 / 0
 except ZeroDivisionError:
-    told.tell("worker.stumbled", doing="call", exc_info=True)
+    told.tell("worker.error", doing="call", exc_info=True)
 print("data")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, encoding="utf-8", timeout=60)
@@ -132,7 +132,7 @@ print("data")
 def test_json_lines(level: str, events: int) -> None:
     """As JSON each event is one line, whatever its facts hold; quieter ones than the level are left out."""
     lines = [json.loads(line) for line in lines_of("json", level)]
-    assert [line["event"] for line in lines] == ["recall.claimed", "recall.settled", "worker.stumbled"][-events:]
+    assert [line["event"] for line in lines] == ["recall.claimed", "recall.settled", "worker.error"][-events:]
     assert all(line["worker"] == "w1" and line["timestamp"].endswith("Z") for line in lines)
     assert "ZeroDivisionError" in lines[-1]["exception"] and lines[-1]["level"] == "error"
     if events > 1:

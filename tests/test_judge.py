@@ -19,8 +19,8 @@ from recall_worker.judge import (
     Policy,
     backoff,
     before_call,
-    honour,
     judge,
+    resolve_move,
 )
 from recall_worker.recall import (
     Accepted,
@@ -33,6 +33,7 @@ from recall_worker.recall import (
     Claim,
     Defer,
     Ending,
+    Expired,
     Failed,
     Finish,
     Gone,
@@ -41,7 +42,6 @@ from recall_worker.recall import (
     Misfired,
     Next,
     Outcome,
-    Over,
     Placement,
     Refused,
     Release,
@@ -116,7 +116,7 @@ UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     (Unsent("stopping"), Release("stopping"), Release("stopping")),
     (Malformed("no interval"), Finish("failed", "no interval"), Finish("failed", "no interval")),
     (Misfired("late", 0), Finish("failed", "misfired: late"), Next(6, At(NOON + timedelta(seconds=600)), "misfired: late")),
-    (Over("it had all"), Finish("fired", "it had all"), Finish("fired", "it had all")),
+    (Expired("it had all"), Finish("fired", "it had all"), Finish("fired", "it had all")),
 ]
 """outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody moved the recall."""
 
@@ -180,7 +180,7 @@ def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: 
             over = True
         case Unknown() | Failed():
             over = attempt == 3
-        case Over(why):
+        case Expired(why):
             assert verdict == Finish("fired", why)
             return
         case Misfired(why, _):
@@ -355,7 +355,7 @@ def test_a_recall_that_kills_its_workers_is_buried(changes: dict[str, Any], buri
 def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: int | None) -> None:
     """A skip consumes a number for each interval; any other move keeps the number of what was never called."""
     expected = None if occurrence is None else Placement(occurrence, AsMoved(), 0)
-    assert honour(claimed(call_type, move, **changes)) == expected
+    assert resolve_move(claimed(call_type, move, **changes)) == expected
 
 
 @given(interval=st.integers(1, 100_000), k=st.integers(1, 500), occurrence=st.integers(1, 10**6), attempt=st.integers(1, 3))
@@ -367,7 +367,7 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, 
         trigger_at=NOON + timedelta(seconds=interval) * k,
     )  # fmt: skip
     begun = claim._replace(begun_age=1.0)
-    assert honour(claim) == honour(begun) == Placement(occurrence + k, AsMoved(), 0)
+    assert resolve_move(claim) == resolve_move(begun) == Placement(occurrence + k, AsMoved(), 0)
     after_a_run = verdict_on(begun, Answered(200))
     assert after_a_run == Next(occurrence + 1 + k, After(float(interval) * (1 + k)))
     between_calls = verdict_on(begun, Busy(409))
@@ -390,7 +390,7 @@ def test_the_last_number(outcome: Outcome, move: str, left: int) -> None:
 def test_honouring_never_passes_the_last_number(move: str) -> None:
     """A column of four bytes holds what a move makes of the number."""
     claim = claimed("recurring", move, begun_age=1.0)._replace(occurrence=LAST)
-    assert honour(claim) == Placement(LAST, AsMoved(), 0)
+    assert resolve_move(claim) == Placement(LAST, AsMoved(), 0)
 
 
 # --- what holds whatever happens ------------------------------------------------------------------------------------
@@ -473,8 +473,8 @@ def test_what_every_verdict_keeps(
     match verdict:
         case Finish(status, reason):
             assert status in ("fired", "cancelled", "failed")
-            assert call_type != "recurring" or isinstance(outcome, Gone | Malformed | Over)
-            assert (reason is None) == (status == "fired" and not isinstance(outcome, Over))
+            assert call_type != "recurring" or isinstance(outcome, Gone | Malformed | Expired)
+            assert (reason is None) == (status == "fired" and not isinstance(outcome, Expired))
         case Next(occurrence, when, _):
             assert occurrence >= claim.occurrence and (call_type == "recurring" or claim.moved)
             match when:

@@ -19,9 +19,9 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from recall_worker import cadence
-from recall_worker.judge import before_call, honour
-from recall_worker.ledger import PASSED_MOST, Ledger
-from recall_worker.line import Dates
+from recall_worker.database.ledger import PASSED_MOST, Ledger
+from recall_worker.database.values import Dates
+from recall_worker.judge import before_call, resolve_move
 from recall_worker.recall import (
     After,
     Answered,
@@ -183,11 +183,11 @@ async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: 
     async with db.transaction():
         await db.execute("select from session_recalls for update")
         claimed = await ledger.claim(3)
-        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
+        ahead = await ledger.next_due(claimed_at=claimed.asked_at)
         assert (claimed.claims, ahead.waiting, ahead.fresh) == ([], True, False)
         await app.create_session("t", "ann")
         id = await app.schedule("t", "once", datetime.now(UTC) - timedelta(milliseconds=1), "late")
-        ahead = await ledger.ahead(claimed_at=claimed.asked_at)
+        ahead = await ledger.next_due(claimed_at=claimed.asked_at)
         assert (ahead.waiting, ahead.fresh) == (True, True)
         claimed = await ledger.claim(3)
         assert [claim.id for claim in claimed.claims] == [id]
@@ -195,13 +195,13 @@ async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: 
 
 async def test_whoever_comes_by_sees_whether_there_is_anything(db: Connection, ledgers: Ledgers) -> None:
     ledger = ledgers()
-    ahead = await ledger.ahead(claimed_at=None)
+    ahead = await ledger.next_due(claimed_at=None)
     assert (ahead.waiting, ahead.fresh, ahead.next_in) == (False, False, None)
     await put(db, "later", 60.0)
-    ahead = await ledger.ahead(claimed_at=None)
+    ahead = await ledger.next_due(claimed_at=None)
     assert (ahead.waiting, ahead.fresh) == (False, False) and ahead.next_in == pytest.approx(60.0, abs=5.0)
     await put(db, "s", -60.0)
-    ahead = await ledger.ahead(claimed_at=None)
+    ahead = await ledger.next_due(claimed_at=None)
     assert (ahead.waiting, ahead.fresh) == (True, True) and ahead.next_in == pytest.approx(60.0, abs=5.0)
 
 
@@ -375,8 +375,8 @@ async def test_a_stale_lease_settles_nothing(db: Connection, ledgers: Ledgers, s
 
     assert await settle(dead, old) == LeaseLost()
     assert await dead.renew({id: old.lease}) == {id: "lost"}
-    assert await dead.look({id: old.lease}) == {id: "lost"}
-    assert await dead.place([(old, as_moved(7))]) == []
+    assert await dead.check_leases({id: old.lease}) == {id: "lost"}
+    assert await dead.write_moves([(old, as_moved(7))]) == []
 
     assert await recall(db, id) == before | {"due_in": pytest.approx(before["due_in"], abs=20)}
     assert await marks(db, id) == [(1, "answered", 1, "lost"), (1, "unknown", 1, "taken")]
@@ -792,8 +792,8 @@ async def test_skipped_occurrences_consume_their_numbers(
     assert await app.skip_next("s") and await app.skip_next("s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
-    assert claimed.moved and honour(claimed) == as_moved(3)
-    (placed,) = await ledger.place([(claimed, as_moved(3))])
+    assert claimed.moved and resolve_move(claimed) == as_moved(3)
+    (placed,) = await ledger.write_moves([(claimed, as_moved(3))])
     assert (placed.key, placed.attempt, placed.missed) == (f"{id}:3", 1, 0)
     assert placed.scheduled_for == claimed.trigger_at and 45 < placed.lateness < 75
     row = await recall(db, id)
@@ -812,8 +812,8 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(db: Connectio
     await settle(ledger, first, Defer(After(60.0), "busy"), Busy(409))
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     second = await claim_one(ledger)
-    assert honour(second) == as_moved(2)
-    (placed,) = await ledger.place([(second, as_moved(2))])
+    assert resolve_move(second) == as_moved(2)
+    (placed,) = await ledger.write_moves([(second, as_moved(2))])
     assert (first.key, placed.key) == (f"{id}:1", f"{id}:2")
     assert (placed.attempt, placed.deferrals, placed.begun_age) == (1, 0, None)
 
@@ -824,8 +824,8 @@ async def test_a_move_before_the_first_call_keeps_the_number(db: Connection, app
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     ledger = ledgers()
     claimed = await claim_one(ledger)
-    assert honour(claimed) == as_moved(1)
-    (placed,) = await ledger.place([(claimed, as_moved(1))])
+    assert resolve_move(claimed) == as_moved(1)
+    (placed,) = await ledger.write_moves([(claimed, as_moved(1))])
     assert (placed.key, placed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
 
 
@@ -860,7 +860,7 @@ async def test_a_one_shot_stands_where_it_is_put(db: Connection, app: Applicatio
     id = await put(db, "s", 600.0)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     claimed = await claim_one(ledgers())
-    assert honour(claimed) is None
+    assert resolve_move(claimed) is None
     assert (claimed.key, claimed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
 
 
@@ -872,7 +872,7 @@ async def test_what_was_moved_again_is_not_placed(db: Connection, app: Applicati
     claimed = await claim_one(ledger)
     await app.reschedule(id, FAR)
     before = await recall(db, id)
-    assert await ledger.place([(claimed, as_moved(1))]) == []
+    assert await ledger.write_moves([(claimed, as_moved(1))]) == []
     assert await recall(db, id) | {"due_in": 0} == before | {"due_in": 0}
 
 
@@ -898,7 +898,7 @@ async def test_what_was_ended_while_its_worker_died(db: Connection, app: Applica
     assert await app.cancel_session("s") == 1
     for ago, left in (("30 seconds", claimed.lease), ("61 seconds", None)):
         await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
-        await ledgers("alive").beat(fit, {})
+        await ledgers("alive").heartbeat(fit, {})
         assert (await recall(db, id))["lease"] == left
     assert (await recall(db, id))["status"] == "cancelled"
     cursor = await db.execute("select worker, outcome, settled, attempt, lease from recall_attempts where recall_id = %s", (id,))
@@ -910,12 +910,12 @@ async def test_what_was_ended_while_its_worker_died(db: Connection, app: Applica
 async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) -> None:
     """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or have not been heard of for long."""
     fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 2, "breaker": "closed", "bell": "listening"}
-    assert [await ledgers(name).beat(fit, {}) for name in ("b", "a", "c", "d")] == [0, 0, 2, 3]
-    for trouble in ({"running": 3}, {"breaker": "open"}, {"bell": "unheard"}):
-        await ledgers("b").beat(fit | trouble, {})
-        assert await ledgers("d").beat(fit, {}) == 2
+    assert [await ledgers(name).heartbeat(fit, {}) for name in ("b", "a", "c", "d")] == [0, 0, 2, 3]
+    for trouble in ({"running": 3}, {"breaker": "open"}, {"bell": "deaf"}):
+        await ledgers("b").heartbeat(fit | trouble, {})
+        assert await ledgers("d").heartbeat(fit, {}) == 2
     await db.execute("update recall_workers set seen_at = now() - interval '2 minutes' where worker = 'a'")
-    assert await ledgers("d").beat(fit, {}) == 1
+    assert await ledgers("d").heartbeat(fit, {}) == 1
 
 
 # --- odd rows --------------------------------------------------------------------------------------------------------
@@ -938,7 +938,7 @@ async def test_any_date_is_claimed_or_waited_for(
         assert answer.next_in == pytest.approx(86_400.0)
         return
     (claimed,) = answer.claims
-    assert claimed.lateness > 1e9 and claimed.lag > 1e9 and not claimed.moved and honour(claimed) is None
+    assert claimed.lateness > 1e9 and claimed.lag > 1e9 and not claimed.moved and resolve_move(claimed) is None
     assert claimed.missed == (0 if kind != "recurring" else pytest.approx(claimed.lateness / 60, rel=0.01))
     verdict = Next(2, After(60.0)) if kind == "recurring" else FIRED
     assert isinstance(await settle(ledger, claimed, verdict), Settled)
@@ -1110,10 +1110,10 @@ async def test_the_worker_itself_is_silent(db: Connection, app: Application, dat
     async def work() -> None:
         ledger = ledgers()
         claims = sorted(await claim(ledger), key=lambda c: c.session_id)
-        claims[0] = (await ledger.place([(claims[0], as_moved(2))]))[0]
+        claims[0] = (await ledger.write_moves([(claims[0], as_moved(2))]))[0]
         leases = {c.id: c.lease for c in claims}
         assert set((await ledger.renew(leases)).values()) == {"renewed"}
-        assert await ledger.look(leases) == {}
+        assert await ledger.check_leases(leases) == {}
         answers = await ledger.settle([(ending(c, o), v) for c, (v, o) in zip(claims, verdicts, strict=True)])
         assert [a.status for a in answers if isinstance(a, Settled)] == ["pending"] * 4 + ["fired", "cancelled"]
 
@@ -1122,7 +1122,7 @@ async def test_the_worker_itself_is_silent(db: Connection, app: Application, dat
 
 async def test_a_worker_that_leaves_rings(database: str, ledgers: Ledgers) -> None:
     """What it put back is for the others, at once."""
-    assert await rings(database, ledgers().leave) == [""]
+    assert await rings(database, ledgers().deregister) == [""]
 
 
 async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
@@ -1169,10 +1169,10 @@ async def test_an_ended_lease_behind_much_that_waits_is_asked_for(db: Connection
         await db.execute("update session_recalls set lease_until = now() + interval '1 hour' where lease is not null")
         await expire(db, ended)
         claimed = await living.claim(5)
-        ahead = await living.ahead(claimed_at=claimed.asked_at)
+        ahead = await living.next_due(claimed_at=claimed.asked_at)
         assert claimed.claims == [] and ahead.ended is known and ahead.waiting
     assert [claim.id for claim in await claim(living)] == [ended]
-    ahead = await living.ahead(claimed_at=time.monotonic())
+    ahead = await living.next_due(claimed_at=time.monotonic())
     assert ahead.ended, "too many wait still to say no"
     await db.execute("delete from session_recalls where lease is null")
-    assert not (await living.ahead(claimed_at=time.monotonic())).ended
+    assert not (await living.next_due(claimed_at=time.monotonic())).ended

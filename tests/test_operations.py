@@ -21,8 +21,8 @@ import pytest
 import pytest_asyncio
 
 from recall_worker import Recalls, statements
-from recall_worker.judge import Policy, honour, judge
-from recall_worker.ledger import Ledger
+from recall_worker.database.ledger import Ledger
+from recall_worker.judge import Policy, judge, resolve_move
 from recall_worker.recall import (
     Answered,
     Busy,
@@ -372,7 +372,7 @@ async def test_all_calls_were_called_for(stage: Stage) -> None:
         f"{mark['recall_id']}:{mark['occurrence']}" + (f".{mark['rekey']}" if mark["rekey"] else ""): mark["calls"]
         for mark in marks
     }
-    assert not stage.daemon.told("worker.stumbled") and not stage.daemon.told("recall.stranded")
+    assert not stage.daemon.told("worker.error") and not stage.daemon.told("recall.stranded")
 
 
 SEQUENCES = [
@@ -467,8 +467,8 @@ class Actor:
         async with asyncio.timeout(20):
             while True:
                 claimed = await look(self.ledger, 5, take_expired=False)
-                moved = [(claim, number) for claim in claimed.claims if (number := honour(claim)) is not None]
-                placed = {claim.lease: claim for claim in await self.ledger.place(moved)} if moved else {}
+                moved = [(claim, number) for claim in claimed.claims if (number := resolve_move(claim)) is not None]
+                placed = {claim.lease: claim for claim in await self.ledger.write_moves(moved)} if moved else {}
                 for claim in claimed.claims:
                     claim = placed.get(claim.lease, claim)
                     if claim.moved:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from recall_worker.line import Outage, Refusal
+from recall_worker.database.connection import DatabaseUnavailable, StatementRejected
 from recall_worker.ops.metrics import Metrics
 from recall_worker.ops.pages import Pages, Question, connections_most
 from recall_worker.worker.process import STANDSTILL
-from recall_worker.worker.worker import Vitals, Worker
+from recall_worker.worker.worker import Worker, WorkerStatus
 
-VITALS = Vitals(3, 1, "closed", "listening", database_is_lost=False, is_draining=False)
+VITALS = WorkerStatus(3, 1, "closed", "listening", database_is_lost=False, is_draining=False)
 ASKED = cast(web.Request, None)
 
 
@@ -61,7 +61,7 @@ def test_events_that_are_for_people() -> None:
     """What only people are told counts nothing, and breaks nothing."""
     metrics = Metrics(lambda: VITALS)
     before = {(s.name, *s.labels.items()): s.value for f in metrics.registry.collect() for s in f.samples if "recall" in s.name}
-    for event in ("worker.started", "recall.placed", "bell.listening", "ops.listening", "database.found"):
+    for event in ("worker.started", "recall.moved", "listener.listening", "ops.listening", "database.found"):
         metrics.hear(event, {})
     after = {(s.name, *s.labels.items()): s.value for f in metrics.registry.collect() for s in f.samples if "recall" in s.name}
     assert before == after
@@ -106,7 +106,7 @@ async def test_many_ask_at_once_and_postgresql_is_asked_once() -> None:
     assert [await eager.answer() for _ in range(3)] == [2, 3, 4]
 
 
-@pytest.mark.parametrize("error", [Outage("gone"), Refusal("permission denied", "42501")])
+@pytest.mark.parametrize("error", [DatabaseUnavailable("gone"), StatementRejected("permission denied", "42501")])
 async def test_trouble_is_an_answer(error: Exception) -> None:
     """An outage or a refusal is told, and asked about again later."""
 

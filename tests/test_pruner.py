@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from recall_worker import sweep as sweeping
+from recall_worker.database.ledger import Ledger
 from recall_worker.events import Events
-from recall_worker.ledger import Ledger
 from recall_worker.settings import KEPT, retention
 from recall_worker.sweep import Batch
 from recall_worker.worker import pruner as pruning
+from recall_worker.worker.database_status import DatabaseStatus
 from recall_worker.worker.pruner import Pruner
-from recall_worker.worker.reach import Reach
 
 from .conftest import Connection, connected
 from .house.test_lease import eventually, rows
@@ -34,15 +34,15 @@ class Replica:
         self.stopped = asyncio.Event()
         events = Events(worker=worker)
         events.listen(lambda event, facts: self.told.append((event, facts)))
-        self.reach = Reach(events, 60.0)
-        self.pruner = Pruner(self.ledger, retention(keep)[0], self.reach, events, self.stopped)
+        self.database = DatabaseStatus(events, 60.0)
+        self.pruner = Pruner(self.ledger, retention(keep)[0], self.database, events, self.stopped)
 
     @property
     def pruned(self) -> list[dict[str, Any]]:
         return [facts for event, facts in self.told if event == "rows.pruned"]
 
     async def look(self) -> float:
-        return await self.pruner._look()
+        return await self.pruner._prune_if_due()
 
 
 Replicas = Callable[..., Replica]
@@ -235,10 +235,10 @@ async def test_not_while_postgresql_is_lost(db: Connection, replicas: Replicas) 
     """What those who need PostgreSQL have found lost is not asked for more."""
     await over(db, "r", "fired", 40)
     replica = replicas()
-    replica.reach.lost("gone")
+    replica.database.lost("gone")
     await replica.look()
     assert replica.pruned == [] and await rows(db, "select from recall_chores") == []
-    replica.reach.found()
+    replica.database.found()
     await replica.look()
     assert replica.pruned[0]["fired"] == 1
 

@@ -656,7 +656,7 @@ def test_workers(desk: Desk) -> None:
     for n, worker in enumerate(("w1", "w1", "w3")):
         desk.recall(f"r{n}", session=("s", "t", "z")[n])
         desk.lease(f"r{n}", worker)
-    desk.conn.execute("update recall_workers set bell = 'unheard' where worker in ('w2', 'w3')")
+    desk.conn.execute("update recall_workers set bell = 'deaf' where worker in ('w2', 'w3')")
     said = operate(desk.dsn, "workers")
     head, *lines = said.out.splitlines()
     assert head.split() == ["WORKER", "STATE", "SEEN", "RUNS", "BREAKER", "BELL", "SINCE", "VERSION", "LEASE", "POLL"]

@@ -19,13 +19,13 @@ from recall_worker.recall import (
     Busy,
     Capped,
     Claim,
+    Expired,
     Failed,
     Gone,
     Malformed,
     Misconfigured,
     Misfired,
     Outcome,
-    Over,
     Refused,
     Settlement,
     Unavailable,
@@ -54,7 +54,7 @@ OUTCOMES: list[Outcome] = [
     Unsent("stopping"),
     Malformed("an interval of 0"),
     Misfired("7201 s late, past its grace of 7200 s", 1),
-    Over("it had all of its 3 occurrences"),
+    Expired("it had all of its 3 occurrences"),
 ]
 
 

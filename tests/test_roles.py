@@ -63,7 +63,7 @@ create role reader login;
 
 
 def as_role(dsn: str, name: str, **more: Any) -> str:
-    """The database's address for another account. Over the socket nobody asks for a password."""
+    """The database's address for another account. Expired the socket nobody asks for a password."""
     return postgres.address(make_conninfo(dsn, user=name, **more), str(psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]))
 
 
@@ -363,7 +363,7 @@ async def test_two_daemons_under_the_role(app: Application, database: str, endpo
 
 
 def nothing_was_forbidden(daemon: Daemon) -> None:
-    assert daemon.told("worker.stumbled") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
     assert "permission denied" not in str(daemon.events)
 
 
@@ -372,7 +372,7 @@ async def test_a_daemon_under_a_role_that_may_not(app: Application, database: st
     recall = await promise(app, "s")
     async with Daemons({"RECALL_DSN": as_role(database, "reader"), "RECALL_RUN_URL": endpoint.url}) as started:
         daemon = await started.start()
-        [said] = (await daemon.hears("worker.stumbled", doing="claim"))[:1]
+        [said] = (await daemon.hears("worker.error", doing="claim"))[:1]
         assert "permission denied" in said["reason"]
         assert endpoint.requests == []
         async with connected(database) as db:
@@ -547,7 +547,7 @@ async def test_where_the_application_owns(owned: str, endpoint: Endpoint) -> Non
             recall = await promise(app, "t")
             await daemon.hears("recall.settled", recall=recall, status="fired")
             assert await daemon.stop() == 0
-            assert daemon.told("worker.stumbled") == []
+            assert daemon.told("worker.error") == []
     for statement in (
         "select title from sessions",
         "drop table session_recalls",

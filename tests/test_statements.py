@@ -20,10 +20,10 @@ import psycopg
 import pytest
 from psycopg import ClientCursor
 
-from recall_worker import ledger as ledger_module
-from recall_worker import line as line_module
 from recall_worker import statements
-from recall_worker.ledger import Ledger
+from recall_worker.database import connection as connection_module
+from recall_worker.database import ledger as ledger_module
+from recall_worker.database.ledger import Ledger
 from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
 
 from . import postgres
@@ -139,7 +139,7 @@ def filled(dsn: str, half: int, statistics: str, due: int = 2 * FEW) -> None:
 
 
 NAMES = [
-    "claim", "ended_leases", "take_up", "sent", "message", "ahead", "place", "renew", "look", "settle", "backlog",
+    "claim", "ended_leases", "take_up", "sent", "message", "next_due", "write_moves", "renew", "check_leases", "settle", "backlog",
 ]  # fmt: skip
 
 
@@ -166,7 +166,7 @@ class Table:
         leases = {claim.id: claim.lease for claim in self.claims}
         now = time.monotonic()
         with monkeypatch.context() as patched, pytest.raises(Enough):
-            patched.setattr(line_module.Line, "ask", ask)
+            patched.setattr(connection_module.QueryConnection, "ask", ask)
             match name:
                 case "claim":
                     await ledger.claim(2 * FEW)
@@ -178,16 +178,16 @@ class Table:
                     await ledger.sent(self.claims[0])
                 case "message":
                     await ledger.message(self.claims[0])
-                case "ahead":
-                    await ledger.ahead(claimed_at=now)
-                case "place":
-                    await ledger.place([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
+                case "next_due":
+                    await ledger.next_due(claimed_at=now)
+                case "write_moves":
+                    await ledger.write_moves([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
                 case "renew":
                     await ledger.renew(leases)
                 case "backlog":
                     await ledger.backlog()
-                case "look":
-                    await ledger.look(leases)
+                case "check_leases":
+                    await ledger.check_leases(leases)
                 case "settle":
                     await ledger.settle(
                         [(Ending(c, Busy(409), 0.1, 0.2, now), Defer(After(60.0), "the session is busy")) for c in self.claims]
@@ -300,7 +300,7 @@ async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     assert buffers(plan) <= 80 * FEW
 
 
-@pytest.mark.parametrize("name", ["claim", "ended_leases", "ahead"])
+@pytest.mark.parametrize("name", ["claim", "ended_leases", "next_due"])
 @pytest.mark.parametrize("due", [0, 5_000], ids=["nothing due", "thousands due"])
 async def test_a_look_costs_the_same_at_any_size(
     name: str, due: int, server: str, template: str, monkeypatch: pytest.MonkeyPatch

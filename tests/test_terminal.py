@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.events import LOUDNESS, harmless
+from recall_worker.events import LOUDNESS, escape_controls
 
 from .application import Application
 from .conftest import Connection
@@ -47,10 +47,10 @@ SGR = re.compile(r"\x1b\[[0-9;]*m")
 @settings(deadline=None)
 def test_nothing_steers(text: str) -> None:
     """No control, no mark of direction, no invisible character, no half of a character is left, and no line ends; again changes nothing."""
-    shown = harmless(text)
+    shown = escape_controls(text)
     assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     assert len(shown.splitlines()) <= 1
-    assert harmless(shown) == shown
+    assert escape_controls(shown) == shown
     assert len(shown) <= 10 * len(text)
     shown.encode()
 
@@ -60,7 +60,7 @@ def test_nothing_steers(text: str) -> None:
 def test_what_was_hidden_can_be_told(text: str) -> None:
     """What is shown in place of a character says which: read as Python reads it, it is the text again."""
     if "\\" not in text:
-        shown = harmless(text)
+        shown = escape_controls(text)
         read = re.sub(r"\\(x..|u....|U........|[nrt])", lambda found: json_of(found[0]), shown, flags=re.ASCII)
         assert read == text
 
@@ -86,7 +86,7 @@ for line in sys.stdin:
         else:
             told.tell(name, **facts)
     except ValueError:
-        told.tell("worker.stumbled", **facts, exc_info=True)
+        told.tell("worker.error", **facts, exc_info=True)
     sys.stderr.flush()
     print("end", flush=True)
 """
@@ -170,7 +170,7 @@ def test_a_traceback_for_people(console: Teller, text: str) -> None:
         event, *more = out.removesuffix("\n").split("\n")
         assert event.isprintable()
         assert all(line.startswith("  ") and line.isprintable() for line in more)
-    assert "worker.stumbled" in broken and "Traceback" in broken and "asyncio" in other
+    assert "worker.error" in broken and "Traceback" in broken and "asyncio" in other
 
 
 def strict(line: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) 
 def test_everything_for_machines(machine: Teller, text: str) -> None:
     """Defects with their tracebacks, and what other libraries have to say, are lines of JSON like all else."""
     broken = strict(machine.tell(text, "broken", recall=text))
-    assert broken["event"] == "worker.stumbled" and "ValueError" in broken["exception"] and broken["recall"] == text
+    assert broken["event"] == "worker.error" and "ValueError" in broken["exception"] and broken["recall"] == text
     other = strict(machine.tell("asyncio", "other", said=text))
     assert (other["event"], other["logger"], other["level"]) == (text, "asyncio", "error")
 
@@ -255,7 +255,7 @@ async def test_a_daemon_on_a_terminal(app: Application, database: str, db: Conne
     assert all(line.isprintable() for line in lines)
     assert sum("] recall.settled " in line for line in lines) == len(STORABLE)
     assert not any(line.startswith("recall.settled") for line in lines)
-    assert {harmless(text) for text in STORABLE if " " not in text and "=" not in text} <= {
+    assert {escape_controls(text) for text in STORABLE if " " not in text and "=" not in text} <= {
         found[1] for line in lines if (found := re.search(r" session=(\S+)", line))
     }
 

@@ -17,15 +17,19 @@ SLOTS = 200
 
 PARTS = {
     # What is found first, anywhere in a stack, has the sample.
-    "settle: parameters": ("recall_worker/line.py:_array", "recall_worker/ledger.py:_settle", "recall_worker/ledger.py:_row"),
+    "settle: parameters": (
+        "recall_worker/database/pipeline.py:_array",
+        "recall_worker/database/ledger.py:_settle",
+        "recall_worker/database/ledger.py:_row",
+    ),
     "log": ("recall_worker/events.py",),
     "settle: the rest": ("recall_worker/worker/settler.py",),
-    "claim": ("recall_worker/ledger.py:claim", "recall_worker/worker/worker.py:_look"),
+    "claim": ("recall_worker/database/ledger.py:claim", "recall_worker/worker/worker.py:_look"),
     "request": ("aiohttp/client.py", "aiohttp/client_reqrep.py", "aiohttp/http_writer.py", "aiohttp/connector.py"),
     "answer": ("aiohttp/",),
     "wire": ("recall_worker/protocols/http.py",),
     "body, headers, reading": ("recall_worker/protocols/",),
-    "PostgreSQL's answers": ("recall_worker/line.py",),
+    "PostgreSQL's answers": ("recall_worker/database/connection.py",),
     "slots, breaker, ledger": ("recall_worker/",),
     "waiting": ("selectors.py",),
     "event loop": ("asyncio/",),

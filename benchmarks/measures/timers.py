@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from recall_worker import statements
-from recall_worker.line import STATEMENT_DEADLINE, manners
+from recall_worker.database.connection import STATEMENT_DEADLINE, transaction_setup
 
 from ..contenders import OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, number, percentile, shown, spread, table
@@ -90,8 +90,8 @@ def _claim_time(field: Field) -> dict[str, Any]:
         "slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": [], "in_hand": [], "left": [],
     }  # fmt: skip
     with psycopg.connect(field.dsn, autocommit=True) as connection:
-        given = {"pid": connection.pgconn.backend_pid} | manners(STATEMENT_DEADLINE)
-        connection.execute(sql["arrive"].encode(), given, prepare=False)
+        given = {"pid": connection.pgconn.backend_pid} | transaction_setup(STATEMENT_DEADLINE)
+        connection.execute(sql["session_setup"].encode(), given, prepare=False)
 
         def claim(before: str = "") -> tuple[float, list[Any]]:
             field.fill("c", CLAIMED)

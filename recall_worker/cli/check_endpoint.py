@@ -12,7 +12,7 @@ import typer
 from .. import settings as setting
 from ..contract.check import FAIL, PASS, Check, Row
 from ..contract.probes import REQUESTS
-from ..events import harmless
+from ..events import escape_controls
 from ..settings import Settings
 from ..terminal import REFUSED, USAGE, Trouble, print_findings, print_json, tell
 
@@ -35,7 +35,7 @@ def check_endpoint(url: str | None, session: str, missing_session: str | None, *
             )
     began = time.monotonic()
     most = f"at most {REQUESTS} requests, and some ten short runs"
-    tell(harmless(f"Probing {settings.run_url}, session {session}: {most}."))
+    tell(escape_controls(f"Probing {settings.run_url}, session {session}: {most}."))
     missing = missing_session or _made_up(session)
     rows, requests = asyncio.run(_checked(settings, session, missing, timeout))
     failed = [row for row in rows if row.finding.verdict == FAIL]

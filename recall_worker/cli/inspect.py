@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from .. import statements
-from ..events import harmless
+from ..events import escape_controls
 from ..fleet import SILENT_AFTER, differences, fleet_cap, told_setting
 from ..recall import STATUSES
 from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
@@ -33,7 +33,7 @@ def why(dsn: str | None, id: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"id": row["id"], "status": row["status"], "why": sentence, "evidence": row})
     else:
-        print("\n".join(wrapped(harmless(sentence))), flush=True)
+        print("\n".join(wrapped(escape_controls(sentence))), flush=True)
 
 
 def because(row: Row) -> str:
@@ -162,12 +162,12 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         yields=[("POLL", 0), ("LEASE", 0), ("VERSION", 0), ("SINCE", 0), ("WORKER", 12)],
     )  # fmt: skip
     alive = [row for row in rows if row["alive"]]
-    if deaf := sum(row["bell"] == "unheard" for row in alive):
+    if deaf := sum(row["bell"] == "deaf" for row in alive):
         tell(
             f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
         )
     for name, values in differences(alive):
-        tell(harmless(f"Note: live workers differ in {name}: {', '.join(values)}"))
+        tell(escape_controls(f"Note: live workers differ in {name}: {', '.join(values)}"))
 
 
 def stats(dsn: str | None, *, as_json: bool) -> None:

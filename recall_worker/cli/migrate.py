@@ -20,7 +20,7 @@ def migrate(dsn: str | None, *, check: bool, roles: bool, as_json: bool) -> None
         return
     try:
         done = schema.migrate(address, tell, roles=roles)
-    except schema.Lent:
+    except schema.Pooled:
         if dsn is not None or chosen.listen_dsn is None:
             raise
         tell("RECALL_DSN leads through a pooler: migrating by RECALL_LISTEN_DSN.")

@@ -14,7 +14,7 @@ from typing import Any
 from psycopg import Connection, errors
 
 from .. import statements
-from ..events import harmless
+from ..events import escape_controls
 from ..terminal import USAGE, Trouble, command, confirmed, local, print_json, seconds, tell
 from .recalls import connect, instant
 
@@ -134,8 +134,8 @@ def _show(rows: list[dict[str, Any]], as_json: bool, said: Callable[[Row], str])
         return
     for row in rows:
         if not sys.stdout.isatty():
-            print(harmless(row["id"]), flush=True)
-        tell(harmless(f"{row['id']}: {said(row)}."))
+            print(escape_controls(row["id"]), flush=True)
+        tell(escape_controls(f"{row['id']}: {said(row)}."))
 
 
 def _account(conn: Connection[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str], why_not: WhyNot) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 
 from .. import cadence, statements
 from ..durations import length
-from ..events import harmless
+from ..events import escape_controls
 from ..recall import FINAL, Recall
 from ..terminal import USAGE, Trouble, command, print_json, print_table, relative, rfc3339, tell
 from .recalls import clock, connect, explained, instant, nature
@@ -45,7 +45,7 @@ def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | N
         moments = list(islice(cadence.upcoming(recall, now), count))
     zone: tzinfo | None = where if recall.cadence == "cron" else None
     if not as_json:
-        tell(harmless(f"{recall.id}: {nature(row)}{_remarks(row, recall)}"))
+        tell(escape_controls(f"{recall.id}: {nature(row)}{_remarks(row, recall)}"))
     _show(moments, zone, now, {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone}, as_json)
 
 

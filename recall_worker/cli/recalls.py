@@ -16,9 +16,10 @@ from psycopg.rows import dict_row
 
 from .. import cadence, settings, statements
 from ..cadence import CadenceError
+from ..database.connection import connection_info
+from ..database.values import load_whatever_stands_there
 from ..durations import length
-from ..events import harmless
-from ..line import connection_info, load_whatever_stands_there
+from ..events import escape_controls
 from ..recall import STATUSES
 from ..terminal import (
     USAGE,
@@ -103,7 +104,7 @@ def schedule(
         print_json(row)
     else:
         print(row["id"])
-        tell(f"Scheduled {harmless(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}.")
+        tell(f"Scheduled {escape_controls(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}.")
 
 
 @contextlib.contextmanager

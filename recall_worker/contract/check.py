@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..events import harmless
+from ..events import escape_controls
 from ..protocols.contract import FINAL_WORDS
 from ..recall import Accepted, Answered, Busy, Gone, Refused, Unavailable, Unknown, name_of
 from ..settings import Settings
@@ -98,7 +98,7 @@ class Check:
                     found[name] = await self._found(find)
             for name, find in (("token", self._token), ("missing", self._missing), ("redirect", self._redirect)):
                 found[name] = await self._found(find)
-        return [Row(name, property, _harmless(found[name])) for name, property in PROPERTIES.items()]
+        return [Row(name, property, _escaped(found[name])) for name, property in PROPERTIES.items()]
 
     @staticmethod
     async def _found(find: Callable[[], Awaitable[Finding]]) -> Finding:
@@ -469,6 +469,6 @@ def _word(reply: Reply) -> str:
     return str(reply.document.get("status")).lower() if isinstance(reply.document, dict) else ""
 
 
-def _harmless(found: Finding) -> Finding:
+def _escaped(found: Finding) -> Finding:
     """What a server says may be meant for a terminal."""
-    return Finding(found.verdict, harmless(found.seen)[:500], None if found.todo is None else harmless(found.todo))
+    return Finding(found.verdict, escape_controls(found.seen)[:500], None if found.todo is None else escape_controls(found.todo))

@@ -30,7 +30,7 @@ from ..protocols.polling import StillOn
 from ..recall import Accepted, Answered, Busy, Failed, Misconfigured, Outcome, Unavailable, Unknown, name_of
 from ..settings import Settings
 
-MESSAGE = "recall-worker check-endpoint: a harmless probe; answer anything"
+MESSAGE = "recall-worker check-endpoint: a escape_controls probe; answer anything"
 REQUESTS = 58
 """The most requests of one check."""
 PATIENCE = 5.0

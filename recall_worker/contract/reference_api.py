@@ -37,7 +37,7 @@ from urllib.parse import quote
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from ..events import harmless
+from ..events import escape_controls
 from ..recall import CALL_TYPES
 from ..terminal import Trouble, rfc3339, tell
 
@@ -402,4 +402,4 @@ async def _serve(host: str, port: int, seconds: float, token: str | None, accept
 
 def _show(call: Call) -> None:
     became = "the caller left" if call.http_status is None else f"{call.http_status} {call.code or ''}".strip()
-    tell(harmless(f"{call.at.astimezone():%H:%M:%S} {call.session_id} {call.key}: {became}"))
+    tell(escape_controls(f"{call.at.astimezone():%H:%M:%S} {call.session_id} {call.key}: {became}"))

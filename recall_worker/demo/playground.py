@@ -27,7 +27,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from ..contract.reference_api import Agent, ReferenceAPI
-from ..events import harmless
+from ..events import escape_controls
 from ..terminal import Trouble
 
 WIDTH = 80
@@ -74,7 +74,7 @@ class Screen:
     def say(self, session: str, text: str, *codes: int) -> None:
         """What happens, now, in a session."""
         clock = f"+{self.clock:.3f} s".rjust(10)
-        lines = textwrap.wrap(harmless(text), WIDTH - 20)
+        lines = textwrap.wrap(escape_controls(text), WIDTH - 20)
         for line in lines:
             print(self.paint(clock, DIM), self.name(session), self.paint(line, *codes), flush=True)
             clock, session = " " * len(clock), ""
@@ -170,7 +170,7 @@ class Playground:
     async def start_daemon(self) -> None:
         self.show_command("setup", "run")
         await self._stack.enter_async_context(self._running_daemon())
-        if await self.until(lambda: self.events("bell.listening"), "the daemon") and self._daemon is not None:
+        if await self.until(lambda: self.events("listener.listening"), "the daemon") and self._daemon is not None:
             self.screen.say("setup", f"the daemon is up: process {self._daemon.pid}, asleep until it is needed")
 
     async def stop_daemon(self) -> None:

@@ -18,7 +18,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from .. import statements
-from ..line import CONNECT_DEADLINE, connection_info, load_whatever_stands_there, said
+from ..database.connection import CONNECT_DEADLINE, connection_info, error_text
+from ..database.values import load_whatever_stands_there
 from ..settings import Settings
 from ..terminal import explain
 
@@ -26,7 +27,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 PATIENCE = 15.0
 """Seconds that one check may take."""
 DIRECT, SESSION, TRANSACTION, STATEMENT = "direct", "session", "transaction", "statement"
-"""How connections by a DSN are pooled: not at all, or lent for so long."""
+"""How connections by a DSN are pooled: not at all, or pooled for so long."""
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -84,7 +85,7 @@ class Examination:
             trouble = explain(error)
             self.find(
                 PROBLEM,
-                trouble.what if trouble else said(error),
+                trouble.what if trouble else error_text(error),
                 *(trouble.hints[:1] if trouble else ()),
             )
         except Exception as error:

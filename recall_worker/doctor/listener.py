@@ -1,4 +1,4 @@
-"""Notifications: does a pooler stand in their way, and do they arrive?
+"""Notifications: does a pooler stand in their way, and do they session_setup?
 
 A NOTIFY is tried all the way: a LISTEN as the worker's, a NOTIFY from the other connection, timed on
 a channel of the doctor's own. The workers' channel is notified once, in the same transaction, which
@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import psycopg
 
-from ..bell import CHANNEL
-from ..line import said
+from ..database.connection import error_text
+from ..database.listener import CHANNEL
 from ..terminal import span
 from .examination import (
     DIRECT,
@@ -74,7 +74,7 @@ async def pooling_of(dsn: str) -> str:
     """How connections by this DSN are pooled.
 
     A pooler announces a backend of its own making; asked, the server names the true one. If that changes while the connection is
-    open, or serves another connection meanwhile, it is lent for a transaction at a time.
+    open, or serves another connection meanwhile, it is pooled for a transaction at a time.
     """
     async with connected(dsn) as one:
         mine = await _backend(one)
@@ -108,7 +108,7 @@ async def bell(exam: Examination) -> None:
         which = "RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else "RECALL_DSN"
         exam.find(
             PROBLEM,
-            f"the bell's connection can't be had: {said(error)}",
+            f"the bell's connection can't be had: {error_text(error)}",
             f"check {which}: it is to lead to the server itself",
         )
         return
@@ -143,7 +143,7 @@ async def bell(exam: Examination) -> None:
 
 def _unheard(exam: Examination) -> None:
     todo = "the same database on the same server in RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else POOLER_HINT
-    exam.find(PROBLEM, f"what was rung did not arrive within {RING_PATIENCE:g} s: {_meanwhile(exam)}", todo)
+    exam.find(PROBLEM, f"what was rung did not session_setup within {RING_PATIENCE:g} s: {_meanwhile(exam)}", todo)
 
 
 def _meanwhile(exam: Examination) -> str:

@@ -9,7 +9,7 @@ from psycopg import errors
 
 from .. import schema as migrating
 from .. import statements
-from ..line import said
+from ..database.connection import error_text
 from ..terminal import command
 from .examination import NOTE, OK, PROBLEM, Examination
 
@@ -67,7 +67,7 @@ async def rights(exam: Examination) -> None:
             await exam.conn.execute(f"explain {statement}".encode(), values)
             asked += 1
         except errors.InsufficientPrivilege as error:
-            denied.setdefault(said(error), []).append(name)
+            denied.setdefault(error_text(error), []).append(name)
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction):
             pass  # The schema says so.
     for what, names in denied.items():

@@ -66,7 +66,7 @@ async def clock(exam: Examination) -> None:
             "chrony or another NTP client on this host",
         )
     elif abs(offset) > CLOCK_OFF:
-        exam.find(NOTE, f"{how}; harmless, as the database's alone decides", "chrony or another NTP client on both hosts")
+        exam.find(NOTE, f"{how}; escape_controls, as the database's alone decides", "chrony or another NTP client on both hosts")
     else:
         exam.find(OK, how)
 

@@ -32,7 +32,7 @@ async def workers(exam: Examination) -> None:
                 "see the endpoint below",
             )
         if row.get("bell", "listening") != "listening":
-            how = "hears nothing of what is rung" if row["bell"] == "unheard" else "has no connection for LISTEN"
+            how = "hears nothing of what is rung" if row["bell"] == "deaf" else "has no connection for LISTEN"
             exam.find(
                 PROBLEM,
                 f"{name} {how}, and finds what is inserted by polls only",

@@ -27,12 +27,12 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from ..ledger import Backlog
+from ..database.ledger import Backlog
 from ..recall import FINAL, Outcome, Unsent
 from ..settings import KEPT
 from ..statements import generation
 from ..worker.run import ENDED
-from ..worker.worker import Vitals
+from ..worker.worker import WorkerStatus
 
 WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RUNS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
@@ -46,18 +46,18 @@ VERDICTS = (
 )
 BECAUSE = (*ENDED, "lost")
 VIOLATED = ("fired", "failed", "pending")
-BELLS = ("listening", "lost", "unheard")
+BELLS = ("listening", "lost", "deaf")
 
 
 class Metrics:
     """Hears events; `page()` is what a scrape gets."""
 
-    def __init__(self, vitals: Callable[[], Vitals]) -> None:
+    def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # Series that nobody asks for, one for each counter.
         self.registry = CollectorRegistry()
         self.backlog: Backlog | None = None
         """What was last seen due; None where that is not known."""
-        self._vitals = vitals
+        self._vitals = status
         self._lag = self._histogram(
             "lag_seconds", "From due to the request: what the worker answers for. Told when the run is settled.", WAITS
         )
@@ -150,7 +150,7 @@ class Metrics:
                 self._opened.inc()
             case "breaker.probed":
                 self._probed.inc()
-            case "bell.lost":
+            case "listener.lost":
                 self._bell_lost.inc()
             case "database.lost":
                 self._database_lost.inc()
@@ -158,26 +158,26 @@ class Metrics:
                 for kind in KEPT:
                     self._pruned.labels(kind).inc(facts[kind])
                 self._prune.observe(facts["took_s"])
-            case "worker.stumbled":
+            case "worker.error":
                 self._stumbles.labels(facts["doing"]).inc()
             case _:
                 pass  # Told by what the worker is, or only to people.
 
     def now(self) -> Iterator[Metric]:
         """What is read off the worker at this moment."""
-        vitals = self._vitals()
-        yield self._gauge("slots", "Runs that this worker may have at once.", vitals.slots)
-        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they end.", vitals.slots_in_use)
+        status = self._vitals()
+        yield self._gauge("slots", "Runs that this worker may have at once.", status.slots)
+        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they end.", status.slots_in_use)
         yield self._gauge(
             "breaker_open",
             "1 while the breaker is open: the endpoint is in trouble, only probes go out.",
-            vitals.breaker == "open",
+            status.breaker == "open",
         )
-        yield self._gauge("database_up", "0 while PostgreSQL does not answer.", not vitals.database_is_lost)
-        yield self._gauge("draining", "1 from the first signal on: nothing more is claimed.", vitals.is_draining)
+        yield self._gauge("database_up", "0 while PostgreSQL does not answer.", not status.database_is_lost)
+        yield self._gauge("draining", "1 from the first signal on: nothing more is claimed.", status.is_draining)
         bell = GaugeMetricFamily("recall_worker_bell_state", "1 for what the bell does now.", labels=["state"])
         for state in BELLS:
-            bell.add_metric([state], vitals.bell == state)
+            bell.add_metric([state], status.bell == state)
         yield bell
         if self.backlog is not None:
             yield self._gauge(

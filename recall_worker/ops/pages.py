@@ -23,9 +23,9 @@ from typing import Any, Generic, TypeVar, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Backlog
 from ..events import Events
-from ..ledger import Backlog
-from ..line import Outage, Refusal
 from ..terminal import Trouble
 from ..worker.process import misfit, spare_descriptors, standing_still
 from ..worker.worker import Worker
@@ -70,7 +70,7 @@ class Question(Generic[T]):
     async def _answered(self) -> T | str:
         try:
             return await self._ask()
-        except (Outage, Refusal) as error:
+        except (DatabaseUnavailable, StatementRejected) as error:
             return error.reason
 
     async def close(self) -> None:
@@ -94,7 +94,7 @@ class Pages:
         return said("alive")
 
     async def readyz(self, _: web.Request) -> web.Response:
-        if self._worker.vitals.is_draining:
+        if self._worker.status.is_draining:
             return said("draining: nothing more is claimed", 503)
         schema = await self._schema.answer()
         if isinstance(schema, str):
@@ -235,7 +235,7 @@ class Connection(asyncio.Protocol):
 @contextlib.asynccontextmanager
 async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIterator[None]:
     """Serve the pages until left. Raises Trouble where nothing can listen there."""
-    metrics = Metrics(lambda: worker.vitals)
+    metrics = Metrics(lambda: worker.status)
     events.listen(metrics.hear)
     answers = Pages(worker, metrics)
     app = web.Application(middlewares=[_head_was_read])
@@ -244,7 +244,7 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, logger=_logger())
     await runner.setup()
     assert runner.server is not None
-    connections = Port(runner.server, events, connections_most(spare_descriptors(worker.vitals.slots)))
+    connections = Port(runner.server, events, connections_most(spare_descriptors(worker.status.slots)))
     async with contextlib.AsyncExitStack() as around:
         around.push_async_callback(answers.close)
         around.push_async_callback(runner.cleanup)

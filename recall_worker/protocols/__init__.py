@@ -90,7 +90,7 @@ class Protocol(Interface):
         ...
 
 
-def hushed(outcome: Outcome, secret: str | None) -> Outcome:
+def redact(outcome: Outcome, secret: str | None) -> Outcome:
     """An API that repeats what it was sent must not bring the token into a row or a log."""
     reason = getattr(outcome, "reason", None)
     if reason is None or not secret or secret not in reason:

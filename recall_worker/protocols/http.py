@@ -1,6 +1,6 @@
 """One request over one connection, by a transport that knows whether anything of it was sent.
 
-Owns connections and their shape; the protocols say what to send and what an answer means. Over aiohttp itself, chosen by measurement
+Owns connections and their shape; the protocols say what to send and what an answer means. Expired aiohttp itself, chosen by measurement
 (benchmarks/transport.py): with 200 requests open at once it makes some 7,600 requests a second where httpx with its own transport
 makes 25, and httpx over aiohttp 2,600; and it is the one that can say what decides whether a run may be posted again.
 

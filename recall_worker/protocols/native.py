@@ -1,6 +1,6 @@
 """The native protocol: DESIGN's run endpoint, spoken by APIs that were written for it (and by `recall-worker reference-api`).
 
-What its server can do: check and start atomically (409), name a missing session (404 with a code), honour `Idempotency-Key`, answer when the
+What its server can do: check and start atomically (409), name a missing session (404 with a code), resolve_move `Idempotency-Key`, answer when the
 run has ended or accept it and be polled (202 with `Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE on the
 same address). Nothing needs looking up before a second post, as that carries the same key.
 

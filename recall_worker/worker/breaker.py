@@ -19,13 +19,13 @@ from ..recall import (
     Answered,
     Busy,
     Capped,
+    Expired,
     Failed,
     Gone,
     Malformed,
     Misconfigured,
     Misfired,
     Outcome,
-    Over,
     Refused,
     Unavailable,
     Unknown,
@@ -96,7 +96,7 @@ class Breaker:
                 if http_status is not None:
                     return self._answer(call)
                 return self._wait_longer(now) if was_probe else None
-            case Unsent() | Malformed() | Capped() | Misfired() | Over():
+            case Unsent() | Malformed() | Capped() | Misfired() | Expired():
                 if was_probe:
                     self._next_probe = now
                 return None

@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable
 
 from .. import judge as judging
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Claimed, Ledger, NextDue
 from ..events import Events
-from ..ledger import Ahead, Claimed, Ledger
-from ..line import Outage, Refusal
 from ..protocols import Call
 from ..recall import Claim, Placement
 from ..settings import Settings
+from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
 from .executor import Executor
-from .reach import Reach
 from .run import Run, Runs
 from .wake import Looked, Wake
 
@@ -51,7 +51,7 @@ class Dispatcher:
         runs: Runs,
         executor: Executor,
         endpoint: EndpointStatus,
-        database: Reach,
+        database: DatabaseStatus,
         events: Events,
         wake: Wake,
         traceparent: Callable[[], str],
@@ -89,7 +89,7 @@ class Dispatcher:
         self._roused.set()
 
     def progressed(self) -> None:
-        """A run has left its slot, or has proven to be harmless: worth a look where something waits for that."""
+        """A run has left its slot, or has proven to be escape_controls: worth a look where something waits for that."""
         if self._full or self._leases_ended:
             self.changed()
 
@@ -117,7 +117,7 @@ class Dispatcher:
             # Whatever is computed here, all others have their turn.
             await asyncio.sleep(0)
             claims = self._wake.begin(time.monotonic())
-            found = await self._look(claims=claims)
+            found = await self.dispatch_once(claims=claims)
             self._wake.looked(found, time.monotonic())
 
     async def _sleep(self, until: float) -> None:
@@ -130,32 +130,32 @@ class Dispatcher:
                 await asyncio.sleep(0)
         self._database.woke(time.monotonic() - until)
 
-    async def _look(self, *, claims: bool) -> Looked:
+    async def dispatch_once(self, *, claims: bool) -> Looked:
         """Claim what is due and start it. `claims`: at once; else only where there is anything."""
         slots, changes_in = await self._endpoint.allowance(self._runs.free_slots)
         if slots <= 0:
             return Looked(blocked=True, again_in=changes_in)
         try:
-            return await self._look_with(slots, claims=claims)
-        except Outage as outage:
+            return await self._dispatch(slots, claims=claims)
+        except DatabaseUnavailable as outage:
             self._database.lost(outage.reason, outage.asked_at)
             return Looked(blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
-        except Refusal as refusal:
-            self._events.tell("worker.stumbled", doing="claim", reason=refusal.reason)
+        except StatementRejected as refusal:
+            self._events.tell("worker.error", doing="claim", reason=refusal.reason)
             return Looked(blocked=True, again_in=random.uniform(*REFUSED_PAUSE))
 
-    async def _look_with(self, slots: int, *, claims: bool) -> Looked:
+    async def _dispatch(self, slots: int, *, claims: bool) -> Looked:
         probing = self._endpoint.is_open
         slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
         tried = self._leases_ended and self._database.may_take_expired
         taken = await self._take_up(slots, probing=probing) if tried else 0
         if taken >= slots:
             return self._filled(taken)
-        ahead = None
+        next_due = None
         if not claims and taken == 0:
-            ahead = await self._ask_ahead(None)
-            if not ahead.waiting:
-                return self._seen(0, ahead, tried=tried)
+            next_due = await self._ask_next_due(None)
+            if not next_due.waiting:
+                return self._seen(0, next_due, tried=tried)
         claimed = await self._ledger.claim(slots - taken, all_held=not self._database.may_take_expired)
         self._tell_claimed(claimed)
         await self._start(claimed, probing=probing)
@@ -172,8 +172,8 @@ class Dispatcher:
             self._wake.asks_ahead()
             if await self._is_called(CALLS_FIRST):
                 return Looked(taken)
-        ahead = await self._ask_ahead(claimed.asked_at)
-        return self._filled(taken) if self._full else self._seen(taken, ahead, tried=tried)
+        next_due = await self._ask_next_due(claimed.asked_at)
+        return self._filled(taken) if self._full else self._seen(taken, next_due, tried=tried)
 
     def _filled(self, taken: int) -> Looked:
         """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may
@@ -182,18 +182,18 @@ class Dispatcher:
             return Looked(taken, full=True, again_in=PROBED_AGAIN)
         return Looked(taken, full=True, has_room=self._runs.free_slots > 0)
 
-    def _seen(self, taken: int, ahead: Ahead, *, tried: bool) -> Looked:
+    def _seen(self, taken: int, next_due: NextDue, *, tried: bool) -> Looked:
         # Leases that have ended are for the next look, unless this one has tried to take them up: then something stands in
         # the way of those that are left.
-        ended = ahead.ended and not tried
+        ended = next_due.ended and not tried
         may_take_in = self._database.may_take_expired_in if ended else 0.0
         return Looked(
             taken,
-            waiting=ahead.waiting,
-            fell_due=ahead.fresh,
+            waiting=next_due.waiting,
+            fell_due=next_due.fresh,
             ended=ended and may_take_in == 0 and not self._runs.any_unproven,
-            due_at=None if ahead.next_in is None else ahead.asked_at + ahead.next_in,
-            unfinished=ahead.moved,
+            due_at=None if next_due.next_in is None else next_due.asked_at + next_due.next_in,
+            unfinished=next_due.moved,
             again_in=may_take_in or None,
         )
 
@@ -211,17 +211,17 @@ class Dispatcher:
             return False
         return True
 
-    async def _ask_ahead(self, claimed_at: float | None) -> Ahead:
+    async def _ask_next_due(self, claimed_at: float | None) -> NextDue:
         self._wake.asks_ahead()
-        ahead = await self._ledger.ahead(claimed_at=claimed_at)
-        self._leases_ended = ahead.ended
+        next_due = await self._ledger.next_due(claimed_at=claimed_at)
+        self._leases_ended = next_due.ended
         self._database.found()
         self._unseen_since = None
-        if ahead.moved:
-            await self._plan()
-        return ahead
+        if next_due.moved:
+            await self._settle_moved()
+        return next_due
 
-    async def _plan(self) -> None:
+    async def _settle_moved(self) -> None:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
         right distance."""
         moved = await self._ledger.moved()
@@ -265,9 +265,9 @@ class Dispatcher:
             self._events.tell("recall.stranded", recall=id, error=reason)
 
     async def _start(self, claimed: Claimed, *, probing: bool) -> None:
-        placements = [(claim, placement) for claim in claimed.claims if (placement := judging.honour(claim)) is not None]
+        placements = [(claim, placement) for claim in claimed.claims if (placement := judging.resolve_move(claim)) is not None]
         to_place = {claim.lease for claim, _ in placements}
-        placed = await self._place(placements) if placements else {}
+        placed = await self._write_moves(placements) if placements else {}
         for claim in claimed.claims:
             call = Call(placed.get(claim.lease, claim), claimed.asked_at, traceparent=self._traceparent())
             held_until = claimed.asked_at + self._settings.lease
@@ -299,12 +299,12 @@ class Dispatcher:
             if run.claim.id == claim.id:
                 run.abort("lost")
 
-    async def _place(self, placements: list[tuple[Claim, Placement]]) -> dict[object, Claim]:
+    async def _write_moves(self, placements: list[tuple[Claim, Placement]]) -> dict[object, Claim]:
         """Those that are to run now, as they stand after it; the others go back as moved."""
         try:
-            placed = await self._ledger.place([(claim, to) for claim, to in placements if judging.runs_now(claim, to)])
-        except (Outage, Refusal):
+            placed = await self._ledger.write_moves([(claim, to) for claim, to in placements if judging.runs_now(claim, to)])
+        except (DatabaseUnavailable, StatementRejected):
             return {}  # Put back unsent: the settle honours the move.
         for claim in placed:
-            self._events.tell("recall.placed", recall=claim.id, session=claim.session_id, occurrence=claim.occurrence)
+            self._events.tell("recall.moved", recall=claim.id, session=claim.session_id, occurrence=claim.occurrence)
         return {claim.lease: claim for claim in placed}

@@ -12,9 +12,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Ledger
 from ..events import Events
-from ..ledger import Ledger
-from ..line import Outage, Refusal
 from ..protocols import Call
 from ..recall import Outcome
 from .breaker import Breaker
@@ -53,7 +53,7 @@ class EndpointStatus:
             return 0, changes_in if allowed == 0 else None
         try:
             return await self._shared(min(allowed, free_slots), changes_in, free_slots)
-        except (Outage, Refusal):
+        except (DatabaseUnavailable, StatementRejected):
             return 0, ASK_AGAIN
 
     async def _shared(self, allowed: int, changes_in: float, free_slots: int) -> tuple[int, float | None]:
@@ -90,5 +90,5 @@ class EndpointStatus:
     async def _tell_others(self) -> None:
         try:
             await self._ledger.endpoint_answers(self._endpoint)
-        except (Outage, Refusal):
+        except (DatabaseUnavailable, StatementRejected):
             pass  # The others find out by their own probes.

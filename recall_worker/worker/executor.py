@@ -18,15 +18,15 @@ from contextlib import suppress
 from psycopg import errors
 
 from .. import judge as judging
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Ledger
 from ..events import Events
 from ..judge import Policy
-from ..ledger import Ledger
-from ..line import Outage, Refusal
-from ..protocols import Protocol, hushed
+from ..protocols import Protocol, redact
 from ..recall import Accepted, Answered, Capped, Ending, Locked, Malformed, Misconfigured, Outcome, Unknown, Unsent
 from ..settings import Settings
+from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
-from .reach import Reach
 from .run import ENDED, LET_GO, Run, Runs
 from .settler import LOCKED_FIRST, LOCKED_MOST, Settler
 
@@ -49,12 +49,12 @@ class Executor:
         runs: Runs,
         settler: Settler,
         endpoint: EndpointStatus,
-        database: Reach,
+        database: DatabaseStatus,
         events: Events,
         progressed: Callable[[], None],
     ) -> None:
         """`progressed()` is called where a slot is free before its run is settled, and where a row that was taken up from a
-        dead worker has proven to be harmless."""
+        dead worker has proven to be escape_controls."""
         self._settings = settings
         self._policy = policy
         self._protocol = protocol
@@ -71,13 +71,13 @@ class Executor:
         """Make the run, and hand its outcome to the settler."""
         outcome: Outcome
         try:
-            outcome = hushed(await self._outcome(run), self._settings.run_token)
+            outcome = redact(await self._outcome(run), self._settings.run_token)
         except asyncio.CancelledError:
             outcome = self._broken_off(run, run.aborted or "the worker broke")
             if run.aborted in ENDED:
                 await self._end_there(run)
         except Exception as error:
-            self._events.tell("worker.stumbled", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
+            self._events.tell("worker.error", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
             outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
         self._finish(run, outcome)
 
@@ -111,8 +111,8 @@ class Executor:
         if not windows:
             return None
         try:
-            found = await self._ledger.runs_of(run.claim.session_id, windows)
-        except (Outage, Refusal) as error:
+            found = await self._ledger.count_session_runs(run.claim.session_id, windows)
+        except (DatabaseUnavailable, StatementRejected) as error:
             return Capped(f"its session's runs could not be counted: {error.reason}", 1.0)
         for (span, most), (runs, frees_in) in zip(windows, found, strict=True):
             if runs >= most:
@@ -136,7 +136,7 @@ class Executor:
                     if await self._ledger.sent(claim):
                         return True
                     withheld.append("its lease is not ours any more")
-                except (Outage, Refusal) as error:
+                except (DatabaseUnavailable, StatementRejected) as error:
                     withheld.append(f"it could not be put on record that it is sent: {error.reason}")
                 return False
 
@@ -159,9 +159,9 @@ class Executor:
         try:
             try:
                 call.message = await self._ledger.message(run.claim)
-            except Outage as outage:
+            except DatabaseUnavailable as outage:
                 return Capped(f"its message could not be read: {outage.reason}", READ_AGAIN)
-            except Refusal as refusal:
+            except StatementRejected as refusal:
                 return Malformed(f"its message can't be read: {refusal.reason}")
             if call.message is None:
                 return Unsent("its message was changed while it was read, or the lease is not ours any more")
@@ -192,15 +192,15 @@ class Executor:
                     return answer
                 await asyncio.sleep(pause)
                 pause = min(LOCKED_MOST, self._settings.lease / 12, pause * 2)
-            except Outage as outage:
+            except DatabaseUnavailable as outage:
                 self._database.lost(outage.reason, outage.asked_at)
                 await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
-            except Refusal as refusal:
+            except StatementRejected as refusal:
                 if refusal.sqlstate == errors.LockNotAvailable.sqlstate:
                     # Somebody holds the whole table, as DDL does.
                     await asyncio.sleep(pause)
                     continue
-                self._events.tell("worker.stumbled", doing="accept", recall=run.claim.id, reason=refusal.reason)
+                self._events.tell("worker.error", doing="accept", recall=run.claim.id, reason=refusal.reason)
                 return False
 
     async def _followed(self, run: Run) -> Outcome:
@@ -217,8 +217,8 @@ class Executor:
     async def _end_there(self, run: Run) -> None:
         """The application ended the recall: ask the API to end the run that it accepted, be its reference on record yet or not."""
         claim = run.claim
-        with suppress(Outage, Refusal):
-            if run.aborted is None and not set((await self._ledger.look({claim.id: claim.lease})).values()) & set(ENDED):
+        with suppress(DatabaseUnavailable, StatementRejected):
+            if run.aborted is None and not set((await self._ledger.check_leases({claim.id: claim.lease})).values()) & set(ENDED):
                 return
             reference = run.reference
             if reference is None and run.call.sent_at is not None:

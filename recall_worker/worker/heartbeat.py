@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
-from ..ledger import Ledger
-from ..line import Outage, Refusal
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Ledger
 
 HEARTBEAT_MOST, HEARTBEAT_LEAST = 60.0, 5.0
 """Seconds between two heartbeats: a lease, within these bounds."""
@@ -56,10 +56,10 @@ class Heartbeat:
             try:
                 if self.check is not None:
                     await self.check()
-                self._replicas_ahead(await self._ledger.beat(self._facts(), self._settings, self._in_hand()))
+                self._replicas_ahead(await self._ledger.heartbeat(self._facts(), self._settings, self._in_hand()))
                 if time.monotonic() - began > SOON:
                     pause = self._every
-            except (Outage, Refusal):
+            except (DatabaseUnavailable, StatementRejected):
                 pass
             try:
                 async with asyncio.timeout(pause):

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from uuid import uuid4
 
+from ..database.connection import CONNECT_DEADLINE, STATEMENT_DEADLINE, DatabaseUnavailable
+from ..database.ledger import Ledger
 from ..events import Events
-from ..ledger import Ledger
-from ..line import CONNECT_DEADLINE, STATEMENT_DEADLINE, Outage
 from ..protocols import create
 from ..settings import Settings
 from ..statements import generation
@@ -72,7 +72,7 @@ async def serve(settings: Settings, beside: Beside | None = None) -> None:
         signals += 1
         notify("STOPPING=1")
         # A first signal in the midst of a drain that the schema began must not cut that short.
-        if signals > 1 or not worker.vitals.is_draining:
+        if signals > 1 or not worker.status.is_draining:
             worker.stop()
 
     async with AsyncExitStack() as around:
@@ -135,7 +135,7 @@ async def _check_schema(settings: Settings, name: str) -> None:
     try:
         async with asyncio.timeout(5):
             unfit = misfit(*await ledger.schema())
-    except (Outage, TimeoutError):
+    except (DatabaseUnavailable, TimeoutError):
         return
     finally:
         await ledger.close()
@@ -144,12 +144,12 @@ async def _check_schema(settings: Settings, name: str) -> None:
 
 
 async def _check_running(worker: Worker, events: Events) -> None:
-    """Let a running worker drain and end once the schema excludes its code. Raises Outage, Refusal.
+    """Let a running worker drain and end once the schema excludes its code. Raises DatabaseUnavailable, StatementRejected.
 
     Only then: a schema that is missing or older than the code is one that somebody restores.
     """
     unfit = misfit(*await worker.schema())
-    if unfit is not None and unfit.excludes_code and not worker.vitals.is_draining:
+    if unfit is not None and unfit.excludes_code and not worker.status.is_draining:
         events.tell("schema.refused", reason=str(unfit), hint=unfit.hint)
         notify("STOPPING=1")
         worker.refuse(unfit)

@@ -16,11 +16,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import TURN, Ledger
 from ..events import Events
-from ..ledger import TURN, Ledger
-from ..line import Outage, Refusal
 from ..sweep import Sweep
-from .reach import Reach
+from .database_status import DatabaseStatus
 
 PART = 1 / 24
 LONGEST = 86_400.0
@@ -37,11 +37,13 @@ LOCKED = "55P03"
 
 
 class Pruner:
-    def __init__(self, ledger: Ledger, keep: Mapping[str, float], reach: Reach, events: Events, stopped: asyncio.Event) -> None:
+    def __init__(
+        self, ledger: Ledger, keep: Mapping[str, float], database: DatabaseStatus, events: Events, stopped: asyncio.Event
+    ) -> None:
         """`keep`: seconds, by what is kept. `stopped`: set when the worker begins to drain."""
         self._ledger = ledger
         self._keep = keep
-        self._reach = reach
+        self._database = database
         self._events = events
         self._stopped = stopped
         self._every = min(LONGEST, max(1.0, min(keep.values()) * PART))
@@ -50,36 +52,36 @@ class Pruner:
         """Prune whenever it is time. Returns when the worker stops."""
         wait = random.uniform(0, min(self._every, START_WITHIN))
         while not await self._is_stopped_within(wait):
-            wait = await self._look() * random.uniform(1.0, 1.1)
+            wait = await self._prune_if_due() * random.uniform(1.0, 1.1)
             if wait >= OPEN_FOR:
                 await self._ledger.stop_pruning()
         await self._ledger.stop_pruning()
 
-    async def _look(self) -> float:
+    async def _prune_if_due(self) -> float:
         """Prune if it is our turn. Returns seconds until the next look."""
-        if self._reach.is_lost:
+        if self._database.is_lost:
             return min(self._every, TURN)
         try:
             next_in = await self._ledger.take_turn(self._every)
             if next_in is None:
                 next_in = self._every if await self._sweep() else min(self._every, TURN)
             return min(max(next_in, 0.05), ASK_AGAIN)
-        except Outage:
+        except DatabaseUnavailable:
             # Told by those who need PostgreSQL for more than this.
             return min(self._every, TURN)
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if refusal.sqlstate != LOCKED:
-                self._events.tell("worker.stumbled", doing="prune", reason=refusal.reason)
+                self._events.tell("worker.error", doing="prune", reason=refusal.reason)
             return max(self._every, TURN)
 
     async def _sweep(self) -> bool:
-        """Walk through both tables. Returns whether the end was reached. Raises Outage, Refusal."""
+        """Walk through both tables. Returns whether the end was reached. Raises DatabaseUnavailable, StatementRejected."""
         sweep = Sweep(self._keep)
         began = asked = time.monotonic()
         whole = False
         try:
             while (batch := sweep.next()) is not None:
-                if self._stopped.is_set() or self._reach.is_lost:
+                if self._stopped.is_set() or self._database.is_lost:
                     break
                 if time.monotonic() - asked > TURN / 4:
                     asked = time.monotonic()
@@ -88,7 +90,7 @@ class Pruner:
                 at = time.monotonic()
                 try:
                     row = await self._ledger.prune(batch)
-                except Refusal as refusal:
+                except StatementRejected as refusal:
                     if refusal.sqlstate != LOCKED:
                         raise
                     # Somebody holds the whole table, as DDL does.

@@ -91,7 +91,7 @@ class Runs:
 
     @property
     def any_unproven(self) -> bool:
-        """Whether one that was taken up from a dead worker has not proven to be harmless yet."""
+        """Whether one that was taken up from a dead worker has not proven to be escape_controls yet."""
         return any(run.is_unproven for run in self._runs.values() if run.claim.taken_from is not None)
 
     def by_id(self) -> dict[str, Run]:

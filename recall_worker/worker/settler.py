@@ -22,21 +22,21 @@ from typing import assert_never
 from uuid import UUID
 
 from ..cadence import skipped
+from ..database.connection import DatabaseUnavailable
+from ..database.ledger import Ledger
 from ..events import Events
 from ..judge import Dice, Policy, judge
-from ..ledger import Ledger
-from ..line import Outage
 from ..recall import (
     FINAL,
     Capped,
     Ended,
     Ending,
+    Expired,
     LeaseLost,
     Locked,
     Malformed,
     Misfired,
     Moved,
-    Over,
     Settled,
     Settlement,
     Stranded,
@@ -46,11 +46,11 @@ from ..recall import (
     name_of,
     reason_of,
 )
-from .reach import Reach
+from .database_status import DatabaseStatus
 from .run import Run
 
 BATCH_MOST = 500
-NEVER_CALLED = Unsent | Capped | Misfired | Over | Malformed
+NEVER_CALLED = Unsent | Capped | Misfired | Expired | Malformed
 LOCKED_FIRST = 0.05
 LOCKED_MOST = 1.0
 """Seconds between two times that a locked row is asked for: doubling from the first to the most, and a twelfth of a lease at
@@ -65,7 +65,7 @@ class Settler:
         ledger: Ledger,
         policy: Policy,
         events: Events,
-        reach: Reach,
+        database: DatabaseStatus,
         free: Callable[[Run, bool], None],
         lease: float,
         dice: Dice = random.random,
@@ -75,12 +75,12 @@ class Settler:
         self._ledger = ledger
         self._policy = policy
         self._events = events
-        self._reach = reach
+        self._database = database
         self._free = free
         self._dice = dice
         self._waiting: list[tuple[Run, Ending, float]] = []
         self._some = asyncio.Event()
-        self._insisting: asyncio.Task[None] | None = None
+        self._standing: asyncio.Task[None] | None = None
         """What stands in the queue for a locked row."""
         self._locked_most = min(LOCKED_MOST, lease / 12)
         self._together = BATCH_MOST
@@ -105,18 +105,18 @@ class Settler:
                 began = time.monotonic()
                 try:
                     answers = await self._ledger.settle(judged)
-                except Outage as outage:
+                except DatabaseUnavailable as outage:
                     self._waiting = batch + self._waiting
                     if outage.timed_out:
                         # PostgreSQL is there, so one of these rows may be to blame. (Should it not be, others say so.)
                         self._together = max(1, len(batch) // 2)
                         self._slow |= {run.claim.lease for run, _, _ in batch if len(batch) == 1}
                     else:
-                        self._reach.lost(outage.reason, outage.asked_at)
+                        self._database.lost(outage.reason, outage.asked_at)
                     await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
                     continue
                 self._together = min(BATCH_MOST, self._together * 2)
-                self._reach.found()
+                self._database.found()
                 self._events.tell("batch.settled", endings=len(batch), took_ms=round((time.monotonic() - began) * 1000, 1))
                 for (run, ending, pause), (_, verdict), answer in zip(batch, judged, answers, strict=True):
                     self._conclude(run, ending, verdict, answer, pause)
@@ -164,19 +164,19 @@ class Settler:
 
     def _alone(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
         """Beside the batches: it stands in the queue for its row, or waits for that, one at a time."""
-        if self._insisting is None:
-            self._insisting = asyncio.create_task(self._insist(run, ending, verdict, pause))
+        if self._standing is None:
+            self._standing = asyncio.create_task(self._settle_waiting(run, ending, verdict, pause))
         else:
             self._later(run, ending, pause)
 
-    async def _insist(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
+    async def _settle_waiting(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
         """Stand in the queue for a locked row: its owner should be the first to have it."""
         try:
-            answer = await self._ledger.insist(ending, verdict)
-        except Outage:
+            answer = await self._ledger.settle_waiting(ending, verdict)
+        except DatabaseUnavailable:
             answer = Locked()
         finally:
-            self._insisting = None
+            self._standing = None
         if isinstance(answer, Locked):
             # In a batch again, as whatever else may stand in the way is told apart there.
             self._later(run, ending, pause)

@@ -17,19 +17,19 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from .. import judge as judging
-from ..bell import Bell
+from ..database.connection import DatabaseUnavailable, Deadlines, StatementRejected
+from ..database.ledger import Backlog, Ledger
+from ..database.listener import Listener
 from ..events import Events
-from ..ledger import Backlog, Ledger
-from ..line import Deadlines, Outage, Refusal
 from ..protocols import Protocol, traceparent
 from ..settings import Settings
+from .database_status import DatabaseStatus
 from .dispatcher import Dispatcher
 from .endpoint_status import EndpointStatus
 from .executor import Executor
 from .heartbeat import Heartbeat
-from .keeper import Keeper
+from .leases import LeaseRenewer
 from .pruner import Pruner
-from .reach import Reach
 from .run import Run, Runs
 from .settler import Settler
 from .wake import Wake
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
+class WorkerStatus:
     """How a worker is, as it knows itself."""
 
     slots: int
@@ -79,20 +79,20 @@ class Worker:
         self._hurry = asyncio.Event()
         self._runs = Runs(settings.concurrency)
         self._wake = Wake(settings.poll_interval, time.monotonic())
-        self._reach = Reach(events, settings.lease)
+        self._database = DatabaseStatus(events, settings.lease)
         deadlines = Deadlines.within(settings.lease)
-        self._bell = Bell(settings.listen_dsn or settings.dsn, name, self._notified, self._echo, events, deadlines)
-        self._settler = Settler(self._ledger, self._policy, events, self._reach, self._settled, settings.lease)
+        self._listener = Listener(settings.listen_dsn or settings.dsn, name, self._notified, self._self_test, events, deadlines)
+        self._settler = Settler(self._ledger, self._policy, events, self._database, self._settled, settings.lease)
         self._endpoint = EndpointStatus(self._ledger, endpoint, events, self._endpoint_changed)
         executor = Executor(
-            settings, self._policy, protocol, self._ledger, self._runs, self._settler, self._endpoint, self._reach, events,
+            settings, self._policy, protocol, self._ledger, self._runs, self._settler, self._endpoint, self._database, events,
             self._progressed,
         )  # fmt: skip
         self._dispatcher = Dispatcher(
-            settings, self._ledger, self._runs, executor, self._endpoint, self._reach, events, self._wake,
+            settings, self._ledger, self._runs, executor, self._endpoint, self._database, events, self._wake,
             lambda: self.traceparent(),
         )  # fmt: skip
-        self._keeper = Keeper(self._ledger, settings.lease, self._reach, self._runs.by_id, self._let_go)
+        self._leases = LeaseRenewer(self._ledger, settings.lease, self._database, self._runs.by_id, self._let_go)
         self._heartbeat = Heartbeat(
             self._ledger, settings.lease, settings.shown(), self._facts, lambda: self._runs.in_doubt(settings.lease),
             self._replicas_ahead,
@@ -102,10 +102,10 @@ class Worker:
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         keep = settings.keep
-        self._pruner = Pruner(self._ledger, keep, self._reach, events, self._stop) if keep else None
-        self._reach.on_return(self._dispatcher.changed)
-        self._reach.on_return(self._bell.doubt)
-        events.listen(lambda event, _: self._heartbeat.beat_now() if event.startswith("bell.") else None)
+        self._pruner = Pruner(self._ledger, keep, self._database, events, self._stop) if keep else None
+        self._database.on_return(self._dispatcher.changed)
+        self._database.on_return(self._listener.recheck)
+        events.listen(lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None)
 
     # --- from outside --------------------------------------------------------------------------------------------
 
@@ -127,12 +127,12 @@ class Worker:
             self.stop()
 
     def before_heartbeat(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Have `check()` awaited whenever a heartbeat is due. It may raise Outage, Refusal."""
+        """Have `check()` awaited whenever a heartbeat is due. It may raise DatabaseUnavailable, StatementRejected."""
         self._heartbeat.check = check
 
     @property
-    def bell_is_listening(self) -> bool:
-        return self._bell.listening
+    def is_listening(self) -> bool:
+        return self._listener.listening
 
     @property
     def turned_at(self) -> float:
@@ -140,32 +140,32 @@ class Worker:
         return max(self._dispatcher.turned_at, self._drained_at or 0.0)
 
     @property
-    def vitals(self) -> Vitals:
-        return Vitals(
+    def status(self) -> WorkerStatus:
+        return WorkerStatus(
             slots=self._settings.concurrency,
             slots_in_use=self._runs.slots_in_use,
             breaker=self._endpoint.state,
-            bell=self._bell.state,
-            database_is_lost=self._reach.is_lost,
+            bell=self._listener.state,
+            database_is_lost=self._database.is_lost,
             is_draining=self._stop.is_set(),
         )
 
     async def schema(self) -> tuple[int, int]:
-        """The schema's version and the oldest code that can work with it. Raises Outage, Refusal."""
+        """The schema's version and the oldest code that can work with it. Raises DatabaseUnavailable, StatementRejected."""
         return await self._heard(self._ledger.schema())
 
     async def backlog(self) -> Backlog:
-        """What is due in the table and in nobody's hand. Raises Outage, Refusal."""
+        """What is due in the table and in nobody's hand. Raises DatabaseUnavailable, StatementRejected."""
         return await self._heard(self._ledger.backlog())
 
     async def _heard(self, answer: Awaitable[T]) -> T:
         """An answer for somebody outside; whether there is one is for all to know."""
         try:
             heard = await answer
-        except Outage as outage:
-            self._reach.lost(outage.reason)
+        except DatabaseUnavailable as outage:
+            self._database.lost(outage.reason)
             raise
-        self._reach.found()
+        self._database.found()
         return heard
 
     async def run(self) -> None:
@@ -177,11 +177,11 @@ class Worker:
                 helpers = [
                     loops.create_task(work, name=name)
                     for name, work in (
-                        ("bell", self._bell.run()),
+                        ("listener", self._listener.run()),
                         ("settler", self._settler.run()),
-                        ("renewals", self._keeper.renew()),
-                        ("looks", self._keeper.look()),
-                        ("ends of leases", self._keeper.let_go_in_time()),
+                        ("renewals", self._leases.renew()),
+                        ("lease checks", self._leases.check_leases()),
+                        ("ends of leases", self._leases.let_go_in_time()),
                         ("heartbeat", self._heartbeat.run()),
                     )
                 ]
@@ -208,7 +208,7 @@ class Worker:
 
     def _notified(self) -> None:
         if self._runs:
-            self._keeper.ring()
+            self._leases.notified()
         self._dispatcher.notified()
 
     def _progressed(self) -> None:
@@ -231,20 +231,20 @@ class Worker:
 
     def _facts(self) -> dict[str, Any]:
         """This worker's row, for people."""
-        vitals = self.vitals
+        status = self.status
         return {
             "host": socket.gethostname(), "pid": os.getpid(), "version": version("recall-worker"),
-            "slots": self._settings.concurrency, "running": vitals.slots_in_use, "breaker": vitals.breaker,
-            "bell": vitals.bell,
+            "slots": self._settings.concurrency, "running": status.slots_in_use, "breaker": status.breaker,
+            "bell": status.bell,
         }  # fmt: skip
 
-    async def _echo(self, channel: str) -> None:
+    async def _self_test(self, channel: str) -> None:
         """Notify a channel of the listener's own. It goes over the connection of the renewals: an outage may show here first, and
         holds them up."""
         try:
-            await self._ledger.ring(channel)
-        except Outage as outage:
-            self._reach.lost(outage.reason, outage.asked_at)
+            await self._ledger.notify(channel)
+        except DatabaseUnavailable as outage:
+            self._database.lost(outage.reason, outage.asked_at)
             # Whether it is found again is for those to say who write: a standby, too, can be notified.
             self._dispatcher.changed()
             raise
@@ -271,13 +271,13 @@ class Worker:
     @property
     def _is_hurried_away(self) -> bool:
         """A second signal does not wait for a PostgreSQL that is lost: the leases end by themselves."""
-        return self._hurry.is_set() and self._reach.is_lost
+        return self._hurry.is_set() and self._database.is_lost
 
     async def _say_goodbye(self) -> None:
         if self._is_hurried_away:
             return
         try:
             async with asyncio.timeout(2):
-                await self._ledger.leave()
-        except (Outage, Refusal, TimeoutError):
+                await self._ledger.deregister()
+        except (DatabaseUnavailable, StatementRejected, TimeoutError):
             pass

@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from recall_worker.line import Dates
+from recall_worker.database.values import Dates
 
 from . import account as accounting
 from . import report as reporting
@@ -54,7 +54,7 @@ async def audit(
         silence.set()
         await living
         left = await _drained(hand, api, drawn, hopeless=bool(stage.spins or schedule.stuck))
-        rows, marks = await hand.insist(_tables)
+        rows, marks = await hand.settle_waiting(_tables)
         statuses = await stage.end()
         records = Records(
             api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm, drawn,
@@ -95,10 +95,10 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
         await conn.execute("update session_recalls set paused_at = null, updated_at = now() where paused_at is not null")
 
     async def end() -> None:
-        for (id,) in await hand.insist(cancel):
+        for (id,) in await hand.settle_waiting(cancel):
             hand.journal.promises[id].maybe_ended = True
 
-    await hand.insist(resume)
+    await hand.settle_waiting(resume)
     await end()
 
     async def live(conn: psycopg.AsyncConnection[Any]) -> int:
@@ -114,7 +114,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     while left and time.monotonic() < until:
         if drawn.session_limit is not None:
             await end()
-        left = await hand.insist(live)
+        left = await hand.settle_waiting(live)
         await asyncio.sleep(0.2)
     # A call whose recall is gone ends a little later, and leaves its mark then.
     until = time.monotonic() + RUN_TIMEOUT

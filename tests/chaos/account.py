@@ -24,7 +24,7 @@ SLACK = 0.05
 LAG_MOST = 1.5
 """Seconds that a recall may be late in a calm phase, on a machine that does much else; what is usual is told beside it."""
 CANCEL_TAKES = 1.0
-"""Seconds in which a call may still arrive that was claimed before its recall was ended."""
+"""Seconds in which a call may still session_setup that was claimed before its recall was ended."""
 
 GAP_SLACK = 0.1
 """Seconds by which an interval may seem too short: the API notes the end of a run a moment after

@@ -464,7 +464,7 @@ class Hand:
         self._pool.append(conn)
         return rows
 
-    async def insist(self, ask: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Any]], within: float = 60) -> Any:
+    async def settle_waiting(self, ask: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Any]], within: float = 60) -> Any:
         """Run `ask(connection)` until it is answered."""
         end = time.monotonic() + within
         while True:

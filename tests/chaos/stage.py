@@ -131,7 +131,7 @@ class Stage:
         """Workers that turned without a rest, in words."""
         self._stack = AsyncExitStack()
         self._keeping: list[asyncio.Task[None]] = []
-        self._over = False
+        self._occurrence_done = False
         self._mounted: Path | None = None
         self.has_room = False
         """Whether the database lies on a small file system of its own, which can be filled up."""
@@ -163,7 +163,7 @@ class Stage:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._over = True
+        self._occurrence_done = True
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
@@ -189,7 +189,7 @@ class Stage:
                 "LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(replica.clock), "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }  # fmt: skip
-        while not self._over:
+        while not self._occurrence_done:
             with replica.log.open("ab") as log:
                 replica.process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -266,7 +266,7 @@ class Stage:
 
     async def end(self, within: float = 30) -> list[int]:
         """SIGTERM to all; their exit statuses."""
-        self._over = True
+        self._occurrence_done = True
         for replica in self.replicas:
             replica.signal(signal.SIGCONT)
             replica.signal(signal.SIGTERM)

@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from recall_worker import ledger as ledger_module
 from recall_worker import schema
-from recall_worker.ledger import Ledger
+from recall_worker.database import ledger as ledger_module
+from recall_worker.database.ledger import Ledger
 
 from .. import postgres
 from ..application import CREATE_TABLES, AlreadyScheduled, Application
@@ -99,9 +99,7 @@ class House:
         [settled] = await self.daemon.hears("recall.settled", recall=session, status="fired")
         assert settled["lag_ms"] < 3000
         assert self.daemon.process.returncode is None
-        assert (
-            self.daemon.told("worker.stumbled") == self.daemon.told("recall.stranded") == self.daemon.told("breaker.opened") == []
-        )
+        assert self.daemon.told("worker.error") == self.daemon.told("recall.stranded") == self.daemon.told("breaker.opened") == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -619,7 +617,7 @@ async def test_one_row_that_can_not_be_claimed_among_fifty(
     [stranded] = daemon.told("recall.stranded")
     assert stranded["recall"] == "bad" and said in stranded["error"]
     assert (await rows(db, STATE, ["bad"]))[0]["status"] == "pending"
-    assert daemon.told("worker.stumbled") == []
+    assert daemon.told("worker.error") == []
     assert await daemon.stop() == 0
 
 

@@ -25,9 +25,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from recall_worker import schema
 from recall_worker.cli.run import run
+from recall_worker.database.connection import error_text
+from recall_worker.database.ledger import Ledger
 from recall_worker.embedded import EmbeddedServer
-from recall_worker.ledger import Ledger
-from recall_worker.line import said
 from recall_worker.protocols.http import HttpClient
 from recall_worker.settings import Settings, SettingsError, read
 from recall_worker.terminal import UNREACHABLE, USAGE, Trouble, explain
@@ -150,7 +150,7 @@ def test_a_dsn_that_can_not_be_read(dsn: str) -> None:
     trouble = explain(caught.value)
     assert trouble is not None and trouble.status == USAGE and trouble.hints
     assert trouble.what.startswith("RECALL_DSN can't be read: ")
-    assert HUSH not in trouble.what + str(trouble.hints) + said(caught.value)
+    assert HUSH not in trouble.what + str(trouble.hints) + error_text(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ async def test_what_is_said_of_a_dsn_that_leads_nowhere(dsn: str) -> None:
         await psycopg.AsyncConnection.connect(dsn)
     trouble = explain(caught.value)
     assert trouble is not None and trouble.status == UNREACHABLE and trouble.hints
-    assert said(caught.value) and HUSH not in said(caught.value) + trouble.what
+    assert error_text(caught.value) and HUSH not in error_text(caught.value) + trouble.what
 
 
 async def test_a_daemon_with_such_a_dsn(anywhere: Daemons) -> None:
@@ -188,7 +188,7 @@ async def test_a_daemon_with_such_a_dsn(anywhere: Daemons) -> None:
     async with anywhere:
         daemon = await anywhere.start(ready=False, dsn=LEADS_NOWHERE["nobody there"])
         await daemon.hears("database.lost")
-        await daemon.hears("bell.lost")
+        await daemon.hears("listener.lost")
         assert await daemon.stop() == 0
         assert HUSH not in heard(daemon)
 
@@ -216,7 +216,7 @@ async def test_a_wrong_password(primary: EmbeddedServer, anywhere: Daemons, endp
         with psycopg.connect(primary.dsn(), autocommit=True) as conn:
             conn.execute(f"alter role ann password '{HUSH}'")
         await daemon.hears("database.found")
-        await daemon.hears("bell.listening")
+        await daemon.hears("listener.listening")
         assert await daemon.stop() == 0
         assert HUSH not in heard(daemon)
 
@@ -264,12 +264,12 @@ async def test_a_dsn_to_a_standby(primary: EmbeddedServer, anywhere: Daemons, en
             daemon = await anywhere.start(ready=False, dsn=standby.dsn(), run_url=endpoint.url, lease=1)
             [lost] = await daemon.hears("database.lost")
             assert "takes no writes, as a standby does" in lost["reason"]
-            await daemon.hears("bell.lost")
+            await daemon.hears("listener.lost")
             assert endpoint.requests == []
             assert await (await db.execute("select pg_promote()")).fetchone() == {"pg_promote": True}
             await daemon.hears("database.found")
             await daemon.hears("recall.settled", recall=recall, status="fired")
-            await daemon.hears("bell.listening")
+            await daemon.hears("listener.listening")
             assert daemon.process.returncode is None
             assert len(endpoint.requests) == 1
 
@@ -342,7 +342,7 @@ async def test_what_the_database_sets_for_others(
     left = await row(db, "s")
     assert (left["occurrence"], left["status"]) == (3, "pending")
     assert "🙂 é \\x1b[2J" in str(left["reason"])
-    assert daemon.told("worker.stumbled") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
     assert await daemon.stop() == 0
 
 
@@ -627,7 +627,7 @@ async def test_a_log_that_nobody_reads(app: Application, db: Connection, databas
     """The reader of the daemon's log goes away: the daemon goes on without a word."""
     daemon = await Daemon.start({"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url})
     try:
-        await daemon.hears("bell.listening")
+        await daemon.hears("listener.listening")
         transport = daemon.process._transport.get_pipe_transport(2)  # type: ignore[attr-defined]
         transport.close()
         for n in range(3):

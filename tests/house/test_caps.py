@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from recall_worker.ledger import Ledger
+from recall_worker.database.ledger import Ledger
 
 from ..application import Application
 from ..conftest import Connection

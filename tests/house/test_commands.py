@@ -194,7 +194,7 @@ def sandbox(server: str, template: str, tmp_path_factory: pytest.TempPathFactory
         heard(api, str(port))
         worker = sandbox.start("exec recall-worker run")
         stack.callback(ended, worker)
-        heard(worker, "bell.listening")
+        heard(worker, "listener.listening")
         yield sandbox
 
 

@@ -466,4 +466,4 @@ async def test_a_cron_recall_that_can_not_be_put_on_its_moment(
     settled = await daemon.hears("recall.settled", times=4, status="fired")
     assert max(event["lateness_ms"] for event in settled) < 1000
     assert [e["error"] for e in daemon.told("recall.stranded")] == ["frozen"], "told once"
-    assert daemon.told("worker.stumbled") == []
+    assert daemon.told("worker.error") == []

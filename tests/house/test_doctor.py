@@ -46,7 +46,7 @@ async def test_beside_a_daemon_at_work(
     gate.open()
     await daemon.hears("recall.settled", session="s", outcome="answered")
     assert [r.session for r in endpoint.requests if r.method == "POST"] == ["s"]
-    assert daemon.told("worker.stumbled") == daemon.told("bell.lost") == []
+    assert daemon.told("worker.error") == daemon.told("listener.lost") == []
 
 
 async def test_beside_a_daemon_that_is_not_rung(database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
@@ -54,8 +54,8 @@ async def test_beside_a_daemon_that_is_not_rung(database: str, db: Connection, e
     endpoint.default = by_method
     with pooler(database) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn)
-        await daemon.hears("bell.unheard")
-        await eventually(db, "select 1 from recall_workers where bell = 'unheard'")
+        await daemon.hears("listener.deaf")
+        await eventually(db, "select 1 from recall_workers where bell = 'deaf'")
         status, findings = await examined(database, endpoint)
     assert status == 1
     assert problems(findings) == [

@@ -165,7 +165,7 @@ async def test_a_synchronous_replica_under_load(pair: Pair, replicas: Daemons, e
     current = pair.standby
     for daemon in daemons:
         await daemon.hears("database.found", within=60)
-        await daemon.hears("bell.listening", times=2, within=60)
+        await daemon.hears("listener.listening", times=2, within=60)
     for session in list(gates)[3:]:
         gates[session].open()
     await asyncio.wait_for(load, 60)
@@ -184,7 +184,7 @@ async def test_a_synchronous_replica_under_load(pair: Pair, replicas: Daemons, e
     twice = {key: times for key, times in Counter(endpoint.keys).items() if times > 1}
     assert twice == {}
     for daemon in daemons:
-        assert daemon.told("lease.lost") == daemon.told("worker.stumbled") == []
+        assert daemon.told("lease.lost") == daemon.told("worker.error") == []
         assert [len(daemon.told(f"database.{how}")) for how in ("lost", "found")] == [1, 1]
         assert same_process(daemon)
         assert await daemon.stop() == 0
@@ -216,7 +216,7 @@ async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, 
             await daemon.hears("recall.settled", recall=recall)
         promised = [await promise(app, f"promised{n}", "once", 30) for n in range(5)]
     pair.primary.kill()
-    await daemon.hears("bell.lost")
+    await daemon.hears("listener.lost")
     await pair.promote()
     async with connected(pair.standby.dsn()) as db:
         for recall in (*waiting, again, running):
@@ -238,7 +238,7 @@ async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, 
         f"of {len(waiting) + 2} lost settles {len(waiting) + 2} were called again under the same key; "
         f"of {len(done) + len(promised)} lost inserts {len(done)} had been called and left no trace, {len(promised)} never will be"
     )
-    assert same_process(daemon) and daemon.told("worker.stumbled") == []
+    assert same_process(daemon) and daemon.told("worker.error") == []
     assert await daemon.stop() == 0
 
 
@@ -246,9 +246,9 @@ async def test_the_old_primary_comes_back_as_a_standby(pair: Pair, replicas: Dae
     """Named first in the DSN, and up again, but taking no writes: it is passed over at each reconnection, by the bell, too."""
     daemon = await replicas.start(lease=2)
     pair.primary.kill()
-    await daemon.hears("bell.lost")
+    await daemon.hears("listener.lost")
     await pair.promote()
-    await daemon.hears("bell.listening", times=2, within=60)
+    await daemon.hears("listener.listening", times=2, within=60)
     (pair.primary.directory / "pgdata" / "standby.signal").touch()
     pair.primary.start()
     async with connected(pair.standby.dsn()) as db, connected(pair.primary.dsn()) as old:
@@ -257,7 +257,7 @@ async def test_the_old_primary_comes_back_as_a_standby(pair: Pair, replicas: Dae
         for n in range(3):
             ended = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'recall-worker%'"
             assert len(await rows(db, ended)) >= 2
-            await daemon.hears("bell.listening", times=3 + n, within=60)
+            await daemon.hears("listener.listening", times=3 + n, within=60)
             async with await Application.connect(pair.standby.dsn()) as app:
                 recall = await promise(app, f"s{n}")
             await daemon.hears("recall.settled", recall=recall)
@@ -285,7 +285,7 @@ async def test_a_standby_is_named_and_not_spun_upon(attrs: str, pair: Pair, endp
             daemon = await daemons.start(ready=False, lease=2)
             [lost] = await daemon.hears("database.lost")
             assert "takes no writes, as a standby does" in lost["reason"]
-            [lost] = await daemon.hears("bell.lost")
+            [lost] = await daemon.hears("listener.lost")
             assert "takes no writes, as a standby does" in lost["reason"]
             connections, began = proxy.connections, time.monotonic()
             async with connected(pair.standby.dsn()) as db:
@@ -293,13 +293,13 @@ async def test_a_standby_is_named_and_not_spun_upon(attrs: str, pair: Pair, endp
             rate = (proxy.connections - connections) / (time.monotonic() - began)
             print(f"{rate:.1f} connections a second while the server takes no writes")
             assert rate < 8
-            assert len(daemon.told("database.lost")) == len(daemon.told("bell.lost")) == 1
+            assert len(daemon.told("database.lost")) == len(daemon.told("listener.lost")) == 1
             assert endpoint.requests == []
             pair.primary.kill()
             await pair.promote()
             await daemon.hears("database.found", within=60)
             await daemon.hears("recall.settled", recall=recall, within=60)
-            await daemon.hears("bell.listening", within=60)
+            await daemon.hears("listener.listening", within=60)
             assert same_process(daemon) and await daemon.stop() == 0
 
 
@@ -323,8 +323,8 @@ async def test_a_primary_that_falls_silent(pair: Pair, replicas: Daemons, endpoi
         await daemon.hears("database.found", within=90)
         ledger_after = time.monotonic() - fell
         await daemon.hears("recall.settled", recall=recall, attempt=1, within=60)
-        await daemon.hears("bell.lost", within=90, reason="no answer to the probe")
-        await daemon.hears("bell.listening", times=2, within=90)
+        await daemon.hears("listener.lost", within=90, reason="no answer to the probe")
+        await daemon.hears("listener.listening", times=2, within=90)
         print(f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after {time.monotonic() - fell:.1f} s")
         async with await Application.connect(pair.standby.dsn()) as app:
             asked = time.monotonic()

@@ -353,7 +353,7 @@ def memory(daemon: Daemon) -> int:
 def said_nothing_wrong(daemon: Daemon) -> None:
     """Every line of the log is one JSON document, no call broke the worker, no row could not be written, the token is nowhere."""
     assert daemon.talk == []
-    assert daemon.told("worker.stumbled") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
     assert daemon.process.returncode is None
     assert TOKEN not in str(daemon.events)
 

@@ -7,7 +7,7 @@ import asyncio
 import psycopg
 import pytest
 
-from recall_worker.line import Deadlines, arrive
+from recall_worker.database.connection import Deadlines, session_setup
 
 from ..application import Application
 from ..conftest import Connection, connected
@@ -56,8 +56,8 @@ async def test_the_bell(app: Application, database: str, endpoint: Endpoint, dae
     async with Proxy(database) as proxy:
         daemon = await daemons.start(lease=LEASE, listen_dsn=proxy.dsn, poll_interval=30)
         proxy.forget(0)
-        await daemon.hears("bell.lost", within=2 + 5 + 5 + 3)
-        await daemon.hears("bell.listening", times=2, within=5)
+        await daemon.hears("listener.lost", within=2 + 5 + 5 + 3)
+        await daemon.hears("listener.listening", times=2, within=5)
         await promise(app, "heard")
         async with asyncio.timeout(5):
             await endpoint.count(1, "heard")
@@ -67,7 +67,7 @@ async def test_the_bell(app: Application, database: str, endpoint: Endpoint, dae
 async def test_postgresql_has_bounds_for_a_silence_too(database: str) -> None:
     """On a connection that has arrived the server's own deadlines are drawn from the lease: a vanished worker's locks end before that does."""
     conn = await psycopg.AsyncConnection.connect(database, autocommit=True)
-    assert await arrive(conn, Deadlines.within(LEASE).statement)
+    assert await session_setup(conn, Deadlines.within(LEASE).statement)
     for name, value in {
         "statement_timeout": "1s",
         "lock_timeout": "500ms",

@@ -139,7 +139,7 @@ async def end(hosts: Hosts, gates: dict[str, Gate], *daemons: Daemon) -> None:
     await eventually(hosts.db, ALL_RUN, within=30)
     for daemon in daemons:
         assert await daemon.stop() == 0
-        assert daemon.told("worker.stumbled") == []
+        assert daemon.told("worker.error") == []
 
 
 @pytest.mark.parametrize(("cut_off", "how"), [("one", "silent"), ("two", "silent"), ("one", "answers vanish"), ("one", "barred")])
@@ -205,7 +205,7 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
     healed_at = time.monotonic()
     hosts.net.heal()
     await lost.hears("database.found", within=10)
-    await lost.hears("bell.listening", times=2, within=15)
+    await lost.hears("listener.listening", times=2, within=15)
     # The other has a slot left at most. Once that is filled what comes next is the healed worker's.
     filling = await hosts.held({"filling": "once"})
     if kept.told("recall.claimed", session="filling"):
@@ -217,7 +217,7 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
     assert len(lost.told("lease.lost")) == 2
     assert [len(lost.told(f"database.{what}")) for what in ("lost", "found")] == [1, 1]
     assert [len(kept.told(f"database.{what}")) for what in ("lost", "found")] == [0, 0]
-    assert kept.told("recall.aborted") == kept.told("bell.lost") == []
+    assert kept.told("recall.aborted") == kept.told("listener.lost") == []
 
 
 def test_the_hosts_are_removed_also_after_a_failure() -> None:
@@ -245,7 +245,7 @@ async def test_both_workers_and_the_database(hosts: Hosts) -> None:
     hosts.net.heal()
     for daemon in (one, two):
         await daemon.hears("database.found", within=10)
-        await daemon.hears("bell.listening", times=2, within=15)
+        await daemon.hears("listener.listening", times=2, within=15)
     await end(hosts, gates, one, two)
     await account(hosts, again=set(gates))
     for daemon in (one, two):
@@ -287,7 +287,9 @@ async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
     await end(hosts, gates, one, two)
     await account(hosts)
     for daemon in (one, two):
-        assert [daemon.told(e) for e in ("database.lost", "bell.lost", "lease.lost", "lease.taken", "recall.aborted")] == [[]] * 5
+        assert [daemon.told(e) for e in ("database.lost", "listener.lost", "lease.lost", "lease.taken", "recall.aborted")] == [
+            []
+        ] * 5
 
 
 async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) -> None:

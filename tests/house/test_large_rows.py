@@ -207,7 +207,7 @@ async def test_a_recurring_message_beyond_the_limit(
     daemon = await workers.start()
     await fails(daemon, db, "large")
     assert sink.called == {}
-    assert daemon.told("worker.stumbled") == daemon.told("database.lost") == []
+    assert daemon.told("worker.error") == daemon.told("database.lost") == []
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ async def test_no_other_text_of_a_row_is_loaded(
     print(f"{column}: {before:.0f} MB idle, {peak(daemon):.0f} MB with it")
     assert peak(daemon) - before < 60
     assert {session: n for session, n in sink.called.items() if n > 1} == {}
-    assert daemon.told("database.lost") == daemon.told("worker.stumbled") == []
+    assert daemon.told("database.lost") == daemon.told("worker.error") == []
 
 
 async def test_fifty_messages_just_below_the_limit(

@@ -152,12 +152,12 @@ async def test_started_while_it_is_away(own_server: EmbeddedServer, replicas: Da
     await daemon.hears("worker.ready")
     await daemon.hears("database.lost")
     own_server.start()
-    await daemon.hears("bell.listening")
+    await daemon.hears("listener.listening")
     await daemon.hears("database.found")
     await endpoint.count(1, "s")
     await daemon.hears("recall.settled", session="s")
     assert same_process(daemon)
-    assert len(daemon.told("bell.lost")) == 1, "told once, however often it tries"
+    assert len(daemon.told("listener.lost")) == 1, "told once, however often it tries"
     assert await daemon.stop() == 0
 
 
@@ -171,14 +171,14 @@ async def test_connections_terminated(name: str, app: Application, db: Connectio
     await gate.entered.wait()
     for n in range(4):
         if name.endswith("bell"):
-            await daemon.hears("bell.listening", times=n + 1)
+            await daemon.hears("listener.listening", times=n + 1)
         assert await terminate(db, name) >= 1
         await promise(app, f"s{n}", seconds=0.1 * (n % 2))
         await daemon.hears("recall.settled", session=f"s{n}")
     gate.open()
     await daemon.hears("recall.settled", session="open")
     assert sorted(r.session for r in endpoint.requests) == ["open", "s0", "s1", "s2", "s3"]
-    assert daemon.told("lease.taken") == daemon.told("worker.stumbled") == []
+    assert daemon.told("lease.taken") == daemon.told("worker.error") == []
     assert same_process(daemon)
 
 
@@ -205,7 +205,7 @@ async def test_cut_in_mid_run(app: Application, database: str, db: Connection, e
         await gate.entered.wait()
         proxy.cut()
         await daemon.hears("database.lost")
-        await daemon.hears("bell.lost")
+        await daemon.hears("listener.lost")
         gate.open()
         await eventually(db, "select 1 from session_recalls where lease_until < now()")
         proxy.heal()
@@ -213,7 +213,7 @@ async def test_cut_in_mid_run(app: Application, database: str, db: Connection, e
         assert daemon.told("lease.taken") == []
         assert len(endpoint.requests) == 1
         assert [(c["attempt"], c["outcome"], c["settled"]) for c in await calls(db, recall)] == [(1, "answered", "fired")]
-        await daemon.hears("bell.listening", times=2)
+        await daemon.hears("listener.listening", times=2)
         assert await daemon.stop() == 0
 
 
@@ -250,13 +250,13 @@ async def test_half_open_connections(
         await gate.entered.wait()
         proxy.blackhole()
         gate.open()
-        await promise(app, "unheard")
+        await promise(app, "deaf")
         await daemon.hears("database.lost", within=60)
-        await daemon.hears("bell.lost", within=90)
+        await daemon.hears("listener.lost", within=90)
         proxy.heal()
         await daemon.hears("recall.settled", recall=recall, within=60)
-        await daemon.hears("recall.settled", session="unheard", within=60)
-        await daemon.hears("bell.listening", times=2, within=60)
+        await daemon.hears("recall.settled", session="deaf", within=60)
+        await daemon.hears("listener.listening", times=2, within=60)
         await promise(app, "heard")
         await daemon.hears("recall.settled", session="heard")
         assert len(endpoint.requests) == 3
@@ -272,9 +272,9 @@ async def test_half_open_bell(app: Application, database: str, endpoint: Endpoin
         proxy.blackhole()
         await promise(app, "by poll")
         await daemon.hears("recall.settled", session="by poll")
-        await daemon.hears("bell.lost", within=90, reason="no answer to the probe")
+        await daemon.hears("listener.lost", within=90, reason="no answer to the probe")
         proxy.heal()
-        await daemon.hears("bell.listening", times=2, within=60)
+        await daemon.hears("listener.listening", times=2, within=60)
         assert daemon.told("database.lost") == []
 
 
@@ -325,7 +325,7 @@ async def test_restarted_read_only(own_server: EmbeddedServer, replicas: Daemons
     async with await Application.connect(own_server.dsn()) as app, connected(own_server.dsn()) as db:
         await app.connection.execute("set default_transaction_read_only = off")
         await promise(app, "meanwhile")
-        await daemon.hears("bell.listening", times=2)
+        await daemon.hears("listener.listening", times=2)
         await eventually(db, "select 1 from session_recalls where session_id = 'open' and lease_until < now()")
         assert endpoint.of("meanwhile") == []
         await app.connection.execute("alter system reset default_transaction_read_only")

@@ -25,9 +25,9 @@ from ..endpoint import Endpoint, Gate, reply
 from ..pgbouncer import PgBouncer, pooler
 from ..proxy import Proxy
 from ..test_cli import operate
-from .test_bell import listening
 from .test_corridor import soon
 from .test_lease import calls, eventually, promise, rows
+from .test_listener import listening
 from .test_ops import read, scrape, value
 from .test_outage import same_process
 
@@ -111,7 +111,7 @@ async def test_the_daemon_through_it(
     [about] = await rows(db, "select bell from recall_workers")
     assert about["bell"] == "listening"
     assert not any(
-        daemon.told(event) for event in ("bell.unheard", "bell.lost", "database.lost", "worker.stumbled", "lease.taken")
+        daemon.told(event) for event in ("listener.deaf", "listener.lost", "database.lost", "worker.error", "lease.taken")
     )
     found = await left_behind(pooled)
     assert len({f["pid"] for f in found}) > 1, "several connections were asked"
@@ -127,10 +127,10 @@ async def test_without_a_direct_connection(
     """Nothing rings: said once and loudly, in the log, in `workers`; what is inserted comes by the poll, what was known before on the instant."""
     with pooler(database, **settings) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=1)
-        [event] = await daemon.hears("bell.unheard")
+        [event] = await daemon.hears("listener.deaf")
         assert event["level"] == "error" and event["reason"] == POOLER
         assert "RECALL_LISTEN_DSN" in event["hint"] and "RECALL_POLL_INTERVAL" in event["hint"]
-        await eventually(db, "select 1 from recall_workers where bell = 'unheard'")
+        await eventually(db, "select 1 from recall_workers where bell = 'deaf'")
         said = operate(database, "workers")
         assert " unheard " in said.out and "Note: 1 of 1 live workers not rung" in said.err
 
@@ -141,7 +141,7 @@ async def test_without_a_direct_connection(
         late = {request.session: float(request.headers["recall-lateness"]) for request in endpoint.requests}
         assert max(late.values()) < 1 + 2, late
         assert late["planned"] < 0.5, "a timer was armed for it: no poll"
-        assert len(daemon.told("bell.unheard")) == 1 and not daemon.told("worker.stumbled") and not daemon.told("database.lost")
+        assert len(daemon.told("listener.deaf")) == 1 and not daemon.told("worker.error") and not daemon.told("database.lost")
         assert same_process(daemon)
         assert await daemon.stop() == 0
 
@@ -154,7 +154,7 @@ async def test_session_pooling_rings(database: str, app: Application, endpoint: 
         await daemon.hears("recall.settled", recall=recall)
         async with connected(database) as db:
             await eventually(db, "select 1 from recall_workers where bell = 'listening'")
-        assert daemon.told("bell.unheard") == []
+        assert daemon.told("listener.deaf") == []
 
 
 @pytest.mark.full
@@ -166,15 +166,15 @@ async def test_a_bell_that_hears_again(
     with pooler(database) as bouncer:
         async with Proxy(bouncer.dsn) as proxy:
             daemon = await daemons.start(listen_dsn=proxy.dsn, dsn=database, poll_interval=30)
-            await daemon.hears("bell.unheard")
+            await daemon.hears("listener.deaf")
             proxy.lead(database)
-            await daemon.hears("bell.listening", times=2, within=120)
+            await daemon.hears("listener.listening", times=2, within=120)
             await eventually(db, "select 1 from recall_workers where bell = 'listening'")
             asked = time.monotonic()
             recall = await promise(app, "s")
             await daemon.hears("recall.settled", recall=recall)
             assert time.monotonic() - asked < 10
-            assert len(daemon.told("bell.unheard")) == 1
+            assert len(daemon.told("listener.deaf")) == 1
 
 
 async def test_a_bell_in_another_database(
@@ -183,7 +183,7 @@ async def test_a_bell_in_another_database(
     """A RECALL_LISTEN_DSN that names another database hears nothing, though PostgreSQL takes the LISTEN: that is noticed, and named."""
     with postgres.database(server, template) as elsewhere:
         daemon = await daemons.start(listen_dsn=elsewhere, poll_interval=1)
-        [event] = await daemon.hears("bell.unheard")
+        [event] = await daemon.hears("listener.deaf")
         assert "RECALL_LISTEN_DSN leads to another database than RECALL_DSN" in event["reason"]
         recall = await promise(app, "s")
         await daemon.hears("recall.settled", recall=recall)
@@ -198,7 +198,7 @@ async def test_the_bell_wakes_nobody_by_ringing_itself(database: str, daemons: D
         await eventually_heard(database, 2)
         assert await rings.until_now() == 0
     for one in (daemon, other):
-        assert one.told("bell.unheard") == []
+        assert one.told("listener.deaf") == []
 
 
 async def eventually_heard(database: str, workers: int) -> None:

@@ -114,7 +114,7 @@ async def test_it_survives_an_outage(own_server: EmbeddedServer, replicas: Daemo
     async with connected(own_server.dsn()) as db:
         await eventually(db, GONE, within=60)
     assert len(daemon.told("database.lost")) == 1
-    assert daemon.told("worker.stumbled") == []
+    assert daemon.told("worker.error") == []
     assert await daemon.stop() == 0
 
 

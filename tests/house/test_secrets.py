@@ -30,7 +30,7 @@ from ..conftest import Connection, connected
 from ..daemon import Daemon, Daemons
 from ..endpoint import Endpoint, reply
 from ..test_cli import operate, process
-from ..test_wire import CERTIFICATE, KEY
+from ..test_http import CERTIFICATE, KEY
 from .test_bad_setting import heard
 from .test_lease import eventually, promise, rows
 
@@ -159,7 +159,7 @@ async def test_daemons_that_fail(
         async with Daemons(environ) as daemons:
             daemon = await daemons.start(ready=False)
             await daemon.hears("database.lost")
-            await daemon.hears("bell.lost")
+            await daemon.hears("listener.lost")
             assert await daemon.stop() == 0
             assert not pieces(heard(daemon), str(conninfo_to_dict(dsn)["password"])) | pieces(heard(daemon))
 
@@ -252,7 +252,7 @@ BROKEN = """
 import sys
 from recall_worker.cli import main
 from recall_worker.protocols import native
-from recall_worker.worker import keeper
+from recall_worker.worker import leases
 
 def broken(*given, **named):
     raise RuntimeError("a defect")
@@ -263,7 +263,7 @@ async def broken_loop(*given, **named):
 if sys.argv.pop(1) == "call":
     native.body = broken
 else:
-    keeper.Keeper.renew = broken_loop
+    keeper.LeaseRenewer.renew = broken_loop
 main()
 """
 
@@ -288,7 +288,7 @@ async def test_a_traceback(where: str, app: Application, database: str, endpoint
     try:
         if where == "call":
             await promise(app, "s")
-            [told] = (await daemon.hears("worker.stumbled"))[:1]
+            [told] = (await daemon.hears("worker.error"))[:1]
             assert "RuntimeError: a defect" in told["exception"]
             assert await daemon.stop() == 0
         else:

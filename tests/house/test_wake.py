@@ -151,7 +151,7 @@ async def test_what_is_over_costs_no_look(app: Application, db: Connection, endp
 
     endpoint.default = run
     daemon = await daemons.start(poll_interval=30)
-    await daemon.hears("bell.listening")
+    await daemon.hears("listener.listening")
     await db.execute("select pg_sleep(0.5)")
     await app.create_session("s", "ann")
     for n in range(1, 4):

@@ -181,7 +181,7 @@ class Row:
                 self._misfire(now, allowed)
                 return "ended"
         if taken and self.attempt > MAX_ATTEMPTS:
-            self._over(now, "unknown", called=False)
+            self._occurrence_done(now, "unknown", called=False)
             return "ended"
         self.called.append((self.key, self.scheduled, self.missed))
         return "call"
@@ -191,11 +191,11 @@ class Row:
         begun = self.begun or self.leased_at or now
         match outcome:
             case "answered" | "refused":
-                self._over(now, outcome)
+                self._occurrence_done(now, outcome)
             case "gone":
                 self._finish("cancelled", outcome)
             case "unknown" | "failed" if self.attempt >= MAX_ATTEMPTS:
-                self._over(now, outcome)
+                self._occurrence_done(now, outcome)
             case "unsent" if not self.moved:
                 self._wait(now, None, self.attempt - 1, outcome=None)
             case "unsent":
@@ -219,7 +219,7 @@ class Row:
                 waited = (now - self.begun).total_seconds() if self.begun else 0.0
                 delay: float = BUSY_DELAY if outcome == "busy" else CHANCE * min(300, 5 * 4 ** min(self.deferrals, 10))
                 if waited > GIVE_UP:
-                    self._over(now, outcome)
+                    self._occurrence_done(now, outcome)
                 else:
                     self._wait(
                         now, delay if retry_after is None else retry_after, self.attempt - 1, outcome, begun, self.deferrals + 1
@@ -248,7 +248,7 @@ class Row:
             return self.nth(self.scheduled or self.planned, k), True
         return self.trigger, False
 
-    def _over(self, now: datetime, outcome: str, *, called: bool = True) -> None:
+    def _occurrence_done(self, now: datetime, outcome: str, *, called: bool = True) -> None:
         ended = "fired" if outcome == "answered" else "failed"
         if not self.recurring:
             if self.moved:

@@ -22,12 +22,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
-from recall_worker import ledger as ledger_module
 from recall_worker import schema, statements
 from recall_worker.cadence import upcoming
-from recall_worker.judge import Policy, before_call, honour, judge, planned, runs_now
-from recall_worker.ledger import Ledger
-from recall_worker.line import Dates
+from recall_worker.database import ledger as ledger_module
+from recall_worker.database.ledger import Ledger
+from recall_worker.database.values import Dates
+from recall_worker.judge import Policy, before_call, judge, planned, resolve_move, runs_now
 from recall_worker.recall import (
     Answered,
     Busy,
@@ -319,8 +319,8 @@ class Lives(RuleBasedStateMachine):
         left = [r.due_at for r in possible if r not in chosen]
         assert not left or max(r.due_at for r in chosen) <= min(left), "not the oldest first"
 
-        placements = [(c, p) for c in claimed.claims if (p := honour(c)) is not None]
-        now_placed = {c.id: c for c in self.world.run(ledger.place([(c, p) for c, p in placements if runs_now(c, p)]))}
+        placements = [(c, p) for c in claimed.claims if (p := resolve_move(c)) is not None]
+        now_placed = {c.id: c for c in self.world.run(ledger.write_moves([(c, p) for c, p in placements if runs_now(c, p)]))}
         to_place = {c.id for c, _ in placements}
         for claim in claimed.claims:
             row = self.rows[claim.id]

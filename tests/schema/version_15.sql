@@ -403,7 +403,7 @@ where id = 'interval';
 update public.session_recalls set paused_at = now() where id in ('paused', 'paused-in-run');
 update public.session_recalls set trigger_at = '2100-01-01' where id = 'cron-moved';
 
--- Over: settled by the worker, or ended by the application (one of them while it was leased).
+-- Expired: settled by the worker, or ended by the application (one of them while it was leased).
 update public.session_recalls
 set status = 'fired', ended_at = now(), last_outcome = 'answered', attempt = 1
 where id = 'fired';

@@ -9,7 +9,7 @@ transaction pooler, or on another server than the one that is written to, succee
 itself rung, on a channel of its own and from another connection (the ledger's): what arrives has come all the way. What does not is told
 once, loudly; until it is heard again the worker lives by its regular look. It reconnects for ever, with jitter.
 
-Never here: what a ring means.
+Never here: what a notify means.
 """
 
 from __future__ import annotations
@@ -24,15 +24,24 @@ from uuid import uuid4
 
 import psycopg
 
-from .events import Events
-from .line import STATEMENT_DEADLINE, Connection, Deadlines, Outage, Refusal, arrive, connection_info, said
+from ..events import Events
+from .connection import (
+    STATEMENT_DEADLINE,
+    Connection,
+    DatabaseUnavailable,
+    Deadlines,
+    StatementRejected,
+    connection_info,
+    error_text,
+    session_setup,
+)
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 60.0
 """Seconds, as a replica that has nothing to do should cost nothing: what rings meanwhile on a dead connection, the regular look finds. Oftener
 where the lease is short."""
 PROBE_DEADLINE = 5.0
-ECHO_STEP = 0.2
+SELF_TEST_STEP = 0.2
 RECONNECT_MOST = 5.0
 MEANWHILE = "until then a look every RECALL_POLL_INTERVAL finds what is inserted"
 POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
@@ -41,50 +50,51 @@ ELSEWHERE = "what is rung does not reach it: RECALL_LISTEN_DSN leads to another 
 ELSEWHERE_HINT = f"the same database on the same server in RECALL_LISTEN_DSN; {MEANWHILE}"
 
 
-class Bell:
-    """Calls `ring()` at each notification and after each connection, until cancelled."""
+class Listener:
+    """Calls `notify()` at each notification and after each connection, until cancelled."""
 
     def __init__(
         self,
         dsn: str,
         worker: str,
-        ring: Callable[[], None],
-        echo: Callable[[str], Awaitable[None]],
+        notify: Callable[[], None],
+        self_test: Callable[[str], Awaitable[None]],
         events: Events,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 frozen
     ) -> None:
-        """`echo(channel)`: notify that channel from another connection. Raises Outage or Refusal where that can't be done."""
+        """`self_test(channel)`: notify that channel from another connection. Raises DatabaseUnavailable or
+        StatementRejected where that can't be done."""
         self._deadlines = deadlines
         self._connect_within = deadlines.connecting(dsn)
         self._probe_every = (
             PROBE_EVERY if deadlines.statement >= STATEMENT_DEADLINE else min(PROBE_EVERY, 2 * deadlines.statement)
         )
-        self._info = connection_info(dsn, f"recall-worker bell {worker}", deadlines.connect)
-        self._ring = ring
-        self._echo = echo
+        self._info = connection_info(dsn, f"recall-worker listener {worker}", deadlines.connect)
+        self._notify = notify
+        self._self_test = self_test
         self._events = events
         # The same for all connections of this bell: behind a pooler a LISTEN stays on whatever connection it was passed to.
         self._own = f"{CHANNEL}_{uuid4().hex[:16]}"
         self._direct = True
         self.listening = False
-        self.unheard = False
-        """Whether the last echo did not come."""
-        self._doubted = False
+        self.deaf = False
+        """Whether the last self_test did not come."""
+        self._rechecks = False
         self._answers = asyncio.Event()
-        self._echoed = False
+        self._tested = False
         self._stirred = asyncio.Event()
         """What is waited for may have come."""
 
-    def doubt(self) -> None:
+    def recheck(self) -> None:
         """PostgreSQL was away for others and answers again: soon see whether this connection still hears, or connect at once."""
-        self._doubted = True
+        self._rechecks = True
         self._answers.set()
         self._stirred.set()
 
     @property
     def state(self) -> str:
-        """listening, lost or unheard: for people."""
-        return "unheard" if self.unheard else "listening" if self.listening else "lost"
+        """listening, lost or deaf: for people."""
+        return "deaf" if self.deaf else "listening" if self.listening else "lost"
 
     async def run(self) -> None:
         """Listen for ever. Returns only by cancellation."""
@@ -99,8 +109,8 @@ class Bell:
                 failures = 1 if self.listening else failures + 1
                 self.listening = False
                 if told:
-                    reason = "no answer to the probe" if isinstance(error, TimeoutError) else said(error)
-                    self._events.tell("bell.lost", reason=reason)
+                    reason = "no answer to the probe" if isinstance(error, TimeoutError) else error_text(error)
+                    self._events.tell("listener.lost", reason=reason)
             try:
                 async with asyncio.timeout(random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6)))):
                     await self._answers.wait()
@@ -114,38 +124,38 @@ class Bell:
         async with asyncio.timeout(self._connect_within):
             conn = await Connection.connect(**self._info)
         # What comes while it is asked something.
-        conn.add_notify_handler(lambda came: self._came(came.channel))
+        conn.add_notify_handler(lambda came: self._receive(came.channel))
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
-                self._direct = await arrive(conn, self._deadlines.statement)
+                self._direct = await session_setup(conn, self._deadlines.statement)
                 for channel in (CHANNEL, self._own):
                     await conn.execute(f"listen {channel}".encode(), prepare=False)
-            self.listening, self._echoed = True, False
-            if not self.unheard:
-                self._events.tell("bell.listening", channel=CHANNEL)
-            self._ring()
+            self.listening, self._tested = True, False
+            if not self.deaf:
+                self._events.tell("listener.listening", channel=CHANNEL)
+            self._notify()
             while await self._hears(conn):
                 await self._wait(conn, self._probe_every, while_trusted=True)
-            if self.unheard:
+            if self.deaf:
                 # A new connection did not hear either. It is kept for a while, as nothing speaks for another one.
                 await self._wait(conn, self._probe_every, while_trusted=True)
                 return
-            self.unheard = True
+            self.deaf = True
             reason, hint = (ELSEWHERE, ELSEWHERE_HINT) if self._direct else (POOLER, POOLER_HINT)
-            self._events.tell("bell.unheard", reason=reason, hint=hint)
+            self._events.tell("listener.deaf", reason=reason, hint=hint)
         finally:
             # Never close(): it could wait for a peer that is gone.
             conn.pgconn.finish()
 
     async def _wait(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False) -> bool:
-        """Hear what comes, for so long, or until the echo comes (or a doubt). Returns whether the echo came."""
+        """Hear what comes, for so long, or until the self_test comes (or a recheck). Returns whether the self_test came."""
         broken: list[psycopg.Error] = []
 
         def hear() -> None:
             try:
                 conn.pgconn.consume_input()
                 while (came := conn.pgconn.notifies()) is not None:
-                    self._came(came.relname.decode())
+                    self._receive(came.relname.decode())
             except psycopg.Error as error:
                 broken.append(error)
                 self._stirred.set()
@@ -154,7 +164,7 @@ class Bell:
         loop.add_reader(socket, hear)
         try:
             hear()
-            while not (self._echoed or broken or (while_trusted and self._doubted)) and (left := until - time.monotonic()) > 0:
+            while not (self._tested or broken or (while_trusted and self._rechecks)) and (left := until - time.monotonic()) > 0:
                 self._stirred.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(left):
@@ -163,47 +173,47 @@ class Bell:
             loop.remove_reader(socket)
         if broken:
             raise broken[0]
-        echoed, self._echoed = self._echoed, False
+        echoed, self._tested = self._tested, False
         return echoed
 
-    def _came(self, channel: str) -> None:
+    def _receive(self, channel: str) -> None:
         if channel == self._own:
-            self._echoed = True
+            self._tested = True
             self._stirred.set()
         else:
-            self._ring()
+            self._notify()
 
     async def _hears(self, conn: psycopg.AsyncConnection[Any]) -> bool:
-        """Whether this connection hears what is rung; True, too, where nobody can ring now. Raises TimeoutError where it is dead."""
-        self._doubted = False
-        echo = asyncio.ensure_future(self._rung())
+        """Whether this connection hears what is rung; True, too, where nobody can notify now. Raises TimeoutError where it is dead."""
+        self._rechecks = False
+        self_test = asyncio.ensure_future(self._test_notified())
         until: float | None = None
         try:
             while until is None or time.monotonic() < until:
-                if await self._wait(conn, ECHO_STEP if until is None else until - time.monotonic()):
-                    return self._heard()
-                if until is None and echo.done():
-                    if not echo.result():
+                if await self._wait(conn, SELF_TEST_STEP if until is None else until - time.monotonic()):
+                    return self._is_heard()
+                if until is None and self_test.done():
+                    if not self_test.result():
                         break
                     until = time.monotonic() + PROBE_DEADLINE
         except BaseException:
-            echo.cancel()
+            self_test.cancel()
             raise
         async with asyncio.timeout(PROBE_DEADLINE):
             await conn.execute(b"select 1", prepare=False)
-        # Should this process have been stopped meanwhile, the echo has come and was not read.
-        return self._heard() if await self._wait(conn, ECHO_STEP) else until is None
+        # Should this process have been stopped meanwhile, the self_test has come and was not read.
+        return self._is_heard() if await self._wait(conn, SELF_TEST_STEP) else until is None
 
-    def _heard(self) -> bool:
-        if self.unheard:
-            self.unheard = False
-            self._events.tell("bell.listening", channel=CHANNEL)
+    def _is_heard(self) -> bool:
+        if self.deaf:
+            self.deaf = False
+            self._events.tell("listener.listening", channel=CHANNEL)
         return True
 
-    async def _rung(self) -> bool:
+    async def _test_notified(self) -> bool:
         """Have ourselves rung. False where that can't be done now."""
         try:
-            await self._echo(self._own)
-        except (Outage, Refusal):
+            await self._self_test(self._own)
+        except (DatabaseUnavailable, StatementRejected):
             return False
         return True

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from recall_worker.events import Events
-from recall_worker.worker.reach import Reach
+from recall_worker.worker.database_status import DatabaseStatus
 
 LEASE = 60.0
 
@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_nothing_is_taken_while_postgresql_is_lost(clock: list[float]) -> None:
     """A claim that is asked for in an outage may be the first thing that PostgreSQL answers: before living owners could renew."""
-    seen = Reach(Events(worker="w"), LEASE)
+    seen = DatabaseStatus(Events(worker="w"), LEASE)
     assert seen.may_take_expired
     seen.lost("connection refused")
     clock[0] += 10 * LEASE
@@ -36,7 +36,7 @@ def test_nothing_is_taken_while_postgresql_is_lost(clock: list[float]) -> None:
 
 
 def test_a_process_that_stood_still_is_courteous_too(clock: list[float]) -> None:
-    seen = Reach(Events(worker="w"), LEASE)
+    seen = DatabaseStatus(Events(worker="w"), LEASE)
     seen.woke(LEASE / 3)
     assert seen.may_take_expired
     seen.woke(LEASE / 3 + 0.001)
@@ -46,7 +46,7 @@ def test_a_process_that_stood_still_is_courteous_too(clock: list[float]) -> None
 
 
 def test_what_waits_for_the_return_is_told_once(clock: list[float]) -> None:
-    seen = Reach(Events(worker="w"), LEASE)
+    seen = DatabaseStatus(Events(worker="w"), LEASE)
     returns: list[float] = []
     seen.on_return(lambda: returns.append(clock[0]))
     seen.found()

@@ -16,41 +16,41 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
-from ..ledger import Ledger
-from ..line import Outage, Refusal
-from .reach import Reach
+from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.ledger import Ledger
+from .database_status import DatabaseStatus
 from .run import Run
 
 CHUNK = 2000
 LOCKED_PAUSE = 1.0
 OUTAGE_PAUSE = (0.1, 0.5)
 UNRENEWED = "its lease could not be renewed"
-LOOK_PAUSE = 0.1
+CHECK_PAUSE = 0.1
 """Seconds between two looks at least; a look that takes long is waited for twenty times as long."""
 
 
-class Keeper:
+class LeaseRenewer:
     def __init__(
         self,
         ledger: Ledger,
         lease: float,
-        reach: Reach,
+        database: DatabaseStatus,
         held: Callable[[], Mapping[str, Run]],
         let_go: Callable[[Run, str], None],
     ) -> None:
         """`held()`: the runs in hand by their recalls' ids. `let_go(run, state)` is told of each that is no longer ours."""
         self._ledger = ledger
         self._lease = lease
-        self._reach = reach
+        self._database = database
         self._held = held
         self._let_go = let_go
         self._renew_now = asyncio.Event()
-        self._rung = asyncio.Event()
-        reach.on_return(self._renew_now.set)
+        self._notified = asyncio.Event()
+        database.on_return(self._renew_now.set)
 
-    def ring(self) -> None:
+    def notified(self) -> None:
         """The bell rang: somebody may have ended what is being run."""
-        self._rung.set()
+        self._notified.set()
 
     async def renew(self) -> None:
         """Renew for ever. Returns only by cancellation."""
@@ -73,7 +73,7 @@ class Keeper:
                         {id: run.claim.lease for id, run in chunk.items()},
                         {id: asked_at - run.call.sent_at for id, run in chunk.items() if run.call.sent_at is not None},
                     )
-                    self._reach.found()
+                    self._database.found()
                     if "locked" in states.values():
                         pause = min(LOCKED_PAUSE, pause / 4)
                     for id, state in states.items():
@@ -82,14 +82,14 @@ class Keeper:
                         elif state == "locked":
                             self._is_left(runs[id], asked_at)
                     self._part(chunk, states)
-            except Outage as outage:
-                self._reach.lost(outage.reason, outage.asked_at)
+            except DatabaseUnavailable as outage:
+                self._database.lost(outage.reason, outage.asked_at)
                 if outage.for_all:
                     for run in runs.values():
                         self._is_left(run, outage.asked_at)
                 pause = min(self._lease / 12, random.uniform(*OUTAGE_PAUSE))
-            except Refusal as refusal:
-                self._reach.lost(refusal.reason)
+            except StatementRejected as refusal:
+                self._database.lost(refusal.reason)
                 pause = min(self._lease / 12, 1.0)
 
     def _is_left(self, run: Run, since: float) -> None:
@@ -115,20 +115,20 @@ class Keeper:
                 elif run.ours_until - margin <= began:
                     self._let_go(run, UNRENEWED)
 
-    async def look(self) -> None:
+    async def check_leases(self) -> None:
         """Look at each ring whether the runs in hand are still ours. Returns only by cancellation."""
         while True:
-            await self._rung.wait()
-            self._rung.clear()
+            await self._notified.wait()
+            self._notified.clear()
             runs = dict(self._held())
             if not runs:
                 continue
             began = time.monotonic()
             try:
-                self._part(runs, await self._ledger.look({id: run.claim.lease for id, run in runs.items()}))
-            except (Outage, Refusal):
+                self._part(runs, await self._ledger.check_leases({id: run.claim.lease for id, run in runs.items()}))
+            except (DatabaseUnavailable, StatementRejected):
                 continue  # The renewal says so, and looks itself.
-            await asyncio.sleep(max(LOOK_PAUSE, 20 * (time.monotonic() - began)))
+            await asyncio.sleep(max(CHECK_PAUSE, 20 * (time.monotonic() - began)))
 
     def _part(self, runs: Mapping[str, Run], states: Mapping[str, str]) -> None:
         for id, state in states.items():

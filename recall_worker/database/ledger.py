@@ -4,7 +4,7 @@ The database is authoritative for what is due, who holds which lease, and what a
 lease to be its own until a renewal or a settle says otherwise; it never concludes that from its own clock.
 
 A ledger keeps a few connections (`line`) of its own: one for claims, one for settles, one for renewals, so that none waits behind
-another. In an `Outage` callers wait and ask again.
+another. In an `DatabaseUnavailable` callers wait and ask again.
 
 Never here: what an ending means (judge), when to ask (worker).
 """
@@ -22,11 +22,10 @@ from uuid import UUID
 
 from psycopg import errors
 
-from . import statements
-from .events import harmless
-from .judge import LAST
-from .line import Deadlines, Line, Outage, Refusal, clamped
-from .recall import (
+from .. import statements
+from ..events import escape_controls
+from ..judge import LAST
+from ..recall import (
     Accepted,
     After,
     AsMoved,
@@ -53,7 +52,9 @@ from .recall import (
     name_of,
     reason_of,
 )
-from .sweep import Batch
+from ..sweep import Batch
+from .connection import DatabaseUnavailable, Deadlines, QueryConnection, StatementRejected
+from .values import clamped
 
 REASON_MOST = 500
 """Characters of a reason that are kept."""
@@ -85,7 +86,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class NextDue:
     """What a claim left behind, and when to come back."""
 
     next_in: float | None
@@ -140,7 +141,7 @@ class Backlog:
 
 
 class Ledger:
-    """The table as the worker sees it. All methods raise Outage, and Refusal where PostgreSQL will not take the values."""
+    """The table as the worker sees it. All methods raise DatabaseUnavailable, and StatementRejected where PostgreSQL will not take the values."""
 
     def __init__(self, dsn: str, worker: str, lease: float, *, fleet: int | None = None, message_limit: int = 4 << 20) -> None:
         """`lease` in seconds. `fleet`: the most runs at once of all replicas together. `message_limit`: octets."""
@@ -149,13 +150,13 @@ class Ledger:
         self._lease = lease
         self._fleet = fleet
         self._message_limit = message_limit
-        self._lines: list[Line] = []
+        self._lines: list[QueryConnection] = []
         deadlines = Deadlines.within(lease)
-        self._claims, self._settles, self._renewals = (Line(dsn, name, deadlines, self._lines) for _ in range(3))
+        self._claims, self._settles, self._renewals = (QueryConnection(dsn, name, deadlines, self._lines) for _ in range(3))
         # Opened only where the application holds a row locked, or a message is long.
-        self._patient = Line(dsn, name, deadlines, self._lines, prepare=False)
+        self._patient = QueryConnection(dsn, name, deadlines, self._lines, prepare=False)
         # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
-        self._prunes = Line(dsn, name, Deadlines(), [])
+        self._prunes = QueryConnection(dsn, name, Deadlines(), [])
         self._sql, self._pruning = statements.load("ledger"), statements.load("prune")
         self._aside: dict[str, _Aside] = {}
         self._alone_next = False
@@ -164,7 +165,7 @@ class Ledger:
         """Runs that the fleet's cap had left when leases that have ended were last asked for."""
         self._left: dict[str, float] = {}
         """Leases that ended while the application held their rows locked: until when they are left to their owners."""
-        self._turn = None if fleet is None else self._sql["fleet_turn"]
+        self._turn = None if fleet is None else self._sql["fleet_lock"]
 
     async def close(self) -> None:
         for line in (*self._lines, self._prunes):
@@ -174,7 +175,7 @@ class Ledger:
         """The schema's version and the oldest code that can work with it; (0, 0) where there is none."""
         try:
             row = (await self._renewals.ask(self._sql["schema"], {}))[0]
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if refusal.sqlstate == errors.UndefinedTable.sqlstate:
                 return 0, 0
             raise
@@ -191,11 +192,11 @@ class Ledger:
         values = self._claiming(slots, HELD if all_held else self._lease / 3) | {"aside": list(self._aside)}
         try:
             rows = await self._claims.ask(self._sql["claim"], values, after=self._turn, as_=tuple)
-        except Outage as outage:
+        except DatabaseUnavailable as outage:
             # Should it be an outage, the next question says so. Should one row be to blame, it is found by asking for each.
             self._alone_next = outage.timed_out
             raise
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
                 # holds the whole table, as DDL does.
@@ -224,7 +225,7 @@ class Ledger:
             "aside": [id for id, aside in self._aside.items() if aside.until > now], "fleet": self._fleet,
         }  # fmt: skip
         found = (await self._claims.ask(self._sql["ended_leases"], values))[0]
-        self._leave(found["locked"])
+        self._leave_to_owners(found["locked"])
         self._room = math.inf if found["room"] is None else found["room"]
         ended = list(zip(found["ids"], found["accepted"], strict=True))
         return EndedLeases([id for id, accepted in ended if not accepted], [id for id, accepted in ended if accepted])
@@ -234,7 +235,7 @@ class Ledger:
         asked_at = time.monotonic()
         try:
             claims = await self._take_up(ids, len(ids), in_hand)
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 return Claimed([], asked_at, refused=True)
             if not refusal.of_a_row:
@@ -247,7 +248,7 @@ class Ledger:
             return Claimed([], asked_at, stranded=[(ids[0], refusal.reason)])
         if len(ids) <= self._room:
             # Else it may be the fleet's cap that passed them over.
-            self._leave(set(ids) - {claim.id for claim in claims})
+            self._leave_to_owners(set(ids) - {claim.id for claim in claims})
         for claim in claims:
             self._aside.pop(claim.id, None)
         return Claimed(claims, asked_at)
@@ -270,7 +271,7 @@ class Ledger:
         stranded: list[tuple[str, str]] = []
         tried = [id for id, aside in self._aside.items() if aside.until <= asked_at]
         if self._alone_next or not tried:
-            rows = await self._claims.ask(self._sql["suspects"], {"aside": list(self._aside)})
+            rows = await self._claims.ask(self._sql["due_ids"], {"aside": list(self._aside)})
             tried += [row["id"] for row in rows]
         self._alone_next = False
         for id in tried[:ALONE_MOST]:
@@ -283,11 +284,11 @@ class Ledger:
                     self._aside.pop(id, None)
                 elif id in self._aside:
                     self._wait_longer(id, asked_at)
-            except Refusal as refusal:
+            except StatementRejected as refusal:
                 if refusal.of_a_row and refusal.sqlstate != errors.UniqueViolation.sqlstate:
                     self._put_aside(id, asked_at)
                     stranded.append((id, refusal.reason))
-            except Outage as outage:
+            except DatabaseUnavailable as outage:
                 # PostgreSQL had answered just before, so that this row took too long. What was claimed before it is ours.
                 if outage.timed_out:
                     self._put_aside(id, asked_at)
@@ -308,16 +309,16 @@ class Ledger:
         pause = ASIDE_FIRST if before is None else min(ASIDE_MOST, 2 * before.pause)
         self._aside[id] = _Aside(now + pause, pause)
 
-    async def ahead(self, *, claimed_at: float | None) -> Ahead:
+    async def next_due(self, *, claimed_at: float | None) -> NextDue:
         """When the next row is due, and what is due now and was not claimed.
 
         `claimed_at`: the monotonic instant at which all that is due was asked for last; None: nothing was.
         """
         asked_at = time.monotonic()
-        found = (await self._claims.ask(self._sql["ahead"], {"aside": list(self._aside)}))[0]
+        found = (await self._claims.ask(self._sql["next_due"], {"aside": list(self._aside)}))[0]
         since = math.inf if claimed_at is None else time.monotonic() - claimed_at
         youngest = found["youngest"]
-        return Ahead(
+        return NextDue(
             next_in=found["next_in"],
             waiting=youngest is not None,
             fresh=youngest is not None and youngest <= since,
@@ -326,7 +327,7 @@ class Ledger:
             moved=found["moved"],
         )
 
-    def _leave(self, ids: Iterable[str]) -> None:
+    def _leave_to_owners(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
         self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease / 3))
 
@@ -339,13 +340,13 @@ class Ledger:
         """Put on record that its request is about to be sent. False where the lease is not ours any more."""
         return bool(await self._renewals.ask(self._sql["sent"], {"id": claim.id, "lease": claim.lease}))
 
-    async def place(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
+    async def write_moves(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
         """Write what claims stand for where that differs from what they say, before they are called.
 
         Returns the claims as they now stand; those that were moved again meanwhile, or lost, are left out.
         """
         rows = await self._claims.ask(
-            self._sql["place"],
+            self._sql["write_moves"],
             {
                 "ids": [c.id for c, _ in placements],
                 "leases": [c.lease for c, _ in placements],
@@ -377,7 +378,7 @@ class Ledger:
             "ids": [claim.id for claim, _ in verdicts],
             "triggers": [claim.trigger for claim, _ in verdicts],
             "statuses": [verdict.status if isinstance(verdict, Finish) else None for _, verdict in verdicts],
-            "reasons": [_told(verdict.reason) for _, verdict in verdicts],
+            "reasons": [clean_reason(verdict.reason) for _, verdict in verdicts],
             "occurrences": [None if n is None else n.occurrence for n in nexts],
             "ats": [None if at is None else at.when for at in ats],
             "jitters": [0.0 if at is None else at.jitter for at in ats],
@@ -385,7 +386,7 @@ class Ledger:
         }
         try:
             await self._claims.ask(self._sql["settle_moved"], values)
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if not refusal.of_a_row:
                 raise
             if len(verdicts) > 1:
@@ -404,10 +405,10 @@ class Ledger:
         row = (await self._renewals.ask(self._sql["accept"], values))[0]
         return Locked() if row["locked"] else bool(row["accepted"])
 
-    async def runs_of(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
+    async def count_session_runs(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
         """For each window (seconds, most runs): how many runs the session had in it, and in how many seconds it has room again."""
         values = {"session_id": session_id, "spans": [span for span, _ in windows], "mosts": [most for _, most in windows]}
-        rows = await self._renewals.ask(self._sql["runs_of"], values)
+        rows = await self._renewals.ask(self._sql["count_session_runs"], values)
         by_span = {row["span"]: (row["runs"], row["frees_in"]) for row in rows}
         return [by_span[span] for span, _ in windows]
 
@@ -433,7 +434,7 @@ class Ledger:
         }  # fmt: skip
         try:
             return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["renew"], values)}
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if not refusal.of_a_row:
                 raise
         # One row that can't be written does not cost the others their leases.
@@ -442,10 +443,10 @@ class Ledger:
         half, rows = len(leases) // 2, list(leases.items())
         return await self.renew(dict(rows[:half]), sent_ago) | await self.renew(dict(rows[half:]), sent_ago)
 
-    async def look(self, leases: Mapping[str, UUID]) -> dict[str, str]:
+    async def check_leases(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Of these leases, those that are no longer ours to finish: lost, deleted, or the recall's final status."""
         values = {"ids": list(leases), "leases": list(leases.values())}
-        return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["look"], values)}
+        return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["check_leases"], values)}
 
     async def settle(self, batch: Sequence[tuple[Ending, Verdict]]) -> list[Settlement]:
         """Write the verdicts, each guarded by its lease, and leave each call's mark. Answers in the order of `batch`.
@@ -454,7 +455,7 @@ class Ledger:
         """
         try:
             return await self._settle(batch)
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             if len(batch) > 1:
                 return [(await self.settle([one]))[0] for one in batch]
             # A reason quotes what a server said; a database that does not keep Unicode gets it in ASCII.
@@ -464,18 +465,18 @@ class Ledger:
         # The session's slot was taken (or is being taken) between look and write: put back outside of it.
         try:
             return await self._settle(batch, outside=not plain, plain=plain)
-        except Refusal as refusal:
+        except StatementRejected as refusal:
             # It was no slot: somebody holds the whole table, as DDL does.
             return [Locked() if refusal.sqlstate == errors.LockNotAvailable.sqlstate else Stranded(refusal.reason)]
 
-    async def insist(self, ending: Ending, verdict: Verdict) -> Settlement:
+    async def settle_waiting(self, ending: Ending, verdict: Verdict) -> Settlement:
         """Settle a row that the application holds locked, standing in the queue for it, for a second at most.
 
         Whoever passes locked rows over comes too late when the lock goes after the lease has ended: another worker would take the row up.
         """
         try:
             return (await self._settle([(ending, verdict)], waiting=True))[0]
-        except Refusal:
+        except StatementRejected:
             return Locked()
 
     async def _settle(
@@ -496,7 +497,7 @@ class Ledger:
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
-    async def beat(self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()) -> int:
+    async def heartbeat(self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()) -> int:
         """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it.
 
         `in_hand`: as with `ended_leases`.
@@ -504,12 +505,12 @@ class Ledger:
         values = {
             **facts, "worker": self._worker, "settings": json.dumps(settings), "lease": self._lease, "in_hand": list(in_hand),
         }  # fmt: skip
-        row = (await self._claims.ask(self._sql["beat"], values))[0]
+        row = (await self._claims.ask(self._sql["heartbeat"], values))[0]
         return int(row["ahead"])
 
-    async def ring(self, channel: str) -> None:
+    async def notify(self, channel: str) -> None:
         """Notify a channel: a bell that is not sure of being rung asks for it, as only another connection can tell."""
-        await self._renewals.ask(self._sql["ring"], {"channel": channel})
+        await self._renewals.ask(self._sql["notify"], {"channel": channel})
 
     async def backlog(self) -> Backlog:
         """How much is due and in nobody's hand, and for how long: for those who watch."""
@@ -538,9 +539,9 @@ class Ledger:
         """Close the connection that pruning alone needs."""
         await self._prunes.close()
 
-    async def leave(self) -> None:
+    async def deregister(self) -> None:
         """Say goodbye, and ring for what was put back."""
-        await self._claims.ask(self._sql["leave"], {"worker": self._worker})
+        await self._claims.ask(self._sql["deregister"], {"worker": self._worker})
 
 
 def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
@@ -623,7 +624,7 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
         "statuses": status, "occurrences": occurrence, "rekeys": rekey, "attempts": attempt, "deferrals": deferrals,
         "delays": delay, "fresh": fresh,
         "outcomes": None if isinstance(outcome, Unsent) else name_of(outcome),
-        "reasons": _told(verdict.reason if isinstance(verdict, Next) else verdict.reason or reason_of(outcome)),
+        "reasons": clean_reason(verdict.reason if isinstance(verdict, Next) else verdict.reason or reason_of(outcome)),
         "called_ago": called_ago, "ended_ago": ended_ago, "http_statuses": http_status_of(outcome),
         "call_occurrences": claim.occurrence, "call_rekeys": claim.rekey, "call_attempts": claim.attempt,
         "sessions": claim.session_id, "scheduled": claim.scheduled_for,
@@ -634,9 +635,9 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
     }  # fmt: skip
 
 
-def _told(reason: str | None) -> str | None:
+def clean_reason(reason: str | None) -> str | None:
     """A reason that any column and any terminal takes: it may quote what a server answered."""
-    return None if reason is None else harmless(reason[:REASON_MOST])
+    return None if reason is None else escape_controls(reason[:REASON_MOST])
 
 
 def _settlement(row: Mapping[str, Any]) -> Settlement:

@@ -13,7 +13,14 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from recall_worker.line import Deadlines, Line, Outage, Refusal, connection_info, takes_nobody
+from recall_worker.database.connection import (
+    DatabaseUnavailable,
+    Deadlines,
+    QueryConnection,
+    StatementRejected,
+    connection_info,
+    takes_nobody,
+)
 
 from .conftest import Connection
 from .house.test_lease import eventually
@@ -22,7 +29,7 @@ from .postgres import free_port
 from .proxy import Proxy
 
 WITHIN = Deadlines(statement=5.0, connect=5.0)
-Lines = Callable[..., Line]
+Lines = Callable[..., QueryConnection]
 
 
 @pytest.fixture(params=["direct", "pooled"])
@@ -31,17 +38,17 @@ async def lines(request: pytest.FixtureRequest, database: str) -> AsyncIterator[
     if request.param == "pooled":
         bouncer: PgBouncer = request.getfixturevalue("bouncer")
         database = bouncer.way_to(database)
-    siblings: list[Line] = []
+    siblings: list[QueryConnection] = []
 
-    def make(dsn: str | None = None, deadlines: Deadlines = WITHIN) -> Line:
-        return Line(dsn or database, "recall-worker test", deadlines, siblings)
+    def make(dsn: str | None = None, deadlines: Deadlines = WITHIN) -> QueryConnection:
+        return QueryConnection(dsn or database, "recall-worker test", deadlines, siblings)
 
     yield make
     for line in siblings:
         await line.close()
 
 
-async def backend(line: Line) -> int:
+async def backend(line: QueryConnection) -> int:
     """Whom the line speaks to."""
     return int((await line.ask("select pg_backend_pid() as pid", {}))[0]["pid"])
 
@@ -100,7 +107,7 @@ async def test_a_refusal_costs_nothing_else(
     line = lines()
     await line.ask("select 1", {})
     for _ in range(3):
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(StatementRejected) as refusal:
             await line.ask(statement, values, after="insert into sessions values ('s', 'ann')")
         assert refusal.value.sqlstate == sqlstate
         assert await line.ask("select id from sessions", {}) == []
@@ -110,16 +117,16 @@ async def test_two_statements_are_one_transaction(lines: Lines) -> None:
     line = lines()
     asked = "select id, pg_current_xact_id_if_assigned() is not null as same from sessions"
     assert await line.ask(asked, {}, after="insert into sessions values ('s', 'ann')") == [{"id": "s", "same": True}]
-    with pytest.raises(Refusal):
+    with pytest.raises(StatementRejected):
         await line.ask(asked, {}, after="insert into sessions values ('s', 'ann')")
     assert await line.ask("select id from sessions", {}) == [{"id": "s"}]
 
 
 async def test_plans_are_kept_for_each_kind_of_value(database: str) -> None:
     """A statement is prepared once for the types it is asked with, also where its first execution is refused."""
-    line = Line(database, "recall-worker test", WITHIN, [])
+    line = QueryConnection(database, "recall-worker test", WITHIN, [])
     for _ in range(3):
-        with pytest.raises(Refusal):
+        with pytest.raises(StatementRejected):
             await line.ask("select 1 / %(n)s", {"n": 0})
         for n in (1, 2**20, 2**40):
             await line.ask("select 1 / %(n)s", {"n": n})
@@ -130,15 +137,15 @@ async def test_plans_are_kept_for_each_kind_of_value(database: str) -> None:
 
 async def test_a_line_that_is_cut_is_replaced(database: str, db: Connection) -> None:
     """Idle or in mid-question: whoever asks is told why, and the next one has a new connection; so have its siblings, without being told."""
-    siblings: list[Line] = []
-    line, sibling = (Line(database, "recall-worker test", WITHIN, siblings) for _ in range(2))
+    siblings: list[QueryConnection] = []
+    line, sibling = (QueryConnection(database, "recall-worker test", WITHIN, siblings) for _ in range(2))
     for in_question in (False, True):
         pid, other = await backend(line), await backend(sibling)
         asking = asyncio.create_task(line.ask("select pg_sleep(30)", {})) if in_question else None
         if asking is not None:
             await eventually(db, "select 1 from pg_stat_activity where pid = %s and state = 'active'", [pid])
         await db.execute("select pg_terminate_backend(%s, 5000)", [pid])
-        with pytest.raises(Outage) as outage:
+        with pytest.raises(DatabaseUnavailable) as outage:
             await (asking or line.ask("select 1", {}))
         assert not outage.value.for_all
         assert ("terminating connection" in outage.value.reason) or not in_question
@@ -150,7 +157,7 @@ async def test_a_line_that_is_cut_is_replaced(database: str, db: Connection) -> 
 
 async def test_what_is_broken_off_belongs_to_nobody(database: str) -> None:
     """Whoever is cancelled in mid-question leaves no answer behind that the next one could take for its own."""
-    line = Line(database, "recall-worker test", WITHIN, [])
+    line = QueryConnection(database, "recall-worker test", WITHIN, [])
     pid = await backend(line)
     asking = asyncio.create_task(line.ask("select pg_sleep(0.2), 'stale' as said", {}))
     await asyncio.sleep(0.05)
@@ -166,7 +173,7 @@ async def test_what_is_broken_off_belongs_to_nobody(database: str) -> None:
 async def test_a_connection_that_breaks_without_a_word(in_question: bool, database: str) -> None:
     """Nobody says why: it is an outage all the same, and never taken for PostgreSQL's refusal of what was asked."""
     async with Proxy(database) as proxy:
-        line = Line(proxy.dsn, "recall-worker test", WITHIN, [])
+        line = QueryConnection(proxy.dsn, "recall-worker test", WITHIN, [])
         await backend(line)
         asking = asyncio.create_task(line.ask("select pg_sleep(30)", {})) if in_question else None
         if asking is not None:
@@ -174,7 +181,7 @@ async def test_a_connection_that_breaks_without_a_word(in_question: bool, databa
             await proxy.until(lambda: proxy.asked > asked)
         proxy.cut()
         proxy.heal()
-        with pytest.raises(Outage):
+        with pytest.raises(DatabaseUnavailable):
             await (asking or line.ask("select 1", {}))
         assert await backend(line)
         await line.close()
@@ -183,10 +190,10 @@ async def test_a_connection_that_breaks_without_a_word(in_question: bool, databa
 async def test_a_silence_is_noticed(database: str) -> None:
     """PostgreSQL that says nothing within the deadline is lost, and asked anew over another connection."""
     async with Proxy(database) as proxy:
-        line = Line(proxy.dsn, "recall-worker test", Deadlines(statement=1.0, connect=2.0), [])
+        line = QueryConnection(proxy.dsn, "recall-worker test", Deadlines(statement=1.0, connect=2.0), [])
         await backend(line)
         proxy.forget(0)
-        with pytest.raises(Outage, match="no answer within the deadline"):
+        with pytest.raises(DatabaseUnavailable, match="no answer within the deadline"):
             await line.ask("select 1", {})
         assert await backend(line)
         await line.close()
@@ -196,7 +203,7 @@ async def test_a_mark_of_its_own_for_each_line(lines: Lines) -> None:
     """A unique key that is refused is told with its code, as callers tell a race for a slot by it."""
     line, id = lines(), str(uuid4())
     await line.ask("insert into sessions values (%(id)s, 'ann')", {"id": id})
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(StatementRejected) as refusal:
         await line.ask("insert into sessions values (%(id)s, 'ann')", {"id": id})
     assert (refusal.value.sqlstate, refusal.value.of_a_row) == ("23505", True)
 

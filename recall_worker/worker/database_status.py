@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ..events import Events
 
 
-class Reach:
+class DatabaseStatus:
     def __init__(self, events: Events, lease: float) -> None:
         self._events = events
         self._lease = lease

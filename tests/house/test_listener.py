@@ -68,13 +68,13 @@ async def test_an_insert_while_the_bell_is_away(
         daemon = await daemons.start(poll_interval=30, listen_dsn=proxy.dsn)
         await eventually(db, AT_REST)
         proxy.cut()
-        await daemon.hears("bell.lost")
+        await daemon.hears("listener.lost")
         await promise(app, "meanwhile")
         tried = proxy.connections
         await proxy.until(lambda: proxy.connections >= tried + 2)
         assert endpoint.of("meanwhile") == []
         proxy.heal()
-        await daemon.hears("bell.listening", times=2)
+        await daemon.hears("listener.listening", times=2)
         await endpoint.count(1, "meanwhile")
         await daemon.hears("recall.settled", session="meanwhile")
 
@@ -83,7 +83,7 @@ async def test_the_bells_backend_is_terminated(app: Application, db: Connection,
     """Inserted in the instant after the bell's backend was ended, a recall is called within moments all the same."""
     daemon = await daemons.start(poll_interval=30)
     for n in range(3):
-        await daemon.hears("bell.listening", times=n + 1)
+        await daemon.hears("listener.listening", times=n + 1)
         assert await terminate(db, "recall-worker bell") == 1
         await promise(app, f"s{n}")
         await endpoint.count(1, f"s{n}")
@@ -98,7 +98,7 @@ async def test_a_silent_host_before_the_right_one(app: Application, database: st
         parts = psycopg.conninfo.conninfo_to_dict(right.dsn)
         both = psycopg.conninfo.make_conninfo(right.dsn, host="127.0.0.1,127.0.0.1", port=f"{silent.port},{parts['port']}")
         daemon = await daemons.start(ready=False, dsn=both)
-        await daemon.hears("bell.listening", within=60)
+        await daemon.hears("listener.listening", within=60)
         recall = await promise(app, "s")
         await daemon.hears("recall.settled", recall=recall, within=60)
         assert silent.connections >= 2
@@ -117,8 +117,8 @@ async def test_an_idle_bell_is_not_ended(
     await db.execute("select pg_sleep(3)")
     recall = await promise(app, "s")
     await daemon.hears("recall.settled", recall=recall)
-    assert daemon.told("bell.lost") == daemon.told("database.lost") == []
-    assert len(daemon.told("bell.listening")) == 1
+    assert daemon.told("listener.lost") == daemon.told("database.lost") == []
+    assert len(daemon.told("listener.listening")) == 1
 
 
 async def test_an_insert_that_is_committed_late(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:

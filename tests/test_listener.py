@@ -14,10 +14,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from recall_worker import bell as room
-from recall_worker.bell import CHANNEL, Bell
+from recall_worker.database import listener as room
+from recall_worker.database.connection import DatabaseUnavailable
+from recall_worker.database.listener import CHANNEL, Listener
 from recall_worker.events import Events
-from recall_worker.line import Outage
 
 from .conftest import Connection
 from .proxy import Proxy
@@ -56,14 +56,14 @@ class Heard:
 
 
 @asynccontextmanager
-async def listening(dsn: str, echo: Echo, heard: Heard) -> AsyncIterator[Bell]:
+async def listening(dsn: str, echo: Echo, heard: Heard) -> AsyncIterator[Listener]:
     """A bell at work."""
     events = Events()
     events.listen(heard.tell)
-    bell = Bell(dsn, "w", heard.ring, echo, events)
+    bell = Listener(dsn, "w", heard.ring, echo, events)
     work = asyncio.create_task(bell.run())
     try:
-        await heard.until(lambda: "bell.listening" in heard.told)
+        await heard.until(lambda: "listener.listening" in heard.told)
         yield bell
     finally:
         work.cancel()
@@ -100,7 +100,7 @@ async def test_it_hears_itself(database: str, echo: Echo) -> None:
     async with listening(database, counted, heard) as bell:
         await heard.until(lambda: asked >= 4)
         assert bell.state == "listening"
-        assert heard.told == ["bell.listening"] and heard.rings == 1
+        assert heard.told == ["listener.listening"] and heard.rings == 1
 
 
 async def test_it_does_not_hear(database: str, echo: Echo) -> None:
@@ -116,11 +116,11 @@ async def test_it_does_not_hear(database: str, echo: Echo) -> None:
 
     async with listening(database, elsewhere, heard) as bell:
         await heard.until(lambda: tries >= 3)
-        assert bell.state == "unheard"
-        assert heard.told == ["bell.listening", "bell.unheard"]
+        assert bell.state == "deaf"
+        assert heard.told == ["listener.listening", "listener.deaf"]
         assert heard.rings >= 3, "it looks at each connection"
         deaf = False
-        await heard.until(lambda: heard.told.count("bell.listening") == 2)
+        await heard.until(lambda: heard.told.count("listener.listening") == 2)
         assert bell.state == "listening"
 
 
@@ -133,11 +133,11 @@ async def test_nobody_can_ring(database: str) -> None:
         nonlocal tries
         tries += 1
         heard.stir()
-        raise Outage("away")
+        raise DatabaseUnavailable("away")
 
     async with listening(database, away, heard) as bell:
         await heard.until(lambda: tries >= 3)
-        assert bell.state == "listening" and heard.told == ["bell.listening"]
+        assert bell.state == "listening" and heard.told == ["listener.listening"]
 
 
 async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
@@ -153,7 +153,7 @@ async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
 
     async with listening(database, together, heard):
         await heard.until(lambda: heard.rings >= 31)
-        assert heard.told == ["bell.listening"]
+        assert heard.told == ["listener.listening"]
 
 
 async def test_a_process_that_stood_still(database: str) -> None:
@@ -167,17 +167,17 @@ async def test_a_process_that_stood_still(database: str) -> None:
         heard.stir()
 
         def ring() -> None:
-            time.sleep(room.ECHO_STEP + 0.3)
+            time.sleep(room.SELF_TEST_STEP + 0.3)
             # The last one may find the database gone, and the test over.
             with contextlib.suppress(psycopg.Error), psycopg.connect(database, autocommit=True) as conn:
                 conn.execute("select pg_notify(%s, '')", [channel])
 
         threading.Thread(target=ring).start()
-        asyncio.get_running_loop().call_later(room.ECHO_STEP + 0.1, time.sleep, 1.5)
+        asyncio.get_running_loop().call_later(room.SELF_TEST_STEP + 0.1, time.sleep, 1.5)
 
     async with listening(database, while_it_stands_still, heard) as bell:
         await heard.until(lambda: asked >= 3)
-        assert heard.told == ["bell.listening"] and bell.state == "listening"
+        assert heard.told == ["listener.listening"] and bell.state == "listening"
 
 
 async def test_it_connects_as_soon_as_postgresql_answers(database: str, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +186,8 @@ async def test_it_connects_as_soon_as_postgresql_answers(database: str, echo: Ec
     async with Proxy(database) as proxy, listening(proxy.dsn, echo, heard) as bell:
         monkeypatch.setattr(random, "uniform", lambda least, most: most * 1000 if most > 0.05 else least)
         proxy.cut()
-        await heard.until(lambda: "bell.lost" in heard.told)
+        await heard.until(lambda: "listener.lost" in heard.told)
         rings = heard.rings
         proxy.heal()
-        bell.doubt()
-        await heard.until(lambda: heard.told.count("bell.listening") == 2 and heard.rings > rings)
+        bell.recheck()
+        await heard.until(lambda: heard.told.count("listener.listening") == 2 and heard.rings > rings)

@@ -1,0 +1,217 @@
+"""One open connection in libpq's pipeline mode: a transaction in one write, its answer read as it comes.
+
+To a worker that was idle, psycopg's cursors cost twice the time of such a round trip, being more code than the caches hold
+by then. Values and rows are adapted by psycopg all the same.
+
+Never here: when a connection is opened, how long it is waited for, and what its silence means (connection).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import psycopg
+from psycopg import errors, pq
+from psycopg.abc import Buffer
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq.abc import PGresult
+
+from .values import Dates
+
+Step: TypeAlias = tuple[bytes, Sequence[Any]]
+"""A statement with its values."""
+_Plan: TypeAlias = tuple[bytes, tuple[int, ...]]
+"""A statement with its values' types."""
+_Prepared: TypeAlias = tuple[_Plan, bytes]
+"""A plan and its name."""
+
+
+class PendingQuery:
+    """What was asked in one transaction and has not been answered whole."""
+
+    def __init__(self, place: int, prepared: _Prepared | None) -> None:
+        """`place`: which of the results is wanted, counted from 0. `prepared`: what the first one says of having been prepared."""
+        self.answer: asyncio.Future[PGresult] = asyncio.get_running_loop().create_future()
+        """When the transaction has ended. Raises psycopg.Error."""
+        self.prepared = prepared
+        self._place = place
+        self._results = 0
+        self._wanted: PGresult | None = None
+        self._error: psycopg.Error | None = None
+
+    def take(self, result: PGresult) -> bool:
+        """One result more. Returns whether it was the last one."""
+        match result.status:
+            case pq.ExecStatus.PIPELINE_SYNC:
+                if self._error is None and self._wanted is not None and not self.answer.done():
+                    self.answer.set_result(self._wanted)
+                else:
+                    self.fail(psycopg.InternalError("an answer without its result"))
+                return True
+            case pq.ExecStatus.FATAL_ERROR:
+                # One without a code is libpq's own: the connection is lost.
+                coded = result.error_field(pq.DiagnosticField.SQLSTATE) is not None
+                error = errors.error_from_result(result) if coded else psycopg.OperationalError(result.get_error_message())
+                self._error = self._error or error
+            case pq.ExecStatus.PIPELINE_ABORTED:
+                pass
+            case _:
+                if self._results == self._place:
+                    self._wanted = result
+                self._results += 1
+        return False
+
+    def fail(self, error: psycopg.Error) -> None:
+        """The transaction was refused, or the connection is lost; what PostgreSQL said before that says more."""
+        if not self.answer.done():
+            self.answer.set_exception(self._error or error)
+
+
+class PipelineConnection:
+    """An open connection in pipeline mode: what is asked leaves in one write, and its answers are read as they come."""
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """`conn`: nobody else's from now on. It may be pooled by a pooler."""
+        self._conn = conn
+        self._pg = conn.pgconn
+        self._adapt = Transformer(conn)
+        self._prepared: dict[_Plan, bytes] = {}
+        self._asked: PendingQuery | None = None
+        self._lost: psycopg.Error | None = None
+        self._loop = asyncio.get_running_loop()
+        self._socket = self._pg.socket
+        """Remembered, as libpq closes it when the server has."""
+        self._pg.enter_pipeline_mode()
+        self._loop.add_reader(self._socket, self._read)
+
+    @property
+    def is_in_error(self) -> bool:
+        """Whether a transaction waits to be rolled back."""
+        return self._pg.transaction_status == pq.TransactionStatus.INERROR
+
+    def ask(self, before: Sequence[Step], wanted: Step, behind: Sequence[Step], prepare: bool) -> PendingQuery:
+        """Send these statements, one transaction; the rows are those of `wanted`. Raises psycopg.Error where that can't be sent."""
+        if self._lost is not None:
+            raise self._lost
+        pg, text = self._pg, wanted[0]
+        # Whatever can't be adapted is found before anything is sent.
+        adapted = [(step, *self._adapted(values)) for step, values in (*before, wanted, *behind)]
+        plan = text, adapted[len(before)][2]
+        name = self._prepared.get(plan) if prepare else None
+        fresh = prepare and name is None
+        if fresh:
+            name = b"recall_worker_%d" % len(self._prepared)
+            pg.send_prepare(name, text, plan[1])
+        self._asked = question = PendingQuery(len(before) + fresh, (plan, name) if fresh and name is not None else None)
+        for place, (step, given, types, formats) in enumerate(adapted):
+            if place == len(before) and name is not None:
+                pg.send_query_prepared(name, given, formats)
+            else:
+                pg.send_query_params(step, given, types, formats)
+        pg.pipeline_sync()
+        if pg.flush():
+            self._loop.add_writer(self._socket, self._flush)
+        return question
+
+    def _adapted(self, values: Sequence[Any]) -> tuple[Sequence[Buffer | None], tuple[int, ...], Sequence[pq.Format]]:
+        given = self._adapt.dump_sequence(values, [PyFormat.AUTO] * len(values))
+        return given, self._adapt.types or (), self._adapt.formats or ()
+
+    def load(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
+        """The rows of a result, none where it has no columns."""
+        try:
+            return self._rows(result, as_)
+        except errors.DataError:
+            # A date that psycopg can't load. Most tables have none, so it is only from the first one on that each is looked at more closely.
+            self._conn.adapters.register_loader("timestamptz", Dates)
+            self._adapt = Transformer(self._conn)
+            return self._rows(result, as_)
+
+    def _rows(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
+        self._adapt.set_pgresult(result)
+        if as_ is tuple:
+            return self._adapt.load_rows(0, result.ntuples, tuple)
+        names = [(result.fname(column) or b"").decode() for column in range(result.nfields)]
+        return self._adapt.load_rows(0, result.ntuples, lambda row: dict(zip(names, row, strict=True)))
+
+    def _flush(self) -> None:
+        """Send what the kernel did not take before."""
+        try:
+            left = self._pg.flush()
+        except psycopg.Error:
+            left = 0  # The reader finds out, too.
+        if not left:
+            self._loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        lost: psycopg.Error | None = None
+        try:
+            self._pg.consume_input()
+        except psycopg.Error as error:
+            lost = error
+        # The results of each statement end with None; after two there is nothing more for now.
+        nones = 0
+        while self._asked is not None and nones < 2 and not self._pg.is_busy():
+            result = self._pg.get_result()
+            if result is None:
+                nones += 1
+                continue
+            nones = 0
+            question = self._asked
+            if question.prepared is not None:
+                plan, name = question.prepared
+                question.prepared = None
+                if result.status == pq.ExecStatus.COMMAND_OK:
+                    self._prepared[plan] = name
+            if question.take(result):
+                self._asked = None
+        if lost is not None:
+            self._hang_up()
+            self._lost = lost
+            if self._asked is not None:
+                self._asked.fail(lost)
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+
+    def close(self) -> None:
+        """At once: it never waits for a peer that is gone."""
+        if self._lost is None:
+            self._hang_up()
+        self._pg.finish()
+
+
+@cache
+def numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
+    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
+    ours apart each time that it is run."""
+    numbers: dict[str, int] = {}
+    text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
+    return text.replace("%%", "%").encode(), tuple(numbers)
+
+
+def given_in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
+    """A statement's values in order."""
+    return [_array(value) if isinstance(value := values[name], list) else value for name in names]
+
+
+def _array(values: Sequence[Any]) -> str:
+    """A list as PostgreSQL reads an array; of what, the statement says. psycopg's own way finds out for each element how to write it, which
+    costs a settle more than all the rest of it."""
+    return "{" + ",".join([_WRITTEN[type(value)](value) for value in values]) + "}"
+
+
+def _quoted(value: object) -> str:
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+_WRITTEN: Mapping[type, Callable[[Any], str]] = {
+    type(None): lambda _: "null", bool: str, int: str, float: repr, str: _quoted, UUID: str, datetime: _quoted,
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""Values as Python can hold them: dates beyond its calendar, and documents that somebody wrote by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import errors
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.types.datetime import TimestamptzLoader
+
+LEVELS_MOST = 100
+"""Values within values that are read from a JSON document: Python's own reader and writer stop at
+some hundreds.
+"""
+DIGITS_MOST = 300
+"""Digits of a whole number that a double can still stand for."""
+EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
+
+
+def clamped(when: datetime) -> datetime:
+    """`when`, or the nearest date that can still be reckoned with."""
+    return when if EARLIEST.year < when.year < LATEST.year else min(LATEST, max(EARLIEST, when))
+
+
+class Dates(TimestamptzLoader):
+    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest.
+
+    In UTC, as Python's difference of two dates of one zone is that of its clocks on the wall.
+    """
+
+    def load(self, data: Buffer) -> datetime:
+        text = bytes(data)
+        if text.startswith(b"-") or text.endswith(b"BC"):
+            return EARLIEST
+        try:
+            return clamped(super().load(data)).astimezone(UTC)
+        except (errors.DataError, ValueError, OverflowError):
+            return LATEST
+
+
+def load_whatever_stands_there(
+    conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any],
+) -> None:
+    """Have a connection read also what somebody may have written into a row by hand and Python has
+    no value for.
+    """
+    conn.adapters.register_loader("timestamptz", Dates)
+    for name in ("json", "jsonb"):
+        conn.adapters.register_loader(name, Documents)
+
+
+class Documents(Loader):
+    """JSON. What Python, or a reader of our own `--json`, has no value for stays text: a document in
+    which values are nested for more than LEVELS_MOST, a number that is no finite double.
+    """
+
+    def load(self, data: Buffer) -> Any:
+        text = bytes(data).decode("utf-8", "backslashreplace")
+        levels = most = 0
+        for bracket in re.findall(r"[][{}]", text):
+            levels += 1 if bracket in "[{" else -1
+            most = max(most, levels)
+        if most > LEVELS_MOST:
+            return text
+        return json.loads(text, parse_int=_whole, parse_float=_fraction)
+
+
+def _whole(digits: str) -> int | str:
+    return int(digits) if len(digits) <= DIGITS_MOST else digits
+
+
+def _fraction(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
