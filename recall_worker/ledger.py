@@ -226,25 +226,37 @@ class Ledger:
         ended = list(zip(found["ids"], found["accepted"], strict=True))
         return EndedLeases([id for id, accepted in ended if not accepted], [id for id, accepted in ended if accepted])
 
-    async def take_up(self, ids: Sequence[str], in_hand: Collection[str] = ()) -> Claimed:
-        """Take these rows, whose leases have ended, under leases of our own. What is left out is locked, or taken by others."""
+    async def take_up(self, ids: Sequence[str], in_hand: Collection[str] = (), *, most: int | None = None) -> Claimed:
+        """Take these rows, whose leases have ended, under leases of our own: the oldest first, and `most` of them.
+
+        What is left out is locked, or taken by others, or beyond `most`.
+        """
         asked_at = time.monotonic()
+        most = len(ids) if most is None else most
         try:
-            claims = await self._take_up(ids, len(ids), in_hand)
+            claims = await self._take_up(ids, most, in_hand)
         except Refusal as refusal:
             if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
                 return Claimed([], asked_at, refused=True)
             if not refusal.of_a_row:
                 raise
             if len(ids) > 1:
-                alone = [await self.take_up([id], in_hand) for id in ids]
-                taken = [claim for one in alone for claim in one.claims]
-                return Claimed(taken, asked_at, stranded=[row for one in alone for row in one.stranded])
+                found: list[Claim] = []
+                stranded: list[tuple[str, str]] = []
+                for id in ids:
+                    if len(found) < most:
+                        one = await self.take_up([id], in_hand)
+                        found += one.claims
+                        stranded += one.stranded
+                return Claimed(found, asked_at, stranded=stranded)
             self._put_aside(ids[0], asked_at)
             return Claimed([], asked_at, stranded=[(ids[0], refusal.reason)])
-        if self._fleet is None:
-            # Else it may be the fleet's cap that passed them over.
-            self._leave(set(ids) - {claim.id for claim in claims})
+        taken = {claim.id for claim in claims}
+        whole = self._fleet is None and (most == len(ids) or not taken)
+        # Where the limit or the fleet's cap may have passed over what comes behind, only what stands before the last one
+        # taken is known to be locked: `ids` are in the order in which they are taken.
+        tried = len(ids) if whole else max((n for n, id in enumerate(ids) if id in taken), default=0)
+        self._leave(id for id in ids[:tried] if id not in taken)
         for claim in claims:
             self._aside.pop(claim.id, None)
         return Claimed(claims, asked_at)

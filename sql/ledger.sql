@@ -187,7 +187,7 @@ with candidate as materialized (
             where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
                 and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
-    order by coalesce(r.lease_until, r.trigger_at)
+    order by coalesce(r.lease_until, r.trigger_at), r.id
     limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
         select count(*) from session_recalls f
         where f.lease is not null and f.status in ('pending', 'running')

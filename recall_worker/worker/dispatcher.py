@@ -244,13 +244,14 @@ class Dispatcher:
         if probing:
             used = max(0, slots - self._runs.free_slots)
         if ended.unanswered and used < slots and not self._runs.any_unproven:
-            used += await self._take(ended.unanswered[:1], in_hand, probing=probing)
+            # One, and the next one where the oldest is locked.
+            used += await self._take(ended.unanswered, in_hand, probing=probing, most=1)
         return used
 
-    async def _take(self, ids: list[str], in_hand: list[str], *, probing: bool) -> int:
+    async def _take(self, ids: list[str], in_hand: list[str], *, probing: bool, most: int | None = None) -> int:
         if not ids:
             return 0
-        claimed = await self._ledger.take_up(ids, in_hand)
+        claimed = await self._ledger.take_up(ids, in_hand, most=most)
         self._tell_claimed(claimed)
         await self._start(claimed, probing=probing)
         return len(claimed.claims)
