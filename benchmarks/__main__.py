@@ -11,22 +11,49 @@ import time
 from pathlib import Path
 from typing import Any
 
-MEASURES = ("wake", "timers", "backlog", "parts", "inflight", "growth", "idle", "inserting", "endurance", "start")
-BEGIN, END = "<!-- measured: written by `python -m benchmarks`, from {} -->\n", "<!-- /measured -->\n"
+MEASURES = (
+    "wake",
+    "timers",
+    "backlog",
+    "parts",
+    "inflight",
+    "growth",
+    "idle",
+    "inserting",
+    "endurance",
+    "start",
+)
+BEGIN, END = (
+    "<!-- measured: written by `python -m benchmarks`, from {} -->\n",
+    "<!-- /measured -->\n",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=list(MEASURES), metavar="MEASURE,…", help=", ".join(MEASURES)
+        "--only",
+        type=lambda text: text.split(","),
+        default=list(MEASURES),
+        metavar="MEASURE,…",
+        help=", ".join(MEASURES),
     )
-    parser.add_argument("--quick", action="store_true", help="shorter and fewer of everything: to see that it works")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where to write the figures; those of measures not run now are kept"
+        "--quick", action="store_true", help="shorter and fewer of everything: to see that it works"
     )
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="the document whose marked part is written anew")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to write the figures; those of measures not run now are kept",
+    )
+    parser.add_argument(
+        "--docs", type=Path, metavar="FILE", help="the document whose marked part is written anew"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="where to draw SVGs")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: report these figures")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure nothing: report these figures"
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.only) - set(MEASURES):
         parser.error(f"no such measure: {', '.join(sorted(unknown))}")
@@ -53,7 +80,9 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
         figures = json.loads(kept.read_text(encoding="utf-8"))
     with Ground(quick=quick) as ground:
         figures["machine"] = (
-            ground.machine() | {"load when it began": f"{os.getloadavg()[0]:.1f}"} | ({"quick": "yes"} if quick else {})
+            ground.machine()
+            | {"load when it began": f"{os.getloadavg()[0]:.1f}"}
+            | ({"quick": "yes"} if quick else {})
         )
         contest = Contest(ground)
         for name in only:
@@ -67,7 +96,10 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(rounded(figures), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                kept.write_text(
+                    json.dumps(rounded(figures), indent=1, ensure_ascii=False) + "\n",
+                    encoding="utf-8",
+                )
         for name, reason in contest.missing.items():
             print(f"without {name}: {reason}", file=sys.stderr)
     return figures
@@ -123,7 +155,8 @@ def write(document: Path, figures: dict[str, Any], source: Path | None, plots: P
     begin = BEGIN.format(source.name if source else "a run")
     start, end = text.index("<!-- measured:"), text.index(END)
     document.write_text(
-        text[:start] + begin + "\n" + reported(figures, plots, document.parent) + "\n" + text[end:], encoding="utf-8"
+        text[:start] + begin + "\n" + reported(figures, plots, document.parent) + "\n" + text[end:],
+        encoding="utf-8",
     )
 
 

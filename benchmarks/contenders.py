@@ -50,7 +50,9 @@ def _ours_install(ground: Ground, dsn: str) -> None:
 def _ours(command: str) -> Callable[[Ground, str, str, int], tuple[list[str], dict[str, str]]]:
     def made(ground: Ground, dsn: str, url: str, slots: int) -> tuple[list[str], dict[str, str]]:
         settings = {"RECALL_DSN": dsn, "RECALL_RUN_URL": url, "RECALL_CONCURRENCY": str(slots)}
-        return [sys.executable, "-m", "recall_worker", command], settings | {"PYTHONPATH": str(ground.installed)}
+        return [sys.executable, "-m", "recall_worker", command], settings | {
+            "PYTHONPATH": str(ground.installed)
+        }
 
     return made
 
@@ -91,7 +93,13 @@ def _needs(module: str) -> None:
 
 
 def _graphile_install(ground: Ground, dsn: str) -> None:
-    run("node", str(ground.npm / "node_modules/graphile-worker/dist/cli.js"), "--schema-only", "-c", dsn)
+    run(
+        "node",
+        str(ground.npm / "node_modules/graphile-worker/dist/cli.js"),
+        "--schema-only",
+        "-c",
+        dsn,
+    )
 
 
 _COLUMNS = """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
@@ -138,7 +146,10 @@ CONTENDERS = {
             f"""select count(*) from graphile_worker.add_jobs((select array_agg(('call', {_JOB.format(_NTH)}::json, null,
                 %(due)s::timestamptz, null, null, null, null)::graphile_worker.job_spec){_SERIES}))""",
             _graphile_install,
-            lambda ground, dsn, url, slots: (["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)], {}),
+            lambda ground, dsn, url, slots: (
+                ["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)],
+                {},
+            ),
             16000,
         ),
         Contender(
@@ -151,7 +162,14 @@ CONTENDERS = {
         ),
         Contender(BARE, _RECALL, _RECALLS, _ours_install, _python("bare"), 0),
         Contender(LOOP, "", "", lambda ground, dsn: None, _python("loop"), 0),
-        Contender(HTTPX_LOOP, "", "", lambda ground, dsn: _needs("httpx_aiohttp"), _python("loop-httpx"), 0),
+        Contender(
+            HTTPX_LOOP,
+            "",
+            "",
+            lambda ground, dsn: _needs("httpx_aiohttp"),
+            _python("loop-httpx"),
+            0,
+        ),
     )
 }
 PEERS = tuple(name for name in CONTENDERS if name not in (OURS, BARE, LOOP, HTTPX_LOOP, CAPPED))
@@ -171,7 +189,9 @@ class Field:
 
     def insert(self, session: str, due: datetime | None = None) -> int:
         """Write one row; the monotonic instant at which its commit was known."""
-        self.connection.execute(self.contender.one, {"session": session, "message": MESSAGE, "due": due})
+        self.connection.execute(
+            self.contender.one, {"session": session, "message": MESSAGE, "due": due}
+        )
         return time.monotonic_ns()
 
     def fill(self, session: str, rows: int, due: datetime | None = None) -> None:
@@ -179,7 +199,12 @@ class Field:
         for start in range(0, rows, 5000):
             self.connection.execute(
                 self.contender.many,
-                {"session": f"{session}{start}-", "message": MESSAGE, "due": due, "n": min(5000, rows - start)},
+                {
+                    "session": f"{session}{start}-",
+                    "message": MESSAGE,
+                    "due": due,
+                    "n": min(5000, rows - start),
+                },
             )
 
     def start(self, slots: int, workers: int = 1, **settings: Any) -> None:
@@ -191,7 +216,12 @@ class Field:
             self._logs.append(log)
             self.processes.append(
                 subprocess.Popen(
-                    arguments, env=_environment(more), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.ground.scratch
+                    arguments,
+                    env=_environment(more),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.ground.scratch,
                 )
             )
 
@@ -204,7 +234,9 @@ class Field:
             raise RuntimeError(f"{self.contender.name} does not call: {self.log()[-2000:]}")
         before, since = -1, time.monotonic()
         while time.monotonic() - since < 1.5:
-            row = self.connection.execute("select count(*) from pg_stat_activity where datname = current_database()").fetchone()
+            row = self.connection.execute(
+                "select count(*) from pg_stat_activity where datname = current_database()"
+            ).fetchone()
             assert row is not None
             if row[0] < len(self.processes) or row[0] != before:
                 before, since = row[0], time.monotonic()
@@ -280,7 +312,11 @@ class Contest:
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECALL_", "PG", "PYTHON"))}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"} | more
+    return (
+        kept
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        | more
+    )
 
 
 def rotated(names: list[str], round: int) -> list[str]:

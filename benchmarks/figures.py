@@ -43,7 +43,9 @@ def number(value: float) -> str:
 def shown(found: Spread, factor: float = 1.0) -> str:
     """`2.10 (1.90 to 2.41)`, or the value alone where there was one round."""
     least, median, most = (found[name] * factor for name in ("least", "median", "most"))
-    return number(median) if least == most else f"{number(median)} ({number(least)} to {number(most)})"
+    return (
+        number(median) if least == most else f"{number(median)} ({number(least)} to {number(most)})"
+    )
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +53,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def judged(what: str, value: float, target: float, *, at_least: bool = False, unit: str = "") -> str:
+def judged(
+    what: str, value: float, target: float, *, at_least: bool = False, unit: str = ""
+) -> str:
     """A line that says whether a target was met, and by how much it was missed."""
     met = value >= target if at_least else value <= target
     word = "at least" if at_least else "at most"

@@ -38,7 +38,11 @@ class Sink:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "sink.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, str(HERE / "sink.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         self.url = f"http://127.0.0.1:{self._read()['port']}/s/{{session_id}}"
 
@@ -92,17 +96,30 @@ class Ground:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recall-bench-", dir="/var/tmp")))
+            self.scratch = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="recall-bench-", dir="/var/tmp")
+                )
+            )
             self.scratch.chmod(0o711)
             # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL comes.
-            self.server = stack.enter_context(EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"}))
+            self.server = stack.enter_context(
+                EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"})
+            )
             self.sink = Sink()
             stack.callback(self.sink.close)
-            self.maintenance: Connection = stack.enter_context(psycopg.connect(self.server.dsn(), autocommit=True))
+            self.maintenance: Connection = stack.enter_context(
+                psycopg.connect(self.server.dsn(), autocommit=True)
+            )
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stack.close()
 
     # --- databases -----------------------------------------------------------------------------------------------
@@ -111,11 +128,17 @@ class Ground:
     def database(self, template: str = "template0") -> Iterator[str]:
         """A database for as long as the block runs: its DSN."""
         name = f"bench_{next(self._numbers)}"
-        self.maintenance.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
+        self.maintenance.execute(
+            sql.SQL("create database {} template {}").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
         try:
             yield self.server.dsn(name)
         finally:
-            self.maintenance.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+            self.maintenance.execute(
+                sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+            )
             # The next one should not pay for what this one left to be written.
             self.maintenance.execute("checkpoint")
 
@@ -141,7 +164,8 @@ class Ground:
         place = (
             Path(given)
             if given
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recall-worker-benchmarks"
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "recall-worker-benchmarks"
         )
         place.mkdir(parents=True, exist_ok=True)
         return place
@@ -150,13 +174,29 @@ class Ground:
     def installed(self) -> Path:
         """Where the wheel of this checkout is installed, without its dependencies, which are this interpreter's."""
         digest = hashlib.sha256()
-        for path in sorted([ROOT / "pyproject.toml", *(ROOT / "recall_worker").rglob("*.py"), *(ROOT / "sql").rglob("*.sql")]):
+        for path in sorted(
+            [
+                ROOT / "pyproject.toml",
+                *(ROOT / "recall_worker").rglob("*.py"),
+                *(ROOT / "sql").rglob("*.sql"),
+            ]
+        ):
             digest.update(path.read_bytes())
         place = self.cache / f"wheel-{digest.hexdigest()[:12]}"
         if not place.exists():
             for old in self.cache.glob("wheel-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{place}.new", str(ROOT))
+            run(
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                f"{place}.new",
+                str(ROOT),
+            )
             Path(f"{place}.new").rename(place)
         return place
 
@@ -167,7 +207,11 @@ class Ground:
         place.mkdir(exist_ok=True)
         wanted = (HERE / "package.json").read_bytes()
         kept = place / "package.json"
-        if not kept.exists() or kept.read_bytes() != wanted or not (place / "node_modules").exists():
+        if (
+            not kept.exists()
+            or kept.read_bytes() != wanted
+            or not (place / "node_modules").exists()
+        ):
             kept.write_bytes(wanted)
             run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(place))
         shutil.copy(HERE / "graphile.mjs", place)
@@ -175,11 +219,27 @@ class Ground:
 
     def machine(self) -> dict[str, str]:
         """What was measured on, and with: no names of hosts, no paths."""
-        packages = ("recall-worker", "psycopg", "aiohttp", "procrastinate", "pgqueuer", "asyncpg", "uvloop")
-        found = {"measured": time.strftime("%Y-%m-%d", time.gmtime()), "CPU": processor(), "cores": str(os.cpu_count())}
-        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        packages = (
+            "recall-worker",
+            "psycopg",
+            "aiohttp",
+            "procrastinate",
+            "pgqueuer",
+            "asyncpg",
+            "uvloop",
+        )
+        found = {
+            "measured": time.strftime("%Y-%m-%d", time.gmtime()),
+            "CPU": processor(),
+            "cores": str(os.cpu_count()),
+        }
+        found["memory"] = (
+            f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        )
         found["system"] = f"{platform.system()} {platform.release().split('-')[0]}"
-        row = self.maintenance.execute("select current_setting('server_version'), current_setting('fsync')").fetchone()
+        row = self.maintenance.execute(
+            "select current_setting('server_version'), current_setting('fsync')"
+        ).fetchone()
         assert row is not None
         found["PostgreSQL"], found["fsync"] = str(row[0]), str(row[1])
         found["Python"] = platform.python_version()
@@ -190,7 +250,9 @@ class Ground:
                 found[name] = "not installed"
         try:
             found["Node.js"] = run("node", "--version").strip().removeprefix("v")
-            found["graphile-worker"] = json.loads((self.npm / "node_modules/graphile-worker/package.json").read_text())["version"]
+            found["graphile-worker"] = json.loads(
+                (self.npm / "node_modules/graphile-worker/package.json").read_text()
+            )["version"]
         except (OSError, subprocess.CalledProcessError):
             found["graphile-worker"] = "not installed"
         return found

@@ -29,7 +29,9 @@ class Caller:
         async with (
             self._room,
             self._session.post(
-                self._url.replace("{session_id}", session), data=_body(session, message), headers=_headers(session)
+                self._url.replace("{session_id}", session),
+                data=_body(session, message),
+                headers=_headers(session),
             ) as answer,
         ):
             return json.loads(await answer.read())
@@ -71,13 +73,17 @@ class HttpxCaller:
         self._url = url
         self._client = httpx.AsyncClient(
             transport=AiohttpTransport(
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0)
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0
+                )
             )
         )
 
     async def call(self, session: str, message: str) -> Any:
         answer = await self._client.post(
-            self._url.replace("{session_id}", session), content=_body(session, message), headers=_headers(session)
+            self._url.replace("{session_id}", session),
+            content=_body(session, message),
+            headers=_headers(session),
         )
         return json.loads(answer.content)
 
@@ -114,7 +120,9 @@ async def bare(dsn: str, caller: Caller, slots: int) -> None:
     from recall_worker.database.connection import Deadlines, QueryConnection
 
     lines: list[QueryConnection] = []
-    claims, settles = (QueryConnection(dsn, name, Deadlines(), lines) for name in ("claims", "settles"))
+    claims, settles = (
+        QueryConnection(dsn, name, Deadlines(), lines) for name in ("claims", "settles")
+    )
     rung = asyncio.Event()
     running = set()
 
@@ -142,7 +150,9 @@ async def bare(dsn: str, caller: Caller, slots: int) -> None:
 async def procrastinate(dsn: str, caller: Caller, slots: int) -> None:
     import procrastinate as library
 
-    app = library.App(connector=library.PsycopgConnector(conninfo=dsn, min_size=4, max_size=min(20, slots + 4)))
+    app = library.App(
+        connector=library.PsycopgConnector(conninfo=dsn, min_size=4, max_size=min(20, slots + 4))
+    )
 
     @app.task(name="call")
     async def call(session: str, message: str) -> None:
@@ -182,9 +192,13 @@ async def main(name: str, dsn: str, url: str, slots: int) -> None:
     if name == "loop-httpx":
         await loop(dsn, HttpxCaller(url, slots), slots)
         return
-    work = {"loop": loop, "bare": bare, "procrastinate": procrastinate, "pgqueuer": pgqueuer, "pgqueuer-capped": pgqueuer_capped}[
-        name
-    ]
+    work = {
+        "loop": loop,
+        "bare": bare,
+        "procrastinate": procrastinate,
+        "pgqueuer": pgqueuer,
+        "pgqueuer-capped": pgqueuer_capped,
+    }[name]
     await work(dsn, Caller(url, slots), slots)
 
 

@@ -74,7 +74,9 @@ async def reply(asked: dict[str, Any]) -> dict[str, Any]:
         case "wait":
             deadline = time.monotonic() + asked["within"]
             while not (
-                len(stamps) >= asked.get("count", 0) and len(probes) >= asked.get("probes", 0) and held >= asked.get("held", 0)
+                len(stamps) >= asked.get("count", 0)
+                and len(probes) >= asked.get("probes", 0)
+                and held >= asked.get("held", 0)
             ):
                 changed.clear()
                 try:
@@ -83,7 +85,9 @@ async def reply(asked: dict[str, Any]) -> dict[str, Any]:
                 except TimeoutError:
                     break
         case "between":
-            return {"count": bisect_left(stamps, asked["until"]) - bisect_left(stamps, asked["since"])}
+            return {
+                "count": bisect_left(stamps, asked["until"]) - bisect_left(stamps, asked["since"])
+            }
         case "probes":
             return probes
     return {

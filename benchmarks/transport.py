@@ -37,10 +37,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 ANSWER_BODY = json.dumps({"run_id": "run_0123456789abcdef", "status": "completed"}).encode()
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER_BODY) + ANSWER_BODY
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    % len(ANSWER_BODY)
+    + ANSWER_BODY
+)
 WARM_UP = 0.3  # seconds before counting starts: connections open, caches fill
 GRACE = 1.0  # seconds an open call may take to end once counting is over
-HOPELESS = 100  # below so many requests a second no higher level is tried: it would only hold up the rest
+HOPELESS = (
+    100  # below so many requests a second no higher level is tried: it would only hold up the rest
+)
 LIMIT = 1 << 20  # an answer is read no further than this
 KEEP_ALIVE = 4.0  # below the 5 s after which uvicorn closes an idle connection
 
@@ -91,7 +97,9 @@ async def httpx_own(slots: int) -> AsyncIterator[Post]:
     """httpx with its own transport, one client, limits raised."""
     import httpx
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE
+    )
     async with httpx.AsyncClient(limits=limits, timeout=30, trust_env=False) as client:
 
         async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
@@ -108,10 +116,14 @@ async def httpx_slots(slots: int) -> AsyncIterator[Post]:
     import httpx
 
     verify = ssl.create_default_context()  # one for all: it is what makes a client heavy
-    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE)
+    limits = httpx.Limits(
+        max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE
+    )
     async with AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(httpx.AsyncClient(limits=limits, timeout=30, trust_env=False, verify=verify))
+            await stack.enter_async_context(
+                httpx.AsyncClient(limits=limits, timeout=30, trust_env=False, verify=verify)
+            )
             for _ in range(slots)
         ]
 
@@ -129,7 +141,9 @@ async def httpx_aiohttp(slots: int) -> AsyncIterator[Post]:
 
     async with (
         aiohttp_session() as session,
-        httpx.AsyncClient(transport=AiohttpTransport(client=session), timeout=30, trust_env=False) as client,
+        httpx.AsyncClient(
+            transport=AiohttpTransport(client=session), timeout=30, trust_env=False
+        ) as client,
     ):
 
         async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
@@ -159,7 +173,9 @@ async def httpcore_slots(slots: int) -> AsyncIterator[Post]:
             if connection is not None:
                 await connection.aclose()
             origin = origin or request.url.origin
-            connection = held[slot] = httpcore.AsyncHTTPConnection(origin, keepalive_expiry=KEEP_ALIVE)
+            connection = held[slot] = httpcore.AsyncHTTPConnection(
+                origin, keepalive_expiry=KEEP_ALIVE
+            )
         response = await connection.handle_async_request(request)
         try:
             return json.loads(await response.aread())
@@ -196,7 +212,9 @@ async def aiohttp_bare(slots: int) -> AsyncIterator[Post]:
 
         async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
             target = URL(url, encoded=True)
-            async with session.post(target, data=body, headers=headers, allow_redirects=False) as response:
+            async with session.post(
+                target, data=body, headers=headers, allow_redirects=False
+            ) as response:
                 return json.loads(await response.read())
 
         yield post
@@ -260,7 +278,9 @@ async def aiohttp_witness(slots: int) -> AsyncIterator[Post]:
         async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
             witness = Witness(body, content_type="application/json")
             target = URL(url, encoded=True)
-            async with session.post(target, data=witness, headers=headers, allow_redirects=False) as response:
+            async with session.post(
+                target, data=witness, headers=headers, allow_redirects=False
+            ) as response:
                 read = bytearray()
                 while len(read) <= LIMIT and (chunk := await response.content.readany()):
                     read += chunk
@@ -301,7 +321,12 @@ async def nouns(slots: int) -> AsyncIterator[Post]:
                 headers=request.headers,
                 allow_redirects=False,
             )
-            return httpx.Response(response.status, headers=response.raw_headers, stream=Stream(response), request=request)
+            return httpx.Response(
+                response.status,
+                headers=response.raw_headers,
+                stream=Stream(response),
+                request=request,
+            )
 
     async with aiohttp_session() as session:
         transport = Transport(session)
@@ -353,7 +378,10 @@ async def raw(slots: int) -> AsyncIterator[Post]:
         pipe.waiting = loop.create_future()
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         path = "/" + url.split("/", 3)[3]
-        pipe.transport.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{head}\r\n".encode() + body)
+        pipe.transport.write(
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{head}\r\n".encode()
+            + body
+        )
         return json.loads((await pipe.waiting).partition(b"\r\n\r\n")[2])
 
     try:
@@ -415,7 +443,11 @@ def call(port: int, number: int) -> tuple[str, dict[str, str], bytes]:
         "webhook-timestamp": "1767225600",
         "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
     }
-    return f"http://127.0.0.1:{port}/sessions/session-{number}/runs", headers, json.dumps(body).encode()
+    return (
+        f"http://127.0.0.1:{port}/sessions/session-{number}/runs",
+        headers,
+        json.dumps(body).encode(),
+    )
 
 
 async def measure(name: str, port: int, slots: int, seconds: float) -> dict[str, Any]:
@@ -447,7 +479,12 @@ async def measure(name: str, port: int, slots: int, seconds: float) -> dict[str,
         for task in late:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return {"open": slots, "rate": counted / took, "peak": resident(peak=True), "failures": failures}
+    return {
+        "open": slots,
+        "rate": counted / took,
+        "peak": resident(peak=True),
+        "failures": failures,
+    }
 
 
 def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[str, Any]:
@@ -456,7 +493,11 @@ def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[s
     start = time.perf_counter()
     for package in CANDIDATES[name][1]:
         importlib.import_module(package)
-    result: dict[str, Any] = {"import": time.perf_counter() - start, "bare": bare, "imported": resident()}
+    result: dict[str, Any] = {
+        "import": time.perf_counter() - start,
+        "bare": bare,
+        "imported": resident(),
+    }
     result["levels"] = []
     for slots in sorted(levels):
         result["levels"].append(asyncio.run(measure(name, port, slots, seconds)))
@@ -471,10 +512,16 @@ def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", help="candidates, separated by commas: " + ", ".join(CANDIDATES))
-    parser.add_argument("--open", default="3,50,200,1000", help="calls open at once (default: %(default)s)")
+    parser.add_argument(
+        "--open", default="3,50,200,1000", help="calls open at once (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.7, help="for each candidate, level and round")
-    parser.add_argument("--json", action="store_true", help="every figure of every round, as one document")
+    parser.add_argument(
+        "--seconds", type=float, default=0.7, help="for each candidate, level and round"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="every figure of every round, as one document"
+    )
     parser.add_argument("--role", choices=["sink", "candidate"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -514,10 +561,19 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
     skipped = {name: missing(name) for name in names if missing(name)}
     names = [name for name in names if name not in skipped]
     bound = len(levels) * (WARM_UP + options.seconds + GRACE + 15)
-    own = [sys.executable, os.path.abspath(__file__), "--open", options.open, "--seconds", str(options.seconds)]
+    own = [
+        sys.executable,
+        os.path.abspath(__file__),
+        "--open",
+        options.open,
+        "--seconds",
+        str(options.seconds),
+    ]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
-    with subprocess.Popen([*own, "--role", "sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sink:
+    with subprocess.Popen(
+        [*own, "--role", "sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as sink:
         assert sink.stdin and sink.stdout
         port = sink.stdout.readline().strip()
         try:
@@ -525,10 +581,17 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
                 shift = turn * len(names) // max(options.rounds, 1)
                 for name in names[shift:] + names[:shift]:
                     if sys.stderr.isatty():
-                        print(f"\rround {turn + 1}/{options.rounds}: {name:<16}", end="", file=sys.stderr, flush=True)
+                        print(
+                            f"\rround {turn + 1}/{options.rounds}: {name:<16}",
+                            end="",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                     command = [*own, "--role", "candidate", "--only", name, "--port", port]
                     try:
-                        run = subprocess.run(command, stdout=subprocess.PIPE, timeout=bound, check=True)
+                        run = subprocess.run(
+                            command, stdout=subprocess.PIPE, timeout=bound, check=True
+                        )
                         results[name].append(json.loads(run.stdout))
                     except (subprocess.SubprocessError, ValueError) as error:
                         print(f"\n{name}: {error}", file=sys.stderr)
@@ -541,7 +604,9 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         print(json.dumps({"results": results, "skipped": skipped}, indent=1))
         return
     levels = sorted(levels)
-    print(f"Requests a second; {options.rounds} rounds of {options.seconds:g} s; Python {sys.version.split()[0]}")
+    print(
+        f"Requests a second; {options.rounds} rounds of {options.seconds:g} s; Python {sys.version.split()[0]}"
+    )
     print(f"{'candidate':<15}" + "".join(f"{f'{level} open':>14}" for level in levels), end="")
     print(f"{'peak MB':>9}{'imported MB':>13}{'import s':>10}")
     for name, runs in results.items():
@@ -561,7 +626,13 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         imported = statistics.median(run["imported"] for run in runs)
         took = statistics.median(run["import"] for run in runs)
         print(f"{line}{peak:>9.0f}{imported:>13.0f}{took:>10.2f}")
-    failures = {(name, why) for name, runs in results.items() for run in runs for at in run["levels"] for why in at["failures"]}
+    failures = {
+        (name, why)
+        for name, runs in results.items()
+        for run in runs
+        for at in run["levels"]
+        for why in at["failures"]
+    }
     for name, why in sorted(failures):
         print(f"failed calls, {name}: {why}")
     for name, packages in skipped.items():

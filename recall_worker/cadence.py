@@ -66,7 +66,9 @@ def _zones() -> frozenset[str]:
 def zone(name: str | None) -> Zone:
     """The IANA zone of this name, UTC for None. Raises CadenceError."""
     if name is not None and name not in _zones():
-        raise CadenceError(f"there is no time zone {name!r}: give an IANA name, such as Europe/Berlin")
+        raise CadenceError(
+            f"there is no time zone {name!r}: give an IANA name, such as Europe/Berlin"
+        )
     name = name or "UTC"
     with resources.files("tzdata").joinpath("zoneinfo", *name.split("/")).open("rb") as data:
         return Zone.from_file(data, key=name)
@@ -95,10 +97,14 @@ def ticks(expression: str, time_zone: str | None, after: datetime) -> Iterator[d
 def _fields(expression: str) -> CronSim:
     """The fields as cronsim reads them; it is never iterated. Raises CadenceError."""
     if len(expression) > CRON_LONGEST:
-        raise CadenceError(f"a cron expression has at most {CRON_LONGEST} characters, and this one {len(expression)}")
+        raise CadenceError(
+            f"a cron expression has at most {CRON_LONGEST} characters, and this one {len(expression)}"
+        )
     parts = expression.split()
     if len(parts) != 5:
-        raise CadenceError(f"{expression!r} is no cron expression: it takes five fields, minute hour day month weekday")
+        raise CadenceError(
+            f"{expression!r} is no cron expression: it takes five fields, minute hour day month weekday"
+        )
     try:
         return CronSim(expression, _BEGINNING)
     except CronSimError as error:
@@ -157,7 +163,9 @@ def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
     """The instants at which a clock shows this; of a fixed time the first, be it that after the gap which swallowed it."""
     while True:
         passes = [wall.replace(tzinfo=where, fold=fold).astimezone(UTC) for fold in (0, 1)]
-        shown = [instant for instant in passes if instant.astimezone(where).replace(tzinfo=None) == wall]
+        shown = [
+            instant for instant in passes if instant.astimezone(where).replace(tzinfo=None) == wall
+        ]
         if not fixed:
             return shown
         if shown:
@@ -226,28 +234,40 @@ def plan(
         raise CadenceError("an interval, a grid and a cron expression exclude each other")
     recurring = every is not None or grid is not None or cron is not None
     if not recurring and any(end is not None for end in (until, times, failures)):
-        raise CadenceError("only what recurs has an end: give an interval, a grid or a cron expression too")
+        raise CadenceError(
+            "only what recurs has an end: give an interval, a grid or a cron expression too"
+        )
     if time_zone is not None:
         zone(time_zone)
         if cron is None:
-            raise CadenceError("a time zone goes with a cron expression: intervals and grids are elapsed time")
+            raise CadenceError(
+                "a time zone goes with a cron expression: intervals and grids are elapsed time"
+            )
     for said, count in (("times", times), ("failures", failures)):
         if count is not None and not 1 <= count <= LONGEST:
-            raise CadenceError(f"{said} is {count}: it is a number of occurrences, at least one and at most {LONGEST}")
+            raise CadenceError(
+                f"{said} is {count}: it is a number of occurrences, at least one and at most {LONGEST}"
+            )
     at, until = _utc(at), _utc(until)
     put_off = chance * (_whole("jitter", jitter, 0) or 0)
     distance = _whole("interval", every, 1) or _whole("grid", grid, 1)
     try:
         if cron is not None:
             # A start that is named counts itself; now does not.
-            start = now if at is None and after is None else (at or now + (after or timedelta(0))) - timedelta(microseconds=1)
+            start = (
+                now
+                if at is None and after is None
+                else (at or now + (after or timedelta(0))) - timedelta(microseconds=1)
+            )
             first = spread(cron, time_zone, start)
             at, after, distance = first.when, None, first.distance
         elif recurring and at is None and after is None:
             assert distance is not None
             after = timedelta(seconds=distance)
         if until is not None and (falls := at or now + (after or timedelta(0))) > until:
-            raise CadenceError(f"the first occurrence, {falls:%Y-%m-%d %H:%M:%S %Z}, would be after its end")
+            raise CadenceError(
+                f"the first occurrence, {falls:%Y-%m-%d %H:%M:%S %Z}, would be after its end"
+            )
     except OverflowError:
         raise CadenceError("the first occurrence would be beyond the calendar") from None
     return Plan(
@@ -266,7 +286,8 @@ def upcoming(recall: Recall, now: datetime) -> Iterator[datetime]:
     """
     for number, moment in _numbered(recall, now):
         if recall.call_type == "recurring" and (
-            (recall.times is not None and number > recall.times) or (recall.until_at is not None and moment > recall.until_at)
+            (recall.times is not None and number > recall.times)
+            or (recall.until_at is not None and moment > recall.until_at)
         ):
             return
         yield moment
@@ -281,17 +302,30 @@ def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
         # In mid-run a move speaks of what comes after the run.
         yield number, nominal
         named = moved and not skip
-        after = _moments(recall, recall.trigger_at, now) if named else islice(_moments(recall, nominal, now), 1 + skip, None)
+        after = (
+            _moments(recall, recall.trigger_at, now)
+            if named
+            else islice(_moments(recall, nominal, now), 1 + skip, None)
+        )
         yield from enumerate(after, number + 1 + skip)
         return
-    if recall.call_type == "recurring" and recall.cadence == "cron" and recall.interval_seconds is None:
+    if (
+        recall.call_type == "recurring"
+        and recall.cadence == "cron"
+        and recall.interval_seconds is None
+    ):
         # Its next moment is for a worker to find, from where it stands.
         nominal = recall.trigger_at
     elif moved:
         nominal = recall.trigger_at
         if skip and recall.cadence == "cron":
             nominal = next(
-                islice(ticks(recall.cron or "", recall.time_zone, recall.scheduled_for or planned), skip - 1, None), FAR
+                islice(
+                    ticks(recall.cron or "", recall.time_zone, recall.scheduled_for or planned),
+                    skip - 1,
+                    None,
+                ),
+                FAR,
             )
         elif skip and recall.cadence == "grid":
             nominal = (recall.scheduled_for or planned) + (recall.trigger_at - planned)
@@ -303,9 +337,17 @@ def _moments(recall: Recall, first: datetime, now: datetime) -> Iterator[datetim
     if not cron or recall.interval_seconds is not None:
         yield first
     if cron:
-        beyond = max(first, now) if recall.interval_seconds is not None else first - timedelta(microseconds=1)
+        beyond = (
+            max(first, now)
+            if recall.interval_seconds is not None
+            else first - timedelta(microseconds=1)
+        )
         yield from ticks(recall.cron or "", recall.time_zone, beyond)
-    elif recall.call_type == "recurring" and recall.interval_seconds is not None and recall.interval_seconds > 0:
+    elif (
+        recall.call_type == "recurring"
+        and recall.interval_seconds is not None
+        and recall.interval_seconds > 0
+    ):
         step = timedelta(seconds=recall.interval_seconds)
         moment = first + step * (max(0, (now - first) // step) + 1)
         while moment < FAR:
@@ -318,16 +360,22 @@ def problem(claim: Claim) -> str | None:
     if not claim.recurring:
         return None
     if claim.cadence not in KINDS:
-        return f"cadence is {claim.cadence!r}, which nobody here knows: there are {', '.join(KINDS)}"
+        return (
+            f"cadence is {claim.cadence!r}, which nobody here knows: there are {', '.join(KINDS)}"
+        )
     if claim.cadence == "cron":
         try:
             check(claim.cron or "", claim.time_zone, claim.claimed_at)
         except CadenceError as error:
             return str(error)
     elif claim.interval is None or claim.interval < 1:
-        return f"a recurring recall needs interval_seconds of at least 1, not {_said(claim.interval)}"
+        return (
+            f"a recurring recall needs interval_seconds of at least 1, not {_said(claim.interval)}"
+        )
     elif claim.interval > LONGEST:
-        return f"a recurring recall needs interval_seconds of at most {LONGEST}, not {claim.interval}"
+        return (
+            f"a recurring recall needs interval_seconds of at most {LONGEST}, not {claim.interval}"
+        )
     return None
 
 
@@ -344,7 +392,9 @@ def skipped(claim: Claim) -> int:
     return _skipped(claim, claim.trigger_at - claim.planned_at, claim.interval, claim.scheduled_for)
 
 
-def _skipped(recall: Claim | Recall, moved: timedelta, distance: int | None, nominal: datetime) -> int:
+def _skipped(
+    recall: Claim | Recall, moved: timedelta, distance: int | None, nominal: datetime
+) -> int:
     if recall.call_type != "recurring" or distance is None or distance < 1:
         return 0
     times, rest = divmod(moved, timedelta(seconds=distance))
@@ -355,7 +405,9 @@ def _skipped(recall: Claim | Recall, moved: timedelta, distance: int | None, nom
     # The distances on cron differ: a short one goes into many a time that somebody names. Then it is a skip where it leads near there.
     if times > COUNTED_MOST:
         return 0
-    leads_to = next(islice(ticks(recall.cron or "", recall.time_zone, nominal), times - 1, None), FAR)
+    leads_to = next(
+        islice(ticks(recall.cron or "", recall.time_zone, nominal), times - 1, None), FAR
+    )
     return times if leads_to <= nominal + 2 * moved else 0
 
 
@@ -375,7 +427,9 @@ def _between(claim: Claim, last: datetime) -> int:
         return 0
     if claim.cadence != "cron":
         assert claim.interval is not None
-        return min(LONGEST, max(0, (last - claim.scheduled_for) // timedelta(seconds=claim.interval)))
+        return min(
+            LONGEST, max(0, (last - claim.scheduled_for) // timedelta(seconds=claim.interval))
+        )
     count = 0
     for tick in ticks(claim.cron or "", claim.time_zone, claim.scheduled_for):
         if tick > last or count == COUNTED_MOST:
@@ -410,7 +464,9 @@ def within_grace(claim: Claim, skip: int = 0) -> At:
     if claim.cadence == "cron":
         return _tick(claim, max(since - timedelta(microseconds=1), claim.scheduled_for), 1 + skip)
     assert claim.interval is not None
-    return _on_grid(claim, max(1, -((claim.scheduled_for - since) // timedelta(seconds=claim.interval))) + skip)
+    return _on_grid(
+        claim, max(1, -((claim.scheduled_for - since) // timedelta(seconds=claim.interval))) + skip
+    )
 
 
 def moved_to(claim: Claim) -> At | AsMoved:
@@ -423,7 +479,9 @@ def moved_to(claim: Claim) -> At | AsMoved:
             return _tick(claim, claim.trigger_at - timedelta(microseconds=1), 1)
         if skip:
             return _tick(claim, claim.scheduled_for, skip)
-        return AsMoved(_distance(claim.trigger_at, ticks(claim.cron or "", claim.time_zone, claim.trigger_at)))
+        return AsMoved(
+            _distance(claim.trigger_at, ticks(claim.cron or "", claim.time_zone, claim.trigger_at))
+        )
     return AsMoved()
 
 
@@ -448,7 +506,11 @@ def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
     if not claim.recurring:
         return None
     if claim.times is not None and occurrence > claim.times:
-        return f"it had all of its {claim.times} occurrences" if claim.times != 1 else "it had its one occurrence"
+        return (
+            f"it had all of its {claim.times} occurrences"
+            if claim.times != 1
+            else "it had its one occurrence"
+        )
     if claim.until is not None and falls > claim.until:
         return f"its next occurrence would be after {claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, where it ends"
     return None
@@ -492,5 +554,7 @@ def _whole(name: str, span: timedelta | None, least: int) -> int | None:
         return None
     seconds = int(span.total_seconds())
     if seconds != span.total_seconds() or not least <= seconds <= LONGEST:
-        raise CadenceError(f"{name} is a whole number of seconds, at least {least} and at most {LONGEST}")
+        raise CadenceError(
+            f"{name} is a whole number of seconds, at least {least} and at most {LONGEST}"
+        )
     return seconds

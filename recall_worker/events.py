@@ -97,7 +97,9 @@ def configure(level: str, format: str) -> None:
     structlog.configure(
         processors=[*facts, *shown],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr if console else cast("TextIO", Together(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(
+            file=sys.stderr if console else cast("TextIO", Together(sys.stderr))
+        ),
         cache_logger_on_first_use=True,
     )
     # psycopg and others speak through the standard library: only what is wrong, and in lines like ours.
@@ -114,7 +116,10 @@ def configure(level: str, format: str) -> None:
 
 def escape_controls(text: str) -> str:
     """`text` with everything that could steer a terminal or hide in a line made visible: controls, bidi marks, surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
 
 
 def _escaped(_: Any, __: str, facts: Any) -> Any:
@@ -138,7 +143,12 @@ def _line(_: Any, __: str, facts: Any) -> str:
         return _WRITER.encode(facts)
     except ValueError:
         # JSON knows neither infinity nor NaN, though Python would write them.
-        return _WRITER.encode({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()})
+        return _WRITER.encode(
+            {
+                k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in facts.items()
+            }
+        )
 
 
 class Together:

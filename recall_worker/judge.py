@@ -87,7 +87,9 @@ def before_call(
     if reason is None and claim.session_id in ("", ".", ".."):
         reason = f"session_id is {claim.session_id!r}, which can't be named in an address"
     if reason is None and len(claim.id.encode()) > ID_MOST:
-        reason = f"id is {len(claim.id.encode())} bytes long: at most {ID_MOST} make an idempotency key"
+        reason = (
+            f"id is {len(claim.id.encode())} bytes long: at most {ID_MOST} make an idempotency key"
+        )
     if reason is None and claim.octets > message_limit:
         long, limit = _mebibytes(claim.octets), _mebibytes(message_limit)
         reason = f"its message is {long} long: RECALL_MESSAGE_LIMIT allows {limit}"
@@ -124,9 +126,18 @@ def resolve_move(claim: Claim) -> Placement | None:
         return None
     if not claim.moved and not cadence.unplanned(claim):
         # The distance to the following moment is on record; only where that has passed can there be missed ones to count.
-        late = not claim.begun and claim.recurring and claim.cadence == "cron" and claim.lateness >= (claim.interval or 0)
+        late = (
+            not claim.begun
+            and claim.recurring
+            and claim.cadence == "cron"
+            and claim.lateness >= (claim.interval or 0)
+        )
         missed = cadence.missed(claim) if late else 0
-        return Placement(claim.occurrence, At(claim.scheduled_for, claim.interval), missed) if missed else None
+        return (
+            Placement(claim.occurrence, At(claim.scheduled_for, claim.interval), missed)
+            if missed
+            else None
+        )
     when = cadence.moved_to(claim)
     occurrence = min(LAST, claim.occurrence + (cadence.skipped(claim) or (1 if claim.begun else 0)))
     placed = claim._replace(scheduled_for=when.when if isinstance(when, At) else claim.trigger_at)
@@ -138,7 +149,11 @@ def runs_now(claim: Claim, placement: Placement) -> bool:
 
     What the application's skip added may be another distance than cron's next one, so that a row is due before its moment.
     """
-    early = claim.cadence == "cron" and isinstance(placement.when, At) and placement.when.when > claim.claimed_at
+    early = (
+        claim.cadence == "cron"
+        and isinstance(placement.when, At)
+        and placement.when.when > claim.claimed_at
+    )
     return claim.due and not early
 
 
@@ -149,7 +164,9 @@ def planned(claim: Claim, dice: Dice) -> Finish | Next:
         return Finish("failed", reason)
     placement = resolve_move(claim) or Placement(claim.occurrence, AsMoved(), 0)
     ending = Ending(claim, Unsent(""), None, 0.0, 0.0)
-    return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
+    return _going_on(
+        ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim)
+    )
 
 
 def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
@@ -160,7 +177,15 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
             placement = resolve_move(claim) if claim.moved or cadence.unplanned(claim) else None
             if placement is None:
                 return Release(reason)
-            return _going_on(ending, placement.occurrence, placement.when, None, claim.failures, dice, _as_before(claim))
+            return _going_on(
+                ending,
+                placement.occurrence,
+                placement.when,
+                None,
+                claim.failures,
+                dice,
+                _as_before(claim),
+            )
         case Malformed(reason):
             return Finish("failed", reason)
         case Gone() as gone:
@@ -173,17 +198,25 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
             # We stop while the run goes on at the API: the next worker polls on.
             return Release("accepted by the API, and polled by the next worker")
         case Capped(reason, retry_after):
-            return _moved(ending, reason, dice) if claim.moved else Defer(After(retry_after), reason)
+            return (
+                _moved(ending, reason, dice) if claim.moved else Defer(After(retry_after), reason)
+            )
         case Answered():
             return _occurrence_done(ending, None, dice, succeeded=True)
         case Busy(_, retry_after) as busy:
             delay = policy.busy_delay if retry_after is None else _obeyed(retry_after)
             return _defer(ending, policy, delay, dice, reason_of(busy) or "busy")
         case Misconfigured(reason):
-            return _moved(ending, reason, dice) if claim.moved else Defer(After(backoff(claim.deferrals, dice)), reason)
+            return (
+                _moved(ending, reason, dice)
+                if claim.moved
+                else Defer(After(backoff(claim.deferrals, dice)), reason)
+            )
         case Unavailable(reason, _, retry_after):
             wait = backoff(claim.deferrals, dice)
-            return _defer(ending, policy, wait if retry_after is None else _obeyed(retry_after), dice, reason)
+            return _defer(
+                ending, policy, wait if retry_after is None else _obeyed(retry_after), dice, reason
+            )
         case Unknown(reason):
             return _retry(ending, policy, dice, reason, rekey=False)
         case Failed(reason):
@@ -219,28 +252,44 @@ def _misfired(ending: Ending, reason: str, dice: Dice) -> Verdict:
             return Finish("failed", reason)
         return _going_on(ending, claim.occurrence + 1, AsMoved(), reason, 0, dice, "failed")
     skip = cadence.skipped(claim)
-    when = cadence.moved_to(claim) if claim.moved and not skip else cadence.within_grace(claim, skip)
-    return _going_on(ending, claim.occurrence + 1 + skip, when, reason, claim.failures, dice, "failed")
+    when = (
+        cadence.moved_to(claim) if claim.moved and not skip else cadence.within_grace(claim, skip)
+    )
+    return _going_on(
+        ending, claim.occurrence + 1 + skip, when, reason, claim.failures, dice, "failed"
+    )
 
 
 def _as_before(claim: Claim) -> str:
     """How a recall ends before an occurrence that is not called: as the last one did."""
-    return "failed" if claim.failures > 0 or claim.last_outcome not in (None, "answered") else "fired"
+    return (
+        "failed" if claim.failures > 0 or claim.last_outcome not in (None, "answered") else "fired"
+    )
 
 
 def _going_on(
-    ending: Ending, occurrence: int, when: When, reason: str | None, failures: int, dice: Dice, ended: str
+    ending: Ending,
+    occurrence: int,
+    when: When,
+    reason: str | None,
+    failures: int,
+    dice: Dice,
+    ended: str,
 ) -> Finish | Next:
     """The next occurrence, unless the recall ends before it: then it is `ended`, as its last occurrence was."""
     claim = ending.claim
     if occurrence > LAST:
-        return Finish("failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}")
+        return Finish(
+            "failed", f"no number is left for another occurrence{f': {reason}' if reason else ''}"
+        )
     match when:
         case At(falls, distance):
             when = At(falls, distance, cadence.jittered(claim, dice()))
         case After(seconds):
             # Skips may add up to more than the calendar holds; what lies so far off is beyond any end.
-            falls = claim.claimed_at + timedelta(seconds=min(ending.ended_after + seconds, 10.0 * cadence.LONGEST))
+            falls = claim.claimed_at + timedelta(
+                seconds=min(ending.ended_after + seconds, 10.0 * cadence.LONGEST)
+            )
             when = After(seconds + cadence.jittered(claim, dice()))
         case AsMoved():
             falls = claim.trigger_at
@@ -259,7 +308,9 @@ def _moved(ending: Ending, reason: str | None, dice: Dice) -> Verdict:
     """
     claim = ending.claim
     occurrence = claim.occurrence + (cadence.skipped(claim) or 1)
-    return _going_on(ending, occurrence, cadence.moved_to(claim), reason, claim.failures, dice, "failed")
+    return _going_on(
+        ending, occurrence, cadence.moved_to(claim), reason, claim.failures, dice, "failed"
+    )
 
 
 def _obeyed(retry_after: float) -> float:
@@ -272,7 +323,9 @@ def _defer(ending: Ending, policy: Policy, delay: float, dice: Dice, reason: str
         return _moved(ending, reason, dice)
     waited = 0.0 if claim.begun_age is None else claim.begun_age + ending.ended_after
     if waited > policy.give_up and ending.breaker_closed:
-        return _occurrence_done(ending, f"given up after {waited:.0f} s: {reason}", dice, succeeded=False)
+        return _occurrence_done(
+            ending, f"given up after {waited:.0f} s: {reason}", dice, succeeded=False
+        )
     return Defer(After(delay), reason)
 
 

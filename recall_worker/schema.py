@@ -110,7 +110,9 @@ def pending(dsn: str) -> list[str]:
         return said
 
 
-def migrate(dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, roles: bool = False) -> list[str]:
+def migrate(
+    dsn: str, say: Say = lambda _: None, patience: float = 600.0, *, roles: bool = False
+) -> list[str]:
     """Bring the schema up to date; returns what was done. Repeated and concurrent calls are safe.
 
     `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError. `roles`: make the roles
@@ -197,11 +199,16 @@ def _meet(conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float) 
             say("another migrate is at work; waiting for it")
             told = True
         if time.monotonic() > until:
-            raise SchemaError("another migrate holds the lock", "see who: select pid from pg_locks where locktype = 'advisory'")
+            raise SchemaError(
+                "another migrate holds the lock",
+                "see who: select pid from pg_locks where locktype = 'advisory'",
+            )
         time.sleep(random.uniform(0.05, 0.2))
 
 
-def _patiently(conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float, act: Callable[[], None]) -> None:
+def _patiently(
+    conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float, act: Callable[[], None]
+) -> None:
     pause = 0.2
     while True:
         try:
@@ -245,12 +252,17 @@ def _drop_invalid_indexes(conn: psycopg.Connection[tuple[object, ...]]) -> None:
         "where i.indrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts')) and not i.indisvalid and c.relname like 'idx\\_recall%'"
     ).fetchall()
     for (name,) in left:
-        conn.execute(sql.SQL("drop index concurrently if exists {}").format(sql.Identifier(str(name))))
+        conn.execute(
+            sql.SQL("drop index concurrently if exists {}").format(sql.Identifier(str(name)))
+        )
 
 
 def _refuse_standby(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     if conn.execute("select pg_is_in_recovery()").fetchone() == (True,):
-        raise SchemaError("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
+        raise SchemaError(
+            "this PostgreSQL is a standby: it takes no writes",
+            "give the primary's address in RECALL_DSN",
+        )
 
 
 def _refuse_newer(conn: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -311,11 +323,14 @@ def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
         and not (kind == "text" and found.get(name, "").startswith("character varying"))
         and not (kind == "integer" and found.get(name) == "bigint")
     ]
-    if conn.execute("select relkind::text from pg_class where oid = to_regclass('session_recalls')").fetchone() != ("r",):
+    if conn.execute(
+        "select relkind::text from pg_class where oid = to_regclass('session_recalls')"
+    ).fetchone() != ("r",):
         wrong.append("an ordinary table (found: a view, or a partitioned or foreign table)")
     if wrong:
         raise SchemaError(
-            "the table session_recalls is not the one that recall-worker knows; it expects " + ", ".join(wrong),
+            "the table session_recalls is not the one that recall-worker knows; it expects "
+            + ", ".join(wrong),
             "check that RECALL_DSN names the right database and search_path",
         )
 
@@ -348,6 +363,10 @@ def _add_foreign_key(conn: psycopg.Connection[tuple[object, ...]]) -> None:
 
 def _validate_foreign_key(conn: psycopg.Connection[tuple[object, ...]], say: Say) -> None:
     try:
-        conn.execute("alter table session_recalls validate constraint session_recalls_session_id_fkey")
+        conn.execute(
+            "alter table session_recalls validate constraint session_recalls_session_id_fkey"
+        )
     except errors.ForeignKeyViolation:
-        say("some old recalls belong to no session: the foreign key holds for new rows only, until they are deleted")
+        say(
+            "some old recalls belong to no session: the foreign key holds for new rows only, until they are deleted"
+        )

@@ -60,20 +60,37 @@ class Settings:
 
     dsn: str | None = _setting(None, "PostgreSQL, as a URL or key=value pairs", secret=True)
     listen_dsn: str | None = _setting(
-        None, "PostgreSQL for LISTEN, where RECALL_DSN goes through a transaction pooler (which passes no LISTEN)", secret=True
+        None,
+        "PostgreSQL for LISTEN, where RECALL_DSN goes through a transaction pooler (which passes no LISTEN)",
+        secret=True,
     )
-    run_url: str | None = _setting(None, "the run endpoint; `{session_id}` in it is replaced, percent-encoded")
+    run_url: str | None = _setting(
+        None, "the run endpoint; `{session_id}` in it is replaced, percent-encoded"
+    )
     run_token: str | None = _setting(None, "bearer token for the run endpoint", secret=True)
     signing_secret: str | None = _setting(
-        None, "secret for Standard Webhooks signatures; two, with a blank between, while it is being changed", secret=True
+        None,
+        "secret for Standard Webhooks signatures; two, with a blank between, while it is being changed",
+        secret=True,
     )
-    ca_file: str | None = _setting(None, "PEM file with the certificate authority of a private endpoint")
-    langgraph_assistant: str = _setting("agent", "the assistant (or graph) that LangGraph runs on the thread")
+    ca_file: str | None = _setting(
+        None, "PEM file with the certificate authority of a private endpoint"
+    )
+    langgraph_assistant: str = _setting(
+        "agent", "the assistant (or graph) that LangGraph runs on the thread"
+    )
     agno_agent: str | None = _setting(None, "the agent that Agno runs in the session")
     protocol: str = _setting("native", "how the agent server speaks: " + ", ".join(PROTOCOLS))
     concurrency: int = _setting(3, "slots: runs at once in this worker", least=1, most=100_000)
-    busy_delay: float = _setting(60.0, "seconds until a busy session is tried again, where it does not say", least=0.05)
-    lease: float = _setting(60.0, "seconds after which a silent worker's runs are taken up by another", least=1, most=86_400)
+    busy_delay: float = _setting(
+        60.0, "seconds until a busy session is tried again, where it does not say", least=0.05
+    )
+    lease: float = _setting(
+        60.0,
+        "seconds after which a silent worker's runs are taken up by another",
+        least=1,
+        most=86_400,
+    )
     run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)
     message_limit: int = _setting(
@@ -83,27 +100,40 @@ class Settings:
         most=1_000_000_000,
         size=True,
     )
-    give_up: float = _setting(86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0)
+    give_up: float = _setting(
+        86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0
+    )
     session_limit: str | None = _setting(
         None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
     )
-    fleet_concurrency: int | None = _setting(None, "runs at once in all workers together; off where unset", least=1, most=100_000)
-    poll_interval: float = _setting(30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2)
-    drain_timeout: float = _setting(30.0, "seconds that open runs get to end after SIGTERM", least=0)
+    fleet_concurrency: int | None = _setting(
+        None, "runs at once in all workers together; off where unset", least=1, most=100_000
+    )
+    poll_interval: float = _setting(
+        30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2
+    )
+    drain_timeout: float = _setting(
+        30.0, "seconds that open runs get to end after SIGTERM", least=0
+    )
     prune: str | None = _setting(
         None,
         "how long what is over is kept, such as `30d`, `30d,failed=90d` or `fired=7d,calls=1d`; nothing is deleted where unset",
     )
     ops_listen: str | None = _setting(
-        None, "`port` or `host:port` of /livez, /readyz and /metrics, which ask nobody who they are; off where unset"
+        None,
+        "`port` or `host:port` of /livez, /readyz and /metrics, which ask nobody who they are; off where unset",
     )
     log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))
-    log_format: str = _setting("auto", "log format: " + ", ".join(FORMATS) + " (auto: console on a terminal, else json)")
+    log_format: str = _setting(
+        "auto", "log format: " + ", ".join(FORMATS) + " (auto: console on a terminal, else json)"
+    )
 
     @property
     def session_windows(self) -> list[tuple[float, int]]:
         """`session_limit` as windows: (seconds, most runs)."""
-        return [(_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")]
+        return [
+            (_SPANS[unit], int(most)) for most, unit in _LIMIT.findall(self.session_limit or "")
+        ]
 
     @property
     def keep(self) -> dict[str, float]:
@@ -114,12 +144,18 @@ class Settings:
     def ops_address(self) -> tuple[str, int] | None:
         """`ops_listen` as host and port; 127.0.0.1 where only a port is given."""
         found = _ADDRESS.fullmatch(self.ops_listen or "")
-        return None if found is None else (found["six"] or found["host"] or "127.0.0.1", int(found["port"]))
+        return (
+            None
+            if found is None
+            else (found["six"] or found["host"] or "127.0.0.1", int(found["port"]))
+        )
 
     def shown(self) -> dict[str, Any]:
         """The settings for people: secrets as `set` or null."""
         return {
-            f.name: (None if getattr(self, f.name) is None else "set") if f.metadata["secret"] else getattr(self, f.name)
+            f.name: (None if getattr(self, f.name) is None else "set")
+            if f.metadata["secret"]
+            else getattr(self, f.name)
             for f in dataclasses.fields(self)
         }
 
@@ -132,7 +168,9 @@ _SIZES = {
 }  # fmt: skip
 _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
-_ADDRESS = re.compile(r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})")
+_ADDRESS = re.compile(
+    r"(?:(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:\[\]/@]+)):)?(?P<port>\d{1,5})"
+)
 _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 
@@ -154,12 +192,20 @@ def retention(text: str) -> tuple[dict[str, float], list[str]]:
         if named and name not in KEPT:
             problems.append(f"names {name!r}: give one of {', '.join(KEPT)}")
         elif name in given:
-            problems.append(f"names {name} twice: keep one" if name else "gives two durations for all: keep one")
+            problems.append(
+                f"names {name} twice: keep one" if name else "gives two durations for all: keep one"
+            )
         elif not 1 <= seconds <= LONGEST:
-            problems.append(f"holds {part!r}: keep for a second at least, and {LONGEST / 86_400:.0f}d at most")
+            problems.append(
+                f"holds {part!r}: keep for a second at least, and {LONGEST / 86_400:.0f}d at most"
+            )
         else:
             given[name] = seconds
-    keep = {name: given[name] if name in given else given[""] for name in KEPT[:3] if name in given or "" in given}
+    keep = {
+        name: given[name] if name in given else given[""]
+        for name in KEPT[:3]
+        if name in given or "" in given
+    }
     if "calls" in given or keep:
         keep["calls"] = given.get("calls") or max(keep.values())
     return keep, problems
@@ -170,7 +216,9 @@ def variable(name: str) -> str:
     return "RECALL_" + name.upper()
 
 
-def read(environ: Mapping[str, str] | None = None, needed: Sequence[str] = (), **flags: Any) -> Settings:
+def read(
+    environ: Mapping[str, str] | None = None, needed: Sequence[str] = (), **flags: Any
+) -> Settings:
     """The settings from the environment, then from `flags` (those that are not None).
 
     Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions, and what is `needed` and not set.
@@ -188,7 +236,10 @@ def read(environ: Mapping[str, str] | None = None, needed: Sequence[str] = (), *
                 problems.append(f"{variable(f.name)} {error}")
     settings = Settings(**values)
     problems += _contradictions(settings)
-    problems += _missing(settings, [name for name in needed if not any(said.startswith(variable(name)) for said in problems)])
+    problems += _missing(
+        settings,
+        [name for name in needed if not any(said.startswith(variable(name)) for said in problems)],
+    )
     if problems:
         raise SettingsError(problems)
     return settings
@@ -199,7 +250,11 @@ def ignored(environ: Mapping[str, str] | None = None) -> list[str]:
     fields = {variable(f.name): f for f in dataclasses.fields(Settings)}
     known = set(fields) | {name + "_FILE" for name, f in fields.items() if f.metadata["secret"]}
     names = os.environ if environ is None else environ
-    return sorted(n for n in names if n.startswith("RECALL_") and n not in known and not n.startswith("RECALL_TEST_"))
+    return sorted(
+        n
+        for n in names
+        if n.startswith("RECALL_") and n not in known and not n.startswith("RECALL_TEST_")
+    )
 
 
 def _field(name: str) -> dataclasses.Field[Any]:
@@ -207,7 +262,11 @@ def _field(name: str) -> dataclasses.Field[Any]:
 
 
 def _missing(settings: Settings, names: Sequence[str]) -> list[str]:
-    return [f"{variable(name)} is not set: {_field(name).metadata['says']}" for name in names if getattr(settings, name) is None]
+    return [
+        f"{variable(name)} is not set: {_field(name).metadata['says']}"
+        for name in names
+        if getattr(settings, name) is None
+    ]
 
 
 def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[str]) -> str | None:
@@ -233,7 +292,9 @@ def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[s
                 if not said.startswith("the credential"):  # Nobody has to give one.
                     problems.append(f"{said} can't be read: {error.strerror}")
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{said} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+                problems.append(
+                    f"{said} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+                )
     return direct
 
 
@@ -253,7 +314,11 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
         wanted = "whole number" if kind == "int" else "number of seconds, or such as 90s or 1h30m"
         raise ValueError(f"is {raw!r}: give a {wanted}") from None
     least, most = f.metadata["least"], f.metadata["most"]
-    if number != number or (least is not None and number < least) or (most is not None and number > most):
+    if (
+        number != number
+        or (least is not None and number < least)
+        or (most is not None and number > most)
+    ):
         bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
         raise ValueError(f"is {raw}: give a number {bounds}")
     if number > LONGEST:
@@ -267,7 +332,9 @@ def _octets(text: str) -> int:
     if found is None and _NUMBER.fullmatch(text.strip()):
         return int(float(text))
     if found is None:
-        raise ValueError(f"is {text!r}: give octets, such as 4194304, or with a unit, such as 512KiB or 4MiB")
+        raise ValueError(
+            f"is {text!r}: give octets, such as 4194304, or with a unit, such as 512KiB or 4MiB"
+        )
     return int(float(found[1]) * _SIZES[(found[2] or "").lower()])
 
 
@@ -283,16 +350,26 @@ def _contradictions(s: Settings) -> list[str]:
     for name, dsn in (("dsn", s.dsn), ("listen_dsn", s.listen_dsn)):
         problems += [f"{variable(name)} {said}" for said in _dsn_problems(dsn or "")]
     if s.protocol == "agno" and s.agno_agent is None:
-        problems.append("RECALL_PROTOCOL is 'agno', which needs RECALL_AGNO_AGENT: set it to the agent's id")
+        problems.append(
+            "RECALL_PROTOCOL is 'agno', which needs RECALL_AGNO_AGENT: set it to the agent's id"
+        )
     if s.run_url is not None:
         problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
     if s.run_token is not None and not s.run_token.isascii():
-        problems.append("RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII")
+        problems.append(
+            "RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII"
+        )
     if s.session_limit is not None and not _LIMITS.fullmatch(s.session_limit):
-        problems.append(f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d")
+        problems.append(
+            f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d"
+        )
     keep, wrong = retention(s.prune or "")
     problems += [f"RECALL_PRUNE {said}" for said in wrong]
-    if not wrong and keep and keep["calls"] < max((span for span, _ in s.session_windows), default=0):
+    if (
+        not wrong
+        and keep
+        and keep["calls"] < max((span for span, _ in s.session_windows), default=0)
+    ):
         problems.append(
             "RECALL_PRUNE deletes marks of calls that RECALL_SESSION_LIMIT counts: name calls, with a day or more (an hour for /h)"
         )
@@ -303,7 +380,9 @@ def _contradictions(s: Settings) -> list[str]:
         try:
             base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         except ValueError:
-            problems.append("RECALL_SIGNING_SECRET starts with whsec_ but is not base64 behind it: copy it again")
+            problems.append(
+                "RECALL_SIGNING_SECRET starts with whsec_ but is not base64 behind it: copy it again"
+            )
     if s.ca_file is not None and not os.access(s.ca_file, os.R_OK):
         problems.append(f"RECALL_CA_FILE is {s.ca_file!r}, which can't be read: give a PEM file")
     return problems
@@ -337,7 +416,9 @@ def _url_problems(url: str) -> list[str]:
         problems.append("holds a user name or password: give the token in RECALL_RUN_TOKEN")
     strange = set(re.findall(r"\{[^}]*\}?", url)) - {"{session_id}"}
     if strange:
-        problems.append(f"holds {', '.join(sorted(strange))}: the one placeholder is {{session_id}}")
+        problems.append(
+            f"holds {', '.join(sorted(strange))}: the one placeholder is {{session_id}}"
+        )
     if "{session_id}" in parts.netloc:
         problems.append("names the session in the host: put {session_id} in the path")
     return problems

@@ -20,7 +20,9 @@ def folder() -> Path:
     for candidate in (_HERE / "sql", _HERE.parent / "sql"):
         if (candidate / "ledger.sql").is_file():
             return candidate
-    raise FileNotFoundError("recall_worker is installed without its sql/ folder; install the wheel again")
+    raise FileNotFoundError(
+        "recall_worker is installed without its sql/ folder; install the wheel again"
+    )
 
 
 def text(file: str) -> str:
@@ -32,7 +34,10 @@ def text(file: str) -> str:
 def load(file: str) -> dict[str, str]:
     """The named statements of `sql/<file>.sql`, without comments, in the file's order."""
     parts = _NAME.split(text(file))
-    return {name: _COMMENT.sub("", body).strip().rstrip(";") for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {
+        name: _COMMENT.sub("", body).strip().rstrip(";")
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def migrations() -> list[Path]:

@@ -46,7 +46,9 @@ class Sweep:
         if not self._left:
             return None
         pages, most = max(1, int(PAGES * self._size)), max(1, int(ROWS * self._size))
-        return Batch(self._left[0], {**self._keep, "first": self._first, "pages": pages, "most": most})
+        return Batch(
+            self._left[0], {**self._keep, "first": self._first, "pages": pages, "most": most}
+        )
 
     def note(self, batch: Batch, row: Mapping[str, int], took: float) -> None:
         """What that batch deleted, and the seconds that it took."""

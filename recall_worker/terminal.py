@@ -54,16 +54,24 @@ def explain(error: BaseException) -> Trouble | None:
         case SchemaError():
             return Trouble(str(error), error.hint)
         case errors.UndefinedTable() | errors.UndefinedColumn() | errors.UndefinedFunction():
-            return Trouble(f"the database has no (or an old) recall-worker schema: {error_text(error)}", "recall-worker migrate")
+            return Trouble(
+                f"the database has no (or an old) recall-worker schema: {error_text(error)}",
+                "recall-worker migrate",
+            )
         case errors.InsufficientPrivilege():
             hint = "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), or the tables' owner for migrate"
             return Trouble(f"PostgreSQL forbids it: {error_text(error)}", hint)
         case errors.ReadOnlySqlTransaction():
-            return Trouble("this PostgreSQL is a standby: it takes no writes", "give the primary's address in RECALL_DSN")
+            return Trouble(
+                "this PostgreSQL is a standby: it takes no writes",
+                "give the primary's address in RECALL_DSN",
+            )
         case errors.ProgrammingError() if error.sqlstate is None:
             # What libpq quotes from a DSN that it can't read may be a part of the password.
             what = re.sub(r'"[^"]*"', "…", error_text(error))
-            return Trouble(f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE)
+            return Trouble(
+                f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE
+            )
         case errors.OperationalError() | DatabaseUnavailable():
             return Trouble(
                 f"PostgreSQL can't be reached: {error_text(error)}",
@@ -72,13 +80,21 @@ def explain(error: BaseException) -> Trouble | None:
             )
         case errors.DataError():
             return Trouble(
-                f"PostgreSQL can't take that: {error_text(error)}", "a nearer time, or text without NUL characters", status=USAGE
+                f"PostgreSQL can't take that: {error_text(error)}",
+                "a nearer time, or text without NUL characters",
+                status=USAGE,
             )
         case psycopg.Error() | StatementRejected():
             return Trouble(f"PostgreSQL refuses it: {error_text(error)}", "its log says more")
         case UnicodeEncodeError():
-            return Trouble("an argument is no text: it holds bytes that are not UTF-8", "the same in UTF-8", status=USAGE)
-        case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(error, "format_message"):
+            return Trouble(
+                "an argument is no text: it holds bytes that are not UTF-8",
+                "the same in UTF-8",
+                status=USAGE,
+            )
+        case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(
+            error, "format_message"
+        ):
             # A usage error of the command line's own library, which is click or what typer made of it.
             what = str(getattr(error, "format_message")()).strip().removesuffix(".")  # noqa: B009 - typer tells no types of it
             return Trouble(what, f"{usage.command_path} --help", status=USAGE)
@@ -107,7 +123,9 @@ def warn_of_password(dsn: str | None) -> None:
     except ProgrammingError:
         return  # What can't be read is told where it is used.
     if given:
-        tell("Note: the list of processes shows the password in --dsn to everybody on this host: set RECALL_DSN instead.")
+        tell(
+            "Note: the list of processes shows the password in --dsn to everybody on this host: set RECALL_DSN instead."
+        )
 
 
 def confirmed(question: str) -> bool:
@@ -122,12 +140,20 @@ def confirmed(question: str) -> bool:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    json.dump(document, sys.stdout, default=_jsonable, ensure_ascii=not _utf8(), indent=2 if sys.stdout.isatty() else None)
+    json.dump(
+        document,
+        sys.stdout,
+        default=_jsonable,
+        ensure_ascii=not _utf8(),
+        indent=2 if sys.stdout.isatty() else None,
+    )
     print(flush=True)
 
 
 def _utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and not sys.stdout.isatty()
+    return (sys.stdout.encoding or "").lower().replace(
+        "-", ""
+    ) == "utf8" and not sys.stdout.isatty()
 
 
 def _jsonable(value: Any) -> Any:
@@ -167,7 +193,11 @@ def relative(when: datetime | None, now: datetime) -> str:
     size = abs(seconds)
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         if size >= length * (1.5 if unit != "s" else 1):
-            return f"in {size / length:.0f} {unit}" if seconds > 0 else f"{size / length:.0f} {unit} ago"
+            return (
+                f"in {size / length:.0f} {unit}"
+                if seconds > 0
+                else f"{size / length:.0f} {unit} ago"
+            )
     return "now"
 
 
@@ -178,7 +208,13 @@ def span(seconds: float | Decimal | None) -> str:
     took = float(seconds)
     if took <= -1:
         return f"-{span(-took)}"
-    return f"{took * 1000:.1f} ms" if abs(took) < 1 else f"{took:.1f} s" if abs(took) < 600 else str(timedelta(seconds=int(took)))
+    return (
+        f"{took * 1000:.1f} ms"
+        if abs(took) < 1
+        else f"{took:.1f} s"
+        if abs(took) < 600
+        else str(timedelta(seconds=int(took)))
+    )
 
 
 def seconds(text: str, option: str) -> float:
@@ -186,10 +222,14 @@ def seconds(text: str, option: str) -> float:
     try:
         return durations.seconds(text)
     except durations.DurationError as error:
-        raise Trouble(f"{option} {text!r} {error}", f"{option} {error.instead}", status=USAGE) from None
+        raise Trouble(
+            f"{option} {text!r} {error}", f"{option} {error.instead}", status=USAGE
+        ) from None
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()
+) -> None:
     """A table on stdout. On a terminal it keeps to its width: columns yield in the order of `yields`, each down to so many cells, or
     altogether for 0. Piped, it is as wide as its data, and plain. A column whose name begins with `>` is set to the right.
     """
@@ -223,7 +263,10 @@ def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None
     """State, name, what was seen, and what to try. Piped: a line each, and one more for each `Try`.
     On a terminal long texts go on under their beginning; names take a third of it at most.
     """
-    states, natural = (max(map(_width, column)) + 2 for column in zip(*((f[0], f[1]) for f in findings), strict=True))
+    states, natural = (
+        max(map(_width, column)) + 2
+        for column in zip(*((f[0], f[1]) for f in findings), strict=True)
+    )
     names = min(natural, max(20, shutil.get_terminal_size().columns // 3))
     names = names if sys.stdout.isatty() else natural
     for state, name, seen, todo in findings:
@@ -261,7 +304,9 @@ def _lines(text: str, room: int) -> list[str]:
     return lines
 
 
-def _fitted(names: Sequence[str], natural: Sequence[int], yields: Sequence[tuple[str, int]]) -> list[int]:
+def _fitted(
+    names: Sequence[str], natural: Sequence[int], yields: Sequence[tuple[str, int]]
+) -> list[int]:
     """Widths that fit the terminal; 0 for a column that is left out."""
     room = shutil.get_terminal_size().columns
     widths = list(natural)
@@ -286,7 +331,13 @@ def _width(text: str) -> int:
 
 
 def _cells(c: str) -> int:
-    return 0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    return (
+        0
+        if unicodedata.category(c) in ("Mn", "Me")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
+    )
 
 
 def _taken(text: str, width: int) -> str:
@@ -314,7 +365,11 @@ def _bold(text: str) -> str:
 
 def _has_colours() -> bool:
     """Whether a person looks at a terminal that has colours, and wants them (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 _COLOURS = {

@@ -81,6 +81,7 @@ set lease = gen_random_uuid(),
     lease_until = now() + %(lease)s * interval '1 second',
     leased_at = now(),
     leased_by = %(worker)s,
+    sent_at = null,
     -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
     -- A run that the API accepted is polled on, not called again.
     attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
@@ -191,7 +192,7 @@ with candidate as materialized (
             where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
                 and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
         )
-    order by coalesce(r.lease_until, r.trigger_at)
+    order by coalesce(r.lease_until, r.trigger_at), r.id
     limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
         select count(*) from session_recalls f
         where f.lease is not null and f.status in ('pending', 'running')

@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> int:
         began = time.monotonic()
         print("$", " ".join([Path(step[0]).name, *step[1:]]), flush=True)
         status = subprocess.run(step, cwd=HERE, check=False).returncode
-        print(f"  {'ok' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.1f} s", flush=True)
+        print(
+            f"  {'ok' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.1f} s",
+            flush=True,
+        )
         if status:
             return status
     return 0

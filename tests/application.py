@@ -127,7 +127,9 @@ class Application:
     # Sessions
 
     async def create_session(self, id: str, user_id: str) -> None:
-        await self.connection.execute("insert into sessions (id, user_id) values ($1, $2)", id, user_id)
+        await self.connection.execute(
+            "insert into sessions (id, user_id) values ($1, $2)", id, user_id
+        )
 
     async def delete_session(self, id: str) -> int:
         """Deletes the session, and with it its recalls; also while one of them runs."""
@@ -148,7 +150,9 @@ class Application:
         """Inserts a pending recall and returns its id."""
         id = id or str(uuid.uuid4())
         try:
-            await self.connection.execute(INSERT, id, session_id, call_type, trigger_at, interval_seconds, comment, message)
+            await self.connection.execute(
+                INSERT, id, session_id, call_type, trigger_at, interval_seconds, comment, message
+            )
         except Exception as error:
             text = str(error).lower()
             if "unique" in text or "duplicate" in text:
@@ -196,7 +200,10 @@ class Application:
 
     async def sessions_with_pending(self, ids: Iterable[str]) -> set[str]:
         """Which of these sessions have a pending recall."""
-        return {row["session_id"] for row in await self.connection.fetch(SESSIONS_WITH_PENDING, list(ids))}
+        return {
+            row["session_id"]
+            for row in await self.connection.fetch(SESSIONS_WITH_PENDING, list(ids))
+        }
 
 
 def _rows(tag: str) -> int:

@@ -36,7 +36,9 @@ class Audit:
     """Those that no list could be asked about."""
 
 
-def installed(name: str = "recall-worker", extras: frozenset[str] = frozenset({"embedded", "otel"})) -> dict[str, str]:
+def installed(
+    name: str = "recall-worker", extras: frozenset[str] = frozenset({"embedded", "otel"})
+) -> dict[str, str]:
     """The versions of all that a package needs to run, as installed here; without itself."""
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -53,7 +55,9 @@ def installed(name: str = "recall-worker", extras: frozenset[str] = frozenset({"
         found[re.sub(r"[-_.]+", "-", one).lower()] = package.version
         for line in package.requires or []:
             needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *wanted}):
+            if needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in {"", *wanted}
+            ):
                 left.append((needed.name, frozenset(needed.extras)))
     del found[name]
     return found
@@ -63,7 +67,11 @@ def audit(versions: Mapping[str, str], ask: Ask) -> Audit:
     """Ask each list in turn about what the ones before it did not know."""
     result = Audit(unknown=set(versions))
     for name in LISTS:
-        report = ask(name, {one: versions[one] for one in sorted(result.unknown)}) if result.unknown else None
+        report = (
+            ask(name, {one: versions[one] for one in sorted(result.unknown)})
+            if result.unknown
+            else None
+        )
         for entry in (report or {}).get("dependencies", []):
             one = str(entry["name"])
             if "skip_reason" in entry:
@@ -73,7 +81,9 @@ def audit(versions: Mapping[str, str], ask: Ask) -> Audit:
                 result.clean.add(one)
             for found in entry["vulns"]:
                 mended = ", ".join(found.get("fix_versions") or []) or "no release yet"
-                result.vulnerable.append(f"{one} {entry['version']}: {found['id']}, mended in {mended}")
+                result.vulnerable.append(
+                    f"{one} {entry['version']}: {found['id']}, mended in {mended}"
+                )
     return result
 
 
@@ -82,7 +92,18 @@ def pip_audit(name: str, versions: Mapping[str, str]) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="ascii") as file:
         file.write("".join(f"{one}=={version}\n" for one, version in versions.items()))
         file.flush()
-        options = ["-r", file.name, "--no-deps", "--disable-pip", "-f", "json", "--progress-spinner", "off", "-s", name]
+        options = [
+            "-r",
+            file.name,
+            "--no-deps",
+            "--disable-pip",
+            "-f",
+            "json",
+            "--progress-spinner",
+            "off",
+            "-s",
+            name,
+        ]
         try:
             done = subprocess.run(
                 [Path(sys.executable).parent / "pip-audit", *options],
@@ -106,7 +127,9 @@ def main(ask: Ask = pip_audit) -> int:
         print(
             f"NOT AUDITED: {', '.join(sorted(result.unknown))}. Neither {' nor '.join(LISTS.values())} told anything about them: "
         )
-        print("             is there a way to them from here? This says NOTHING about their vulnerabilities, and fails nothing.")
+        print(
+            "             is there a way to them from here? This says NOTHING about their vulnerabilities, and fails nothing."
+        )
     return 1 if result.vulnerable else 0
 
 

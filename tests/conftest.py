@@ -22,7 +22,10 @@ from .pgbouncer import PgBouncer, pooler
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    and threading.current_thread() is threading.main_thread()
+):
     # Run in a script's background, we were told to ignore it, and every process that a test starts would be, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

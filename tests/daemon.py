@@ -26,7 +26,9 @@ class Daemon:
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, environ: Mapping[str, str], *options: str, before: Sequence[str] = ()) -> Self:
+    async def start(
+        cls, environ: Mapping[str, str], *options: str, before: Sequence[str] = ()
+    ) -> Self:
         """`before`: words of a command that becomes the daemon, such as `ip netns exec NAME`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
@@ -46,20 +48,31 @@ class Daemon:
 
     def told(self, event: str, **facts: Any) -> list[Event]:
         """The events of this name so far that carry these facts."""
-        return [e for e in self.events if e.get("event") == event and all(e.get(k) == v for k, v in facts.items())]
+        return [
+            e
+            for e in self.events
+            if e.get("event") == event and all(e.get(k) == v for k, v in facts.items())
+        ]
 
-    async def hears(self, event: str, times: int = 1, within: float = 20.0, **facts: Any) -> list[Event]:
+    async def hears(
+        self, event: str, times: int = 1, within: float = 20.0, **facts: Any
+    ) -> list[Event]:
         """Wait until the daemon has told an event (so many times). Raises TimeoutError with its log."""
-        await self.until(lambda: len(self.told(event, **facts)) >= times, within, f"{event} {facts}")
+        await self.until(
+            lambda: len(self.told(event, **facts)) >= times, within, f"{event} {facts}"
+        )
         return self.told(event, **facts)
 
-    async def until(self, condition: Callable[[], object], within: float = 20.0, what: str = "") -> None:
+    async def until(
+        self, condition: Callable[[], object], within: float = 20.0, what: str = ""
+    ) -> None:
         try:
             async with asyncio.timeout(within), self._changed:
                 await self._changed.wait_for(condition)
         except TimeoutError:
             raise TimeoutError(
-                f"not within {within} s: {what}\n" + "\n".join([*map(str, self.events[-30:]), *self.talk])
+                f"not within {within} s: {what}\n"
+                + "\n".join([*map(str, self.events[-30:]), *self.talk])
             ) from None
 
     def signal(self, number: signal.Signals) -> None:

@@ -45,7 +45,11 @@ class Request:
     @property
     def session(self) -> str:
         """The session of a call; of a poll or an abort, what follows `/runs/` in its path."""
-        return str(self.document["session_id"]) if self.method == "POST" else self.path.rpartition("/runs/")[2]
+        return (
+            str(self.document["session_id"])
+            if self.method == "POST"
+            else self.path.rpartition("/runs/")[2]
+        )
 
     @property
     def key(self) -> str:
@@ -78,11 +82,24 @@ Script = Callable[[Request], Awaitable["Raw | Gate"]]
 Answer = Raw | Gate | Script
 
 
-def reply(status: int = 200, body: Any = None, headers: dict[str, str] | None = None, *, text: bytes | None = None) -> Raw:
+def reply(
+    status: int = 200,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    *,
+    text: bytes | None = None,
+) -> Raw:
     """An HTTP answer: `body` as JSON (an empty object where None), or `text` as it is."""
     content = json.dumps({} if body is None else body).encode() if text is None else text
-    fields = {"content-type": "application/json", "content-length": str(len(content))} | (headers or {})
-    lines = [f"HTTP/1.1 {status} Status", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    fields = {"content-type": "application/json", "content-length": str(len(content))} | (
+        headers or {}
+    )
+    lines = [
+        f"HTTP/1.1 {status} Status",
+        *(f"{name}: {value}" for name, value in fields.items()),
+        "",
+        "",
+    ]
     return Raw("\r\n".join(lines).encode("latin-1") + content, keep=True)
 
 
@@ -106,7 +123,11 @@ class Endpoint:
         self.scripts[session] = list(answers)
 
     def of(self, session: str, method: str = "POST") -> list[Request]:
-        return [request for request in self.requests if request.method == method and request.session == session]
+        return [
+            request
+            for request in self.requests
+            if request.method == method and request.session == session
+        ]
 
     @property
     def keys(self) -> list[str]:
@@ -117,9 +138,13 @@ class Endpoint:
         async with asyncio.timeout(within), self._changed:
             await self._changed.wait_for(condition)
 
-    async def count(self, n: int, session: str | None = None, within: float = 20.0) -> list[Request]:
+    async def count(
+        self, n: int, session: str | None = None, within: float = 20.0
+    ) -> list[Request]:
         """Wait for n requests (of a session); returns them."""
-        await self.until(lambda: len(self.requests if session is None else self.of(session)) >= n, within)
+        await self.until(
+            lambda: len(self.requests if session is None else self.of(session)) >= n, within
+        )
         return self.requests if session is None else self.of(session)
 
     async def start(self, port: int = 0, on: socket.socket | None = None) -> None:
@@ -150,7 +175,9 @@ class Endpoint:
             while (request := await self._read(reader)) is not None:
                 await self._tell(lambda request=request: self.requests.append(request))  # type: ignore[misc]
                 keep = await self._answer(request, reader, writer)
-                await self._tell(lambda request=request: setattr(request, "ended_at", time.monotonic()))  # type: ignore[misc]
+                await self._tell(
+                    lambda request=request: setattr(request, "ended_at", time.monotonic())
+                )  # type: ignore[misc]
                 if not keep:
                     return
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -170,23 +197,36 @@ class Endpoint:
         except asyncio.IncompleteReadError:
             return None
         line, *fields = head.rstrip("\r\n").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
+        headers = {
+            name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)
+        }
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         return Request(time.monotonic(), line, headers, body)
 
-    async def _answer(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer(
+        self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         # Calls are answered by the session's script, polls and aborts by that of `GET <run>` and `DELETE <run>`.
-        script = self.scripts.get(request.session if request.method == "POST" else f"{request.method} {request.session}", [])
+        script = self.scripts.get(
+            request.session if request.method == "POST" else f"{request.method} {request.session}",
+            [],
+        )
         answer = self.default if not script else script[0] if len(script) == 1 else script.pop(0)
         while not isinstance(answer, Raw):
-            answer = await self._pass(answer, reader) if isinstance(answer, Gate) else await answer(request)
+            answer = (
+                await self._pass(answer, reader)
+                if isinstance(answer, Gate)
+                else await answer(request)
+            )
         request.answered = bool(answer.data)
         writer.write(answer.data)
         with suppress(ConnectionError):
             await writer.drain()
         if answer.reset:
             # Without lingering an abort is a FIN like any other.
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             writer.transport.abort()
         return answer.keep
 

@@ -18,7 +18,9 @@ class Look:
     stranded: list[tuple[str, str]]
 
 
-async def look(ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_hand: Collection[str] = ()) -> Look:
+async def look(
+    ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_hand: Collection[str] = ()
+) -> Look:
     """Take up what was left and claim what is due, and see what that left behind; once more where something fell due meanwhile."""
     claims: list[Claim] = []
     stranded: list[tuple[str, str]] = []

@@ -27,19 +27,28 @@ PYTHON = "3.11"
 """The suite's Python, for which the wheels are fetched, whatever runs the tests."""
 MIRROR = "http://deb.debian.org/debian"
 PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv,ca-certificates"
-PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64")
+PLATFORMS = (
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux_2_34_x86_64",
+)
 
 
 def missing() -> str | None:
     """What this machine lacks for it, for a skip's reason; None where nothing."""
     if os.geteuid() != 0:
         return "booting a machine needs root"
-    tools = [tool for tool in ("debootstrap", "systemd-nspawn", "nsenter") if shutil.which(tool) is None]
+    tools = [
+        tool for tool in ("debootstrap", "systemd-nspawn", "nsenter") if shutil.which(tool) is None
+    ]
     return f"not installed: {', '.join(tools)}" if tools else None
 
 
 def cache() -> Path:
-    folder = Path(os.environ.get("RECALL_TEST_CACHE") or Path.home() / ".cache" / "recall-worker-tests")
+    folder = Path(
+        os.environ.get("RECALL_TEST_CACHE") or Path.home() / ".cache" / "recall-worker-tests"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -116,7 +125,9 @@ class Machine:
         finally:
             machine._power_off()
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command inside, as its root. Where it fails: AssertionError with what it said, unless `check` is False."""
         done = subprocess.run(
             ["nsenter", "-t", str(self._leader), "-a", "--wdns=/", "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "PAGER=cat",
@@ -128,7 +139,9 @@ class Machine:
 
     def systemctl(self, *words: str, check: bool = True, timeout: float = 120) -> str:
         done = self.run("systemctl", *words, check=False, timeout=timeout)
-        assert not check or done.returncode == 0, f"systemctl {' '.join(words)}: {done.stderr}\n{self.log('-n', '40')}"
+        assert not check or done.returncode == 0, (
+            f"systemctl {' '.join(words)}: {done.stderr}\n{self.log('-n', '40')}"
+        )
         return done.stdout.strip()
 
     def show(self, unit: str, name: str) -> str:
@@ -152,7 +165,9 @@ class Machine:
             self._leader = self._leader or next(iter(_children(self._process.pid)), 0)
             if self._leader:
                 try:
-                    state = self.run("systemctl", "is-system-running", check=False, timeout=10).stdout.strip()
+                    state = self.run(
+                        "systemctl", "is-system-running", check=False, timeout=10
+                    ).stdout.strip()
                 except subprocess.TimeoutExpired:
                     continue
                 if state in ("running", "degraded"):
@@ -186,13 +201,28 @@ def install(root: Path, venv: str, wheel: Path, wheels: Path) -> None:
     shutil.copy(wheel, inside)
     _chroot(root, "python3", "-m", "venv", venv)
     _chroot(
-        root, f"{venv}/bin/pip", "-q", "install", "--no-index", "--find-links", "/var/tmp/wheels", f"/var/tmp/wheels/{wheel.name}"
+        root,
+        f"{venv}/bin/pip",
+        "-q",
+        "install",
+        "--no-index",
+        "--find-links",
+        "/var/tmp/wheels",
+        f"/var/tmp/wheels/{wheel.name}",
     )
     shutil.rmtree(inside)
 
 
 def _chroot(root: Path, *command: str) -> None:
-    words: Sequence[str] = ["chroot", str(root), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *command]
+    words: Sequence[str] = [
+        "chroot",
+        str(root),
+        "env",
+        "-i",
+        "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG=C.UTF-8",
+        *command,
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -120,7 +120,18 @@ class Network:
             _ip("-n", self._switch, "link", "set", "switch", "up")
             for n, host in enumerate(self._hosts.values(), 1):
                 _ip("netns", "add", host.namespace)
-                ends = ("link", "add", f"port{n}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+                ends = (
+                    "link",
+                    "add",
+                    f"port{n}",
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth0",
+                    "netns",
+                    host.namespace,
+                )
                 _ip("-n", self._switch, *ends)
                 _ip("-n", self._switch, "link", "set", f"port{n}", "master", "switch", "up")
                 _ip("-n", host.namespace, "link", "set", "lo", "up")
@@ -158,7 +169,17 @@ class Network:
                     self._lead(a, b, self[b].hardware)
 
     def _lead(self, a: str, b: str, hardware: str) -> None:
-        words = ("neigh", "replace", self[b].address, "lladdr", hardware, "dev", "eth0", "nud", "permanent")
+        words = (
+            "neigh",
+            "replace",
+            self[b].address,
+            "lladdr",
+            hardware,
+            "dev",
+            "eth0",
+            "nud",
+            "permanent",
+        )
         _ip("-n", self[a].namespace, *words)
 
 

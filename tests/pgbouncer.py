@@ -34,7 +34,9 @@ def needed() -> str:
     """The program; skips the test, loudly, where there is none."""
     found = program()
     if found is None:
-        pytest.skip("pgbouncer is not installed (Debian: apt-get install pgbouncer): poolers are NOT tested here")
+        pytest.skip(
+            "pgbouncer is not installed (Debian: apt-get install pgbouncer): poolers are NOT tested here"
+        )
     return found
 
 
@@ -43,7 +45,9 @@ class PgBouncer:
 
     def __init__(self, dsn: str, folder: Path, **settings: object) -> None:
         """`settings`: of pgbouncer.ini, which win over ours."""
-        self._target = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
+        self._target = {
+            name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None
+        }
         self._direct = dsn
         self._folder = folder
         self._settings = {
@@ -65,7 +69,12 @@ class PgBouncer:
         """A database of the server, through the pooler."""
         port = self._settings["listen_port"]
         return make_conninfo(
-            host="127.0.0.1", port=str(port), user=self._user, dbname=dbname, sslmode="disable", gssencmode="disable"
+            host="127.0.0.1",
+            port=str(port),
+            user=self._user,
+            dbname=dbname,
+            sslmode="disable",
+            gssencmode="disable",
         )
 
     def way_to(self, dsn: str) -> str:
@@ -78,11 +87,22 @@ class PgBouncer:
 
     def start(self) -> None:
         """Starts it, and waits until it takes connections."""
-        there = {name: self._target[name] for name in ("host", "port", "password") if name in self._target}
+        there = {
+            name: self._target[name]
+            for name in ("host", "port", "password")
+            if name in self._target
+        }
         target = " ".join(f"{name}='{value}'" for name, value in there.items())
-        lines = ["[databases]", f"* = {target}", "[pgbouncer]", *(f"{name} = {value}" for name, value in self._settings.items())]
+        lines = [
+            "[databases]",
+            f"* = {target}",
+            "[pgbouncer]",
+            *(f"{name} = {value}" for name, value in self._settings.items()),
+        ]
         (self._folder / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
-        (self._folder / "users.txt").write_text(f'"{self._user}" "{self._target.get("password", "")}"\n')
+        (self._folder / "users.txt").write_text(
+            f'"{self._user}" "{self._target.get("password", "")}"\n'
+        )
         account = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
         if account is not None:
             for path in (self._folder, *self._folder.iterdir()):
@@ -96,7 +116,9 @@ class PgBouncer:
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                psycopg.connect(self.address("pgbouncer"), autocommit=True, connect_timeout=2).close()
+                psycopg.connect(
+                    self.address("pgbouncer"), autocommit=True, connect_timeout=2
+                ).close()
                 return
             except psycopg.OperationalError as error:
                 if self._process.poll() is not None or time.monotonic() > until:

@@ -47,7 +47,10 @@ def server() -> Iterator[str]:
                 dsn = stack.enter_context(_container())
             except Exception as error:  # an engine without the image and without a way to it
                 # Not a warning: those are errors in our tests.
-                print(f"Docker answers, but gives no PostgreSQL, so it is embedded: {error!r}", file=sys.__stderr__)
+                print(
+                    f"Docker answers, but gives no PostgreSQL, so it is embedded: {error!r}",
+                    file=sys.__stderr__,
+                )
             else:
                 yield dsn
                 return
@@ -57,7 +60,9 @@ def server() -> Iterator[str]:
 def embedded(*, tcp: bool = False, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
     """A server of the caller's own, not yet started, to be killed and started again; RECALL_TEST_PG_BINDIR counts."""
     bindir = os.environ.get("RECALL_TEST_PG_BINDIR") or None
-    return EmbeddedServer(base=_memory(), bindir=bindir, tcp=tcp, settings=SETTINGS | dict(settings or {}))
+    return EmbeddedServer(
+        base=_memory(), bindir=bindir, tcp=tcp, settings=SETTINGS | dict(settings or {})
+    )
 
 
 @contextmanager
@@ -75,15 +80,21 @@ def create_database(maintenance: str, template: str | None = None) -> str:
     source = "template0" if template is None else _name(template)
     with psycopg.connect(maintenance, autocommit=True) as connection:
         # A copy of the files takes half the time of one by the log, but begins and ends with a checkpoint.
-        files = connection.info.server_version >= 150000 and connection.execute("show fsync").fetchone() == ("off",)
+        files = connection.info.server_version >= 150000 and connection.execute(
+            "show fsync"
+        ).fetchone() == ("off",)
         while True:
             name = f"{PREFIX}{os.getpid()}_{next(_numbers)}"
-            words = sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(source))
+            words = sql.SQL("create database {} template {}").format(
+                sql.Identifier(name), sql.Identifier(source)
+            )
             if files:
                 words += sql.SQL(" strategy file_copy")
             try:
                 connection.execute(words)
-            except errors.DuplicateDatabase:  # of a process with our number that died before it could tidy up
+            except (
+                errors.DuplicateDatabase
+            ):  # of a process with our number that died before it could tidy up
                 continue
             return address(maintenance, name)
 
@@ -94,7 +105,9 @@ def drop_database(maintenance: str, database: str) -> None:
     if not name.startswith(PREFIX):
         raise ValueError(f"{name!r} is not a test's database")
     with psycopg.connect(maintenance, autocommit=True) as connection:
-        connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+        connection.execute(
+            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+        )
 
 
 def address(dsn: str, dbname: str) -> str:
@@ -147,7 +160,9 @@ def _container() -> Iterator[str]:
         from testcontainers.postgres import PostgresContainer
 
     image = os.environ.get("RECALL_TEST_PG_IMAGE") or IMAGE
-    settings = " ".join(f"-c {name}={value}" for name, value in {**SETTINGS, "fsync": "off"}.items())
+    settings = " ".join(
+        f"-c {name}={value}" for name, value in {**SETTINGS, "fsync": "off"}.items()
+    )
     with PostgresContainer(image, driver=None).with_command(f"postgres {settings}") as container:
         yield container.get_connection_url()
 
@@ -155,7 +170,11 @@ def _container() -> Iterator[str]:
 def _memory() -> Path | None:
     """Linux's tmpfs, if it has room (a container's 64 MB are none): there a database is copied in 5 ms, not in 70."""
     memory = Path("/dev/shm")
-    if memory.is_dir() and os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > 2 << 30:
+    if (
+        memory.is_dir()
+        and os.access(memory, os.W_OK | os.X_OK)
+        and shutil.disk_usage(memory).free > 2 << 30
+    ):
         return memory
     return None
 

@@ -46,7 +46,9 @@ class Proxy:
 
     @property
     def dsn(self) -> str:
-        return make_conninfo(self._direct, host="127.0.0.1", port=self.port, sslmode="disable", gssencmode="disable")
+        return make_conninfo(
+            self._direct, host="127.0.0.1", port=self.port, sslmode="disable", gssencmode="disable"
+        )
 
     def lead(self, dsn: str) -> None:
         """Lead every connection that is asked for from now on to another server, as an address that was moved does; break the others."""
@@ -136,12 +138,22 @@ class Proxy:
             _reset(line)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = str(self._target.get("host") or "localhost"), str(self._target.get("port") or 5432)
+        host, port = (
+            str(self._target.get("host") or "localhost"),
+            str(self._target.get("port") or 5432),
+        )
         if host.startswith("/"):
             return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
         return await asyncio.open_connection(host, int(port))
 
-    async def _pump(self, line: _Line, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asking: bool) -> None:
+    async def _pump(
+        self,
+        line: _Line,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        asking: bool,
+    ) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(1 << 16):
                 if asking:

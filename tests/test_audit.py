@@ -15,8 +15,17 @@ def report(clean: list[str] = [], bad: list[str] = [], skipped: list[str] = []) 
     return {
         "dependencies": [
             *({"name": name, "version": "1", "vulns": []} for name in clean),
-            *({"name": name, "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]} for name in bad),
-            *({"name": name, "skip_reason": "Dependency not found on PyPI and could not be audited"} for name in skipped),
+            *(
+                {"name": name, "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+                for name in bad
+            ),
+            *(
+                {
+                    "name": name,
+                    "skip_reason": "Dependency not found on PyPI and could not be audited",
+                }
+                for name in skipped
+            ),
         ]
     }
 
@@ -45,7 +54,11 @@ def test_what_one_list_does_not_know_the_other_is_asked_for() -> None:
 
     def ask(name: str, versions: Mapping[str, str]) -> Any:
         asked.append((name, list(versions)))
-        return report(clean=["a"], skipped=["b", "c"]) if name == "pypi" else report(clean=["b"], skipped=["c"])
+        return (
+            report(clean=["a"], skipped=["b", "c"])
+            if name == "pypi"
+            else report(clean=["b"], skipped=["c"])
+        )
 
     result = audit({"a": "1", "b": "1", "c": "1"}, ask)
     assert (result.clean, result.vulnerable, result.unknown) == ({"a", "b"}, [], {"c"})
@@ -56,7 +69,12 @@ def test_a_list_that_can_not_be_had(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a network nothing fails, and it is said that nothing is known; least of all that all is well."""
     assert main(lambda name, versions: None) == 0
     said = capsys.readouterr().out
-    assert said.startswith("0 of ") and "NOT AUDITED: " in said and "aiohttp" in said and "NOTHING" in said
+    assert (
+        said.startswith("0 of ")
+        and "NOT AUDITED: " in said
+        and "aiohttp" in said
+        and "NOTHING" in said
+    )
 
 
 def test_a_vulnerability_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,10 @@ def test_the_figures_documented_are_those_measured() -> None:
     figures = json.loads((DOCS / "performance.json").read_text(encoding="utf-8"))
     expected = reported(figures, DOCS / "plots", DOCS)
     assert text[start:end] == BEGIN.format("performance.json") + "\n" + expected + "\n"
-    assert all((DOCS / "plots" / f"{name}.svg").exists() for name in ("wake", "timers", "backlog", "endurance"))
+    assert all(
+        (DOCS / "plots" / f"{name}.svg").exists()
+        for name in ("wake", "timers", "backlog", "endurance")
+    )
 
 
 @pytest.mark.full

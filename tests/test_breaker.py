@@ -38,7 +38,11 @@ ANSWERS: list[Outcome] = [
     Refused("no", 422),
     Unknown("the API broke (HTTP 500)", 500),
 ]
-SILENCE: list[Outcome] = [Unknown("no answer within 5 s"), Unsent("stopping"), Malformed("no interval")]
+SILENCE: list[Outcome] = [
+    Unknown("no answer within 5 s"),
+    Unsent("stopping"),
+    Malformed("no interval"),
+]
 
 
 def call_of(session: str, sent_at: float | None = 0.0) -> Call:
@@ -168,7 +172,9 @@ def test_a_probe_that_meets_silence_waits_longer() -> None:
     assert allowed == 0 and 1.6 <= wait <= 2.0
 
 
-@pytest.mark.parametrize("outcome", [Unsent("cancelled by the application"), Malformed("no interval")], ids=repr)
+@pytest.mark.parametrize(
+    "outcome", [Unsent("cancelled by the application"), Malformed("no interval")], ids=repr
+)
 def test_a_probe_that_was_never_sent_is_made_again(outcome: Outcome) -> None:
     """A probe that came to nothing for reasons of its own costs no time."""
     breaker = opened(100.0)
@@ -192,7 +198,11 @@ def test_a_probe_that_runs_for_a_while_closes_it() -> None:
     assert breaker.state == "closed"
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(TROUBLE + ANSWERS + SILENCE)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(TROUBLE + ANSWERS + SILENCE)), max_size=40
+    )
+)
 @settings(deadline=None)
 def test_what_is_told_is_what_happened(story: list[tuple[str, Outcome]]) -> None:
     """In any story, `opened` is told exactly when it opens and `closed` when it closes; probes are told only while it is open."""

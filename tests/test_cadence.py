@@ -39,7 +39,9 @@ def test_an_interval_that_will_do(interval: int) -> None:
 @pytest.mark.parametrize("interval", [None, 0, -5, 60], ids=str)
 def test_a_one_shot_needs_no_interval(call_type: str, interval: int | None) -> None:
     """Whatever stands in the interval of a one-shot, nobody asks."""
-    claim = claim_with(call_type=call_type, interval=interval, trigger_at=NOON + timedelta(seconds=120))
+    claim = claim_with(
+        call_type=call_type, interval=interval, trigger_at=NOON + timedelta(seconds=120)
+    )
     assert cadence.problem(claim) is None
     assert cadence.skipped(claim) == 0
 
@@ -62,13 +64,18 @@ def test_a_one_shot_needs_no_interval(call_type: str, interval: int | None) -> N
 )
 def test_skipped(moved_by: timedelta, skipped: int) -> None:
     """Whole intervals onwards are skips; any other move, also one backwards, names a time of its own."""
-    assert cadence.skipped(claim_with(call_type="recurring", interval=60, trigger_at=NOON + moved_by)) == skipped
+    assert (
+        cadence.skipped(claim_with(call_type="recurring", interval=60, trigger_at=NOON + moved_by))
+        == skipped
+    )
 
 
 @pytest.mark.parametrize("interval", [None, 0, -60], ids=str)
 def test_nothing_is_skipped_by_an_absurd_interval(interval: int | None) -> None:
     """An interval that is none divides nothing."""
-    claim = claim_with(call_type="recurring", interval=interval, trigger_at=NOON + timedelta(seconds=60))
+    claim = claim_with(
+        call_type="recurring", interval=interval, trigger_at=NOON + timedelta(seconds=60)
+    )
     assert cadence.skipped(claim) == 0
 
 
@@ -77,15 +84,27 @@ def test_nothing_is_skipped_by_an_absurd_interval(interval: int | None) -> None:
 def test_skipping_times_intervals_is_seen_as_times_skips(interval: int, times: int) -> None:
     """As often as the application adds the interval, so many skips are seen, for any interval."""
     moved = NOON + timedelta(seconds=interval) * times
-    assert cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=moved)) == times
+    assert (
+        cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=moved))
+        == times
+    )
 
 
-@given(interval=st.integers(2, 10_000_000), times=st.integers(0, 200), rest=st.integers(1, 10_000_000 * 10**6))
+@given(
+    interval=st.integers(2, 10_000_000),
+    times=st.integers(0, 200),
+    rest=st.integers(1, 10_000_000 * 10**6),
+)
 @settings(deadline=None)
 def test_any_other_move_is_no_skip(interval: int, times: int, rest: int) -> None:
     """A move that is off the whole intervals by as little as a microsecond is a time of its own."""
-    by = timedelta(seconds=interval) * times + timedelta(microseconds=rest % (interval * 10**6 - 1) + 1)
-    assert cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=NOON + by)) == 0
+    by = timedelta(seconds=interval) * times + timedelta(
+        microseconds=rest % (interval * 10**6 - 1) + 1
+    )
+    assert (
+        cadence.skipped(claim_with(call_type="recurring", interval=interval, trigger_at=NOON + by))
+        == 0
+    )
 
 
 @given(interval=INTERVALS, skip=st.integers(0, 1000))
@@ -121,7 +140,10 @@ HOUR = timedelta(hours=1)
         ({"grid": HOUR, "grace": timedelta(0)}, "grace is a whole number of seconds, at least 1"),
         ({"grid": HOUR, "times": 2**31}, "at most 2147483647"),
         ({"grid": HOUR, "until": NOON}, "after its end"),
-        ({"grid": HOUR, "until": datetime.max.replace(tzinfo=cadence.zone("America/New_York"))}, "beyond the calendar"),
+        (
+            {"grid": HOUR, "until": datetime.max.replace(tzinfo=cadence.zone("America/New_York"))},
+            "beyond the calendar",
+        ),
         ({"cron": "0 9 * * *", "after": timedelta.max}, "beyond the calendar"),
     ],
 )
@@ -139,15 +161,26 @@ def test_the_first_occurrence() -> None:
     assert cadence.plan(NOON, 0.0, **daily).at == NOON + timedelta(days=1)
     assert cadence.plan(NOON, 0.0, at=NOON, **daily).at == NOON
     found = cadence.plan(NOON, 0.5, jitter=timedelta(seconds=60), **daily)
-    assert (found.call_type, found.cadence, found.interval, found.put_off) == ("recurring", "cron", 86_400, 30.0)
-    assert cadence.plan(NOON, 0.0).call_type == "immediate" and cadence.plan(NOON, 0.0, after=HOUR).call_type == "once"
+    assert (found.call_type, found.cadence, found.interval, found.put_off) == (
+        "recurring",
+        "cron",
+        86_400,
+        30.0,
+    )
+    assert (
+        cadence.plan(NOON, 0.0).call_type == "immediate"
+        and cadence.plan(NOON, 0.0, after=HOUR).call_type == "once"
+    )
 
 
 def test_a_time_in_a_zone_of_ours() -> None:
     """What `preview` gives can be copied, pickled, and scheduled again."""
     when = datetime(2027, 7, 1, 9, tzinfo=cadence.zone("Europe/Berlin"))
     assert copy.deepcopy(when) == pickle.loads(pickle.dumps(when)) == when
-    assert cadence.plan(NOON, 0.0, at=when).at == when and cadence.plan(NOON, 0.0, at=when).at.tzinfo is UTC  # type: ignore[union-attr]
+    assert (
+        cadence.plan(NOON, 0.0, at=when).at == when
+        and cadence.plan(NOON, 0.0, at=when).at.tzinfo is UTC
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("grace", "late"), [(-5, 1), (0, 1), (1, 1), (60, 60)])
@@ -194,11 +227,24 @@ RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
         ({"trigger_at": NOON + HOUR} | HOURLY, [1, 2, 3]),
         # By as much as from Friday to Monday: one working day less.
         (
-            {"cadence": "cron", "cron": "0 12 * * mon-fri", "interval_seconds": 86_400, "trigger_at": NOON + 24 * HOUR},
+            {
+                "cadence": "cron",
+                "cron": "0 12 * * mon-fri",
+                "interval_seconds": 86_400,
+                "trigger_at": NOON + 24 * HOUR,
+            },
             [24, 48, 72],
         ),
         # A second's distance goes into many a time that somebody names: no three thousand and six hundred skips.
-        ({"cadence": "cron", "cron": "0 12 * * *", "interval_seconds": 1, "trigger_at": NOON + HOUR}, [1, 24, 48]),
+        (
+            {
+                "cadence": "cron",
+                "cron": "0 12 * * *",
+                "interval_seconds": 1,
+                "trigger_at": NOON + HOUR,
+            },
+            [1, 24, 48],
+        ),
         # Put at another time.
         ({"trigger_at": NOON + HOUR / 2}, [0.5, 1.5, 2.5]),
         ({"trigger_at": NOON + HOUR / 2} | HOURLY, [0.5, 1, 2]),
@@ -214,7 +260,10 @@ RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
             [1, 2, 3],
         ),
         # Jitter puts off what is due, and not what it stands for.
-        ({"trigger_at": NOON + HOUR / 4, "planned_at": NOON + HOUR / 4, "scheduled_for": NOON}, [0, 1, 2]),
+        (
+            {"trigger_at": NOON + HOUR / 4, "planned_at": NOON + HOUR / 4, "scheduled_for": NOON},
+            [0, 1, 2],
+        ),
         # In mid-run: what runs, then what comes after it.
         (RUNNING, [0, 1, 2]),
         (RUNNING | {"call_type": "once"}, [0]),

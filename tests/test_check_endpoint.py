@@ -191,12 +191,20 @@ class NeverEnds(API):
 
 class GoesOnAfterCancel(API):
     async def accepted(self, request: web.Request) -> web.Response:
-        return web.Response(status=204) if request.method == "DELETE" else await super().accepted(request)
+        return (
+            web.Response(status=204)
+            if request.method == "DELETE"
+            else await super().accepted(request)
+        )
 
 
 class OffersNoCancel(API):
     async def accepted(self, request: web.Request) -> web.Response:
-        return web.Response(status=405) if request.method == "DELETE" else await super().accepted(request)
+        return (
+            web.Response(status=405)
+            if request.method == "DELETE"
+            else await super().accepted(request)
+        )
 
 
 class NeverSaysWhen(API):
@@ -269,7 +277,9 @@ class LangGraph(Small):
         run = asyncio.create_task(asyncio.sleep(RUN))
         run.add_done_callback(lambda _: self._threads.discard(thread))
         await asyncio.shield(run)
-        return web.json_response({"messages": [{"type": "ai", "id": str(uuid4()), "content": "done"}]})
+        return web.json_response(
+            {"messages": [{"type": "ai", "id": str(uuid4()), "content": "done"}]}
+        )
 
 
 KEEPERS: dict[str, Callable[[], API]] = {
@@ -304,7 +314,10 @@ BREAKERS: dict[str, tuple[Callable[[], API | Small], set[str]]] = {
     "forgets accepted runs": (lambda: ForgetsAcceptedRuns(accept_after=0.0), {"accepted"}),
     "never ends": (lambda: NeverEnds(accept_after=0.0), {"accepted"}),
     "goes on after cancel": (lambda: GoesOnAfterCancel(accept_after=RUN / 4), {"cancel"}),
-    "pending for ever": (lambda: Small(_pending), {"token", "missing", "busy", "key_after", "body", "accepted"}),
+    "pending for ever": (
+        lambda: Small(_pending),
+        {"token", "missing", "busy", "key_after", "body", "accepted"},
+    ),
     "LangGraph": (LangGraph, {"token", "missing", "key_after", "body", "hang_up"}),
 }
 
@@ -318,7 +331,10 @@ class Seen:
         return {name for name, row in self.rows.items() if row.finding.verdict == verdict}
 
     def __str__(self) -> str:
-        return "\n".join(f"{row.finding.verdict:9} {name:12} {row.finding.seen}" for name, row in self.rows.items())
+        return "\n".join(
+            f"{row.finding.verdict:9} {name:12} {row.finding.seen}"
+            for name, row in self.rows.items()
+        )
 
 
 async def checked(api: API | Small, turn: asyncio.Semaphore) -> Seen:
@@ -340,7 +356,13 @@ def seen() -> dict[str, Seen]:
         apis: dict[str, API | Small] = {name: make() for name, make in KEEPERS.items()}
         apis |= {name: make() for name, (make, _) in BREAKERS.items()}
         turn = asyncio.Semaphore(20)
-        found = dict(zip(apis, await asyncio.gather(*(checked(api, turn) for api in apis.values())), strict=True))
+        found = dict(
+            zip(
+                apis,
+                await asyncio.gather(*(checked(api, turn) for api in apis.values())),
+                strict=True,
+            )
+        )
         for name, (make, expected) in BREAKERS.items():
             # It judges by time: where the machine was held up, the runs blur, and it is asked once more, alone.
             if found[name].having(FAIL) != expected:
@@ -363,7 +385,9 @@ def test_every_row_has_its_breaker() -> None:
 
 def test_every_row_is_documented() -> None:
     """docs/endpoint.md has a line for each row, in the order in which they are shown."""
-    text = (Path(__file__).resolve().parent.parent / "docs" / "endpoint.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parent.parent / "docs" / "endpoint.md").read_text(
+        encoding="utf-8"
+    )
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(PROPERTIES)
 
 
@@ -380,9 +404,13 @@ def test_every_row_is_documented() -> None:
         ("accepts, offers no cancel", {"cancel"}),
     ],
 )
-def test_an_api_that_keeps_its_promises_passes(seen: dict[str, Seen], name: str, not_shown: set[str]) -> None:
+def test_an_api_that_keeps_its_promises_passes(
+    seen: dict[str, Seen], name: str, not_shown: set[str]
+) -> None:
     """No row fails where the contract is kept, whichever of its ways an API goes; what can't be shown is not passed off as shown."""
-    assert (seen[name].having(FAIL), seen[name].having(NOT_SHOWN)) == (set(), not_shown), str(seen[name])
+    assert (seen[name].having(FAIL), seen[name].having(NOT_SHOWN)) == (set(), not_shown), str(
+        seen[name]
+    )
 
 
 @pytest.mark.parametrize("name", ["a web page", "broken", "redirects", "always busy"])
@@ -427,7 +455,11 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
 
     async def guarded(request: Request) -> Raw:
         known = request.headers.get("authorization") == f"Bearer {TOKEN}"
-        return reply(200, {"status": "completed"}, {"set-cookie": "crumb=1; path=/"}) if known else reply(401)
+        return (
+            reply(200, {"status": "completed"}, {"set-cookie": "crumb=1; path=/"})
+            if known
+            else reply(401)
+        )
 
     endpoint.default = guarded
     settings = Settings(run_url=endpoint.url, run_token=TOKEN, signing_secret="whsec_c2VjcmV0")
@@ -436,13 +468,25 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
     bodies = defaultdict(set)
     for request in endpoint.requests:
         assert request.line.startswith("POST /sessions/s%201/run ") or request.session == "gone"
-        assert (request.document.keys(), request.document["recall"].keys()) == (known.keys(), known["recall"].keys())
+        assert (request.document.keys(), request.document["recall"].keys()) == (
+            known.keys(),
+            known["recall"].keys(),
+        )
         assert MESSAGE in request.document["user_message"] and "escape_controls" in MESSAGE
-        assert request.document["system_message"] == f"[Scheduled recall] {request.document['user_message']}"
-        assert request.headers["webhook-id"] == request.key and request.headers["webhook-signature"].startswith("v1,")
+        assert (
+            request.document["system_message"]
+            == f"[Scheduled recall] {request.document['user_message']}"
+        )
+        assert request.headers["webhook-id"] == request.key and request.headers[
+            "webhook-signature"
+        ].startswith("v1,")
         assert "cookie" not in request.headers
         bodies[request.key].add(request.body)
-    assert {r.headers.get("authorization", "")[:13] for r in endpoint.requests} == {"Bearer secret", "Bearer wrong-", ""}
+    assert {r.headers.get("authorization", "")[:13] for r in endpoint.requests} == {
+        "Bearer secret",
+        "Bearer wrong-",
+        "",
+    }
     assert sorted(map(len, bodies.values()))[-2:] == [1, 2]
 
 
@@ -495,7 +539,9 @@ async def test_the_reference_api_passes(accept_after: float | None) -> None:
     api = ReferenceAPI(agent, token=TOKEN, accept_after=accept_after)
     url = await api.start()
     try:
-        status, said, talk = await run_command("--session", "s", RECALL_RUN_URL=url, RECALL_RUN_TOKEN=TOKEN)
+        status, said, talk = await run_command(
+            "--session", "s", RECALL_RUN_URL=url, RECALL_RUN_TOKEN=TOKEN
+        )
     finally:
         await api.stop()
     assert status == 0, said
@@ -511,7 +557,13 @@ async def test_a_failure_is_exit_status_1() -> None:
     url = await api.start()
     try:
         status, said, _ = await run_command(
-            url, "--session", "s", "--missing-session", "missing-2", "--json", RECALL_RUN_TOKEN=TOKEN
+            url,
+            "--session",
+            "s",
+            "--missing-session",
+            "missing-2",
+            "--json",
+            RECALL_RUN_TOKEN=TOKEN,
         )
     finally:
         await api.stop()
@@ -540,14 +592,38 @@ async def test_nobody_there_is_exit_status_3() -> None:
         (["--session", "s"], {}, "RECALL_RUN_URL is not set"),
         (["http://x/run"], {}, "--session"),
         (["http://x/run", "--session", ".."], {}, "can't be a session's id"),
-        (["http://x/run", "--session", "s", "--missing-session", ""], {}, "can't be a session's id"),
+        (
+            ["http://x/run", "--session", "s", "--missing-session", ""],
+            {},
+            "can't be a session's id",
+        ),
         (["http://x/run", "--session", "\udce9"], {}, "can't be a session's id"),
-        (["http://x/run", "--session", "s"], {"RECALL_PROTOCOL": "langgraph"}, "RECALL_PROTOCOL is langgraph"),
-        (["http://x/run", "--session", "s"], {"RECALL_RUN_TOKEN_FILE": "/nowhere"}, "RECALL_RUN_TOKEN_FILE can't be read"),
+        (
+            ["http://x/run", "--session", "s"],
+            {"RECALL_PROTOCOL": "langgraph"},
+            "RECALL_PROTOCOL is langgraph",
+        ),
+        (
+            ["http://x/run", "--session", "s"],
+            {"RECALL_RUN_TOKEN_FILE": "/nowhere"},
+            "RECALL_RUN_TOKEN_FILE can't be read",
+        ),
     ],
-    ids=["no address", "password", "no URL", "no session", "dots", "empty", "no text", "other protocol", "no token file"],
+    ids=[
+        "no address",
+        "password",
+        "no URL",
+        "no session",
+        "dots",
+        "empty",
+        "no text",
+        "other protocol",
+        "no token file",
+    ],
 )
-async def test_usage_is_exit_status_2(command: Command, arguments: list[str], environ: dict[str, str], says: str) -> None:
+async def test_usage_is_exit_status_2(
+    command: Command, arguments: list[str], environ: dict[str, str], says: str
+) -> None:
     """What can't be asked at all is refused before anything is sent."""
     status, said, talk = await command(*arguments, **environ)
     assert (status, said) == (2, "")
@@ -559,7 +635,9 @@ BOMB = gzip.compress(b"[" * 30_000_000)
 
 
 async def _endless(request: Request) -> Raw:
-    return Raw(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + b'["' + b"x" * (3 << 20))
+    return Raw(
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + b'["' + b"x" * (3 << 20)
+    )
 
 
 @pytest.mark.parametrize(
@@ -576,12 +654,25 @@ async def _endless(request: Request) -> Raw:
         Raw(b"\x1b[2J garbage\r\n\r\n"),
         Raw(reset=True),
     ],
-    ids=["error text", "failed run", "redirect", "location", "deep JSON", "packed", "endless", "status line", "garbage", "reset"],
+    ids=[
+        "error text",
+        "failed run",
+        "redirect",
+        "location",
+        "deep JSON",
+        "packed",
+        "endless",
+        "status line",
+        "garbage",
+        "reset",
+    ],
 )
 async def test_hostile_answers(endpoint: Endpoint, command: Command, answer: Any) -> None:
     """Whatever a server sends ends in rows: nothing steers the terminal, nothing is unpacked, no traceback is seen."""
     endpoint.default = answer
-    status, said, talk = await command(endpoint.url, "--session", "s", "--timeout", "5", RECALL_RUN_TOKEN=TOKEN)
+    status, said, talk = await command(
+        endpoint.url, "--session", "s", "--timeout", "5", RECALL_RUN_TOKEN=TOKEN
+    )
     assert status == 1, talk
     assert "Traceback" not in talk
     assert all(c.isprintable() or c == "\n" for c in said + talk)

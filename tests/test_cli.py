@@ -66,7 +66,11 @@ class Screen(io.StringIO):
 
 
 def operate(
-    dsn: str | None, *words: str, stdin: str = "", environ: Mapping[str, str] | None = None, columns: int | None = None
+    dsn: str | None,
+    *words: str,
+    stdin: str = "",
+    environ: Mapping[str, str] | None = None,
+    columns: int | None = None,
 ) -> Said:
     """`recall-worker <words>` in this process, with nothing but RECALL_DSN set; on a terminal of so many columns, if told."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
@@ -106,14 +110,27 @@ def process(
     )
 
 
-def terminal(dsn: str, *words: str, columns: int = 80, environ: Mapping[str, str] | None = None) -> str:
+def terminal(
+    dsn: str, *words: str, columns: int = 80, environ: Mapping[str, str] | None = None
+) -> str:
     """What the same shows on a terminal of so many columns."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_") and k not in ("COLUMNS", "NO_COLOR")}
-    kept |= {"RECALL_DSN": dsn, "TERM": "xterm-256color", "LINES": "24", "PYTHONUTF8": "1"} | dict(environ or {})
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("RECALL_") and k not in ("COLUMNS", "NO_COLOR")
+    }
+    kept |= {"RECALL_DSN": dsn, "TERM": "xterm-256color", "LINES": "24", "PYTHONUTF8": "1"} | dict(
+        environ or {}
+    )
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     child = subprocess.Popen(
-        [sys.executable, "-m", "recall_worker", *words], env=kept, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+        [sys.executable, "-m", "recall_worker", *words],
+        env=kept,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        close_fds=True,
     )
     os.close(theirs)
     seen = b""
@@ -158,7 +175,9 @@ def bare(server: str) -> Iterator[str]:
 async def waiting(app: Application, database: str) -> str:
     """A recall that waits in the session `s` of `ann`: `r`, due in an hour."""
     await app.create_session("s", "ann")
-    await app.schedule("s", "once", datetime.now(UTC) + timedelta(hours=1), "Look at the build again.", id="r")
+    await app.schedule(
+        "s", "once", datetime.now(UTC) + timedelta(hours=1), "Look at the build again.", id="r"
+    )
     return database
 
 
@@ -185,8 +204,12 @@ SHOWING = [
 ]
 
 
-@pytest.mark.parametrize(("words", "kind"), [case[1:] for case in SHOWING], ids=[case[0] for case in SHOWING])
-async def test_json_is_one_document(words: list[str], kind: type, app: Application, waiting: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "kind"), [case[1:] for case in SHOWING], ids=[case[0] for case in SHOWING]
+)
+async def test_json_is_one_document(
+    words: list[str], kind: type, app: Application, waiting: str
+) -> None:
     """Every command that shows data takes --json: one document on stdout and nothing else, its dates RFC 3339 in UTC."""
     for session in ("t", "u", "v"):
         await app.create_session(session, "ann")
@@ -199,12 +222,29 @@ async def test_json_is_one_document(words: list[str], kind: type, app: Applicati
     document: Any = said.document
     assert kind is (list if isinstance(document, list) else dict)
     assert said.out.count("\n") == 1
-    dates = [value for name, value in _pairs(document) if name.endswith(("_at", "_until", "next_due")) and value is not None]
+    dates = [
+        value
+        for name, value in _pairs(document)
+        if name.endswith(("_at", "_until", "next_due")) and value is not None
+    ]
     assert all(DATED.fullmatch(date) for date in dates)
-    if words[0] in ("schedule", "list", "show", "skip", "pause", "resume", "fire", "reschedule", "cancel", "retry"):
+    if words[0] in (
+        "schedule",
+        "list",
+        "show",
+        "skip",
+        "pause",
+        "resume",
+        "fire",
+        "reschedule",
+        "cancel",
+        "retry",
+    ):
         assert dates
         recalls = document if isinstance(document, list) else [document.get("recall", document)]
-        assert recalls and all(set(map(str.strip, COLUMNS.split(","))) <= set(recall) for recall in recalls)
+        assert recalls and all(
+            set(map(str.strip, COLUMNS.split(","))) <= set(recall) for recall in recalls
+        )
 
 
 def _pairs(document: Any) -> list[tuple[str, Any]]:
@@ -214,7 +254,9 @@ def _pairs(document: Any) -> list[tuple[str, Any]]:
             for name, value in document.items()
             for pair in ([(name, value)] if not isinstance(value, dict | list) else _pairs(value))
         ]
-    return [pair for value in document for pair in _pairs(value)] if isinstance(document, list) else []
+    return (
+        [pair for value in document for pair in _pairs(value)] if isinstance(document, list) else []
+    )
 
 
 def test_json_of_nothing_is_an_empty_array(database: str) -> None:
@@ -267,9 +309,17 @@ REFUSED = [
     ("nobody's recall", ["show", "nope"], "there is no recall nope"),
     ("why of nothing", ["why", "nope"], "there is no recall nope"),
     ("cancel of nothing", ["cancel", "nope"], "there is no recall nope"),
-    ("cancel of an empty session", ["cancel", "--session", "t", "--yes"], "session t has no live recall"),
+    (
+        "cancel of an empty session",
+        ["cancel", "--session", "t", "--yes"],
+        "session t has no live recall",
+    ),
     ("skip of a one-shot", ["skip", "r"], "r is once: it has no next occurrence"),
-    ("skip in an empty session", ["skip", "--session", "t"], "session t has no recurring recall that waits"),
+    (
+        "skip in an empty session",
+        ["skip", "--session", "t"],
+        "session t has no recurring recall that waits",
+    ),
     ("pause of nothing", ["pause", "nope"], "there is no recall nope"),
     ("resume of nothing", ["resume", "nope"], "there is no recall nope"),
     ("retry of what waits", ["retry", "r"], "r is pending: it waits or runs already"),
@@ -279,11 +329,17 @@ REFUSED = [
     ("nobody's session", ["schedule", "nobody", "hello"], "there is no session nobody"),
     ("cancel, asked and refused", ["cancel", "--session", "s"], "nothing was done"),
     ("prune, asked and refused", ["prune", "--older-than", "30d"], "nothing was done"),
-    ("several", ["pause", "nope", "neither"], "there is no recall nope; there is no recall neither"),
+    (
+        "several",
+        ["pause", "nope", "neither"],
+        "there is no recall nope; there is no recall neither",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("words", "what"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+@pytest.mark.parametrize(
+    ("words", "what"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
 def test_refused_or_not_found(words: list[str], what: str, calm: str) -> None:
     """What can't be done to what is there is exit status 1: the reason, and what to do instead; nothing is changed."""
     before = rows_of(calm)
@@ -313,13 +369,22 @@ WRONG = [
     ("six fields", ["schedule", "s", "m", "--cron", "0 0 9 * * *"]),
     ("an unknown zone", ["schedule", "s", "m", "--cron", "0 9 * * *", "--tz", "Mars/Olympus"]),
     ("a zone without cron", ["schedule", "s", "m", "--grid", "1h", "--tz", "Europe/Berlin"]),
-    ("an unknown zone of a time", ["schedule", "s", "m", "--at", "2030-01-01", "--tz", "Mars/Olympus"]),
+    (
+        "an unknown zone of a time",
+        ["schedule", "s", "m", "--at", "2030-01-01", "--tz", "Mars/Olympus"],
+    ),
     ("a number of five thousand digits", ["schedule", "s", "m", "--cron", "9" * 5000 + " 9 * * *"]),
     ("a preview of that", ["preview", "9" * 5000 + " 9 * * *"]),
     ("a preview from before the calendar", ["preview", "0 9 * * *", "--from", "0001-01-01"]),
-    ("a grace within which nothing can run", ["schedule", "s", "m", "--grid", "1h", "--grace", "0s"]),
+    (
+        "a grace within which nothing can run",
+        ["schedule", "s", "m", "--grid", "1h", "--grace", "0s"],
+    ),
     ("an end of what happens once", ["schedule", "s", "m", "--in", "1h", "--times", "3"]),
-    ("an end before the beginning", ["schedule", "s", "m", "--grid", "1h", "--until", "2020-01-01"]),
+    (
+        "an end before the beginning",
+        ["schedule", "s", "m", "--grid", "1h", "--until", "2020-01-01"],
+    ),
     ("no occurrence at all", ["schedule", "s", "m", "--grid", "1h", "--times", "0"]),
     ("a grid that stands still", ["schedule", "s", "m", "--grid", "0s"]),
     ("half a jitter", ["schedule", "s", "m", "--grid", "1h", "--jitter", "0.5s"]),
@@ -358,7 +423,9 @@ def trouble(said: Said, status: int) -> str:
     assert said.status == status, said
     lines = said.err.splitlines()
     at = next(n for n, line in enumerate(lines) if "Error: " in line)
-    assert lines[at + 1 :] and all(line.startswith("Try: ") and len(line) > 5 for line in lines[at + 1 :]), said.err
+    assert lines[at + 1 :] and all(
+        line.startswith("Try: ") and len(line) > 5 for line in lines[at + 1 :]
+    ), said.err
     assert "Traceback" not in said.err and "Usage:" not in said.err
     return lines[at].partition("Error: ")[2]
 
@@ -372,7 +439,8 @@ def test_a_partial_success_does_what_it_can(waiting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"), [("y\n", "cancelled"), ("yes\n", "cancelled"), ("n\n", "pending"), ("\n", "pending")]
+    ("answer", "status"),
+    [("y\n", "cancelled"), ("yes\n", "cancelled"), ("n\n", "pending"), ("\n", "pending")],
 )
 async def test_a_bulk_cancel_asks(answer: str, status: str, waiting: str) -> None:
     """Cancelling a session asks the person at the terminal; anything but a yes is a no."""
@@ -401,7 +469,9 @@ SECRETS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "dsn", "status"), SECRETS, ids=[f"{words[0]}-{dsn}" for words, dsn, _ in SECRETS])
+@pytest.mark.parametrize(
+    ("words", "dsn", "status"), SECRETS, ids=[f"{words[0]}-{dsn}" for words, dsn, _ in SECRETS]
+)
 def test_a_password_is_never_told(words: list[str], dsn: str, status: int) -> None:
     """However a DSN is misspelt, no part of its password is quoted back."""
     said = operate(dsn, *words)
@@ -413,7 +483,12 @@ def test_a_pipe_that_closes_early(waiting: str) -> None:
     """`recall-worker list | head -0` says nothing of a broken pipe."""
     command = f"{sys.executable} -m recall_worker list | true"
     done = subprocess.run(
-        ["bash", "-c", command], env=os.environ | {"RECALL_DSN": waiting}, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-c", command],
+        env=os.environ | {"RECALL_DSN": waiting},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stderr == ""
 
@@ -438,8 +513,18 @@ Worker.run = lambda self: print(*sorted({"typer", "click", "pydantic"} & set(sys
 sys.argv = ["recall-worker", "run"]
 main()
 """
-    environ = {"PATH": os.environ["PATH"], "RECALL_DSN": database, "RECALL_RUN_URL": "http://127.0.0.1:1/"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, encoding="utf-8", timeout=60)
+    environ = {
+        "PATH": os.environ["PATH"],
+        "RECALL_DSN": database,
+        "RECALL_RUN_URL": "http://127.0.0.1:1/",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environ,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (0, "and no more\n"), done.stderr
 
 
@@ -458,7 +543,12 @@ def test_help_of_every_command(name: str) -> None:
     assert operate(None, name, "-h") == said
     parameters = OF[name].params
     assert all(getattr(parameter, "help", None) for parameter in parameters)
-    assert all(option in said.out for parameter in parameters for option in parameter.opts if option.startswith("--"))
+    assert all(
+        option in said.out
+        for parameter in parameters
+        for option in parameter.opts
+        if option.startswith("--")
+    )
 
 
 def test_help_without_a_command() -> None:
@@ -468,7 +558,9 @@ def test_help_without_a_command() -> None:
     assert all(re.search(rf"^  {name} ", said.err, re.MULTILINE) for name in NAMES)
 
 
-@pytest.mark.parametrize(("shell", "mark"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")])
+@pytest.mark.parametrize(
+    ("shell", "mark"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")]
+)
 def test_completion(shell: str, mark: str) -> None:
     """Each shell gets its completion script, and the script's question is answered with the commands."""
     environ = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
@@ -479,16 +571,26 @@ def test_completion(shell: str, mark: str) -> None:
         "COMP_WORDS": "recall-worker re", "COMP_CWORD": "1",
         "_TYPER_COMPLETE_ARGS": "recall-worker re", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }  # fmt: skip
-    command = "import sys; sys.argv[0] = 'recall-worker'; from recall_worker.cli import main; main()"
+    command = (
+        "import sys; sys.argv[0] = 'recall-worker'; from recall_worker.cli import main; main()"
+    )
     answer = subprocess.run(
-        [sys.executable, "-c", command], env=os.environ | question, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", command],
+        env=os.environ | question,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert {"resume", "retry", "reschedule"} <= set(re.findall(r"[a-z]+", answer.stdout)), answer
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-LONG = "Read the inbox and tell me what is new since yesterday evening, in three sentences at most. " * 3
+LONG = (
+    "Read the inbox and tell me what is new since yesterday evening, in three sentences at most. "
+    * 3
+)
 UUID = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
 
@@ -498,7 +600,9 @@ async def populated(app: Application, database: str) -> str:
     await app.create_session("a-session-with-a-long-name-0123456789-0123456789", "ann")
     await app.create_session("会話", "ann")
     soon = datetime.now(UTC) + timedelta(hours=1)
-    await app.schedule("a-session-with-a-long-name-0123456789-0123456789", "recurring", soon, LONG, 5400, id=UUID)
+    await app.schedule(
+        "a-session-with-a-long-name-0123456789-0123456789", "recurring", soon, LONG, 5400, id=UUID
+    )
     await app.schedule("会話", "once", soon, "もう一度ビルドを見てください。" * 10, id="短い")
     await app.mark_fired("短い")
     with psycopg.connect(database) as conn:
@@ -535,7 +639,9 @@ async def test_nothing_wraps_on_a_terminal(words: list[str], populated: str) -> 
         assert all(line == line.rstrip() for line in lines)
         if words == ["list"]:
             assert columns < 80 or UUID in shown
-            assert columns < 200 or all(word in shown for word in ("MESSAGE", "TYPE", "every 1h30m", "DUE", "OCC"))
+            assert columns < 200 or all(
+                word in shown for word in ("MESSAGE", "TYPE", "every 1h30m", "DUE", "OCC")
+            )
 
 
 async def test_a_real_terminal(populated: str) -> None:
@@ -552,7 +658,10 @@ async def test_colours_on_a_terminal_only(populated: str) -> None:
     xterm = {"TERM": "xterm"}
     for words in WIDE:
         assert "\x1b" not in operate(populated, *words, environ=xterm).out
-        assert "\x1b" not in operate(populated, *words, columns=80, environ=xterm | {"NO_COLOR": "1"}).out
+        assert (
+            "\x1b"
+            not in operate(populated, *words, columns=80, environ=xterm | {"NO_COLOR": "1"}).out
+        )
         assert "\x1b" not in operate(populated, *words, columns=80, environ={"TERM": "dumb"}).out
     assert "\x1b[1mID" in operate(populated, "list", columns=80, environ=xterm).out
 
@@ -566,7 +675,9 @@ async def test_a_pipe_gets_everything(populated: str) -> None:
     assert "a-session-with-a-long-name-0123456789-0123456789" in out
     at = head.index("STATUS")
     pending = next(line for line in lines if line.startswith(UUID))
-    assert pending[at:].startswith("pending  ") and pending[head.index("MESSAGE") :].startswith("Read the inbox")
+    assert pending[at:].startswith("pending  ") and pending[head.index("MESSAGE") :].startswith(
+        "Read the inbox"
+    )
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
@@ -580,8 +691,13 @@ async def test_local_time_says_so(waiting: str) -> None:
     assert datetime.fromisoformat(found[1]) == due.replace(microsecond=0)
     assert process(waiting, "reschedule", "r", "--at", found[1], environ=zone).returncode == 0
     assert rows_of(waiting)[0]["trigger_at"] == due.replace(microsecond=0)
-    assert json.loads(process(waiting, "show", "r", "--json", environ=zone).stdout)["recall"]["trigger_at"].endswith("Z")
-    assert process(waiting, "reschedule", "r", "--at", "2030-06-01T09:00", environ=zone).returncode == 0
+    assert json.loads(process(waiting, "show", "r", "--json", environ=zone).stdout)["recall"][
+        "trigger_at"
+    ].endswith("Z")
+    assert (
+        process(waiting, "reschedule", "r", "--at", "2030-06-01T09:00", environ=zone).returncode
+        == 0
+    )
     assert rows_of(waiting)[0]["trigger_at"] == datetime(2030, 6, 1, 3, 30, tzinfo=UTC), (
         "without an offset the wall's clock is meant"
     )
@@ -604,12 +720,24 @@ HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2
     ],
     ids=lambda words: " ".join(words).encode("unicode_escape").decode()[:40],
 )  # fmt: skip
-async def test_hostile_texts_come_out_harmless(words: list[str], app: Application, database: str) -> None:
+async def test_hostile_texts_come_out_harmless(
+    words: list[str], app: Application, database: str
+) -> None:
     """Nothing that a row or an argument holds steers a terminal: not in tables, sentences, errors or hints; lines stay lines."""
     await app.create_session(HOSTILE, "ann")
-    await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, comment=HOSTILE, id=HOSTILE)
+    await app.schedule(
+        HOSTILE,
+        "once",
+        datetime.now(UTC) + timedelta(hours=1),
+        HOSTILE,
+        comment=HOSTILE,
+        id=HOSTILE,
+    )
     with psycopg.connect(database) as conn:
-        conn.execute("update session_recalls set reason = %s, last_outcome = 'refused', leased_by = %s", (HOSTILE, HOSTILE))
+        conn.execute(
+            "update session_recalls set reason = %s, last_outcome = 'refused', leased_by = %s",
+            (HOSTILE, HOSTILE),
+        )
         conn.execute(
             """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
                called_at, last_called_at, ended_at, reason, settled)
@@ -634,15 +762,23 @@ async def test_hostile_texts_come_out_harmless(words: list[str], app: Applicatio
         trouble(said, said.status)
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE]], ids=lambda words: words[0])
-async def test_hostile_texts_are_whole_in_json(words: list[str], app: Application, database: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [["list"], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE]],
+    ids=lambda words: words[0],
+)
+async def test_hostile_texts_are_whole_in_json(
+    words: list[str], app: Application, database: str
+) -> None:
     """--json keeps every character as it is, in a valid document; on a terminal, escaped."""
     await app.create_session(HOSTILE, "ann")
     await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, id=HOSTILE)
     document = operate(database, *words, "--json").document
     assert HOSTILE in [value for _, value in _pairs(document)]
     shown = operate(database, *words, "--json", columns=80).out
-    assert not HARMFUL.search(shown) and HOSTILE in [value for _, value in _pairs(json.loads(shown))]
+    assert not HARMFUL.search(shown) and HOSTILE in [
+        value for _, value in _pairs(json.loads(shown))
+    ]
 
 
 # --- how people write and read times -------------------------------------------------------------------------------------
@@ -698,7 +834,10 @@ def test_migrate_check_tells(empty_database: str) -> None:
     assert said.status == 1 and said.document["up_to_date"] is False and said.document["pending"]
     assert schema.pending(empty_database)
     assert operate(empty_database, "migrate").status == 0
-    assert operate(empty_database, "migrate", "--check", "--json").document == {"up_to_date": True, "pending": []}
+    assert operate(empty_database, "migrate", "--check", "--json").document == {
+        "up_to_date": True,
+        "pending": [],
+    }
 
 
 # --- recurring recalls -----------------------------------------------------------------------------------------------
@@ -721,14 +860,20 @@ def test_schedule_by_cron(waiting: str) -> None:
         "--times",
         "9",
     )
-    assert made.status == 0 and "Scheduled cron '30 9 * * mon-fri' Europe/Berlin, due " in made.err and ", 9 times." in made.err
+    assert (
+        made.status == 0
+        and "Scheduled cron '30 9 * * mon-fri' Europe/Berlin, due " in made.err
+        and ", 9 times." in made.err
+    )
     id = made.out.strip()
     row = next(row for row in rows_of(waiting) if row["id"] == id)
     assert (row["cadence"], row["cron"], row["time_zone"], row["times"], row["grace_seconds"]) == (
         "cron", "30 9 * * mon-fri", "Europe/Berlin", 9, 7200,
     )  # fmt: skip
     ahead = json.loads(operate(waiting, "preview", id, "--count", "12", "--json").out)
-    assert len(ahead["occurrences"]) == 9 and all("T09:30:00+0" in moment["local"] for moment in ahead["occurrences"])
+    assert len(ahead["occurrences"]) == 9 and all(
+        "T09:30:00+0" in moment["local"] for moment in ahead["occurrences"]
+    )
     assert datetime.fromisoformat(ahead["occurrences"][0]["at"]) == row["trigger_at"]
     assert "cron '30 9 * * mon-fri' Europe/Berlin" in operate(waiting, "list").out
     assert "grace       2h" in operate(waiting, "show", id).out
@@ -736,7 +881,17 @@ def test_schedule_by_cron(waiting: str) -> None:
 
 def test_preview_around_a_change_of_clocks() -> None:
     """Half past two in New York on the night that has none: once, at three, and said to be after a change. No database is asked."""
-    said = operate(None, "preview", "30 2 * * *", "--tz", "America/New_York", "--from", "2026-03-07T00:00", "--count", "3")
+    said = operate(
+        None,
+        "preview",
+        "30 2 * * *",
+        "--tz",
+        "America/New_York",
+        "--from",
+        "2026-03-07T00:00",
+        "--count",
+        "3",
+    )
     assert said.status == 0
     lines = said.out.splitlines()[1:]
     assert [line[:38] for line in lines] == [
@@ -747,15 +902,31 @@ def test_preview_around_a_change_of_clocks() -> None:
 
 def test_preview_from_a_moment_on() -> None:
     """The time that is named counts itself, as with `schedule --at`."""
-    said = operate(None, "preview", "0 0 * * *", "--tz", "Europe/Berlin", "--from", "2027-03-28", "--count", "2")
-    assert [line[:25] for line in said.out.splitlines()[1:]] == ["Sun 2027-03-28 00:00:00  ", "Mon 2027-03-29 00:00:00  "]
+    said = operate(
+        None,
+        "preview",
+        "0 0 * * *",
+        "--tz",
+        "Europe/Berlin",
+        "--from",
+        "2027-03-28",
+        "--count",
+        "2",
+    )
+    assert [line[:25] for line in said.out.splitlines()[1:]] == [
+        "Sun 2027-03-28 00:00:00  ",
+        "Mon 2027-03-29 00:00:00  ",
+    ]
 
 
 def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
     """`--tz` says by which clock `--at` and `--until` are meant, with cron and without."""
     assert operate(waiting, "cancel", "r").status == 0
     berlin = ["--tz", "Europe/Berlin"]
-    for words in (["--at", "2030-07-01T09:00"], ["--cron", "0 9 * * *", "--at", "2030-07-01", "--until", "2030-07-01T09:00"]):
+    for words in (
+        ["--at", "2030-07-01T09:00"],
+        ["--cron", "0 9 * * *", "--at", "2030-07-01", "--until", "2030-07-01T09:00"],
+    ):
         made = operate(waiting, "schedule", "s", "m", *words, *berlin, "--json").document
         assert (made["trigger_at"], made["time_zone"]) == (
             "2030-07-01T07:00:00.000000Z", "Europe/Berlin" if "--cron" in words else None,
@@ -768,9 +939,19 @@ def test_preview_after_a_skip(waiting: str) -> None:
     """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand for the time before."""
     assert operate(waiting, "cancel", "r").status == 0
     id = operate(waiting, "schedule", "s", "m", "--grid", "1h", "--jitter", "1m").out.strip()
-    before = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "3", "--json").document["occurrences"]]
+    before = [
+        moment["at"]
+        for moment in operate(waiting, "preview", id, "--count", "3", "--json").document[
+            "occurrences"
+        ]
+    ]
     assert operate(waiting, "skip", id).status == 0
-    after = [moment["at"] for moment in operate(waiting, "preview", id, "--count", "2", "--json").document["occurrences"]]
+    after = [
+        moment["at"]
+        for moment in operate(waiting, "preview", id, "--count", "2", "--json").document[
+            "occurrences"
+        ]
+    ]
     assert after == before[1:]
     assert "stands for" not in operate(waiting, "show", id).out
 

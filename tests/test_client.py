@@ -55,9 +55,21 @@ SOON = datetime(2031, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 SCHEDULED: list[tuple[str, dict[str, Any], str, timedelta | datetime, int | None]] = [
     ("at once", {}, "immediate", timedelta(), None),
     ("at", {"at": SOON}, "once", SOON, None),
-    ("at, elsewhere", {"at": datetime.fromisoformat("2031-05-06T12:38:09.123456+05:30")}, "once", SOON, None),
+    (
+        "at, elsewhere",
+        {"at": datetime.fromisoformat("2031-05-06T12:38:09.123456+05:30")},
+        "once",
+        SOON,
+        None,
+    ),
     ("after", {"after": HOUR}, "once", HOUR, None),
-    ("after a moment", {"after": timedelta(milliseconds=1500)}, "once", timedelta(milliseconds=1500), None),
+    (
+        "after a moment",
+        {"after": timedelta(milliseconds=1500)},
+        "once",
+        timedelta(milliseconds=1500),
+        None,
+    ),
     ("after, in the past", {"after": -HOUR}, "once", -HOUR, None),
     ("every", {"every": HOUR}, "recurring", HOUR, 3600),
     ("every, first at", {"every": HOUR, "at": SOON}, "recurring", SOON, 3600),
@@ -66,7 +78,9 @@ SCHEDULED: list[tuple[str, dict[str, Any], str, timedelta | datetime, int | None
 
 
 @pytest.mark.parametrize(
-    ("times", "call_type", "due", "interval"), [case[1:] for case in SCHEDULED], ids=[case[0] for case in SCHEDULED]
+    ("times", "call_type", "due", "interval"),
+    [case[1:] for case in SCHEDULED],
+    ids=[case[0] for case in SCHEDULED],
 )
 async def test_schedule(
     times: dict[str, Any],
@@ -85,8 +99,17 @@ async def test_schedule(
         assert recall.trigger_at == due
     else:
         assert before + due <= recall.trigger_at <= after + due
-    assert (recall.session_id, recall.call_type, recall.interval_seconds, recall.status) == ("a", call_type, interval, "pending")
-    assert (recall.additional_context_message, recall.internal_comment, recall.occurrence) == ("Look.", "a note", 1)
+    assert (recall.session_id, recall.call_type, recall.interval_seconds, recall.status) == (
+        "a",
+        call_type,
+        interval,
+        "pending",
+    )
+    assert (recall.additional_context_message, recall.internal_comment, recall.occurrence) == (
+        "Look.",
+        "a note",
+        1,
+    )
     assert str(UUID(recall.id)) == recall.id
     [row] = await app.list_by_session("a")
     assert row == {name: getattr(recall, name) for name in row}
@@ -112,8 +135,12 @@ NONSENSE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("words", [case[1] for case in NONSENSE], ids=[case[0] for case in NONSENSE])
-async def test_what_makes_no_sense(words: dict[str, Any], recalls: Recalls, app: Application) -> None:
+@pytest.mark.parametrize(
+    "words", [case[1] for case in NONSENSE], ids=[case[0] for case in NONSENSE]
+)
+async def test_what_makes_no_sense(
+    words: dict[str, Any], recalls: Recalls, app: Application
+) -> None:
     """Times and sessions that make no sense are ValueErrors, and nothing is written."""
     with pytest.raises(ValueError, match=r"\w"):
         await recalls.schedule(**({"session_id": "a", "message": "m"} | words))
@@ -149,7 +176,9 @@ async def test_a_session_has_one(recalls: Recalls, app: Application) -> None:
     assert isinstance(caught.value.__cause__, type(None))
     with pytest.raises(AlreadyScheduled):
         await app.schedule("a", "once", SOON, "third")
-    assert [recall.additional_context_message for recall in await recalls.list(session_id="a")] == ["first"]
+    assert [recall.additional_context_message for recall in await recalls.list(session_id="a")] == [
+        "first"
+    ]
 
 
 # --- the caller's transaction ----------------------------------------------------------------------------------------
@@ -181,10 +210,15 @@ READING: list[tuple[str, Callable[[Recalls, Any], Awaitable[Any]]]] = [
 def test_every_method_is_shown() -> None:
     """The tables above name every method of Recalls; each takes `conn=`, and says what it does."""
     methods = {
-        name: method for name, method in vars(Recalls).items() if inspect.iscoroutinefunction(method) and not name.startswith("_")
+        name: method
+        for name, method in vars(Recalls).items()
+        if inspect.iscoroutinefunction(method) and not name.startswith("_")
     }
     assert set(methods) == {name for name, _ in WRITING + READING}
-    assert all("conn" in inspect.signature(method).parameters and method.__doc__ for method in methods.values())
+    assert all(
+        "conn" in inspect.signature(method).parameters and method.__doc__
+        for method in methods.values()
+    )
 
 
 async def snapshot(app: Application) -> list[dict[str, Any]]:
@@ -193,7 +227,10 @@ async def snapshot(app: Application) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("act", [case[1] for case in WRITING], ids=[case[0] for case in WRITING])
 async def test_rolled_back_with_the_caller(
-    act: Callable[[Recalls, Any], Awaitable[Any]], recalls: Recalls, pool: AsyncConnectionPool, app: Application
+    act: Callable[[Recalls, Any], Awaitable[Any]],
+    recalls: Recalls,
+    pool: AsyncConnectionPool,
+    app: Application,
 ) -> None:
     """With `conn=` a method works inside the caller's transaction: unseen by others until that commits, undone where it is rolled back."""
     await app.schedule("a", "recurring", SOON, "m", 60, id="r")
@@ -223,7 +260,10 @@ async def test_on_a_pool_it_is_committed(
 
 @pytest.mark.parametrize("act", [case[1] for case in READING], ids=[case[0] for case in READING])
 async def test_reading_sees_what_the_caller_wrote(
-    act: Callable[[Recalls, Any], Awaitable[Any]], recalls: Recalls, pool: AsyncConnectionPool, app: Application
+    act: Callable[[Recalls, Any], Awaitable[Any]],
+    recalls: Recalls,
+    pool: AsyncConnectionPool,
+    app: Application,
 ) -> None:
     """Inside the caller's transaction the methods that read see what it has written so far; others do not."""
     async with pool.connection() as conn:
@@ -275,13 +315,16 @@ async def test_an_autocommit_connection(recalls: Recalls, app: Application, data
         recall = await recalls.schedule("a", "100% of it: %s", after=HOUR, conn=conn)
         assert [row["id"] for row in await app.list_by_session("a")] == [recall.id]
         assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
-        assert [r.additional_context_message for r in await recalls.list(session_id="a", statuses=["pending"], conn=conn)] == [
-            "100% of it: %s"
-        ]
+        assert [
+            r.additional_context_message
+            for r in await recalls.list(session_id="a", statuses=["pending"], conn=conn)
+        ] == ["100% of it: %s"]
         assert await recalls.cancel("a", conn=conn) == 1
 
 
-async def test_the_connection_is_left_as_it_was(recalls: Recalls, pool: AsyncConnectionPool) -> None:
+async def test_the_connection_is_left_as_it_was(
+    recalls: Recalls, pool: AsyncConnectionPool
+) -> None:
     """What the caller's connection makes of rows and dates stays its own affair."""
     async with pool.connection() as conn:
         await recalls.schedule("a", "m", at=SOON, conn=conn)
@@ -316,20 +359,28 @@ def as_rows(found: list[Recall]) -> list[dict[str, Any]]:
 async def test_lists_are_the_applications(recalls: Recalls, crowd: Application) -> None:
     """By session and by owner, in pages: the very rows, in the very order, that the application's own SQL gives."""
     for session in ("a", "b", "c", "z", "nobody"):
-        assert as_rows(await recalls.list(session_id=session)) == await crowd.list_by_session(session)
+        assert as_rows(await recalls.list(session_id=session)) == await crowd.list_by_session(
+            session
+        )
     for user in ("ann", "zoe", "nobody"):
         assert as_rows(await recalls.list(user_id=user)) == await crowd.list_by_user(user)
         for offset in range(6):
-            assert as_rows(await recalls.list(user_id=user, limit=2, offset=offset)) == await crowd.list_by_user(user, 2, offset)
+            assert as_rows(
+                await recalls.list(user_id=user, limit=2, offset=offset)
+            ) == await crowd.list_by_user(user, 2, offset)
     assert [r.id for r in await recalls.list()] == ["z1", "c0", "b1", "b0", "a1"]
     assert [r.id for r in await recalls.list(limit=2, offset=1)] == ["c0", "b1"]
     assert [r.id for r in await recalls.list(statuses=["fired", "cancelled"])] == ["c0", "b0"]
-    assert [r.id for r in await recalls.list(user_id="ann", session_id="b", statuses=["pending"])] == ["b1"]
+    assert [
+        r.id for r in await recalls.list(user_id="ann", session_id="b", statuses=["pending"])
+    ] == ["b1"]
     assert await recalls.list(user_id="zoe", session_id="a") == []
     assert await recalls.list(limit=0) == []
 
 
-async def test_what_is_due_is_the_applications(recalls: Recalls, crowd: Application, db: Connection) -> None:
+async def test_what_is_due_is_the_applications(
+    recalls: Recalls, crowd: Application, db: Connection
+) -> None:
     """What is due, when the next one is, and which sessions have one: as the application asks it, as long as no worker is about."""
     assert as_rows(await recalls.due()) == await crowd.due(await now(db))
     assert await recalls.next_trigger_at() == await crowd.next_trigger()
@@ -351,7 +402,9 @@ async def test_due_means_waiting(recalls: Recalls, crowd: Application, db: Conne
     assert await recalls.next_trigger_at() == z["trigger_at"]
 
 
-CHANGES: list[tuple[str, Callable[[Recalls], Awaitable[Any]], Callable[[Application], Awaitable[Any]]]] = [
+CHANGES: list[
+    tuple[str, Callable[[Recalls], Awaitable[Any]], Callable[[Application], Awaitable[Any]]]
+] = [
     ("cancel", lambda r: r.cancel("a"), lambda app: app.cancel_session("a")),
     ("cancel of none", lambda r: r.cancel("c"), lambda app: app.cancel_session("c")),
     ("skip_next", lambda r: r.skip_next("a"), lambda app: app.skip_next("a")),
@@ -360,11 +413,17 @@ CHANGES: list[tuple[str, Callable[[Recalls], Awaitable[Any]], Callable[[Applicat
     ("mark_fired of none", lambda r: r.mark_fired("nope"), lambda app: app.mark_fired("nope")),
     ("mark_cancelled", lambda r: r.mark_cancelled("b1"), lambda app: app.mark_cancelled("b1")),
     ("reschedule", lambda r: r.reschedule("b1", SOON), lambda app: app.reschedule("b1", SOON)),
-    ("reschedule of none", lambda r: r.reschedule("nope", SOON), lambda app: app.reschedule("nope", SOON)),
+    (
+        "reschedule of none",
+        lambda r: r.reschedule("nope", SOON),
+        lambda app: app.reschedule("nope", SOON),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [case[1:] for case in CHANGES], ids=[case[0] for case in CHANGES])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [case[1:] for case in CHANGES], ids=[case[0] for case in CHANGES]
+)
 async def test_changes_are_the_applications(
     ours: Callable[[Recalls], Awaitable[Any]],
     theirs: Callable[[Application], Awaitable[Any]],
@@ -381,13 +440,17 @@ async def test_changes_are_the_applications(
     answers, outcomes = [], []
     for mine in (True, False):
         answers.append(await (ours(recalls) if mine else theirs(crowd)))
-        outcomes.append([{k: v for k, v in row.items() if k != "updated_at"} for row in await rows()])
+        outcomes.append(
+            [{k: v for k, v in row.items() if k != "updated_at"} for row in await rows()]
+        )
         await db.execute("delete from session_recalls")
         async with db.cursor() as cursor:
             for row in before:
                 columns = ", ".join(row)
                 values = ", ".join(f"%({name})s" for name in row)
-                await cursor.execute(f"insert into session_recalls ({columns}) values ({values})".encode(), row)
+                await cursor.execute(
+                    f"insert into session_recalls ({columns}) values ({values})".encode(), row
+                )
     assert answers[0] == answers[1]
     assert outcomes[0] == outcomes[1]
 
@@ -402,17 +465,27 @@ async def test_final_recalls_stay_as_they_are(recalls: Recalls, crowd: Applicati
     assert await crowd.list_by_session("b") + await crowd.list_by_session("c") == before
 
 
-async def test_dates_that_python_does_not_hold(recalls: Recalls, app: Application, db: Connection) -> None:
+async def test_dates_that_python_does_not_hold(
+    recalls: Recalls, app: Application, db: Connection
+) -> None:
     """Infinite dates, and those of other ages, come as the nearest that Python holds; the list is whole."""
     dates = ("-infinity", "infinity", "0044-03-15 BC", "20000-01-01", "9999-12-31 23:59:59+00")
     for n, date in enumerate(dates):
         await app.create_session(f"d{n}", "dan")
         await app.schedule(f"d{n}", "once", SOON, date, id=f"d{n}")
-        await db.execute("update session_recalls set trigger_at = %s, status = 'fired' where id = %s", [date, f"d{n}"])
+        await db.execute(
+            "update session_recalls set trigger_at = %s, status = 'fired' where id = %s",
+            [date, f"d{n}"],
+        )
     found = {r.additional_context_message: r.trigger_at for r in await recalls.list(user_id="dan")}
     assert list(found)[-1] == "-infinity" and set(found) == set(dates)
     assert found["-infinity"] == found["0044-03-15 BC"] == datetime(1, 1, 2, tzinfo=UTC)
-    assert found["infinity"] == found["20000-01-01"] == found["9999-12-31 23:59:59+00"] == datetime(9998, 1, 1, tzinfo=UTC)
+    assert (
+        found["infinity"]
+        == found["20000-01-01"]
+        == found["9999-12-31 23:59:59+00"]
+        == datetime(9998, 1, 1, tzinfo=UTC)
+    )
 
 
 async def test_inside_a_run(recalls: Recalls, app: Application, db: Connection) -> None:
@@ -427,7 +500,10 @@ async def test_inside_a_run(recalls: Recalls, app: Application, db: Connection) 
         "second": ("pending", None),
     }
     assert await recalls.cancel("a") == 1
-    assert {r.id: r.status for r in await recalls.list(session_id="a")} == {"first": "running", "second": "cancelled"}
+    assert {r.id: r.status for r in await recalls.list(session_id="a")} == {
+        "first": "running",
+        "second": "cancelled",
+    }
     assert await recalls.mark_cancelled("first")
 
 
@@ -482,7 +558,11 @@ def test_the_package_is_typed(tmp_path: Path) -> None:
     right = mypy(tmp_path, USE)
     assert right.returncode == 0, right.stdout + right.stderr
     wrong = mypy(
-        tmp_path, USE.replace("    return recall\n", "".join(f"    {line}\n" for line in MISUSE) + "    return recall\n")
+        tmp_path,
+        USE.replace(
+            "    return recall\n",
+            "".join(f"    {line}\n" for line in MISUSE) + "    return recall\n",
+        ),
     )
     first = USE.count("\n", 0, USE.index("    return recall")) + 1
     found = {int(line.split(":")[1]) for line in wrong.stdout.splitlines() if ": error:" in line}
@@ -492,9 +572,7 @@ def test_the_package_is_typed(tmp_path: Path) -> None:
 def test_the_public_names() -> None:
     """`from recall_worker import …` gives three names, late, and says so of any other."""
     assert sorted(recall_worker.__all__) == ["Recall", "RecallExists", "Recalls"]
-    command = (
-        "import sys, recall_worker; assert 'psycopg' not in sys.modules; recall_worker.Recalls; assert 'psycopg' in sys.modules"
-    )
+    command = "import sys, recall_worker; assert 'psycopg' not in sys.modules; recall_worker.Recalls; assert 'psycopg' in sys.modules"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         recall_worker.Nope  # noqa: B018
@@ -517,12 +595,26 @@ async def test_cron_and_its_ends(recalls: Recalls) -> None:
         grace=HOUR,
         jitter=timedelta(minutes=5),
     )
-    assert (made.cadence, made.cron, made.time_zone, made.until_at) == ("cron", "30 9 * * mon-fri", "Europe/Berlin", until)
-    assert (made.times, made.failures_most, made.grace_seconds, made.jitter_seconds) == (7, 2, 3600, 300)
+    assert (made.cadence, made.cron, made.time_zone, made.until_at) == (
+        "cron",
+        "30 9 * * mon-fri",
+        "Europe/Berlin",
+        until,
+    )
+    assert (made.times, made.failures_most, made.grace_seconds, made.jitter_seconds) == (
+        7,
+        2,
+        3600,
+        300,
+    )
     ahead = await recalls.preview(made.id, count=3)
     expected = await recalls.preview("30 9 * * mon-fri", time_zone="Europe/Berlin", count=3)
-    assert ahead == expected and all((when.hour, when.minute) == (9, 30) and when.isoweekday() <= 5 for when in ahead)
-    assert made.scheduled_for in (None, ahead[0]) and timedelta(0) <= made.trigger_at - ahead[0] < timedelta(minutes=5)
+    assert ahead == expected and all(
+        (when.hour, when.minute) == (9, 30) and when.isoweekday() <= 5 for when in ahead
+    )
+    assert made.scheduled_for in (None, ahead[0]) and timedelta(0) <= made.trigger_at - ahead[
+        0
+    ] < timedelta(minutes=5)
     assert made.interval_seconds == (ahead[1] - ahead[0]).total_seconds()
 
 
@@ -572,5 +664,7 @@ async def test_a_preview_of_nothing(recalls: Recalls) -> None:
 async def test_what_was_previewed_can_be_scheduled(recalls: Recalls) -> None:
     """The moments of a preview, in their zone, are times like any other."""
     (first,) = await recalls.preview("30 9 * * *", time_zone="Europe/Berlin", count=1)
-    made = await recalls.schedule("a", "m", cron="30 9 * * *", time_zone="Europe/Berlin", at=first, until=first)
+    made = await recalls.schedule(
+        "a", "m", cron="30 9 * * *", time_zone="Europe/Berlin", at=first, until=first
+    )
     assert made.trigger_at == made.until_at == first

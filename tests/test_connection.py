@@ -80,7 +80,12 @@ async def test_what_has_no_rows(lines: Lines) -> None:
 async def test_one_question_at_a_time(lines: Lines) -> None:
     """However many ask at once: each has its own answer."""
     line = lines()
-    answers = await asyncio.gather(*(line.ask("select %(n)s + 0 as n, pg_sleep(0.002)", {"n": n}, as_=tuple) for n in range(50)))
+    answers = await asyncio.gather(
+        *(
+            line.ask("select %(n)s + 0 as n, pg_sleep(0.002)", {"n": n}, as_=tuple)
+            for n in range(50)
+        )
+    )
     assert [answer[0][0] for answer in answers] == list(range(50))
 
 
@@ -116,7 +121,9 @@ async def test_a_refusal_costs_nothing_else(
 async def test_two_statements_are_one_transaction(lines: Lines) -> None:
     line = lines()
     asked = "select id, pg_current_xact_id_if_assigned() is not null as same from sessions"
-    assert await line.ask(asked, {}, after="insert into sessions values ('s', 'ann')") == [{"id": "s", "same": True}]
+    assert await line.ask(asked, {}, after="insert into sessions values ('s', 'ann')") == [
+        {"id": "s", "same": True}
+    ]
     with pytest.raises(StatementRejected):
         await line.ask(asked, {}, after="insert into sessions values ('s', 'ann')")
     assert await line.ask("select id from sessions", {}) == [{"id": "s"}]
@@ -130,7 +137,9 @@ async def test_plans_are_kept_for_each_kind_of_value(database: str) -> None:
             await line.ask("select 1 / %(n)s", {"n": 0})
         for n in (1, 2**20, 2**40):
             await line.ask("select 1 / %(n)s", {"n": n})
-    kept = await line.ask("select count(*) as n from pg_prepared_statements where statement = 'select 1 / $1'", {})
+    kept = await line.ask(
+        "select count(*) as n from pg_prepared_statements where statement = 'select 1 / $1'", {}
+    )
     assert kept == [{"n": 3}]
     await line.close()
 
@@ -138,12 +147,16 @@ async def test_plans_are_kept_for_each_kind_of_value(database: str) -> None:
 async def test_a_line_that_is_cut_is_replaced(database: str, db: Connection) -> None:
     """Idle or in mid-question: whoever asks is told why, and the next one has a new connection; so have its siblings, without being told."""
     siblings: list[QueryConnection] = []
-    line, sibling = (QueryConnection(database, "recall-worker test", WITHIN, siblings) for _ in range(2))
+    line, sibling = (
+        QueryConnection(database, "recall-worker test", WITHIN, siblings) for _ in range(2)
+    )
     for in_question in (False, True):
         pid, other = await backend(line), await backend(sibling)
         asking = asyncio.create_task(line.ask("select pg_sleep(30)", {})) if in_question else None
         if asking is not None:
-            await eventually(db, "select 1 from pg_stat_activity where pid = %s and state = 'active'", [pid])
+            await eventually(
+                db, "select 1 from pg_stat_activity where pid = %s and state = 'active'", [pid]
+            )
         await db.execute("select pg_terminate_backend(%s, 5000)", [pid])
         with pytest.raises(DatabaseUnavailable) as outage:
             await (asking or line.ask("select 1", {}))
@@ -190,7 +203,9 @@ async def test_a_connection_that_breaks_without_a_word(in_question: bool, databa
 async def test_a_silence_is_noticed(database: str) -> None:
     """PostgreSQL that says nothing within the deadline is lost, and asked anew over another connection."""
     async with Proxy(database) as proxy:
-        line = QueryConnection(proxy.dsn, "recall-worker test", Deadlines(statement=1.0, connect=2.0), [])
+        line = QueryConnection(
+            proxy.dsn, "recall-worker test", Deadlines(statement=1.0, connect=2.0), []
+        )
         await backend(line)
         proxy.forget(0)
         with pytest.raises(DatabaseUnavailable, match="no answer within the deadline"):
@@ -212,7 +227,8 @@ async def test_a_mark_of_its_own_for_each_line(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lease", "statement", "connect"), [(86_400, 15, 10), (60, 15, 10), (36, 9, 9), (6, 1.5, 2), (4, 1, 2), (1, 1, 2)]
+    ("lease", "statement", "connect"),
+    [(86_400, 15, 10), (60, 15, 10), (36, 9, 9), (6, 1.5, 2), (4, 1, 2), (1, 1, 2)],
 )
 def test_deadlines_follow_the_lease(lease: float, statement: float, connect: float) -> None:
     """A silence is noticed, and a new connection tried, before a lease of four seconds or more is over."""
@@ -224,9 +240,17 @@ def test_deadlines_follow_the_lease(lease: float, statement: float, connect: flo
 
 @pytest.mark.parametrize(
     ("dsn", "within", "each", "whole"),
-    [("host=a", 10, 10, 10), ("host=a,b", 10, 5, 10), ("host=a,b", 2, 2, 4), ("host=a,b,c,d,e,f", 10, 2, 12), ("", 2, 2, 2)],
+    [
+        ("host=a", 10, 10, 10),
+        ("host=a,b", 10, 5, 10),
+        ("host=a,b", 2, 2, 4),
+        ("host=a,b,c,d,e,f", 10, 2, 12),
+        ("", 2, 2, 2),
+    ],
 )
-def test_the_time_to_connect_is_shared_by_the_hosts(dsn: str, within: float, each: int, whole: float) -> None:
+def test_the_time_to_connect_is_shared_by_the_hosts(
+    dsn: str, within: float, each: int, whole: float
+) -> None:
     assert connection_info(dsn, "n", within)["connect_timeout"] == each
     assert Deadlines(connect=within).connecting(dsn) == whole
 

@@ -31,23 +31,41 @@ CADENCE = ROOT / "docs" / "cadence.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-LAYERS_MARK = "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+LAYERS_MARK = (
+    "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+)
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
 
 def settings_table() -> str:
     lines = ["| variable | default | what it is |", "| --- | --- | --- |"]
     for f in dataclasses.fields(Settings):
-        default = "" if f.default is None else f"{f.default:g}" if isinstance(f.default, float) else f"{f.default}"
-        bounds = ", ".join(f"{word} {f.metadata[word]:g}" for word in ("least", "most") if f.metadata[word] is not None)
-        says = f.metadata["says"] + (f" ({bounds})" if bounds else "") + ("; secret" if f.metadata["secret"] else "")
+        default = (
+            ""
+            if f.default is None
+            else f"{f.default:g}"
+            if isinstance(f.default, float)
+            else f"{f.default}"
+        )
+        bounds = ", ".join(
+            f"{word} {f.metadata[word]:g}"
+            for word in ("least", "most")
+            if f.metadata[word] is not None
+        )
+        says = (
+            f.metadata["says"]
+            + (f" ({bounds})" if bounds else "")
+            + ("; secret" if f.metadata["secret"] else "")
+        )
         lines.append(f"| `{variable(f.name)}` | {default} | {says} |")
     return "\n".join(lines) + "\n"
 
 
 def metrics_table() -> str:
     """What a page of /metrics carries, with the labels' values as they are known from the start."""
-    metrics = Metrics(lambda: WorkerStatus(3, 0, "closed", "listening", database_is_lost=False, is_draining=False))
+    metrics = Metrics(
+        lambda: WorkerStatus(3, 0, "closed", "listening", database_is_lost=False, is_draining=False)
+    )
     metrics.backlog = Backlog(0, 0.0)
     lines = ["| metric | type | labels | what it is |", "| --- | --- | --- | --- |"]
     for family in metrics.registry.collect():
@@ -58,8 +76,13 @@ def metrics_table() -> str:
             for name, value in sample.labels.items():
                 if name != "le" and value not in labels.setdefault(name, []):
                     labels[name].append(value)
-        told = "; ".join(f"`{name}`" + (f": {', '.join(v)}" if family.type != "info" else "") for name, v in labels.items())
-        name = {"counter": f"{family.name}_total", "info": f"{family.name}_info"}.get(family.type, family.name)
+        told = "; ".join(
+            f"`{name}`" + (f": {', '.join(v)}" if family.type != "info" else "")
+            for name, v in labels.items()
+        )
+        name = {"counter": f"{family.name}_total", "info": f"{family.name}_info"}.get(
+            family.type, family.name
+        )
         kind = "gauge, always 1" if family.type == "info" else family.type
         lines.append(f"| `{name}` | {kind} | {told} | {family.documentation} |")
     return "\n".join(lines) + "\n"
@@ -69,13 +92,18 @@ def layers() -> str:
     """The rooms, top first, as `lint-imports` holds them apart."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         [contract] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
-    rooms = [[room.strip().removeprefix("recall_worker.") for room in layer.split("|")] for layer in contract["layers"]]
+    rooms = [
+        [room.strip().removeprefix("recall_worker.") for room in layer.split("|")]
+        for layer in contract["layers"]
+    ]
     return " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms) + "\n"
 
 
 def operations_tables() -> str:
     """What tests/test_operations.py shows, cell by cell."""
-    cancelling = {name: COMMANDS[name] for name in ("cancel", "cancel --session", "skip", "skip --session")}
+    cancelling = {
+        name: COMMANDS[name] for name in ("cancel", "cancel --session", "skip", "skip --session")
+    }
     holding = {name: cells for name, cells in COMMANDS.items() if name not in cancelling}
     parts = [
         _table("`{}`", cancelling),
@@ -86,15 +114,25 @@ def operations_tables() -> str:
 
 
 def _table(heading: str, table: Table) -> str:
-    lines = ["| | " + " | ".join(heading.format(name) for name in table) + " |", "| --- |" + " --- |" * len(table)]
-    lines += [f"| {state} | " + " | ".join(_cell(cells[state]) for cells in table.values()) + " |" for state in STATES]
+    lines = [
+        "| | " + " | ".join(heading.format(name) for name in table) + " |",
+        "| --- |" + " --- |" * len(table),
+    ]
+    lines += [
+        f"| {state} | " + " | ".join(_cell(cells[state]) for cells in table.values()) + " |"
+        for state in STATES
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _cell(cell: Cell) -> str:
     parts = ["aborted"] if cell.aborted else []
     parts += [f"now `:{cell.now}`"] if cell.now is not None else []
-    parts += [cell.row + (f" → `:{cell.then}`" if cell.then is not None else "")] if cell.row is not None else []
+    parts += (
+        [cell.row + (f" → `:{cell.then}`" if cell.then is not None else "")]
+        if cell.row is not None
+        else []
+    )
     return f"{cell.answer} {', '.join(parts)}".rstrip()
 
 
@@ -120,7 +158,11 @@ def test_the_metrics_documented_are_those_exported() -> None:
     assert MONITORING.read_text(encoding="utf-8").endswith(MARK + metrics_table())
 
 
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "fastapi_agent" / "README.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "fastapi_agent" / "README.md",
+]
 PLACE = re.compile(
     r"`((?:tests|sql|docs|recall_worker|kubernetes|systemd|monitoring|examples|benchmarks|\.ci)/[\w/.-]+|[A-Z]+\.md|[a-z]+\.yaml)`"
 )
@@ -138,7 +180,11 @@ def anchors(path: Path) -> set[str]:
 def test_what_a_document_names_is_there(path: Path) -> None:
     """Each file and folder that a document names exists, each link leads somewhere, and to a heading that is there."""
     text = path.read_text(encoding="utf-8")
-    assert [name for name in PLACE.findall(text) if not INVENTED.search(name) and not (ROOT / name).exists()] == []
+    assert [
+        name
+        for name in PLACE.findall(text)
+        if not INVENTED.search(name) and not (ROOT / name).exists()
+    ] == []
     for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
@@ -150,20 +196,34 @@ def test_what_is_to_be_touched_is_named() -> None:
     """CONTRIBUTING.md names a file for each room that an addition passes through."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     added = {
-        title: set(PLACE.findall(body)) for title, body in re.findall(r"^## To add a (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+        title: set(PLACE.findall(body))
+        for title, body in re.findall(r"^## To add a (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     }
     assert set(added) == {"protocol", "migration", "command"}
     for needed, title in (
-        ({"recall_worker/protocols/__init__.py", "recall_worker/settings.py", "docs/servers.md"}, "protocol"),
+        (
+            {"recall_worker/protocols/__init__.py", "recall_worker/settings.py", "docs/servers.md"},
+            "protocol",
+        ),
         ({"tests/schema/expected.sql", "tests/test_schema.py", "sql/roles.sql"}, "migration"),
-        ({"recall_worker/cli/app.py", "tests/test_operations.py", "sql/client.sql", "sql/reads.sql"}, "command"),
+        (
+            {
+                "recall_worker/cli/app.py",
+                "tests/test_operations.py",
+                "sql/client.sql",
+                "sql/reads.sql",
+            },
+            "command",
+        ),
     ):
         assert needed <= added[title]
 
 
 def blocks(path: Path, language: str) -> list[str]:
     """The code blocks of a document in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +239,9 @@ async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Appli
     """Every statement of a document's SQL runs as it stands, in order, through the application's own driver, and finds its row."""
     await app.create_session("session-1", "ann")
     [text] = blocks(path, "sql")
-    statements = [statement for statement in re.sub(r"--.*", "", text).split(";") if statement.strip()]
+    statements = [
+        statement for statement in re.sub(r"--.*", "", text).split(";") if statement.strip()
+    ]
     assert [await app.connection.execute(statement) for statement in statements] == tags
 
 
@@ -193,7 +255,13 @@ async def test_the_statements_move_and_skip(app: Application, db: Connection) ->
             "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status from session_recalls"
         )
         due.append(tuple((await cursor.fetchall())[0].values()))
-    assert due == [(60, "pending"), (120, "pending"), (10, "pending"), (10, "pending"), (10, "cancelled")]
+    assert due == [
+        (60, "pending"),
+        (120, "pending"),
+        (10, "pending"),
+        (10, "pending"),
+        (10, "cancelled"),
+    ]
 
 
 @pytest.fixture
@@ -210,7 +278,9 @@ async def python(app: Application) -> dict[str, Any]:
     return found
 
 
-async def test_the_example_for_psycopg(python: dict[str, Any], app: Application, database: str) -> None:
+async def test_the_example_for_psycopg(
+    python: dict[str, Any], app: Application, database: str
+) -> None:
     """The message and the recall are written together; the second time the message is, and the session keeps the recall it has."""
     async with AsyncConnectionPool(database, open=False, min_size=1, max_size=2) as pool:
         recall = await python["psycopg"](pool, "session-1")
@@ -232,9 +302,18 @@ def test_the_examples_are_well_typed(tmp_path: Path) -> None:
     for n, block in enumerate(blocks(APPLICATION, "python")):
         files.append(tmp_path / f"example_{n}.py")
         files[-1].write_text(block, encoding="utf-8")
-    options = ["--strict", "--ignore-missing-imports", "--cache-dir", str(ROOT / ".mypy_cache" / "examples")]
+    options = [
+        "--strict",
+        "--ignore-missing-imports",
+        "--cache-dir",
+        str(ROOT / ".mypy_cache" / "examples"),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *options, *map(str, files)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mypy", *options, *map(str, files)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -248,4 +327,6 @@ if __name__ == "__main__":
         text = path.read_text(encoding="utf-8")
         path.write_text(text[: text.index(mark)] + mark + generated, encoding="utf-8")
     before, _, after = CONTRIBUTING.read_text(encoding="utf-8").partition(LAYERS_MARK)
-    CONTRIBUTING.write_text(before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8")
+    CONTRIBUTING.write_text(
+        before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8"
+    )

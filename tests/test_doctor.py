@@ -58,18 +58,26 @@ class Ward:
     url: str
     db: psycopg.Connection[dict[str, Any]]
 
-    async def examine(self, *words: str, dsn: str | None = None, columns: int | None = None, **environ: str | None) -> Said:
+    async def examine(
+        self, *words: str, dsn: str | None = None, columns: int | None = None, **environ: str | None
+    ) -> Said:
         """`recall-worker doctor`, in this process, while the endpoint goes on answering."""
         given = {"RECALL_RUN_URL": self.url, "RECALL_RUN_TOKEN": TOKEN} | environ
         kept = {name: value for name, value in given.items() if value is not None}
-        return await asyncio.to_thread(operate, dsn or self.dsn, "doctor", *words, environ=kept, columns=columns)
+        return await asyncio.to_thread(
+            operate, dsn or self.dsn, "doctor", *words, environ=kept, columns=columns
+        )
 
-    async def finds(self, check: str, state: str, words: str, *, status: int = 0, **environ: Any) -> dict[str, Any]:
+    async def finds(
+        self, check: str, state: str, words: str, *, status: int = 0, **environ: Any
+    ) -> dict[str, Any]:
         """Examine; there is a finding of this check in this state that says so, and nothing else is a problem."""
         said = await self.examine("--json", **environ)
         rows = said.document["checks"]
         found: list[dict[str, Any]] = [
-            row for row in rows if row["check"] == check and row["state"] == state and re.search(words, row["seen"])
+            row
+            for row in rows
+            if row["check"] == check and row["state"] == state and re.search(words, row["seen"])
         ]
         assert found, f"{check} {state} {words!r} is not among\n" + "\n".join(map(str, rows))
         assert said.status == status, rows
@@ -86,7 +94,9 @@ class Ward:
         self.db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", [session])
         self.db.execute(INSERT.encode(), {"id": id, "session": session, "due": due})
         for name, value in columns.items():
-            self.db.execute(f"update session_recalls set {name} = %s where id = %s".encode(), [value, id])
+            self.db.execute(
+                f"update session_recalls set {name} = %s where id = %s".encode(), [value, id]
+            )
 
 
 @contextmanager
@@ -95,7 +105,9 @@ def account(dsn: str) -> Iterator[tuple[str, str]]:
     role = f"recall_test_doctor_{next(_numbers)}"
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
-        conn.execute(sql.SQL("create role {} login password {}").format(sql.Identifier(role), PASSWORD))
+        conn.execute(
+            sql.SQL("create role {} login password {}").format(sql.Identifier(role), PASSWORD)
+        )
         for words in (
             "grant select, update on session_recalls to {}",
             "grant select, insert, update, delete on recall_attempts, recall_workers, recall_endpoints to {}",
@@ -118,7 +130,10 @@ async def ward(database: str, endpoint: Endpoint) -> AsyncIterator[Ward]:
         return reply(405 if request.headers.get("authorization") == f"Bearer {TOKEN}" else 401)
 
     endpoint.default = answer
-    with account(database) as (role, dsn), psycopg.connect(database, autocommit=True, row_factory=dict_row) as db:
+    with (
+        account(database) as (role, dsn),
+        psycopg.connect(database, autocommit=True, row_factory=dict_row) as db,
+    ):
         made = Ward(dsn, role, endpoint.url, db)
         made.change(WORKER, worker="w")
         yield made
@@ -173,7 +188,10 @@ async def test_on_a_terminal(ward: Ward) -> None:
     lines = said.out.splitlines()
     assert max(len(plain(line)) for line in lines) <= 80
     assert any(line.startswith("\x1b[31mproblem\x1b[0m  trigger ") for line in lines)
-    assert any(plain(line).startswith(" " * 19 + "Try: alter table session_recalls enable trigger") for line in lines)
+    assert any(
+        plain(line).startswith(" " * 19 + "Try: alter table session_recalls enable trigger")
+        for line in lines
+    )
     assert re.search(r"\d+ ok, \d+ notes?, 1 problem\.", said.err)
     piped = await ward.examine()
     assert "\x1b" not in piped.out
@@ -183,15 +201,28 @@ async def test_on_a_terminal(ward: Ward) -> None:
 
 async def test_a_hostile_row(ward: Ward) -> None:
     """What stands in a row steers no terminal."""
-    ward.recall(due=-3600, id="r\x1b[2J", deferrals=1, last_outcome="misconfigured", reason="\x1b]0;owned\x07")
+    ward.recall(
+        due=-3600,
+        id="r\x1b[2J",
+        deferrals=1,
+        last_outcome="misconfigured",
+        reason="\x1b]0;owned\x07",
+    )
     said = await ward.examine()
-    assert said.status == 1 and "\x1b" not in said.out and "\\x1b[2J" in said.out and "\\x1b]0;owned" in said.out
+    assert (
+        said.status == 1
+        and "\x1b" not in said.out
+        and "\\x1b[2J" in said.out
+        and "\\x1b]0;owned" in said.out
+    )
 
 
 # --- usage, and a database that is not there ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dsn", [None, "postgresql+asyncpg://ann@db/app"], ids=["none", "unreadable"])
+@pytest.mark.parametrize(
+    "dsn", [None, "postgresql+asyncpg://ann@db/app"], ids=["none", "unreadable"]
+)
 def test_usage(dsn: str | None) -> None:
     """Without a DSN, or with one that can't be read, there is nothing to examine: exit 2."""
     said = operate(dsn, "doctor")
@@ -202,13 +233,19 @@ async def test_an_unreachable_database(ward: Ward) -> None:
     """Exit 3; the endpoint is looked at all the same."""
     said = await ward.examine("--json", dsn=NOWHERE)
     checks = [(row["check"], row["state"]) for row in said.document["checks"]]
-    assert said.status == 3 and checks[0] == ("database", "problem") and checks[1:] == [("endpoint", "ok")] * 2
+    assert (
+        said.status == 3
+        and checks[0] == ("database", "problem")
+        and checks[1:] == [("endpoint", "ok")] * 2
+    )
     assert "sekret" not in said.out + said.err
 
 
 async def test_a_variable_that_is_no_setting(ward: Ward) -> None:
     """A typing error in a variable's name is named."""
-    await ward.finds("settings", "note", "RECALL_CONCURENCY is not a setting", RECALL_CONCURENCY="5")
+    await ward.finds(
+        "settings", "note", "RECALL_CONCURENCY is not a setting", RECALL_CONCURENCY="5"
+    )
 
 
 # --- the database ------------------------------------------------------------------------------------------------------
@@ -217,16 +254,24 @@ async def test_a_variable_that_is_no_setting(ward: Ward) -> None:
 async def test_takes_no_writes(ward: Ward) -> None:
     """An account whose transactions are read-only can't work."""
     ward.change("alter role ROLE set default_transaction_read_only = on")
-    await ward.finds("database", "problem", "take no writes here: default_transaction_read_only", status=1)
+    await ward.finds(
+        "database", "problem", "take no writes here: default_transaction_read_only", status=1
+    )
 
 
 async def test_several_hosts(ward: Ward) -> None:
     """Several hosts, and any of them will do: that leads to a standby one day. Left unsaid, the one that takes writes is meant."""
     parts = {k: str(v) for k, v in conninfo_to_dict(ward.dsn).items() if v is not None}
-    parts |= {name: f"{parts.get(name, '5432')},{parts.get(name, '5432')}" for name in ("host", "port")}
+    parts |= {
+        name: f"{parts.get(name, '5432')},{parts.get(name, '5432')}" for name in ("host", "port")
+    }
     both = make_conninfo(**parts)
     found = await ward.finds(
-        "database", "problem", "=any may lead to a standby", status=1, dsn=f"{both} target_session_attrs=any"
+        "database",
+        "problem",
+        "=any may lead to a standby",
+        status=1,
+        dsn=f"{both} target_session_attrs=any",
     )
     assert "target_session_attrs=read-write" in found["todo"]
     for dsn in (both, f"{both} target_session_attrs=read-write"):
@@ -245,8 +290,14 @@ async def test_a_right_that_is_missing(table: str, right: str, ward: Ward) -> No
     """Each right that the worker needs is asked for, and the table named where it is missing."""
     ward.change(f"revoke {right} on {table} from ROLE")
     said = await ward.examine("--json")
-    found = [row for row in said.document["checks"] if row["check"] == "rights" and row["state"] == "problem"]
-    assert said.status == 1 and any(f"permission denied for table {table} (needed to " in row["seen"] for row in found), found
+    found = [
+        row
+        for row in said.document["checks"]
+        if row["check"] == "rights" and row["state"] == "problem"
+    ]
+    assert said.status == 1 and any(
+        f"permission denied for table {table} (needed to " in row["seen"] for row in found
+    ), found
     assert all(f"to {ward.role}" in row["todo"] for row in found)
 
 
@@ -266,7 +317,9 @@ async def test_row_security(ward: Ward) -> None:
 
 async def test_a_schema_that_is_not_there(ward: Ward, empty_database: str) -> None:
     """In a database without a schema that is the one problem, and what depends on it is not asked."""
-    found = await ward.finds("schema", "problem", "to be done: 0010 baseline", status=1, dsn=empty_database)
+    found = await ward.finds(
+        "schema", "problem", "to be done: 0010 baseline", status=1, dsn=empty_database
+    )
     assert found["todo"] == "recall-worker migrate"
 
 
@@ -278,7 +331,9 @@ async def test_pending_migrations(ward: Ward) -> None:
 
 async def test_a_newer_schema(ward: Ward) -> None:
     """A schema that wants newer code says so."""
-    ward.change("insert into recall_schema (version, name, oldest_code) values (999, 'future', 998)")
+    ward.change(
+        "insert into recall_schema (version, name, oldest_code) values (999, 'future', 998)"
+    )
     found = await ward.finds("schema", "problem", "version 999", status=1)
     assert found["todo"] == "upgrade recall-worker on this host"
 
@@ -288,7 +343,9 @@ async def test_an_invalid_index(ward: Ward) -> None:
     for id in ("a", "b"):
         ward.recall(id, status="fired")
     with pytest.raises(errors.UniqueViolation):
-        ward.change("create unique index concurrently idx_recalls_of_ours on session_recalls (session_id)")
+        ward.change(
+            "create unique index concurrently idx_recalls_of_ours on session_recalls (session_id)"
+        )
     await ward.finds("schema", "problem", "index idx_recalls_of_ours is invalid", status=1)
 
 
@@ -303,8 +360,13 @@ async def test_a_constraint_that_is_not_valid(ward: Ward, database: str) -> None
     ward.change("alter table session_recalls drop constraint session_recalls_session_id_fkey")
     ward.change(INSERT, id="orphan", session="nobody's", due=3600.0)
     schema.migrate(database)
-    found = await ward.finds("schema", "note", "session_recalls_session_id_fkey holds for new rows only")
-    assert "validate constraint session_recalls_session_id_fkey" in found["todo"] and "belong to no session" in found["todo"]
+    found = await ward.finds(
+        "schema", "note", "session_recalls_session_id_fkey holds for new rows only"
+    )
+    assert (
+        "validate constraint session_recalls_session_id_fkey" in found["todo"]
+        and "belong to no session" in found["todo"]
+    )
 
 
 @pytest.mark.parametrize("trigger", doctor_schema.made("trigger"))
@@ -326,7 +388,9 @@ async def test_a_trigger_that_does_not_fire(trigger: str, how: str, said: str, w
 def test_what_migrations_make() -> None:
     """The indexes and triggers are those of the migrations themselves, so that a new one is looked for, too."""
     assert {"recall_before_insert", "recall_ring_earlier"} <= set(doctor_schema.made("trigger"))
-    assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(doctor_schema.made("index"))
+    assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(
+        doctor_schema.made("index")
+    )
 
 
 # --- waking ------------------------------------------------------------------------------------------------------------
@@ -343,14 +407,21 @@ async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
 
 async def test_a_bell_in_another_database(ward: Ward, server: str, template: str) -> None:
     """A RECALL_LISTEN_DSN that leads to another database hears nothing."""
-    with postgres.database(server, template) as elsewhere, mock.patch.object(listener, "RING_PATIENCE", 1.0):
-        found = await ward.finds("bell", "problem", "did not session_setup", status=1, RECALL_LISTEN_DSN=elsewhere)
+    with (
+        postgres.database(server, template) as elsewhere,
+        mock.patch.object(listener, "RING_PATIENCE", 1.0),
+    ):
+        found = await ward.finds(
+            "bell", "problem", "did not session_setup", status=1, RECALL_LISTEN_DSN=elsewhere
+        )
     assert "same database on the same server" in found["todo"]
 
 
 async def test_a_bell_that_has_no_connection(ward: Ward) -> None:
     """A RECALL_LISTEN_DSN that leads nowhere."""
-    found = await ward.finds("bell", "problem", "the bell's connection can't be had", status=1, RECALL_LISTEN_DSN=NOWHERE)
+    found = await ward.finds(
+        "bell", "problem", "the bell's connection can't be had", status=1, RECALL_LISTEN_DSN=NOWHERE
+    )
     assert "RECALL_LISTEN_DSN" in found["todo"]
 
 
@@ -364,7 +435,10 @@ async def test_a_queue_of_notifications(endpoint: Endpoint) -> None:
         pytest.skip("before PostgreSQL 17 the queue has 8 GB, and can't be made smaller")
     try:
         schema.migrate(own.dsn())
-        with psycopg.connect(own.dsn(), autocommit=True) as sleeper, psycopg.connect(own.dsn(), autocommit=True) as conn:
+        with (
+            psycopg.connect(own.dsn(), autocommit=True) as sleeper,
+            psycopg.connect(own.dsn(), autocommit=True) as conn,
+        ):
             sleeper.execute("listen something")
             sleeper.execute("begin")
             sleeper.execute("select 1")
@@ -384,21 +458,41 @@ async def test_a_pooler_without_a_direct_way(ward: Ward, database: str) -> None:
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
         assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "bell"]
         assert "a pooler in transaction mode, which LISTEN does not pass" in wrong[0]["seen"]
-        assert all(row["todo"] == "the server's own address in RECALL_LISTEN_DSN: it must be direct" for row in wrong)
+        assert all(
+            row["todo"] == "the server's own address in RECALL_LISTEN_DSN: it must be direct"
+            for row in wrong
+        )
         # On which of the pool's connections a LISTEN would have stayed nobody knows: several are asked at once.
-        async with connected(bouncer.dsn) as one, connected(bouncer.dsn) as two, connected(bouncer.dsn) as three:
+        async with (
+            connected(bouncer.dsn) as one,
+            connected(bouncer.dsn) as two,
+            connected(bouncer.dsn) as three,
+        ):
             for conn in (one, two, three):
                 await conn.execute("begin", prepare=False)
             for conn in (one, two, three):
-                assert await (await conn.execute("select pg_listening_channels()", prepare=False)).fetchall() == []
+                assert (
+                    await (
+                        await conn.execute("select pg_listening_channels()", prepare=False)
+                    ).fetchall()
+                    == []
+                )
                 await conn.execute("commit", prepare=False)
 
 
 async def test_a_pooler_with_a_direct_way(ward: Ward, database: str) -> None:
     """With it, all is well, and said to be."""
     with pooler(database) as bouncer:
-        await ward.finds("pooler", "ok", "transaction mode; LISTEN has its own way", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database)
-        await ward.finds("bell", "ok", "heard what was rung", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database)
+        await ward.finds(
+            "pooler",
+            "ok",
+            "transaction mode; LISTEN has its own way",
+            dsn=bouncer.dsn,
+            RECALL_LISTEN_DSN=database,
+        )
+        await ward.finds(
+            "bell", "ok", "heard what was rung", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database
+        )
 
 
 async def test_a_bell_behind_a_pooler(ward: Ward, database: str) -> None:
@@ -407,7 +501,9 @@ async def test_a_bell_behind_a_pooler(ward: Ward, database: str) -> None:
         said = await ward.examine("--json", RECALL_LISTEN_DSN=bouncer.dsn)
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
         assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "bell"]
-        assert "RECALL_LISTEN_DSN leads through a pooler in transaction mode, too" in wrong[0]["seen"]
+        assert (
+            "RECALL_LISTEN_DSN leads through a pooler in transaction mode, too" in wrong[0]["seen"]
+        )
 
 
 @pytest.mark.parametrize("size", [1, 5, 20])
@@ -434,9 +530,14 @@ async def test_pooling_by_statement(ward: Ward, database: str) -> None:
 
 @pytest.mark.parametrize(
     ("secret", "words"),
-    [(None, "(7:00:0|6:59:5).*behind this host's .*escape_controls"), ("whsec_c2VjcmV0", "signatures carry this host's")],
+    [
+        (None, "(7:00:0|6:59:5).*behind this host's .*escape_controls"),
+        ("whsec_c2VjcmV0", "signatures carry this host's"),
+    ],
 )
-async def test_a_clock_that_is_off(secret: str | None, words: str, ward: Ward, faketime: str, tmp_path: Path) -> None:  # noqa: F811
+async def test_a_clock_that_is_off(
+    secret: str | None, words: str, ward: Ward, faketime: str, tmp_path: Path
+) -> None:  # noqa: F811
     """A host's clock that is seven hours ahead is measured, and is no problem; where it goes into signatures, that is said."""
     offset = tmp_path / "offset"
     offset.write_text("+7h\n")
@@ -446,7 +547,13 @@ async def test_a_clock_that_is_off(secret: str | None, words: str, ward: Ward, f
         "DONT_FAKE_MONOTONIC": "1", "RECALL_DSN": ward.dsn, "RECALL_RUN_URL": ward.url, "RECALL_RUN_TOKEN": TOKEN, "PATH": "/usr/bin:/bin",
     } | ({"RECALL_SIGNING_SECRET": secret} if secret else {})  # fmt: skip
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60, check=False
+        subprocess.run,
+        [sys.executable, "-c", script],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     said = Said(done.returncode, done.stdout, done.stderr)
     [row] = [row for row in said.document["checks"] if row["check"] == "clock"]
@@ -460,13 +567,17 @@ async def test_too_few_connections(ward: Ward) -> None:
     """An account that may have fewer connections than its workers need."""
     ward.change("alter role ROLE connection limit 7")
     ward.change(WORKER, worker="w2")
-    await ward.finds("server", "problem", "2 workers may open 10 connections, and role limit leaves 7", status=1)
+    await ward.finds(
+        "server", "problem", "2 workers may open 10 connections, and role limit leaves 7", status=1
+    )
 
 
 async def test_short_deadlines(ward: Ward) -> None:
     """A statement_timeout that cuts commands off."""
     ward.change("alter role ROLE set statement_timeout = '900ms'")
-    await ward.finds("server", "note", "statement_timeout is 900.0 ms for ROLE".replace("ROLE", ward.role))
+    await ward.finds(
+        "server", "note", "statement_timeout is 900.0 ms for ROLE".replace("ROLE", ward.role)
+    )
 
 
 async def test_settings_that_cost_promises(ward: Ward) -> None:
@@ -482,7 +593,11 @@ async def test_a_long_transaction(ward: Ward) -> None:
         mock.patch.object(doctor_server, "LONG_TRANSACTION", 0.2),
     ):
         conn.execute("select pg_sleep(0.3)")
-        found = await ward.finds("server", "note", rf"a transaction \(of {ward.role}, forgetful, pid \d+, idle in transaction\)")
+        found = await ward.finds(
+            "server",
+            "note",
+            rf"a transaction \(of {ward.role}, forgetful, pid \d+, idle in transaction\)",
+        )
     assert "pg_terminate_backend" in found["todo"]
 
 
@@ -507,7 +622,11 @@ async def test_no_worker(ward: Ward) -> None:
         ("version = '0.0.9'", "note", "differ in version: 0.0.9, 0.1.0"),
         ("settings = '{\"lease\": 30}'", "note", "differ in lease: 30, 60"),
         ("settings = '\"x\"'", "note", "differ in lease: 60, None"),
-        ('settings = \'{"lease": 60, "fleet_concurrency": 2}\'', "note", "differ in fleet_concurrency: 2, None"),
+        (
+            'settings = \'{"lease": 60, "fleet_concurrency": 2}\'',
+            "note",
+            "differ in fleet_concurrency: 2, None",
+        ),
         ("seen_at = now() - interval '1 hour'", "note", "w was last heard of 60 min ago"),
     ],
     ids=["breaker", "deaf", "lost", "version", "lease", "no object", "fleet", "silent"],
@@ -525,9 +644,14 @@ async def test_a_backlog(ward: Ward) -> None:
     await ward.finds("backlog", "note", r"1 overdue, the oldest \(young\)")
     ward.recall("old", "b", due=-3600)
     ward.recall("dead", "c", due=-3600, lease="00000000-0000-0000-0000-000000000001", leased_by="x")
-    ward.change("update session_recalls set lease_until = now() - interval '2 minutes', leased_at = now() where id = 'dead'")
+    ward.change(
+        "update session_recalls set lease_until = now() - interval '2 minutes', leased_at = now() where id = 'dead'"
+    )
     found = await ward.finds(
-        "backlog", "problem", r"3 overdue, the oldest \(old\) due 60 min ago; 1 of them were in a run", status=1
+        "backlog",
+        "problem",
+        r"3 overdue, the oldest \(old\) due 60 min ago; 1 of them were in a run",
+        status=1,
     )
     assert found["todo"] == "recall-worker why old"
 
@@ -586,16 +710,30 @@ async def test_a_check_with_a_defect_stands_alone(ward: Ward) -> None:
             "problem",
             "1 misconfigured, .*; such as: HTTP 401",
         ),
-        ({"deferrals": 3, "last_outcome": "unavailable", "reason": "HTTP 503"}, "problem", "1 unavailable"),
+        (
+            {"deferrals": 3, "last_outcome": "unavailable", "reason": "HTTP 503"},
+            "problem",
+            "1 unavailable",
+        ),
         ({"deferrals": 3, "last_outcome": "busy", "reason": "somebody is in it"}, "ok", "1 busy"),
         ({"deferrals": 1, "last_outcome": "capped", "reason": "20 runs"}, "note", "1 capped"),
-        ({"attempt": 1, "last_outcome": "unknown", "reason": "HTTP 500"}, "note", "1 retried, .*; such as: HTTP 500"),
+        (
+            {"attempt": 1, "last_outcome": "unknown", "reason": "HTTP 500"},
+            "note",
+            "1 retried, .*; such as: HTTP 500",
+        ),
         ({"paused_at": "2026-01-01T00:00:00Z"}, "note", "1 paused by hand"),
-        ({"status": "failed", "ended_at": "now", "reason": "HTTP 400"}, "note", "1 have failed within a day; such as: HTTP 400"),
+        (
+            {"status": "failed", "ended_at": "now", "reason": "HTTP 400"},
+            "note",
+            "1 have failed within a day; such as: HTTP 400",
+        ),
     ],
     ids=["misconfigured", "unavailable", "busy", "capped", "retried", "paused", "failed"],
 )
-async def test_what_is_held_back(columns: dict[str, Any], state: str, words: str, ward: Ward) -> None:
+async def test_what_is_held_back(
+    columns: dict[str, Any], state: str, words: str, ward: Ward
+) -> None:
     """What is held back is told with its reason: trouble at the endpoint is a problem, a busy session is none."""
     ward.recall(**columns)
     await ward.finds("held", state, words, status=1 if state == "problem" else 0)
@@ -609,7 +747,10 @@ async def test_what_is_held_back(columns: dict[str, Any], state: str, words: str
     [
         (reply(401), "HTTP 401: it does not take the token"),
         (reply(403), "HTTP 403: it does not take the token"),
-        (reply(301, headers={"Location": "https://elsewhere/"}), "HTTP 301, a redirect to https://elsewhere/"),
+        (
+            reply(301, headers={"Location": "https://elsewhere/"}),
+            "HTTP 301, a redirect to https://elsewhere/",
+        ),
         (reply(407), "HTTP 407: a proxy"),
         (reply(500), "HTTP 500: it is in trouble"),
         (reply(503), "HTTP 503: it is in trouble"),
@@ -618,7 +759,9 @@ async def test_what_is_held_back(columns: dict[str, Any], state: str, words: str
     ],
     ids=["401", "403", "redirect", "proxy", "500", "503", "no HTTP", "hangs up"],
 )
-async def test_an_endpoint_in_trouble(answer: Raw, words: str, ward: Ward, endpoint: Endpoint) -> None:
+async def test_an_endpoint_in_trouble(
+    answer: Raw, words: str, ward: Ward, endpoint: Endpoint
+) -> None:
     """What it answers to a GET tells what a call would meet."""
     endpoint.default = answer
     await ward.finds("endpoint", "problem", words, status=1)
@@ -642,7 +785,9 @@ async def test_an_untrusted_endpoint(ward: Ward, tmp_path: Path, authority: str)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        writer.write(reply(405 if TOKEN.encode() in head else 401, headers={"connection": "close"}).data)
+        writer.write(
+            reply(405 if TOKEN.encode() in head else 401, headers={"connection": "close"}).data
+        )
         await writer.drain()
         writer.close()
 
@@ -658,7 +803,9 @@ async def test_an_untrusted_endpoint(ward: Ward, tmp_path: Path, authority: str)
 
 async def test_no_token(ward: Ward, endpoint: Endpoint) -> None:
     """An API that wants a token that is not set is a problem; one that wants none is worth a note."""
-    await ward.finds("endpoint", "problem", "wants a token, and none is set", status=1, RECALL_RUN_TOKEN=None)
+    await ward.finds(
+        "endpoint", "problem", "wants a token, and none is set", status=1, RECALL_RUN_TOKEN=None
+    )
     endpoint.default = reply(404)
     await ward.finds("endpoint", "note", "no token is set", RECALL_RUN_TOKEN=None)
 
@@ -698,18 +845,30 @@ async def test_other_protocols(protocol: str, path: str, ward: Ward, endpoint: E
 
 async def test_a_check_that_breaks_stands_alone(ward: Ward) -> None:
     """A table that somebody holds locked costs its check, after a while, and not the others."""
-    with psycopg.connect(ward.db.info.dsn, user="postgres") as holder, mock.patch.object(examination, "PATIENCE", 1.0):
+    with (
+        psycopg.connect(ward.db.info.dsn, user="postgres") as holder,
+        mock.patch.object(examination, "PATIENCE", 1.0),
+    ):
         holder.execute("lock table recall_workers")
         said = await ward.examine("--json")
     states = {row["check"]: row["state"] for row in said.document["checks"]}
-    assert said.status == 1 and states["workers"] == "problem" and states["held"] == "ok" and states["endpoint"] == "ok"
+    assert (
+        said.status == 1
+        and states["workers"] == "problem"
+        and states["held"] == "ok"
+        and states["endpoint"] == "ok"
+    )
 
 
 async def test_rights_to_prune(ward: Ward) -> None:
     """A worker that is to prune has to be let delete recalls, and take turns; one that is not needs neither."""
     assert (await ward.examine()).status == 0
     said = await ward.examine("--json", RECALL_PRUNE="30d")
-    found = [row["seen"] for row in said.document["checks"] if row["check"] == "rights" and row["state"] == "problem"]
+    found = [
+        row["seen"]
+        for row in said.document["checks"]
+        if row["check"] == "rights" and row["state"] == "problem"
+    ]
     assert sorted(found) == [
         "permission denied for table recall_chores (needed to prune: turn, prune: ended)",
         "permission denied for table session_recalls (needed to prune: recalls)",
@@ -719,20 +878,32 @@ async def test_rights_to_prune(ward: Ward) -> None:
 async def test_the_database_is_as_it_was(ward: Ward, db: Connection) -> None:
     """An examination leaves no row changed, none added, and no connection."""
     ward.recall(due=-3600)
-    tables = ("session_recalls", "recall_attempts", "recall_workers", "recall_schema", "recall_endpoints")
+    tables = (
+        "session_recalls",
+        "recall_attempts",
+        "recall_workers",
+        "recall_schema",
+        "recall_endpoints",
+    )
 
     async def all_of() -> list[Any]:
-        return [await (await db.execute(f"select t.*, xmin::text from {table} t".encode())).fetchall() for table in tables]
+        return [
+            await (await db.execute(f"select t.*, xmin::text from {table} t".encode())).fetchall()
+            for table in tables
+        ]
 
     before = await all_of()
     await ward.examine()
     assert await all_of() == before
     await eventually(
-        db, "select 1 from pg_stat_activity having count(*) filter (where application_name like 'recall-worker doctor%') = 0"
+        db,
+        "select 1 from pg_stat_activity having count(*) filter (where application_name like 'recall-worker doctor%') = 0",
     )
 
 
-@pytest.mark.parametrize("once_settled", [False, True], ids=["instead of the workers", "after them"])
+@pytest.mark.parametrize(
+    "once_settled", [False, True], ids=["instead of the workers", "after them"]
+)
 async def test_recalls_that_somebody_else_marks(once_settled: bool, ward: Ward) -> None:
     """What was marked fired past the workers, since they have been about, is named: does an old scheduler run beside them?"""
     ward.change("update recall_workers set started_at = now() - interval '5 minutes'")
@@ -743,5 +914,11 @@ async def test_recalls_that_somebody_else_marks(once_settled: bool, ward: Ward) 
     assert "marked fired by others" not in (await ward.examine()).out
     ward.recall("theirs", "t", due=-60, status="fired")
     if once_settled:
-        ward.change("update session_recalls set ended_at = now() - interval '1 minute' where id = 'theirs'")
-    await ward.finds("workers", "note", "1 recall was marked fired by others than the workers within an hour, such as theirs")
+        ward.change(
+            "update session_recalls set ended_at = now() - interval '1 minute' where id = 'theirs'"
+        )
+    await ward.finds(
+        "workers",
+        "note",
+        "1 recall was marked fired by others than the workers within an hour, such as theirs",
+    )

@@ -27,13 +27,23 @@ STEER = "\x1b[2J\u202egnp.exe\x07"
 def constants(file: Path) -> set[str]:
     """All strings that stand in a module."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
 
 
 def tellings(file: Path) -> set[str]:
     """The first arguments of all calls of `….tell(…)` and `…._tell(…)` in a module, where they are plain strings."""
-    calls = [n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call) and n.args]
-    told = [c.args[0] for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in ("tell", "_tell")]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Call) and n.args
+    ]
+    told = [
+        c.args[0]
+        for c in calls
+        if isinstance(c.func, ast.Attribute) and c.func.attr in ("tell", "_tell")
+    ]
     return {a.value for a in told if isinstance(a, ast.Constant) and isinstance(a.value, str)}
 
 
@@ -51,7 +61,9 @@ def test_every_event_is_told_and_every_telling_is_known() -> None:
     everywhere = set().union(*(constants(file) for file in modules))
     assert set(LOUDNESS) <= everywhere
     # What the commands tell people goes by a function of that name, too, but is no method.
-    assert set().union(*(tellings(file) for file in modules if "cli" not in file.parts)) <= set(LOUDNESS)
+    assert set().union(*(tellings(file) for file in modules if "cli" not in file.parts)) <= set(
+        LOUDNESS
+    )
 
 
 def test_an_event_that_nobody_knows() -> None:
@@ -68,7 +80,15 @@ def test_told_once_to_the_log_and_to_each_listener() -> None:
         events.listen(lambda name, facts: heard.append((name, facts)))
         events.listen(lambda name, facts: heard.append((name, facts)))
         events.tell("recall.settled", recall="r1", lag_ms=1.5)
-    assert lines == [{"event": "recall.settled", "log_level": "info", "worker": "w1", "recall": "r1", "lag_ms": 1.5}]
+    assert lines == [
+        {
+            "event": "recall.settled",
+            "log_level": "info",
+            "worker": "w1",
+            "recall": "r1",
+            "lag_ms": 1.5,
+        }
+    ]
     assert heard == [("recall.settled", {"recall": "r1", "lag_ms": 1.5})] * 2
 
 
@@ -123,21 +143,38 @@ except ZeroDivisionError:
     told.tell("worker.error", doing="call", exc_info=True)
 print("data")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+        timeout=60,
+    )
     assert done.stdout == "data\n"
     return done.stderr.splitlines()
 
 
-@pytest.mark.parametrize(("level", "events"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 1)])
+@pytest.mark.parametrize(
+    ("level", "events"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 1)]
+)
 def test_json_lines(level: str, events: int) -> None:
     """As JSON each event is one line, whatever its facts hold; quieter ones than the level are left out."""
     lines = [json.loads(line) for line in lines_of("json", level)]
-    assert [line["event"] for line in lines] == ["recall.claimed", "recall.settled", "worker.error"][-events:]
+    assert [line["event"] for line in lines] == [
+        "recall.claimed",
+        "recall.settled",
+        "worker.error",
+    ][-events:]
     assert all(line["worker"] == "w1" and line["timestamp"].endswith("Z") for line in lines)
     assert "ZeroDivisionError" in lines[-1]["exception"] and lines[-1]["level"] == "error"
     if events > 1:
         settled = lines[-2]
-        assert (settled["recall"], settled["session"], settled["lag_ms"], settled["reason"]) == (STEER, "two\r\nlines", 1.5, None)
+        assert (settled["recall"], settled["session"], settled["lag_ms"], settled["reason"]) == (
+            STEER,
+            "two\r\nlines",
+            1.5,
+            None,
+        )
 
 
 @pytest.mark.parametrize("format", ["console", "json", "auto"])
@@ -146,7 +183,9 @@ def test_no_format_lets_a_fact_steer_the_terminal(format: str) -> None:
     lines = lines_of(format, "info")
     assert not set("".join(lines)) & {"\x1b", "\x07", "\u202e", "\r"}
     assert sum("recall.settled" in line for line in lines) == 1
-    assert not any("Warning" in line for line in lines), "structlog has something against how it is set up"
+    assert not any("Warning" in line for line in lines), (
+        "structlog has something against how it is set up"
+    )
     assert all(line.startswith("{") for line in lines) is (format != "console")
 
 
@@ -193,7 +232,10 @@ def test_a_write_is_no_more_than_a_pipe_takes_whole() -> None:
 
     asyncio.run(tell())
     *lines, long = paper.writes
-    assert "".join(lines) == "".join(f"{n:0>99}\n" for n in range(100)) and long == "x" * 2 * PIPE_BUF + "\n"
+    assert (
+        "".join(lines) == "".join(f"{n:0>99}\n" for n in range(100))
+        and long == "x" * 2 * PIPE_BUF + "\n"
+    )
     assert len(lines) == 3 and max(map(len, lines)) <= PIPE_BUF
 
 
@@ -215,5 +257,11 @@ async def main():
     1 / 0
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60)
-    assert done.returncode == 1 and "worker.draining" in done.stderr and "ZeroDivisionError" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert (
+        done.returncode == 1
+        and "worker.draining" in done.stderr
+        and "ZeroDivisionError" in done.stderr
+    )

@@ -63,7 +63,9 @@ class Conn:
             head, found, rest = self.seen[self._taken :].partition(b"\r\n\r\n")
             if found:
                 length = next(
-                    int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+                    int(line.split(b":")[1])
+                    for line in head.lower().split(b"\r\n")
+                    if line.startswith(b"content-length:")
                 )
                 if len(rest) >= length:
                     whole = head + found + rest[:length]
@@ -272,8 +274,12 @@ async def test_the_peer_hangs_up_unread(wire: HttpClient, peer: Peer, ending: st
     assert 1 <= len(peer.conns) <= room.CONNECTIONS_TRIED
 
 
-@pytest.mark.parametrize("headers", [{"X": "a\r\nX-Injected: yes"}, {"X\r\nX-Injected": "yes"}, {"X": "a\0b"}], ids=repr)
-async def test_a_header_that_can_not_be_sent(wire: HttpClient, peer: Peer, headers: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "headers", [{"X": "a\r\nX-Injected: yes"}, {"X\r\nX-Injected": "yes"}, {"X": "a\0b"}], ids=repr
+)
+async def test_a_header_that_can_not_be_sent(
+    wire: HttpClient, peer: Peer, headers: dict[str, str]
+) -> None:
     """A line break in a header is refused before anything leaves: no header can be smuggled in."""
     await Posting(wire, peer.url, headers=lambda: headers).unanswered(sent=False)
     await wire.close()
@@ -314,12 +320,16 @@ async def secured(tmp_path: Path, seen: list[bytes]) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("given", ["RECALL_CA_FILE", "system"])
-async def test_an_authority_that_is_trusted(tmp_path: Path, authority: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_authority_that_is_trusted(
+    tmp_path: Path, authority: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With RECALL_CA_FILE a private endpoint is trusted, and so it is by the system's authorities; two requests go over one connection."""
     seen: list[bytes] = []
     if given == "system":
         monkeypatch.setenv("SSL_CERT_FILE", authority)
-    wire = HttpClient(Settings(run_url="https://localhost", ca_file=None if given == "system" else authority))
+    wire = HttpClient(
+        Settings(run_url="https://localhost", ca_file=None if given == "system" else authority)
+    )
     async with secured(tmp_path, seen) as port:
         for _ in range(2):
             assert (await Posting(wire, f"https://127.0.0.1:{port}/run").answered()).status == 200
@@ -328,10 +338,14 @@ async def test_an_authority_that_is_trusted(tmp_path: Path, authority: str, give
 
 
 @pytest.mark.parametrize("wrong", ["authority", "name"])
-async def test_a_certificate_that_is_not_trusted(tmp_path: Path, authority: str, wrong: str) -> None:
+async def test_a_certificate_that_is_not_trusted(
+    tmp_path: Path, authority: str, wrong: str
+) -> None:
     """An unknown authority, or the certificate of another host: nothing was sent, and the reason names the certificate."""
     seen: list[bytes] = []
-    wire = HttpClient(Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority))
+    wire = HttpClient(
+        Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority)
+    )
     host = "127.0.0.1" if wrong == "authority" else "localhost"
     async with secured(tmp_path, seen) as port:
         end = await Posting(wire, f"https://{host}:{port}/run").unanswered(sent=False)
@@ -375,7 +389,9 @@ async def test_the_peer_reads_and_hangs_up(wire: HttpClient, peer: Peer, ending:
     ],
     ids=["interim", "no end", "half a line", "half a body"],
 )
-async def test_a_head_that_breaks_off_is_not_quoted(wire: HttpClient, peer: Peer, data: bytes) -> None:
+async def test_a_head_that_breaks_off_is_not_quoted(
+    wire: HttpClient, peer: Peer, data: bytes
+) -> None:
     """What stood in the head of a broken answer, such as another user's cookie, does not come into a reason, and so not into a row or a log."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -398,7 +414,9 @@ CUT = {
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
 @pytest.mark.parametrize("data", CUT.values(), ids=list(CUT))
-async def test_an_answer_that_breaks_off(wire: HttpClient, peer: Peer, data: bytes, ending: str) -> None:
+async def test_an_answer_that_breaks_off(
+    wire: HttpClient, peer: Peer, data: bytes, ending: str
+) -> None:
     """Half of a good answer is none: the request was sent and may have run."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -435,12 +453,16 @@ async def test_an_answer_that_is_no_http(wire: HttpClient, peer: Peer, data: byt
 
 
 @pytest.mark.parametrize("status", [409, 422, 500, 503])
-async def test_a_refusal_says_enough_with_its_status(wire: HttpClient, peer: Peer, status: int) -> None:
+async def test_a_refusal_says_enough_with_its_status(
+    wire: HttpClient, peer: Peer, status: int
+) -> None:
     """An error whose body breaks off is still the error that its status says."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
-    await conn.send(f"HTTP/1.1 {status} Status\r\ncontent-length: 100\r\nretry-after: 7\r\n\r\n{{".encode())
+    await conn.send(
+        f"HTTP/1.1 {status} Status\r\ncontent-length: 100\r\nretry-after: 7\r\n\r\n{{".encode()
+    )
     conn.close()
     answer = await posting.answered()
     assert (answer.status, answer.headers["Retry-After"]) == (status, "7")
@@ -453,7 +475,9 @@ async def test_timeout_once_sent(wire: HttpClient, peer: Peer, until: str) -> No
     conn = await peer.accept()
     await conn.request()
     if until != "request":
-        await conn.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n" + (b"" if until == "head" else b"\r\n{"))
+        await conn.send(
+            b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n" + (b"" if until == "head" else b"\r\n{")
+        )
     end = await posting.unanswered(sent=True)
     assert end.reason == "no answer within 0.4 s"
     assert await conn.rest() == b""
@@ -487,7 +511,9 @@ async def test_a_connection_is_kept(wire: HttpClient, peer: Peer) -> None:
 
 @pytest.mark.parametrize("moment", ["before the call", "in the call"])
 @pytest.mark.parametrize("ending", ["fin", "rst"])
-async def test_a_kept_connection_that_was_closed_right_before(wire: HttpClient, peer: Peer, ending: str, moment: str) -> None:
+async def test_a_kept_connection_that_was_closed_right_before(
+    wire: HttpClient, peer: Peer, ending: str, moment: str
+) -> None:
     """The server hangs up in the moment before the next request: exactly one request arrives, on another connection, and is answered."""
     conn = await kept(wire, peer)
 
@@ -568,7 +594,9 @@ STRAY = {
 
 @pytest.mark.parametrize("moment", ["long before", "before the call", "in the call"])
 @pytest.mark.parametrize("data", STRAY.values(), ids=list(STRAY))
-async def test_bytes_that_wait_on_an_idle_connection(wire: HttpClient, peer: Peer, data: bytes, moment: str) -> None:
+async def test_bytes_that_wait_on_an_idle_connection(
+    wire: HttpClient, peer: Peer, data: bytes, moment: str
+) -> None:
     """What a proxy says on an idle connection is no answer to the next request, which goes over another connection."""
     conn = await kept(wire, peer)
 
@@ -605,7 +633,9 @@ async def test_a_burst_after_an_answer(wire: HttpClient, peer: Peer) -> None:
     assert await conn.rest() == b""
 
 
-async def test_nothing_listens_any_more_behind_a_kept_connection(wire: HttpClient, peer: Peer) -> None:
+async def test_nothing_listens_any_more_behind_a_kept_connection(
+    wire: HttpClient, peer: Peer
+) -> None:
     """The server is gone altogether: nothing was sent."""
     conn = await kept(wire, peer)
     peer.stop()
@@ -670,7 +700,9 @@ async def test_closing_breaks_open_calls_off(wire: HttpClient, peer: Peer) -> No
 async def test_what_is_sent(wire: HttpClient, peer: Peer) -> None:
     """The address goes as it is given, the body as it is, the headers once each; nothing asks for packing or an upgrade."""
     url = f"http://127.0.0.1:{peer.port}/%41/sessions/a%2F..%2Fb%3Fc%23d%252e/run?x=%20"
-    posting = Posting(wire, url, headers=lambda: {"Content-Type": "application/json", "Idempotency-Key": "r1:1"})
+    posting = Posting(
+        wire, url, headers=lambda: {"Content-Type": "application/json", "Idempotency-Key": "r1:1"}
+    )
     conn = await peer.accept()
     head, _, body = (await conn.request()).partition(b"\r\n\r\n")
     await conn.send(OK)
@@ -686,7 +718,9 @@ async def test_what_is_sent(wire: HttpClient, peer: Peer) -> None:
     assert body == BODY
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body")  # of aiohttp, to whom has it on disk; ours is in memory already
+@pytest.mark.filterwarnings(
+    "ignore:Sending a large body"
+)  # of aiohttp, to whom has it on disk; ours is in memory already
 async def test_a_large_body_arrives_whole(wire: HttpClient, peer: Peer) -> None:
     """A body of megabytes is sent to a reader that takes its time."""
     body = b'"' + b"x" * (4 << 20) + b'"'
@@ -736,7 +770,9 @@ async def test_redirects_are_not_followed(wire: HttpClient, peer: Peer, status: 
         posting = Posting(wire, peer.url)
         conn = await peer.accept()
         await conn.request()
-        await conn.send(f"HTTP/1.1 {status} Status\r\nlocation: {target.url}\r\ncontent-length: 0\r\n\r\n".encode())
+        await conn.send(
+            f"HTTP/1.1 {status} Status\r\nlocation: {target.url}\r\ncontent-length: 0\r\n\r\n".encode()
+        )
         answer = await posting.answered()
         assert (answer.status, answer.headers["location"]) == (status, target.url)
         await target.seen()
@@ -761,17 +797,30 @@ async def test_gzip_is_left_packed(wire: HttpClient, peer: Peer) -> None:
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
-    await conn.send(f"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {len(packed)}\r\n\r\n".encode() + packed)
+    await conn.send(
+        f"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {len(packed)}\r\n\r\n".encode()
+        + packed
+    )
     answer = await posting.answered()
     assert (answer.body, answer.truncated) == (packed, False)
 
 
 @pytest.mark.parametrize("length", ["content-length", "chunked", "until the end"])
-@pytest.mark.parametrize(("size", "truncated"), [(LIMIT - 1, False), (LIMIT, False), (LIMIT + 1, True), (3 * LIMIT, True)])
-async def test_the_limit(wire: HttpClient, peer: Peer, size: int, truncated: bool, length: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "truncated"),
+    [(LIMIT - 1, False), (LIMIT, False), (LIMIT + 1, True), (3 * LIMIT, True)],
+)
+async def test_the_limit(
+    wire: HttpClient, peer: Peer, size: int, truncated: bool, length: str
+) -> None:
     """An answer of exactly 1 MiB is read whole; of one byte more, 1 MiB is read and the rest is left."""
-    head = {"content-length": f"content-length: {size}\r\n", "chunked": "transfer-encoding: chunked\r\n"}.get(length, "")
-    before, after = (f"{size:x}\r\n".encode(), b"\r\n0\r\n\r\n") if length == "chunked" else (b"", b"")
+    head = {
+        "content-length": f"content-length: {size}\r\n",
+        "chunked": "transfer-encoding: chunked\r\n",
+    }.get(length, "")
+    before, after = (
+        (f"{size:x}\r\n".encode(), b"\r\n0\r\n\r\n") if length == "chunked" else (b"", b"")
+    )
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
@@ -806,7 +855,9 @@ async def test_interim_answers_are_passed_over(wire: HttpClient, peer: Peer) -> 
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
-    await conn.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK)
+    await conn.send(
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK
+    )
     assert (await posting.answered()).status == 200
 
 

@@ -75,10 +75,18 @@ def half() -> float:
 
 def claimed(call_type: str = "once", move: str = "unmoved", **changes: Any) -> Claim:
     interval = INTERVAL if call_type == "recurring" else None
-    return claim_with(call_type=call_type, interval=interval, trigger_at=NOON + MOVES[move], occurrence=5, **changes)
+    return claim_with(
+        call_type=call_type,
+        interval=interval,
+        trigger_at=NOON + MOVES[move],
+        occurrence=5,
+        **changes,
+    )
 
 
-def ended(claim: Claim, outcome: Outcome, *, after: float = 1.0, breaker_closed: bool = True) -> Ending:
+def ended(
+    claim: Claim, outcome: Outcome, *, after: float = 1.0, breaker_closed: bool = True
+) -> Ending:
     called_after = None if isinstance(outcome, Unsent | Malformed) else 0.001
     return Ending(claim, outcome, called_after, after, 1000.0, breaker_closed)
 
@@ -99,23 +107,55 @@ HANDED_OVER = Release("accepted by the API, and polled by the next worker")
 UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     (Answered(200), Finish("fired", None), Next(6, After(600.0))),
     (Accepted("run-1", 202), HANDED_OVER, HANDED_OVER),
-    (Capped("had 5 runs", 90.0), Defer(After(90.0), "had 5 runs"), Defer(After(90.0), "had 5 runs")),
-    (Busy(409), Defer(After(60.0), "the session is busy (HTTP 409)"), Defer(After(60.0), "the session is busy (HTTP 409)")),
-    (Busy(423, 7.0), Defer(After(7.0), "the session is busy (HTTP 423)"), Defer(After(7.0), "the session is busy (HTTP 423)")),
+    (
+        Capped("had 5 runs", 90.0),
+        Defer(After(90.0), "had 5 runs"),
+        Defer(After(90.0), "had 5 runs"),
+    ),
+    (
+        Busy(409),
+        Defer(After(60.0), "the session is busy (HTTP 409)"),
+        Defer(After(60.0), "the session is busy (HTTP 409)"),
+    ),
+    (
+        Busy(423, 7.0),
+        Defer(After(7.0), "the session is busy (HTTP 423)"),
+        Defer(After(7.0), "the session is busy (HTTP 423)"),
+    ),
     (
         Gone(404),
         Finish("cancelled", "the API says that the session does not exist (HTTP 404)"),
         Finish("cancelled", "the API says that the session does not exist (HTTP 404)"),
     ),
-    (Misconfigured("a web page", 200), Defer(BACKOFF_OF_FIRST, "a web page"), Defer(BACKOFF_OF_FIRST, "a web page")),
-    (Unavailable("refused"), Defer(BACKOFF_OF_FIRST, "refused"), Defer(BACKOFF_OF_FIRST, "refused")),
+    (
+        Misconfigured("a web page", 200),
+        Defer(BACKOFF_OF_FIRST, "a web page"),
+        Defer(BACKOFF_OF_FIRST, "a web page"),
+    ),
+    (
+        Unavailable("refused"),
+        Defer(BACKOFF_OF_FIRST, "refused"),
+        Defer(BACKOFF_OF_FIRST, "refused"),
+    ),
     (Unavailable("later", 503, 9.0), Defer(After(9.0), "later"), Defer(After(9.0), "later")),
-    (Unknown("broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off"), Retry(BACKOFF_OF_FIRST, False, "broke off")),
-    (Failed("failed", 200), Retry(BACKOFF_OF_FIRST, True, "failed"), Retry(BACKOFF_OF_FIRST, True, "failed")),
+    (
+        Unknown("broke off"),
+        Retry(BACKOFF_OF_FIRST, False, "broke off"),
+        Retry(BACKOFF_OF_FIRST, False, "broke off"),
+    ),
+    (
+        Failed("failed", 200),
+        Retry(BACKOFF_OF_FIRST, True, "failed"),
+        Retry(BACKOFF_OF_FIRST, True, "failed"),
+    ),
     (Refused("no", 422), Finish("failed", "no"), Next(6, After(600.0), "no", failures=1)),
     (Unsent("stopping"), Release("stopping"), Release("stopping")),
     (Malformed("no interval"), Finish("failed", "no interval"), Finish("failed", "no interval")),
-    (Misfired("late", 0), Finish("failed", "misfired: late"), Next(6, At(NOON + timedelta(seconds=600)), "misfired: late")),
+    (
+        Misfired("late", 0),
+        Finish("failed", "misfired: late"),
+        Next(6, At(NOON + timedelta(seconds=600)), "misfired: late"),
+    ),
     (Expired("it had all"), Finish("fired", "it had all"), Finish("fired", "it had all")),
 ]
 """outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody moved the recall."""
@@ -126,7 +166,9 @@ def test_the_table_is_whole() -> None:
     assert {type(outcome) for outcome, _, _ in UNMOVED} == {type(outcome) for outcome in OUTCOMES}
 
 
-@pytest.mark.parametrize(("outcome", "one_shot", "recurring"), UNMOVED, ids=[repr(row[0]) for row in UNMOVED])
+@pytest.mark.parametrize(
+    ("outcome", "one_shot", "recurring"), UNMOVED, ids=[repr(row[0]) for row in UNMOVED]
+)
 def test_first_attempt(outcome: Outcome, one_shot: Verdict, recurring: Verdict) -> None:
     """What the row becomes after a first call that nobody interfered with: DESIGN's outcome table."""
     assert verdict_on(claimed("once"), outcome) == one_shot
@@ -141,14 +183,22 @@ def test_no_attempts_left(outcome: Outcome, attempt: int) -> None:
     reason = reason_of(outcome)
     assert verdict_on(claimed("once", attempt=attempt), outcome) == Finish("failed", reason)
     assert verdict_on(claimed("immediate", attempt=attempt), outcome) == Finish("failed", reason)
-    assert verdict_on(claimed("recurring", attempt=attempt), outcome) == Next(6, After(600.0), reason, failures=1)
+    assert verdict_on(claimed("recurring", attempt=attempt), outcome) == Next(
+        6, After(600.0), reason, failures=1
+    )
 
 
-@pytest.mark.parametrize("outcome", [Answered(200), Busy(409), Misconfigured("x"), Unavailable("x"), Gone(404)], ids=name_of)
+@pytest.mark.parametrize(
+    "outcome",
+    [Answered(200), Busy(409), Misconfigured("x"), Unavailable("x"), Gone(404)],
+    ids=name_of,
+)
 def test_attempts_do_not_matter_elsewhere(outcome: Outcome) -> None:
     """Only Unknown and Failed look at how many attempts are left."""
     for call_type in CALL_TYPES:
-        assert verdict_on(claimed(call_type, attempt=3), outcome) == verdict_on(claimed(call_type, attempt=1), outcome)
+        assert verdict_on(claimed(call_type, attempt=3), outcome) == verdict_on(
+            claimed(call_type, attempt=1), outcome
+        )
 
 
 @pytest.mark.parametrize("move", [name for name in MOVES if name != "unmoved"])
@@ -209,7 +259,12 @@ def test_a_move_before_the_first_call_keeps_the_number() -> None:
 # --- waiting and giving up ------------------------------------------------------------------------------------------
 
 
-GIVES_UP: list[Outcome] = [Busy(409), Busy(409, 5.0), Unavailable("refused"), Unavailable("later", 503, 5.0)]
+GIVES_UP: list[Outcome] = [
+    Busy(409),
+    Busy(409, 5.0),
+    Unavailable("refused"),
+    Unavailable("later", 503, 5.0),
+]
 
 
 @pytest.mark.parametrize("outcome", GIVES_UP, ids=repr)
@@ -223,26 +278,53 @@ GIVES_UP: list[Outcome] = [Busy(409), Busy(409, 5.0), Unavailable("refused"), Un
         (90_000.0, 1.0, True, True),
         (90_000.0, 1.0, False, False),
     ],
-    ids=["the first call", "just begun", "at the limit", "past the limit", "long past", "long past, the breaker open"],
+    ids=[
+        "the first call",
+        "just begun",
+        "at the limit",
+        "past the limit",
+        "long past",
+        "long past, the breaker open",
+    ],
 )
-def test_give_up(outcome: Outcome, begun_age: float | None, after: float, breaker_closed: bool, gives_up: bool) -> None:
+def test_give_up(
+    outcome: Outcome, begun_age: float | None, after: float, breaker_closed: bool, gives_up: bool
+) -> None:
     """Waiting ends past RECALL_GIVE_UP, counted from the occurrence's first call, and only by calls under a closed breaker."""
     for call_type in CALL_TYPES:
-        verdict = verdict_on(claimed(call_type, begun_age=begun_age), outcome, after=after, breaker_closed=breaker_closed)
+        verdict = verdict_on(
+            claimed(call_type, begun_age=begun_age),
+            outcome,
+            after=after,
+            breaker_closed=breaker_closed,
+        )
         if not gives_up:
             assert isinstance(verdict, Defer)
         elif call_type == "recurring":
-            assert isinstance(verdict, Next) and (verdict.occurrence, verdict.when) == (6, After(600.0))
-            assert verdict.reason and "given up" in verdict.reason and str(reason_of(outcome)) in verdict.reason
+            assert isinstance(verdict, Next) and (verdict.occurrence, verdict.when) == (
+                6,
+                After(600.0),
+            )
+            assert (
+                verdict.reason
+                and "given up" in verdict.reason
+                and str(reason_of(outcome)) in verdict.reason
+            )
         else:
             assert isinstance(verdict, Finish) and verdict.status == "failed"
-            assert verdict.reason and "given up" in verdict.reason and str(reason_of(outcome)) in verdict.reason
+            assert (
+                verdict.reason
+                and "given up" in verdict.reason
+                and str(reason_of(outcome)) in verdict.reason
+            )
 
 
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 def test_misconfigured_never_gives_up(call_type: str) -> None:
     """What is our fault is waited out however long it takes."""
-    verdict = verdict_on(claimed(call_type, begun_age=1e9, deferrals=10_000, attempt=3), Misconfigured("a web page"))
+    verdict = verdict_on(
+        claimed(call_type, begun_age=1e9, deferrals=10_000, attempt=3), Misconfigured("a web page")
+    )
     assert verdict == Defer(After(150.0), "a web page")
 
 
@@ -250,11 +332,15 @@ def test_misconfigured_never_gives_up(call_type: str) -> None:
 def test_retry_after_is_honoured_up_to_a_day(retry_after: float) -> None:
     """What the API asks for is done, in seconds, but for less than one and for more than a day."""
     waits = After(min(max(retry_after, RETRY_AFTER_LEAST), RETRY_AFTER_MOST))
-    assert verdict_on(claimed(), Busy(409, retry_after)) == Defer(waits, "the session is busy (HTTP 409)")
+    assert verdict_on(claimed(), Busy(409, retry_after)) == Defer(
+        waits, "the session is busy (HTTP 409)"
+    )
     assert verdict_on(claimed(), Unavailable("later", 503, retry_after)) == Defer(waits, "later")
 
 
-@pytest.mark.parametrize(("n", "most"), [(-1, 5), (0, 5), (1, 20), (2, 80), (3, 300), (4, 300), (10**9, 300)])
+@pytest.mark.parametrize(
+    ("n", "most"), [(-1, 5), (0, 5), (1, 20), (2, 80), (3, 300), (4, 300), (10**9, 300)]
+)
 def test_backoff_steps(n: int, most: float) -> None:
     """5 s × 4ⁿ, at most 300 s, with full jitter: the dice choose between nothing and all of it."""
     assert backoff(n, lambda: 0.0) == 0.0
@@ -279,7 +365,14 @@ def test_backoff_bounds(n: int, chance: float) -> None:
         (Unavailable("x"), {"deferrals": 2, "attempt": 2}, 2),
         (Misconfigured("x"), {"deferrals": 9}, 9),
     ],
-    ids=["first attempt", "second attempt", "failed twice", "first deferral", "third deferral", "tenth deferral"],
+    ids=[
+        "first attempt",
+        "second attempt",
+        "failed twice",
+        "first deferral",
+        "third deferral",
+        "tenth deferral",
+    ],
 )
 def test_what_the_backoff_counts(outcome: Outcome, changes: dict[str, Any], n: int) -> None:
     """Retries grow with the attempts, deferrals with the deferrals; one does not feed the other."""
@@ -358,9 +451,16 @@ def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: 
     assert resolve_move(claimed(call_type, move, **changes)) == expected
 
 
-@given(interval=st.integers(1, 100_000), k=st.integers(1, 500), occurrence=st.integers(1, 10**6), attempt=st.integers(1, 3))
+@given(
+    interval=st.integers(1, 100_000),
+    k=st.integers(1, 500),
+    occurrence=st.integers(1, 10**6),
+    attempt=st.integers(1, 3),
+)
 @settings(deadline=None)
-def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, occurrence: int, attempt: int) -> None:
+def test_skipping_k_intervals_consumes_exactly_k_numbers(
+    interval: int, k: int, occurrence: int, attempt: int
+) -> None:
     """However a recall is met by a skip of k (waiting, between two calls, in mid-run), exactly k numbers are left out."""
     claim = claim_with(
         call_type="recurring", interval=interval, occurrence=occurrence, attempt=attempt,
@@ -375,7 +475,10 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(interval: int, k: int, 
 
 
 @pytest.mark.parametrize("outcome", [Answered(200), Refused("no", 422)], ids=name_of)
-@pytest.mark.parametrize(("move", "left"), [("unmoved", 1), ("skipped once", 2), ("skipped twice", 3), ("rescheduled", 1)])
+@pytest.mark.parametrize(
+    ("move", "left"),
+    [("unmoved", 1), ("skipped once", 2), ("skipped twice", 3), ("rescheduled", 1)],
+)
 def test_the_last_number(outcome: Outcome, move: str, left: int) -> None:
     """A recall whose numbers are used up has failed and says so; the last of them is still used."""
     claim = claimed("recurring", move)
@@ -398,7 +501,9 @@ def test_honouring_never_passes_the_last_number(move: str) -> None:
 
 RUNS = st.one_of(
     st.builds(Busy, st.sampled_from([409, 423]), st.none() | st.floats(0, 1e7)),
-    st.builds(Unavailable, st.just("away"), st.none() | st.just(503), st.none() | st.floats(0, 1e7)),
+    st.builds(
+        Unavailable, st.just("away"), st.none() | st.just(503), st.none() | st.floats(0, 1e7)
+    ),
     st.builds(Unknown, st.just("broke off")),
     st.builds(Failed, st.just("failed")),
     st.builds(Misconfigured, st.just("a web page")),
@@ -414,7 +519,12 @@ def settled(claim: Claim, ending: Ending, verdict: Verdict) -> Claim | None:
         case Finish():
             return None
         case Retry(After(seconds), rekey, _):
-            return claim._replace(attempt=claim.attempt + 1, rekey=claim.rekey + rekey, deferrals=0, begun_age=waited + seconds)
+            return claim._replace(
+                attempt=claim.attempt + 1,
+                rekey=claim.rekey + rekey,
+                deferrals=0,
+                begun_age=waited + seconds,
+            )
         case Defer(After(seconds), _):
             return claim._replace(deferrals=claim.deferrals + 1, begun_age=waited + seconds)
         case Release():
@@ -423,9 +533,15 @@ def settled(claim: Claim, ending: Ending, verdict: Verdict) -> Claim | None:
             raise AssertionError(f"an unmoved one-shot has no next occurrence: {verdict}")
 
 
-@given(outcomes=st.lists(RUNS, max_size=60), chance=st.floats(0, 1, exclude_max=True), most=st.integers(1, 5))
+@given(
+    outcomes=st.lists(RUNS, max_size=60),
+    chance=st.floats(0, 1, exclude_max=True),
+    most=st.integers(1, 5),
+)
 @settings(deadline=None)
-def test_a_one_shot_spends_no_more_than_its_attempts(outcomes: list[Outcome], chance: float, most: int) -> None:
+def test_a_one_shot_spends_no_more_than_its_attempts(
+    outcomes: list[Outcome], chance: float, most: int
+) -> None:
     """Whatever order of outcomes it meets, a one-shot is over at the latest with its last attempt; deferrals spend none."""
     policy = Policy(busy_delay=60.0, max_attempts=most, give_up=86_400.0)
     claim: Claim | None = claim_with()
@@ -442,12 +558,17 @@ def test_a_one_shot_spends_no_more_than_its_attempts(outcomes: list[Outcome], ch
     assert len(keys) <= most
 
 
-@given(outcome=st.sampled_from([Busy(409), Unavailable("away"), Unavailable("later", 503, 3600.0)]), age=st.floats(0, 1e9))
+@given(
+    outcome=st.sampled_from([Busy(409), Unavailable("away"), Unavailable("later", 503, 3600.0)]),
+    age=st.floats(0, 1e9),
+)
 @settings(deadline=None)
 def test_waiting_comes_to_an_end(outcome: Outcome, age: float) -> None:
     """No one-shot waits on past RECALL_GIVE_UP, and none is given up before."""
     verdict = verdict_on(claim_with(begun_age=age), outcome, after=0.0)
-    assert (verdict.status if isinstance(verdict, Finish) else None) == ("failed" if age > POLICY.give_up else None)
+    assert (verdict.status if isinstance(verdict, Finish) else None) == (
+        "failed" if age > POLICY.give_up else None
+    )
 
 
 @given(
@@ -468,8 +589,12 @@ def test_what_every_verdict_keeps(
     breaker_closed: bool, chance: float,
 ) -> None:  # fmt: skip
     """Whatever is judged: waits are never negative nor over a day (or the cadence), numbers never fall, and reasons are given."""
-    claim = claimed(call_type, move, attempt=attempt, deferrals=deferrals, rekey=rekey, begun_age=begun_age)
-    verdict = judge(ended(claim, outcome, after=after, breaker_closed=breaker_closed), POLICY, lambda: chance)
+    claim = claimed(
+        call_type, move, attempt=attempt, deferrals=deferrals, rekey=rekey, begun_age=begun_age
+    )
+    verdict = judge(
+        ended(claim, outcome, after=after, breaker_closed=breaker_closed), POLICY, lambda: chance
+    )
     match verdict:
         case Finish(status, reason):
             assert status in ("fired", "cancelled", "failed")
@@ -501,7 +626,15 @@ def test_dice_are_cast_only_where_they_decide() -> None:
         raise AssertionError("the dice were cast")
 
     no_dice: Callable[[], float] = loaded
-    for outcome in (Answered(200), Busy(409), Busy(409, 3.0), Gone(404), Refused("no"), Unsent("stopping"), Malformed("none")):
+    for outcome in (
+        Answered(200),
+        Busy(409),
+        Busy(409, 3.0),
+        Gone(404),
+        Refused("no"),
+        Unsent("stopping"),
+        Malformed("none"),
+    ):
         assert judge(ended(claimed(), outcome), POLICY, no_dice)
 
 
@@ -518,7 +651,9 @@ ENDED_BADLY: list[Outcome] = [
 @pytest.mark.parametrize("move", ["skipped once", "skipped twice", "rescheduled"])
 @pytest.mark.parametrize("attempt", [1, 3])
 @pytest.mark.parametrize("outcome", ENDED_BADLY, ids=name_of)
-def test_what_is_moved_past_its_end_ends_as_its_last_call_did(outcome: Outcome, attempt: int, move: str) -> None:
+def test_what_is_moved_past_its_end_ends_as_its_last_call_did(
+    outcome: Outcome, attempt: int, move: str
+) -> None:
     """Its last occurrence, moved in mid-run: fired only where the call was answered well."""
     claim = claimed("recurring", move, times=5, attempt=attempt)
     verdict = verdict_on(claim, outcome)

@@ -29,7 +29,9 @@ GOODBYE = 5.0
 """Seconds: what a worker may take beyond its last settles, to take leave and to send its last traces."""
 
 Object = dict[str, Any]
-OBJECTS: list[Object] = [o for file in FILES for o in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+OBJECTS: list[Object] = [
+    o for file in FILES for o in yaml.safe_load_all(file.read_text(encoding="utf-8"))
+]
 BY_KIND: dict[str, Object] = {f"{o['kind']}/{o['metadata']['name']}": o for o in OBJECTS}
 
 
@@ -39,7 +41,9 @@ def pod(owner: Object) -> Object:
     return dict(spec["template"]["spec"])
 
 
-PODS = {name: pod(o) for name, o in BY_KIND.items() if o["kind"] in ("Deployment", "Job", "CronJob")}
+PODS = {
+    name: pod(o) for name, o in BY_KIND.items() if o["kind"] in ("Deployment", "Job", "CronJob")
+}
 
 
 def environment(spec: Object) -> dict[str, str]:
@@ -70,7 +74,9 @@ def test_kubernetes_takes_it(name: str, release: str) -> None:
 def test_the_schemas_are_strict() -> None:
     """A typing error in a field's name is found."""
     spoilt = json.loads(
-        json.dumps(BY_KIND["Deployment/recall-worker"]).replace("readOnlyRootFilesystem", "readonlyRootFilesystem")
+        json.dumps(BY_KIND["Deployment/recall-worker"]).replace(
+            "readOnlyRootFilesystem", "readonlyRootFilesystem"
+        )
     )
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(spoilt, "1.34", strict=True)
@@ -84,15 +90,26 @@ def test_the_settings_exist(name: str, tmp_path: Path) -> None:
     assert ignored(given) == []
     [mount] = spec["containers"][0]["volumeMounts"]
     [volume] = spec["volumes"]
-    assert mount["name"] == volume["name"] and mount["readOnly"] and volume["secret"]["defaultMode"] == 0o440
+    assert (
+        mount["name"] == volume["name"]
+        and mount["readOnly"]
+        and volume["secret"]["defaultMode"] == 0o440
+    )
     secrets = {n: Path(value) for n, value in given.items() if n.endswith("_FILE")}
     assert {path.parent.as_posix() for path in secrets.values()} == {mount["mountPath"]}
     for n, path in secrets.items():
-        (tmp_path / path.name).write_text("postgresql://recall@db/app" if "DSN" in n else "secret", encoding="utf-8")
+        (tmp_path / path.name).write_text(
+            "postgresql://recall@db/app" if "DSN" in n else "secret", encoding="utf-8"
+        )
     read(given | {n: str(tmp_path / path.name) for n, path in secrets.items()}, needed=["dsn"])
     # And a command makes that secret, with these files in it, beside the object that wants it.
     made = f"kubectl create secret generic {volume['secret']['secretName']} " + "--from-file="
-    [line] = [line for file in FILES for line in file.read_text(encoding="utf-8").splitlines() if made in line]
+    [line] = [
+        line
+        for file in FILES
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if made in line
+    ]
     assert set(re.findall(r"--from-file=(\w+)=", line)) >= {path.name for path in secrets.values()}
 
 
@@ -113,13 +130,18 @@ def test_it_has_no_more_rights_than_it_needs(name: str) -> None:
     [container] = spec["containers"]
     account = spec["securityContext"]
     assert account["runAsNonRoot"] and account["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert f"USER {account['runAsUser']}:{account['runAsGroup']}" in DOCKERFILE and account["fsGroup"] == account["runAsGroup"]
+    assert (
+        f"USER {account['runAsUser']}:{account['runAsGroup']}" in DOCKERFILE
+        and account["fsGroup"] == account["runAsGroup"]
+    )
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
     }  # fmt: skip
     assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
     assert {"hostNetwork", "hostPID", "hostIPC"}.isdisjoint(spec)
-    assert "memory" in container["resources"]["limits"] and set(container["resources"]["requests"]) == {"cpu", "memory"}
+    assert "memory" in container["resources"]["limits"] and set(
+        container["resources"]["requests"]
+    ) == {"cpu", "memory"}
 
 
 def test_probes_ask_where_the_worker_answers() -> None:
@@ -127,7 +149,9 @@ def test_probes_ask_where_the_worker_answers() -> None:
     spec = PODS["Deployment/recall-worker"]
     [container] = spec["containers"]
     [port] = container["ports"]
-    address = read(environment(spec) | {"RECALL_DSN_FILE": "", "RECALL_RUN_TOKEN_FILE": ""}).ops_address
+    address = read(
+        environment(spec) | {"RECALL_DSN_FILE": "", "RECALL_RUN_TOKEN_FILE": ""}
+    ).ops_address
     assert address == ("0.0.0.0", port["containerPort"])
     probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("liveness", "readiness")}
     assert probes == {
@@ -145,31 +169,51 @@ def test_the_drain_fits() -> None:
 
 def selected(by: dict[str, str]) -> Iterator[str]:
     for name, o in BY_KIND.items():
-        template = o["spec"]["jobTemplate"]["spec"]["template"] if o["kind"] == "CronJob" else o.get("spec", {}).get("template")
+        template = (
+            o["spec"]["jobTemplate"]["spec"]["template"]
+            if o["kind"] == "CronJob"
+            else o.get("spec", {}).get("template")
+        )
         if template is not None and by.items() <= template["metadata"]["labels"].items():
             yield name
 
 
 def test_selectors_mean_the_workers_alone() -> None:
     """Deployment, budget and spread select the workers' pods, and no pod of a job; the budget lets a drained node go on."""
-    deployment, budget = BY_KIND["Deployment/recall-worker"], BY_KIND["PodDisruptionBudget/recall-worker"]
+    deployment, budget = (
+        BY_KIND["Deployment/recall-worker"],
+        BY_KIND["PodDisruptionBudget/recall-worker"],
+    )
     [spread] = PODS["Deployment/recall-worker"]["topologySpreadConstraints"]
-    for selector in (deployment["spec"]["selector"], budget["spec"]["selector"], spread["labelSelector"]):
+    for selector in (
+        deployment["spec"]["selector"],
+        budget["spec"]["selector"],
+        spread["labelSelector"],
+    ):
         assert list(selected(selector["matchLabels"])) == ["Deployment/recall-worker"]
     assert 0 < budget["spec"]["maxUnavailable"] < deployment["spec"]["replicas"]
 
 
 def test_one_image() -> None:
     """The same everywhere, of this version."""
-    assert {spec["containers"][0]["image"] for spec in PODS.values()} == {f"recall-worker:{version('recall-worker')}"}
+    assert {spec["containers"][0]["image"] for spec in PODS.values()} == {
+        f"recall-worker:{version('recall-worker')}"
+    }
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "docs" / "deployment.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*FILES, ROOT / "docs" / "deployment.md"], ids=lambda path: path.name
+)
 def test_the_commands_name_what_there_is(path: Path) -> None:
     """Files, jobs and deployments in the commands for kubectl are there, by these names."""
     commands = re.findall(r"kubectl .*", path.read_text(encoding="utf-8"))
     assert commands
     for command in commands:
-        assert [file for file in re.findall(r" -f (\S+)", command) if not (ROOT / file).exists()] == []
-        named = [f"{kind.capitalize()}/{name}" for kind, name in re.findall(r"\b(job|deployment)[/ ]([a-z-]+)", command)]
+        assert [
+            file for file in re.findall(r" -f (\S+)", command) if not (ROOT / file).exists()
+        ] == []
+        named = [
+            f"{kind.capitalize()}/{name}"
+            for kind, name in re.findall(r"\b(job|deployment)[/ ]([a-z-]+)", command)
+        ]
         assert set(named) <= set(BY_KIND), command

@@ -85,7 +85,13 @@ async def ledgers(request: pytest.FixtureRequest, database: str) -> AsyncIterato
 @pytest.fixture
 async def settled_in(db: Connection) -> None:
     """Waits until PostgreSQL has been up for a third of a lease, as nobody takes an expired lease before."""
-    while not (await one(db, "select pg_postmaster_start_time() < now() - %s * interval '1 second' as up", LEASE / 3))["up"]:
+    while not (
+        await one(
+            db,
+            "select pg_postmaster_start_time() < now() - %s * interval '1 second' as up",
+            LEASE / 3,
+        )
+    )["up"]:
         await db.execute("select pg_sleep(0.05)")
 
 
@@ -115,21 +121,26 @@ async def recall(db: Connection, id: str) -> dict[str, Any]:
     db.adapters.register_loader("timestamptz", Dates)
     clamped = "least(greatest(trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz)"
     return await one(
-        db, f"select *, extract(epoch from {clamped} - now())::float8 as due_in from session_recalls where id = %s", id
+        db,
+        f"select *, extract(epoch from {clamped} - now())::float8 as due_in from session_recalls where id = %s",
+        id,
     )
 
 
 async def marks(db: Connection, id: str) -> list[tuple[Any, ...]]:
     """The recall's calls as they are on record: attempt, outcome, calls, settled."""
     rows = await db.execute(
-        "select attempt, outcome, calls, settled from recall_attempts where recall_id = %s order by attempt, outcome", (id,)
+        "select attempt, outcome, calls, settled from recall_attempts where recall_id = %s order by attempt, outcome",
+        (id,),
     )
     return [tuple(row.values()) for row in await rows.fetchall()]
 
 
 async def expire(db: Connection, id: str) -> None:
     """Have the recall's lease end now."""
-    await db.execute("update session_recalls set lease_until = now() - interval '1 ms' where id = %s", (id,))
+    await db.execute(
+        "update session_recalls set lease_until = now() - interval '1 ms' where id = %s", (id,)
+    )
 
 
 async def free_slot(app: Application, session: str) -> None:
@@ -153,10 +164,18 @@ async def claim_one(ledger: Ledger) -> Claim:
 def ending(claim: Claim, outcome: Outcome | None = None) -> Ending:
     """The call of this claim began and ended just now."""
     outcome = outcome or Answered(200)
-    return Ending(claim, outcome, None if isinstance(outcome, Unsent | Malformed) else 0.01, 0.02, time.monotonic())
+    return Ending(
+        claim,
+        outcome,
+        None if isinstance(outcome, Unsent | Malformed) else 0.01,
+        0.02,
+        time.monotonic(),
+    )
 
 
-async def settle(ledger: Ledger, claim: Claim, verdict: Verdict = FIRED, outcome: Outcome | None = None) -> Any:
+async def settle(
+    ledger: Ledger, claim: Claim, verdict: Verdict = FIRED, outcome: Outcome | None = None
+) -> Any:
     (answer,) = await ledger.settle([(ending(claim, outcome), verdict)])
     return answer
 
@@ -164,7 +183,9 @@ async def settle(ledger: Ledger, claim: Claim, verdict: Verdict = FIRED, outcome
 # --- claiming --------------------------------------------------------------------------------------------------------
 
 
-async def test_the_oldest_due_come_first_and_never_more_than_the_slots(db: Connection, ledgers: Ledgers) -> None:
+async def test_the_oldest_due_come_first_and_never_more_than_the_slots(
+    db: Connection, ledgers: Ledgers
+) -> None:
     """Of five due recalls two are claimed, those that are due longest; the rest follows when asked for again."""
     ids = {age: await put(db, f"s{age}", -float(age)) for age in (3, 1, 5, 2, 4)}
     ledger = ledgers()
@@ -175,7 +196,9 @@ async def test_the_oldest_due_come_first_and_never_more_than_the_slots(db: Conne
     assert not rest.waiting
 
 
-async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_what_fell_due_after_the_claim_is_told_apart(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """A claim and the question what is next see the table at two instants: what fell due in between is to be claimed at once, not at leisure."""
     ledger = ledgers()
     for n in range(25):
@@ -193,16 +216,22 @@ async def test_what_fell_due_after_the_claim_is_told_apart(db: Connection, app: 
         assert [claim.id for claim in claimed.claims] == [id]
 
 
-async def test_whoever_comes_by_sees_whether_there_is_anything(db: Connection, ledgers: Ledgers) -> None:
+async def test_whoever_comes_by_sees_whether_there_is_anything(
+    db: Connection, ledgers: Ledgers
+) -> None:
     ledger = ledgers()
     ahead = await ledger.next_due(claimed_at=None)
     assert (ahead.waiting, ahead.fresh, ahead.next_in) == (False, False, None)
     await put(db, "later", 60.0)
     ahead = await ledger.next_due(claimed_at=None)
-    assert (ahead.waiting, ahead.fresh) == (False, False) and ahead.next_in == pytest.approx(60.0, abs=5.0)
+    assert (ahead.waiting, ahead.fresh) == (False, False) and ahead.next_in == pytest.approx(
+        60.0, abs=5.0
+    )
     await put(db, "s", -60.0)
     ahead = await ledger.next_due(claimed_at=None)
-    assert (ahead.waiting, ahead.fresh) == (True, True) and ahead.next_in == pytest.approx(60.0, abs=5.0)
+    assert (ahead.waiting, ahead.fresh) == (True, True) and ahead.next_in == pytest.approx(
+        60.0, abs=5.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +267,9 @@ async def test_a_leased_recall_is_due_when_its_lease_ends(db: Connection, ledger
     assert answer.next_in == pytest.approx(60.0, abs=5.0)
 
 
-async def test_what_the_application_has_locked_is_waited_for(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_what_the_application_has_locked_is_waited_for(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """A due row in an open transaction is passed over, others are claimed, and the answer says that something waits."""
     locked, free = await put(db, "locked", -9.0), await put(db, "free", -1.0)
     ledger = ledgers()
@@ -275,7 +306,9 @@ async def test_one_run_a_session(db: Connection, ledgers: Ledgers) -> None:
     assert [c.id for c in await claim(ledger)] == [newer]
 
 
-async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """After a cancel in mid-run the session takes a new recall at once, which is called when the old call is known to be broken off."""
     await put(db, "s")
     ledger = ledgers()
@@ -284,7 +317,9 @@ async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(db: Connect
     newer = await app.schedule("s", "immediate", datetime.now(UTC), "instead")
     other = await look(ledgers(), 3)
     assert other.claims == [] and other.waiting
-    assert await settle(ledger, running, Release("cancelled"), Unknown("broken off")) == Ended("cancelled")
+    assert await settle(ledger, running, Release("cancelled"), Unknown("broken off")) == Ended(
+        "cancelled"
+    )
     assert [c.id for c in await claim(ledger)] == [newer]
 
 
@@ -309,7 +344,9 @@ async def leased_twice(db: Connection) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("racers", "rounds"), [(2, 60), (8, 40)], ids=["two", "eight"])
-async def test_racing_claimers_share_no_row_and_no_session(racers: int, rounds: int, db: Connection, ledgers: Ledgers) -> None:
+async def test_racing_claimers_share_no_row_and_no_session(
+    racers: int, rounds: int, db: Connection, ledgers: Ledgers
+) -> None:
     """Claimers on connections of their own at sessions with two due recalls each: every recall is run once, in a session one at a time."""
     ours = [ledgers() for _ in range(racers)]
     for turn in range(rounds):
@@ -339,7 +376,9 @@ async def test_racing_claimers_share_no_row_and_no_session(racers: int, rounds: 
             assert runs.index(f"{turn}-{n}-a") < runs.index(f"{turn}-{n}-b")
 
 
-async def test_a_lost_race_for_a_session_is_an_empty_claim(db: Connection, database: str, ledgers: Ledgers) -> None:
+async def test_a_lost_race_for_a_session_is_an_empty_claim(
+    db: Connection, database: str, ledgers: Ledgers
+) -> None:
     """A session that gets a run between a claim's look and its write: the index on one run a session says so, and nothing is claimed."""
     id = await put(db, "s")
     async with connected(database) as other:
@@ -364,7 +403,9 @@ async def blocked(db: Connection, name: str) -> None:
 # --- the fence -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stale_lease_settles_nothing(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_a_stale_lease_settles_nothing(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """Whoever was thought dead can't overwrite its successor: its settle, renewal and placing change nothing, and its call is on record."""
     id = await put(db, "s")
     dead, alive = ledgers("dead"), ledgers("alive")
@@ -381,10 +422,16 @@ async def test_a_stale_lease_settles_nothing(db: Connection, ledgers: Ledgers, s
     assert await recall(db, id) == before | {"due_in": pytest.approx(before["due_in"], abs=20)}
     assert await marks(db, id) == [(1, "answered", 1, "lost"), (1, "unknown", 1, "taken")]
     assert await settle(alive, new) == Settled("fired")
-    assert await marks(db, id) == [(1, "answered", 1, "lost"), (1, "unknown", 1, "taken"), (2, "answered", 1, "fired")]
+    assert await marks(db, id) == [
+        (1, "answered", 1, "lost"),
+        (1, "unknown", 1, "taken"),
+        (2, "answered", 1, "fired"),
+    ]
 
 
-async def test_a_run_is_taken_up_when_its_lease_ends(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_a_run_is_taken_up_when_its_lease_ends(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """The next worker gets the same key and the next attempt, and leaves the dead worker's mark; a late word of that one adds no call."""
     id = await put(db, "s")
     dead, alive = ledgers("dead"), ledgers("alive")
@@ -394,13 +441,23 @@ async def test_a_run_is_taken_up_when_its_lease_ends(db: Connection, ledgers: Le
     assert (new.key, new.attempt, new.taken_from) == (old.key, old.attempt + 1, "dead")
     assert new.begun_age is not None and new.scheduled_for == old.scheduled_for
     mark = await one(db, "select * from recall_attempts where recall_id = %s", id)
-    assert (mark["outcome"], mark["settled"], mark["worker"], mark["lease"]) == ("unknown", "taken", "dead", old.lease)
+    assert (mark["outcome"], mark["settled"], mark["worker"], mark["lease"]) == (
+        "unknown",
+        "taken",
+        "dead",
+        old.lease,
+    )
 
-    assert await settle(dead, old, Retry(After(5.0), False, "no answer"), Unknown("no answer")) == LeaseLost()
+    assert (
+        await settle(dead, old, Retry(After(5.0), False, "no answer"), Unknown("no answer"))
+        == LeaseLost()
+    )
     assert await marks(db, id) == [(1, "unknown", 1, "lost")]
 
 
-async def test_expired_leases_are_left_alone_when_asked_to(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_expired_leases_are_left_alone_when_asked_to(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """After an outage living owners come first: what is merely due is claimed, what somebody held is waited for, and still theirs."""
     id = await put(db, "held")
     owner, other = ledgers(), ledgers()
@@ -414,37 +471,52 @@ async def test_expired_leases_are_left_alone_when_asked_to(db: Connection, ledge
     assert await settle(owner, held) == Settled("fired")
 
 
-async def test_a_worker_does_not_take_what_it_has_in_hand(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_a_worker_does_not_take_what_it_has_in_hand(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """A lease that ended though its run is in hand is about to be renewed or settled: its worker doesn't take it, others do, however long ago."""
     id = await put(db, "s")
     ledger = ledgers()
     await claim_one(ledger)
     for ago in ("1 ms", "1 hour"):
-        await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
+        await db.execute(
+            "update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id)
+        )
         answer = await look(ledger, 3, in_hand=[id])
         assert answer.claims == [] and answer.waiting
     assert [c.id for c in await claim(ledgers())] == [id]
 
 
-async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """The answer to a claim was lost with the connection: when its lease ends, the row is taken up by others, and a third of a lease later
     by that worker itself, which may have been held up between asking what it has in hand and asking for more."""
     id = await put(db, "s")
     ledger = ledgers("me")
     await claim_one(ledger)
     assert await claim(ledger) == []
-    await db.execute("update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s", [LEASE / 5, id])
+    await db.execute(
+        "update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s",
+        [LEASE / 5, id],
+    )
     answer = await look(ledger, 3)
     assert answer.claims == [] and answer.waiting
     assert await claim(ledger) == []
-    await db.execute("update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s", [LEASE / 2, id])
+    await db.execute(
+        "update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s",
+        [LEASE / 2, id],
+    )
     (again,) = await claim(ledger)
     assert (again.id, again.taken_from) == (id, "me")
 
 
 @pytest.mark.parametrize(
     "how",
-    ["select from session_recalls where id = $1 for update", "update session_recalls set internal_comment = 'x' where id = $1"],
+    [
+        "select from session_recalls where id = $1 for update",
+        "update session_recalls set internal_comment = 'x' where id = $1",
+    ],
 )
 async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
     how: str, db: Connection, database: str, ledgers: Ledgers, settled_in: None
@@ -504,7 +576,9 @@ async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
     assert [c.id for c in taken] == [id]
 
 
-async def test_a_settle_is_for_one_lease_only(db: Connection, ledgers: Ledgers, settled_in: None) -> None:
+async def test_a_settle_is_for_one_lease_only(
+    db: Connection, ledgers: Ledgers, settled_in: None
+) -> None:
     """Two endings of one recall in one batch, one of a lease that was lost: each is answered for itself, and the stale one writes nothing."""
     for turn in range(6):
         id = await put(db, f"s{turn}")
@@ -528,11 +602,31 @@ async def test_a_settle_is_for_one_lease_only(db: Connection, ledgers: Ledgers, 
 @pytest.mark.parametrize(
     ("verdict", "outcome", "wanted"),
     [
-        (Defer(After(0.0), "busy"), Busy(409), {"attempt": 0, "deferrals": 1, "occurrence": 1, "rekey": 0}),
-        (Release("stopping"), Unsent("stopping"), {"attempt": 0, "deferrals": 0, "occurrence": 1, "rekey": 0}),
-        (Retry(After(0.0), False, "silence"), Unknown("silence"), {"attempt": 1, "deferrals": 0, "occurrence": 1, "rekey": 0}),
-        (Retry(After(0.0), True, "it failed"), Failed("it failed"), {"attempt": 1, "deferrals": 0, "occurrence": 1, "rekey": 1}),
-        (Next(2, After(0.0)), Answered(200), {"attempt": 0, "deferrals": 0, "occurrence": 2, "rekey": 0}),
+        (
+            Defer(After(0.0), "busy"),
+            Busy(409),
+            {"attempt": 0, "deferrals": 1, "occurrence": 1, "rekey": 0},
+        ),
+        (
+            Release("stopping"),
+            Unsent("stopping"),
+            {"attempt": 0, "deferrals": 0, "occurrence": 1, "rekey": 0},
+        ),
+        (
+            Retry(After(0.0), False, "silence"),
+            Unknown("silence"),
+            {"attempt": 1, "deferrals": 0, "occurrence": 1, "rekey": 0},
+        ),
+        (
+            Retry(After(0.0), True, "it failed"),
+            Failed("it failed"),
+            {"attempt": 1, "deferrals": 0, "occurrence": 1, "rekey": 1},
+        ),
+        (
+            Next(2, After(0.0)),
+            Answered(200),
+            {"attempt": 0, "deferrals": 0, "occurrence": 2, "rekey": 0},
+        ),
     ],
     ids=["defer", "release", "retry", "retry anew", "next"],
 )
@@ -564,7 +658,9 @@ async def test_deferrals_fold_into_one_mark(db: Connection, ledgers: Ledgers) ->
 # --- settling --------------------------------------------------------------------------------------------------------
 
 
-async def test_one_bad_row_strands_nobody(db: Connection, app: Application, ledgers: Ledgers, settled_in: None) -> None:
+async def test_one_bad_row_strands_nobody(
+    db: Connection, app: Application, ledgers: Ledgers, settled_in: None
+) -> None:
     """In one batch: settled, locked by the application, cancelled, deleted, moved, and lost; each is answered for what it is."""
     names = ["plain", "locked", "cancelled", "deleted", "moved", "lost"]
     ids = {name: await put(db, name, -float(10 + n), id=name) for n, name in enumerate(names)}
@@ -591,10 +687,22 @@ async def test_one_bad_row_strands_nobody(db: Connection, app: Application, ledg
     assert answers["lost"] == LeaseLost()
     assert await settle(ledger, claims["locked"]) == Settled("fired")
     cancelled = await recall(db, "cancelled")
-    assert (cancelled["status"], cancelled["lease"], cancelled["last_outcome"]) == ("cancelled", None, None)
-    told = {"plain": "fired", "locked": "fired", "cancelled": "ended", "deleted": "deleted", "lost": "lost"}
+    assert (cancelled["status"], cancelled["lease"], cancelled["last_outcome"]) == (
+        "cancelled",
+        None,
+        None,
+    )
+    told = {
+        "plain": "fired",
+        "locked": "fired",
+        "cancelled": "ended",
+        "deleted": "deleted",
+        "lost": "lost",
+    }
     for name in names:
-        assert [m[3] for m in await marks(db, name) if m[1] == "answered"] == ([told[name]] if name in told else [])
+        assert [m[3] for m in await marks(db, name) if m[1] == "answered"] == (
+            [told[name]] if name in told else []
+        )
 
 
 @pytest.mark.parametrize(
@@ -623,7 +731,9 @@ async def test_a_settle_whose_answer_was_lost(
     assert [(m[1], m[2]) for m in await marks(db, id)] == [(type(outcome).__name__.lower(), 1)]
 
 
-async def test_a_move_in_mid_run_is_answered_and_then_honoured(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_move_in_mid_run_is_answered_and_then_honoured(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """A settle that finds another trigger than it was judged by writes nothing and says what stands there; judged by that, it is written."""
     id = await put(db, "s")
     ledger = ledgers()
@@ -635,11 +745,18 @@ async def test_a_move_in_mid_run_is_answered_and_then_honoured(db: Connection, a
     judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
     row = await recall(db, id)
-    assert (row["occurrence"], row["trigger_at"], row["planned_at"], row["scheduled_for"]) == (2, FAR, FAR, None)
+    assert (row["occurrence"], row["trigger_at"], row["planned_at"], row["scheduled_for"]) == (
+        2,
+        FAR,
+        FAR,
+        None,
+    )
 
 
 @pytest.mark.parametrize("date", ["infinity", "-infinity", "20000-01-01", "0044-03-15 BC"])
-async def test_a_move_to_a_date_that_python_lacks(date: str, db: Connection, ledgers: Ledgers) -> None:
+async def test_a_move_to_a_date_that_python_lacks(
+    date: str, db: Connection, ledgers: Ledgers
+) -> None:
     """The proof that nobody moved a recall is its date as PostgreSQL writes it, so that any date can be settled."""
     id = await put(db, "s")
     ledger = ledgers()
@@ -649,10 +766,14 @@ async def test_a_move_to_a_date_that_python_lacks(date: str, db: Connection, led
     assert isinstance(moved, Moved)
     judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
-    assert await one(db, "select trigger_at = %s::timestamptz as there from session_recalls", date) == {"there": True}
+    assert await one(
+        db, "select trigger_at = %s::timestamptz as there from session_recalls", date
+    ) == {"there": True}
 
 
-async def test_a_table_that_is_locked_as_a_whole_strands_nothing(db: Connection, database: str, ledgers: Ledgers) -> None:
+async def test_a_table_that_is_locked_as_a_whole_strands_nothing(
+    db: Connection, database: str, ledgers: Ledgers
+) -> None:
     """While somebody's DDL holds the table, a settle is to be asked again and a claim finds nothing; then all goes on."""
     await put(db, "s")
     ledger = ledgers()
@@ -670,31 +791,41 @@ async def test_a_table_that_is_locked_as_a_whole_strands_nothing(db: Connection,
 # --- the slot --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_recall_out_of_its_slot_goes_back_where_it_is_free(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_recall_out_of_its_slot_goes_back_where_it_is_free(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """A leased one-shot that made room for a newer recall is pending again after its run, once that one is gone."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
     await free_slot(app, "s")
     assert (await recall(db, id))["status"] == "running"
-    assert await settle(ledger, claimed, Defer(After(60.0), "busy"), Busy(409)) == Settled("pending")
+    assert await settle(ledger, claimed, Defer(After(60.0), "busy"), Busy(409)) == Settled(
+        "pending"
+    )
     with pytest.raises(AlreadyScheduled):
         await app.schedule("s", "once", FAR, "one too many")
 
 
-async def test_a_recall_whose_slot_is_taken_waits_beside_it(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_recall_whose_slot_is_taken_waits_beside_it(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Nothing is lost to the index: where a newer recall has the slot the older stays running, with a later due time, and is claimed then."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
     newer = await app.schedule("s", "once", FAR, "the next one")
-    assert await settle(ledger, claimed, Defer(After(-1.0), "busy"), Busy(409)) == Settled("running")
+    assert await settle(ledger, claimed, Defer(After(-1.0), "busy"), Busy(409)) == Settled(
+        "running"
+    )
     assert (await recall(db, id))["lease"] is None
     assert [c.id for c in await claim(ledger)] == [id]
     assert (await recall(db, newer))["status"] == "pending"
 
 
-async def test_two_recalls_out_of_one_slot(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_two_recalls_out_of_one_slot(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Of two recalls that go back into one slot, one gets it; each settle sees what the one before has done."""
     first = await put(db, "s", -9.0)
     ledger = ledgers()
@@ -729,7 +860,9 @@ async def test_a_race_for_the_slot_is_settled_for_that_row_alone(
     assert [row["lease"] for row in rows] == [None] * 3
     assert all(40 < row["due_in"] <= 60 for row in rows)
     assert [len(await marks(db, id)) for id in ids] == [1, 1, 1]
-    found = await (await db.execute("select status from session_recalls where id = %s", (newer,))).fetchall()
+    found = await (
+        await db.execute("select status from session_recalls where id = %s", (newer,))
+    ).fetchall()
     assert found == ([{"status": "pending"}] if end == "commit" else [])
 
 
@@ -746,17 +879,23 @@ async def test_a_unique_violation_is_settled_for_that_row_alone(
         transaction = other.connection.transaction()
         await transaction.start()
         await other.schedule("s", "once", FAR, "not yet committed")
-        settling = asyncio.create_task(ledger.settle([(ending(c, Busy(409)), Defer(After(60.0), "busy")) for c in claims]))
+        settling = asyncio.create_task(
+            ledger.settle([(ending(c, Busy(409)), Defer(After(60.0), "busy")) for c in claims])
+        )
         await blocked(db, "recall-worker ledger racer")
         await transaction.commit()
         assert await settling == [Settled("running"), Settled("pending")]
 
 
-async def test_an_unknown_one_shot_frees_its_slot(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_an_unknown_one_shot_frees_its_slot(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Its run may still go on and schedule: a one-shot whose last outcome is Unknown makes room, and is retried beside the newer one."""
     id = await put(db, "s")
     ledger = ledgers()
-    await settle(ledger, await claim_one(ledger), Retry(After(60.0), False, "silence"), Unknown("silence"))
+    await settle(
+        ledger, await claim_one(ledger), Retry(After(60.0), False, "silence"), Unknown("silence")
+    )
     assert (await recall(db, id))["status"] == "pending"
     await app.schedule("s", "once", FAR, "from a run that nobody heard of")
     row = await recall(db, id)
@@ -764,7 +903,9 @@ async def test_an_unknown_one_shot_frees_its_slot(db: Connection, app: Applicati
 
 
 @pytest.mark.parametrize("busy", [True, False], ids=["deferred", "waiting"])
-async def test_any_other_recall_keeps_its_slot(busy: bool, db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_any_other_recall_keeps_its_slot(
+    busy: bool, db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """One that waits, or was deferred, or recurs, leased or not: an insert is refused, in the words that the application reads."""
     await put(db, "once", -9.0)
     await put(db, "recurring", -8.0, call_type="recurring", interval_seconds=60)
@@ -804,7 +945,9 @@ async def test_skipped_occurrences_consume_their_numbers(
     assert (successor.key, successor.moved) == (f"{id}:3", False)
 
 
-async def test_a_move_between_two_calls_begins_the_next_occurrence(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_move_between_two_calls_begins_the_next_occurrence(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Deferred and then rescheduled: the key that was sent stands for what was, the new time gets a new one."""
     id = await put(db, "s")
     ledger = ledgers()
@@ -818,7 +961,9 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(db: Connectio
     assert (placed.attempt, placed.deferrals, placed.begun_age) == (1, 0, None)
 
 
-async def test_a_move_before_the_first_call_keeps_the_number(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_move_before_the_first_call_keeps_the_number(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Nothing was sent under the key yet: a recall that is rescheduled while it waits is still its first occurrence."""
     id = await put(db, "s", 600.0, call_type="recurring", interval_seconds=7200)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
@@ -851,11 +996,16 @@ async def test_which_inserts_ring(
             await db.execute("set recall_worker.rings = 'off'")
         await put(db, "s", due, **columns)
         await db.execute("select pg_notify('session_recalls', 'the end')")
-        heard = [notification.payload async for notification in bell.notifies(timeout=20, stop_after=1 + rings)]
+        heard = [
+            notification.payload
+            async for notification in bell.notifies(timeout=20, stop_after=1 + rings)
+        ]
     assert heard == [""] * rings + ["the end"]
 
 
-async def test_a_one_shot_stands_where_it_is_put(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_a_one_shot_stands_where_it_is_put(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """It has no distance to skip: where it was never called, another time is simply its time."""
     id = await put(db, "s", 600.0)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
@@ -864,7 +1014,9 @@ async def test_a_one_shot_stands_where_it_is_put(db: Connection, app: Applicatio
     assert (claimed.key, claimed.scheduled_for) == (f"{id}:1", claimed.trigger_at)
 
 
-async def test_what_was_moved_again_is_not_placed(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_what_was_moved_again_is_not_placed(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Placing is guarded by the very time that was judged: a second move in between leaves the row as it is."""
     id = await put(db, "s", -50.0)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=20))
@@ -877,7 +1029,9 @@ async def test_what_was_moved_again_is_not_placed(db: Connection, app: Applicati
 
 
 @pytest.mark.parametrize(("age", "missed"), [(50.0, 0), (250.0, 2), (10_050.0, 100)])
-async def test_missed_occurrences_are_counted_once(age: float, missed: int, db: Connection, ledgers: Ledgers) -> None:
+async def test_missed_occurrences_are_counted_once(
+    age: float, missed: int, db: Connection, ledgers: Ledgers
+) -> None:
     """Due moments after the nominal time and up to now coalesce into one run, whose number of missed ones does not change afterwards."""
     await put(db, "s", -age, call_type="recurring", interval_seconds=100)
     ledger = ledgers()
@@ -886,35 +1040,70 @@ async def test_missed_occurrences_are_counted_once(age: float, missed: int, db: 
     await settle(ledger, first, Defer(After(-1.0), "busy"), Busy(409))
     await db.execute("update session_recalls set begun_at = begun_at - interval '1 hour'")
     second = await claim_one(ledger)
-    assert (second.missed, second.key, second.scheduled_for) == (missed, first.key, first.scheduled_for)
+    assert (second.missed, second.key, second.scheduled_for) == (
+        missed,
+        first.key,
+        first.scheduled_for,
+    )
 
 
-async def test_what_was_ended_while_its_worker_died(db: Connection, app: Application, ledgers: Ledgers) -> None:
+async def test_what_was_ended_while_its_worker_died(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
     """Nobody takes up a recall that was cancelled in mid-run. A minute after its lease the next beat of any worker ends that, and leaves the
     call's mark."""
-    fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 0, "breaker": "closed", "bell": "listening"}
+    fit = {
+        "host": "h",
+        "pid": 1,
+        "version": "1",
+        "slots": 3,
+        "running": 0,
+        "breaker": "closed",
+        "bell": "listening",
+    }
     id = await put(db, "s")
     claimed = await claim_one(ledgers("dead"))
     assert await app.cancel_session("s") == 1
     for ago, left in (("30 seconds", claimed.lease), ("61 seconds", None)):
-        await db.execute("update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id))
+        await db.execute(
+            "update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id)
+        )
         await ledgers("alive").heartbeat(fit, {})
         assert (await recall(db, id))["lease"] == left
     assert (await recall(db, id))["status"] == "cancelled"
-    cursor = await db.execute("select worker, outcome, settled, attempt, lease from recall_attempts where recall_id = %s", (id,))
+    cursor = await db.execute(
+        "select worker, outcome, settled, attempt, lease from recall_attempts where recall_id = %s",
+        (id,),
+    )
     assert await cursor.fetchall() == [
-        {"worker": "dead", "outcome": "unknown", "settled": "ended", "attempt": 1, "lease": claimed.lease}
+        {
+            "worker": "dead",
+            "outcome": "unknown",
+            "settled": "ended",
+            "attempt": 1,
+            "lease": claimed.lease,
+        }
     ]
 
 
 async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) -> None:
     """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or have not been heard of for long."""
-    fit = {"host": "h", "pid": 1, "version": "1", "slots": 3, "running": 2, "breaker": "closed", "bell": "listening"}
+    fit = {
+        "host": "h",
+        "pid": 1,
+        "version": "1",
+        "slots": 3,
+        "running": 2,
+        "breaker": "closed",
+        "bell": "listening",
+    }
     assert [await ledgers(name).heartbeat(fit, {}) for name in ("b", "a", "c", "d")] == [0, 0, 2, 3]
     for trouble in ({"running": 3}, {"breaker": "open"}, {"bell": "deaf"}):
         await ledgers("b").heartbeat(fit | trouble, {})
         assert await ledgers("d").heartbeat(fit, {}) == 2
-    await db.execute("update recall_workers set seen_at = now() - interval '2 minutes' where worker = 'a'")
+    await db.execute(
+        "update recall_workers set seen_at = now() - interval '2 minutes' where worker = 'a'"
+    )
     assert await ledgers("d").heartbeat(fit, {}) == 1
 
 
@@ -930,7 +1119,9 @@ async def test_any_date_is_claimed_or_waited_for(
     date: str, kind: str, db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
     """Infinite dates, and those that Python does not have: past ones are claimed and settled, others are waited for, a day at a time."""
-    id = await put(db, "s", date, call_type=kind, interval_seconds=60 if kind == "recurring" else None)
+    id = await put(
+        db, "s", date, call_type=kind, interval_seconds=60 if kind == "recurring" else None
+    )
     ledger = ledgers()
     answer = await look(ledger, 3)
     if date in NOT_DUE:
@@ -938,8 +1129,15 @@ async def test_any_date_is_claimed_or_waited_for(
         assert answer.next_in == pytest.approx(86_400.0)
         return
     (claimed,) = answer.claims
-    assert claimed.lateness > 1e9 and claimed.lag > 1e9 and not claimed.moved and resolve_move(claimed) is None
-    assert claimed.missed == (0 if kind != "recurring" else pytest.approx(claimed.lateness / 60, rel=0.01))
+    assert (
+        claimed.lateness > 1e9
+        and claimed.lag > 1e9
+        and not claimed.moved
+        and resolve_move(claimed) is None
+    )
+    assert claimed.missed == (
+        0 if kind != "recurring" else pytest.approx(claimed.lateness / 60, rel=0.01)
+    )
     verdict = Next(2, After(60.0)) if kind == "recurring" else FIRED
     assert isinstance(await settle(ledger, claimed, verdict), Settled)
     assert [m[1] for m in await marks(db, id)] == ["answered"]
@@ -956,21 +1154,29 @@ async def test_old_rows_without_a_right_interval_fail_with_their_reason(
     ledger = ledgers()
     claimed = await claim_one(ledger)
     found = before_call(claimed, 3)
-    assert isinstance(found, Malformed) and "interval_seconds" in found.reason and claimed.missed == 0
+    assert (
+        isinstance(found, Malformed) and "interval_seconds" in found.reason and claimed.missed == 0
+    )
     assert await settle(ledger, claimed, Finish("failed", found.reason), found) == Settled("failed")
     row = await recall(db, id)
-    assert (row["status"], row["reason"]) == ("failed", found.reason) and row["ended_at"] is not None
+    assert (row["status"], row["reason"]) == ("failed", found.reason) and row[
+        "ended_at"
+    ] is not None
 
 
 @pytest.mark.parametrize("interval", [None, 0, -5])
-async def test_a_recall_that_could_only_loop_is_refused(interval: int | None, app: Application) -> None:
+async def test_a_recall_that_could_only_loop_is_refused(
+    interval: int | None, app: Application
+) -> None:
     """The insert of a recurring recall without a right interval fails, in words that the application can't take for "has one already"."""
     await app.create_session("s", "ann")
     with pytest.raises(asyncpg.CheckViolationError) as refused:
         await app.schedule("s", "recurring", FAR, "on and on", interval_seconds=interval)
     words = f"{refused.value} {refused.value.detail} {refused.value.hint}".lower()
     assert "interval_seconds" in words and "unique" not in words and "duplicate" not in words
-    await app.schedule("s", "once", FAR, "an interval means nothing here", interval_seconds=interval)
+    await app.schedule(
+        "s", "once", FAR, "an interval means nothing here", interval_seconds=interval
+    )
 
 
 # --- the bell --------------------------------------------------------------------------------------------------------
@@ -1010,7 +1216,9 @@ async def test_an_insert_rings_within_the_horizon(
     """What is due within a minute rings, once, with an empty payload; what is further off costs the inserter nothing."""
 
     async def insert() -> None:
-        await put(db, "s", due, call_type=kind, interval_seconds=60 if kind == "recurring" else None)
+        await put(
+            db, "s", due, call_type=kind, interval_seconds=60 if kind == "recurring" else None
+        )
 
     assert await rings(database, insert) == ([""] if heard else [])
 
@@ -1040,10 +1248,18 @@ async def test_an_update_rings_where_it_makes_due_earlier(
     assert await rings(database, update) == ([""] if heard else [])
 
 
-@pytest.mark.parametrize("change", ["status = 'pending'", "status = 'pending', paused_at = null"], ids=["revived", "resumed"])
+@pytest.mark.parametrize(
+    "change",
+    ["status = 'pending'", "status = 'pending', paused_at = null"],
+    ids=["revived", "resumed"],
+)
 async def test_what_waits_again_rings(change: str, db: Connection, database: str) -> None:
     """A recall that was over or held back, and is live and due again, rings."""
-    before = {"status": "cancelled"} if change == "status = 'pending'" else {"paused_at": datetime.now(UTC)}
+    before = (
+        {"status": "cancelled"}
+        if change == "status = 'pending'"
+        else {"paused_at": datetime.now(UTC)}
+    )
     await put(db, "s", **before)
 
     async def update() -> None:
@@ -1062,7 +1278,14 @@ async def test_what_waits_again_rings(change: str, db: Connection, database: str
         ("update session_recalls set trigger_at = now() - interval '1 hour'", False),
         ("update session_recalls set trigger_at = 'infinity'", False),
     ],
-    ids=["cancelled", "marked fired", "deleted", "its session deleted", "moved earlier", "moved later"],
+    ids=[
+        "cancelled",
+        "marked fired",
+        "deleted",
+        "its session deleted",
+        "moved earlier",
+        "moved later",
+    ],
 )
 async def test_the_end_of_a_leased_recall_rings(
     change: str, heard: bool, db: Connection, database: str, ledgers: Ledgers
@@ -1093,7 +1316,9 @@ async def test_an_insert_that_is_rolled_back_is_silent(db: Connection, database:
     assert await rings(database, act) == []
 
 
-async def test_the_worker_itself_is_silent(db: Connection, app: Application, database: str, ledgers: Ledgers) -> None:
+async def test_the_worker_itself_is_silent(
+    db: Connection, app: Application, database: str, ledgers: Ledgers
+) -> None:
     """Claims, renewals, looks, placings and settles of every kind ring nobody: NOTIFY takes a lock that spans the database."""
     for n in range(6):
         await put(db, f"s{n}", -100.0 - n, call_type="recurring", interval_seconds=10)
@@ -1114,8 +1339,13 @@ async def test_the_worker_itself_is_silent(db: Connection, app: Application, dat
         leases = {c.id: c.lease for c in claims}
         assert set((await ledger.renew(leases)).values()) == {"renewed"}
         assert await ledger.check_leases(leases) == {}
-        answers = await ledger.settle([(ending(c, o), v) for c, (v, o) in zip(claims, verdicts, strict=True)])
-        assert [a.status for a in answers if isinstance(a, Settled)] == ["pending"] * 4 + ["fired", "cancelled"]
+        answers = await ledger.settle(
+            [(ending(c, o), v) for c, (v, o) in zip(claims, verdicts, strict=True)]
+        )
+        assert [a.status for a in answers if isinstance(a, Settled)] == ["pending"] * 4 + [
+            "fired",
+            "cancelled",
+        ]
 
     assert await rings(database, work) == []
 
@@ -1138,7 +1368,9 @@ async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
     assert await rings(database, act) == [""]
 
 
-async def test_a_skip_across_a_change_of_clocks(database: str, db: Connection, ledgers: Ledgers) -> None:
+async def test_a_skip_across_a_change_of_clocks(
+    database: str, db: Connection, ledgers: Ledgers
+) -> None:
     """A day is a day also where the database's own zone has one of 23 hours in between: the application skipped one occurrence."""
     name = conninfo_to_dict(database)["dbname"]
     await db.execute(f"alter database {name} set timezone = 'Europe/Berlin'".encode())
@@ -1147,14 +1379,19 @@ async def test_a_skip_across_a_change_of_clocks(database: str, db: Connection, l
         ("autumn", "2025-10-25 11:00Z", "2025-10-26 11:00Z"),
     ):
         await put(db, id, id=id, call_type="recurring", interval_seconds=86_400)
-        await db.execute("update session_recalls set planned_at = %s, trigger_at = %s where id = %s", (planned, moved, id))
+        await db.execute(
+            "update session_recalls set planned_at = %s, trigger_at = %s where id = %s",
+            (planned, moved, id),
+        )
     claims = await claim(ledgers())
     assert {claim.id: cadence.skipped(claim) for claim in claims} == {"spring": 1, "autumn": 1}
     assert all(claim.claimed_at.tzinfo is UTC for claim in claims)
 
 
 @pytest.mark.usefixtures("settled_in")
-async def test_an_ended_lease_behind_much_that_waits_is_asked_for(db: Connection, ledgers: Ledgers) -> None:
+async def test_an_ended_lease_behind_much_that_waits_is_asked_for(
+    db: Connection, ledgers: Ledgers
+) -> None:
     """A claim that takes no ended leases is quicker, and so the usual one. Whether there are any is then said, also where the rows that wait for
     their sessions' runs are too many to see it."""
     dead, living = ledgers(), ledgers()
@@ -1166,7 +1403,9 @@ async def test_an_ended_lease_behind_much_that_waits_is_asked_for(db: Connection
             await put(db, session, -1000.0, status="running")
             await claim(living, take_expired=False)
             await put(db, session, -999.0)
-        await db.execute("update session_recalls set lease_until = now() + interval '1 hour' where lease is not null")
+        await db.execute(
+            "update session_recalls set lease_until = now() + interval '1 hour' where lease is not null"
+        )
         await expire(db, ended)
         claimed = await living.claim(5)
         ahead = await living.next_due(claimed_at=claimed.asked_at)

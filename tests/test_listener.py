@@ -169,7 +169,10 @@ async def test_a_process_that_stood_still(database: str) -> None:
         def ring() -> None:
             time.sleep(room.SELF_TEST_STEP + 0.3)
             # The last one may find the database gone, and the test over.
-            with contextlib.suppress(psycopg.Error), psycopg.connect(database, autocommit=True) as conn:
+            with (
+                contextlib.suppress(psycopg.Error),
+                psycopg.connect(database, autocommit=True) as conn,
+            ):
                 conn.execute("select pg_notify(%s, '')", [channel])
 
         threading.Thread(target=ring).start()
@@ -180,14 +183,20 @@ async def test_a_process_that_stood_still(database: str) -> None:
         assert heard.told == ["listener.listening"] and bell.state == "listening"
 
 
-async def test_it_connects_as_soon_as_postgresql_answers(database: str, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_connects_as_soon_as_postgresql_answers(
+    database: str, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While PostgreSQL is away its pauses grow; whoever finds it answering says so, and it does not sit the pause out."""
     heard = Heard()
     async with Proxy(database) as proxy, listening(proxy.dsn, echo, heard) as bell:
-        monkeypatch.setattr(random, "uniform", lambda least, most: most * 1000 if most > 0.05 else least)
+        monkeypatch.setattr(
+            random, "uniform", lambda least, most: most * 1000 if most > 0.05 else least
+        )
         proxy.cut()
         await heard.until(lambda: "listener.lost" in heard.told)
         rings = heard.rings
         proxy.heal()
         bell.recheck()
-        await heard.until(lambda: heard.told.count("listener.listening") == 2 and heard.rings > rings)
+        await heard.until(
+            lambda: heard.told.count("listener.listening") == 2 and heard.rings > rings
+        )

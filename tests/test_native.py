@@ -16,7 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.protocols.contract import address, header_key, read, retry_after, same_origin, signature
+from recall_worker.protocols.contract import (
+    address,
+    header_key,
+    read,
+    retry_after,
+    same_origin,
+    signature,
+)
 from recall_worker.protocols.http import LIMIT, Answer
 from recall_worker.protocols.native import accepted, body
 from recall_worker.recall import (
@@ -41,10 +48,14 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 """What a text column can hold."""
 
 
-def answer(status: int, content: bytes | str = b"", *, truncated: bool = False, **headers: str) -> Answer:
+def answer(
+    status: int, content: bytes | str = b"", *, truncated: bool = False, **headers: str
+) -> Answer:
     """An answer as the wire gives it; `retry_after="5"` becomes the header Retry-After."""
     fields = {name.replace("_", "-").title(): value for name, value in headers.items()}
-    return Answer(status, fields, content.encode() if isinstance(content, str) else content, truncated)
+    return Answer(
+        status, fields, content.encode() if isinstance(content, str) else content, truncated
+    )
 
 
 # --- the address ----------------------------------------------------------------------------------------------------
@@ -70,8 +81,13 @@ def answer(status: int, content: bytes | str = b"", *, truncated: bool = False, 
 )
 def test_address(session: str, place: str) -> None:
     """A session's id stays in its place in the address, in the path as in the query."""
-    assert address("http://a/sessions/{session_id}/run", session) == f"http://a/sessions/{place}/run"
-    assert address("http://a/run?session={session_id}&x=1", session) == f"http://a/run?session={place}&x=1"
+    assert (
+        address("http://a/sessions/{session_id}/run", session) == f"http://a/sessions/{place}/run"
+    )
+    assert (
+        address("http://a/run?session={session_id}&x=1", session)
+        == f"http://a/run?session={place}&x=1"
+    )
 
 
 def test_an_address_without_the_placeholder() -> None:
@@ -87,7 +103,9 @@ def test_no_session_leaves_its_place(session: str) -> None:
     assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("http", "a:1", "x=1", "")
     *_, empty, sessions, place, run = ["", *parts.path.split("/")]
     assert (empty, sessions, run) == ("", "sessions", "run")
-    assert unquote(place) == session and place.isascii() and (place.isprintable() and " " not in place)
+    assert (
+        unquote(place) == session and place.isascii() and (place.isprintable() and " " not in place)
+    )
 
 
 # --- the key --------------------------------------------------------------------------------------------------------
@@ -131,7 +149,14 @@ def test_keys_stay_apart_in_the_header(one: str, other: str) -> None:
 def test_body() -> None:
     """The body is the document that DESIGN promises, and nothing else; times are RFC 3339 in UTC."""
     when = datetime(2026, 3, 1, 13, 30, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
-    claim = claim_with(call_type="recurring", interval=60, occurrence=7, scheduled_for=when, missed=2, message="read the inbox")
+    claim = claim_with(
+        call_type="recurring",
+        interval=60,
+        occurrence=7,
+        scheduled_for=when,
+        missed=2,
+        message="read the inbox",
+    )
     assert json.loads(body(claim)) == {
         "session_id": "s1",
         "user_message": "read the inbox",
@@ -244,11 +269,18 @@ def test_retry_after_in_seconds(said: str, seconds: float | None) -> None:
     ("ahead", "seconds"),
     [(0, 0.0), (90, 90.0), (86_400, 86_400.0), (10**7, 86_400.0), (-5, 0.0), (-(10**9), 0.0)],
 )
-@pytest.mark.parametrize("clock", [datetime(2001, 9, 9, tzinfo=UTC), datetime(2040, 1, 1, tzinfo=UTC)], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    "clock",
+    [datetime(2001, 9, 9, tzinfo=UTC), datetime(2040, 1, 1, tzinfo=UTC)],
+    ids=["slow", "fast"],
+)
 def test_retry_after_as_a_date(clock: datetime, ahead: int, seconds: float) -> None:
     """A date counts from the server's own clock, however wrong that is; one that has passed means at once."""
     then = clock + timedelta(seconds=ahead)
-    headers = {"Retry-After": format_datetime(then, usegmt=True), "Date": format_datetime(clock, usegmt=True)}
+    headers = {
+        "Retry-After": format_datetime(then, usegmt=True),
+        "Date": format_datetime(clock, usegmt=True),
+    }
     assert retry_after(headers) == seconds
 
 
@@ -296,7 +328,10 @@ ANSWERS = [
     (answer(200, HTML), Misconfigured),
     (answer(200, "pong", content_type="text/plain"), Misconfigured),
     (answer(200, b"\x1f\x8b\x08\x00"), Misconfigured),
-    (answer(200, HTML + b" " * (LIMIT - len(HTML)), truncated=True, content_type="text/html"), Misconfigured),
+    (
+        answer(200, HTML + b" " * (LIMIT - len(HTML)), truncated=True, content_type="text/html"),
+        Misconfigured,
+    ),
     (answer(200, '{"status": "fai', content_type=JSON), Unknown),
     (answer(200, b"\xff\xfe{", content_type=JSON), Unknown),
     (answer(200, "[" * 200_000, content_type="application/problem+json"), Unknown),
@@ -318,17 +353,25 @@ ANSWERS = [
     (answer(410), Refused),
     (answer(410, '{"code": "gone"}'), Refused),
     *((answer(status), Misconfigured) for status in (401, 403, 405, 407)),
-    *((answer(status, location="https://elsewhere/"), Misconfigured) for status in (301, 302, 303, 307, 308)),
+    *(
+        (answer(status, location="https://elsewhere/"), Misconfigured)
+        for status in (301, 302, 303, 307, 308)
+    ),
     (answer(304), Misconfigured),
     *((answer(status), Unavailable) for status in (408, 425, 429, 503)),
     *((answer(status), Unknown) for status in (500, 501, 502, 504, 505, 520, 599)),
-    *((answer(status), Refused) for status in (400, 402, 406, 411, 412, 413, 414, 415, 418, 422, 431, 451, 499)),
+    *(
+        (answer(status), Refused)
+        for status in (400, 402, 406, 411, 412, 413, 414, 415, 418, 422, 431, 451, 499)
+    ),
     *((answer(status), Unknown) for status in (100, 199, 600, 999)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("given_answer", "kind"), ANSWERS, ids=[f"{a.status} {a.body[:40]!r} {kind.__name__}" for a, kind in ANSWERS]
+    ("given_answer", "kind"),
+    ANSWERS,
+    ids=[f"{a.status} {a.body[:40]!r} {kind.__name__}" for a, kind in ANSWERS],
 )
 def test_read(given_answer: Answer, kind: type[Outcome]) -> None:
     """Each answer is the outcome that DESIGN's table names; it tells its HTTP status, and why where it is not as it should be."""
@@ -345,7 +388,13 @@ def test_who_is_asked_to_come_back_later(status: int) -> None:
     """Busy and Unavailable carry what the API said of when; so does a date."""
     outcome = read(answer(status, retry_after="7"))
     assert isinstance(outcome, Busy | Unavailable) and outcome.retry_after == 7.0
-    dated = read(answer(status, retry_after="Sun, 01 Mar 2026 12:00:30 GMT", date="Sun, 01 Mar 2026 12:00:00 GMT"))
+    dated = read(
+        answer(
+            status,
+            retry_after="Sun, 01 Mar 2026 12:00:30 GMT",
+            date="Sun, 01 Mar 2026 12:00:00 GMT",
+        )
+    )
     assert isinstance(dated, Busy | Unavailable) and dated.retry_after == 30.0
     silent = read(answer(status))
     assert isinstance(silent, Busy | Unavailable) and silent.retry_after is None
@@ -385,7 +434,9 @@ def test_a_redirect_says_where_to() -> None:
 
 def test_reasons_are_short() -> None:
     """An API that explains itself at length is cut."""
-    long = json.dumps({"status": "failed", "error": "x" * 100_000, "detail": {"code": "x" * 100_000}})
+    long = json.dumps(
+        {"status": "failed", "error": "x" * 100_000, "detail": {"code": "x" * 100_000}}
+    )
     for status in (200, 404, 409, 422, 500, 503):
         assert len(reason_of(read(answer(status, long))) or "") < 400
 
@@ -402,10 +453,21 @@ def test_reasons_are_short() -> None:
     truncated=st.booleans(),
 )  # fmt: skip
 @settings(deadline=None, max_examples=300)
-def test_any_answer_is_some_outcome(status: int, content: bytes, content_type: str, truncated: bool) -> None:
+def test_any_answer_is_some_outcome(
+    status: int, content: bytes, content_type: str, truncated: bool
+) -> None:
     """Reading never raises, gives one of the outcomes of a call, and never says Answered to anything but a 2xx."""
     outcome = read(answer(status, content, truncated=truncated, content_type=content_type))
-    assert name_of(outcome) in {"answered", "busy", "gone", "misconfigured", "unavailable", "unknown", "failed", "refused"}
+    assert name_of(outcome) in {
+        "answered",
+        "busy",
+        "gone",
+        "misconfigured",
+        "unavailable",
+        "unknown",
+        "failed",
+        "refused",
+    }
     if isinstance(outcome, Answered | Failed):
         assert 200 <= status < 300
 
@@ -414,14 +476,18 @@ def test_any_answer_is_some_outcome(status: int, content: bytes, content_type: s
     st.sampled_from([200, 201, 202]),
     st.one_of(
         st.text(st.characters(), max_size=20),
-        st.sampled_from(["\ud800", "a\udfffb", "..", ".", "/", "r" * 3000, "é" * 900, "\0", "a\r\nb"]),
+        st.sampled_from(
+            ["\ud800", "a\udfffb", "..", ".", "/", "r" * 3000, "é" * 900, "\0", "a\r\nb"]
+        ),
     ),
     st.one_of(st.none(), st.text(st.characters(exclude_characters="\r\n\0"), max_size=20)),
 )
 def test_whatever_names_an_accepted_run(status: int, run_id: str, location: str | None) -> None:
     """JSON can hold texts that are none, and texts without end: a run is followed on the endpoint's own origin, below its address, or is Unknown."""
     headers = {} if location is None else {"Location": location}
-    said = Answer(status, headers, json.dumps({"run_id": run_id, "status": "running"}).encode(), False)
+    said = Answer(
+        status, headers, json.dumps({"run_id": run_id, "status": "running"}).encode(), False
+    )
     match accepted(said, "http://a:1/sessions/s/run?x=1"):
         case Accepted(reference):
             assert same_origin("http://a:1/sessions/s/run?x=1", reference) == reference

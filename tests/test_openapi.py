@@ -31,7 +31,15 @@ from .test_recall import claim_with
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "openapi.yaml"
 TOKEN = "secret"
-EVERY_CLIENT_SENDS = {"host", "accept", "accept-encoding", "user-agent", "content-type", "content-length", "authorization"}
+EVERY_CLIENT_SENDS = {
+    "host",
+    "accept",
+    "accept-encoding",
+    "user-agent",
+    "content-type",
+    "content-length",
+    "authorization",
+}
 
 HOOKS = """
 from itertools import count
@@ -74,13 +82,21 @@ def test_answers_are_read_as_documented(document: dict[str, Any], run: dict[str,
     """Each answer, with each of its examples, is to the native protocol what the document says; every outcome is explained."""
     said = set()
     for status, response in run["responses"].items():
-        examples = response.get("content", {}).get("application/json", {}).get("examples", {"none": {"value": {"code": "x"}}})
+        examples = (
+            response.get("content", {})
+            .get("application/json", {})
+            .get("examples", {"none": {"value": {"code": "x"}}})
+        )
         for name, example in examples.items():
             headers = {"Location": "/runs/r"} if status == "202" else {}
             answer = Answer(int(status), headers, json.dumps(example["value"]).encode(), False)
             outcome = name_of(accepted(answer, "http://a/run") or read(answer))
             wanted = (
-                "misconfigured" if (status, name) == ("404", "none") else "failed" if name == "failed" else response["x-outcome"]
+                "misconfigured"
+                if (status, name) == ("404", "none")
+                else "failed"
+                if name == "failed"
+                else response["x-outcome"]
             )
             assert outcome == wanted, (status, name)
             assert wanted in document["info"]["x-outcomes"]
@@ -91,7 +107,11 @@ def test_answers_are_read_as_documented(document: dict[str, Any], run: dict[str,
 def test_final_words_are_those_of_the_code(document: dict[str, Any]) -> None:
     """A status that ends a run is the same word in the document and in the code."""
     schemas = document["components"]["schemas"]
-    assert set(schemas["Ended"]["properties"]["status"]["enum"]) == set(FINAL_WORDS) > set(FAILED_WORDS)
+    assert (
+        set(schemas["Ended"]["properties"]["status"]["enum"])
+        == set(FINAL_WORDS)
+        > set(FAILED_WORDS)
+    )
     assert set(schemas["Running"]["properties"]["status"]["not"]["enum"]) == set(FINAL_WORDS)
 
 
@@ -108,8 +128,16 @@ async def test_the_workers_request_is_the_documented_one(
     schema = {"$ref": "#/components/schemas/Request", "components": document["components"]}
     Draft202012Validator(schema).validate(request.document)
     named = document["components"]["schemas"]
-    assert request.document.keys() == named["Request"]["properties"].keys() == set(named["Request"]["required"])
-    assert request.document["recall"].keys() == named["Recall"]["properties"].keys() == set(named["Recall"]["required"])
+    assert (
+        request.document.keys()
+        == named["Request"]["properties"].keys()
+        == set(named["Request"]["required"])
+    )
+    assert (
+        request.document["recall"].keys()
+        == named["Recall"]["properties"].keys()
+        == set(named["Recall"]["required"])
+    )
     documented = {p["name"].lower() for p in run["parameters"] if p.get("in") == "header"}
     assert request.headers.keys() - EVERY_CLIENT_SENDS == documented
 
@@ -117,7 +145,9 @@ async def test_the_workers_request_is_the_documented_one(
 @asynccontextmanager
 async def served(*options: str) -> AsyncIterator[str]:
     """The reference API as a process; its base URL."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | {"RECALL_RUN_TOKEN": TOKEN}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | {
+        "RECALL_RUN_TOKEN": TOKEN
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -146,7 +176,9 @@ async def served(*options: str) -> AsyncIterator[str]:
             await process.wait()
 
 
-async def schemathesis(base: str, folder: Path, examples: int, document: Path = DOCUMENT, *options: str) -> tuple[int, str]:
+async def schemathesis(
+    base: str, folder: Path, examples: int, document: Path = DOCUMENT, *options: str
+) -> tuple[int, str]:
     """Schemathesis against an API; its exit status and what it says."""
     (folder / "contract_hooks.py").write_text(HOOKS)
     process = await asyncio.create_subprocess_exec(
@@ -165,7 +197,9 @@ async def schemathesis(base: str, folder: Path, examples: int, document: Path = 
 
 CASES = [
     pytest.param(["--run-seconds", "0"], {"completed"}, id="answers when the run has ended"),
-    pytest.param(["--run-seconds", "0.05", "--accept-after", "0"], {"completed", "cancelled"}, id="accepts"),
+    pytest.param(
+        ["--run-seconds", "0.05", "--accept-after", "0"], {"completed", "cancelled"}, id="accepts"
+    ),
 ]
 
 
@@ -173,7 +207,9 @@ async def _holds(options: list[str], ends: set[str], folder: Path, examples: int
     async with served(*options) as base:
         status, said = await schemathesis(base, folder, examples)
         assert status == 0, said[-4000:]
-        async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
+        async with httpx.AsyncClient(
+            base_url=base, headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as http:
             runs = (await http.get("/runs")).json()
     # How many of the drawn requests are runs is chance; that many were is what makes the check one.
     assert len(runs) >= examples // 3, "the requests were such as are run"
@@ -181,7 +217,9 @@ async def _holds(options: list[str], ends: set[str], folder: Path, examples: int
 
 
 @pytest.mark.parametrize(("options", "ends"), CASES)
-async def test_the_reference_api_keeps_the_document(options: list[str], ends: set[str], tmp_path: Path) -> None:
+async def test_the_reference_api_keeps_the_document(
+    options: list[str], ends: set[str], tmp_path: Path
+) -> None:
     """No request that schemathesis makes of the document, valid or not, gets an answer that the document does not have."""
     await _holds(options, ends, tmp_path, 5)
 
@@ -189,17 +227,23 @@ async def test_the_reference_api_keeps_the_document(options: list[str], ends: se
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("options", "ends"), CASES)
-async def test_the_reference_api_keeps_the_document_at_length(options: list[str], ends: set[str], tmp_path: Path) -> None:
+async def test_the_reference_api_keeps_the_document_at_length(
+    options: list[str], ends: set[str], tmp_path: Path
+) -> None:
     """The same with a hundred examples for each operation."""
     await _holds(options, ends, tmp_path, 100)
 
 
-async def test_what_is_not_in_the_document_is_caught(document: dict[str, Any], tmp_path: Path) -> None:
+async def test_what_is_not_in_the_document_is_caught(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
     """Schemathesis finds what is to be found: without its row for 422 the document is not what the reference API does."""
     less = copy.deepcopy(document)
     del less["paths"]["/sessions/{session_id}/run"]["post"]["responses"]["422"]
     (tmp_path / "less.yaml").write_text(yaml.safe_dump(less))
     async with served("--run-seconds", "0") as base:
-        status, said = await schemathesis(base, tmp_path, 1, tmp_path / "less.yaml", "--phases", "coverage")
+        status, said = await schemathesis(
+            base, tmp_path, 1, tmp_path / "less.yaml", "--phases", "coverage"
+        )
     assert status == 1, said[-4000:]
     assert "[422]" in said and "undocumented" in said.lower(), said[-4000:]

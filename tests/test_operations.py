@@ -140,12 +140,21 @@ Table = Mapping[str, Mapping[str, Cell]]
 
 
 def table(text: str) -> Table:
-    head, *lines = [[cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines()]
+    head, *lines = [
+        [cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines()
+    ]
     assert tuple(line[0] for line in lines) == STATES
-    return {operation: {line[0]: Cell.read(line[at]) for line in lines} for at, operation in enumerate(head) if at}
+    return {
+        operation: {line[0]: Cell.read(line[at]) for line in lines}
+        for at, operation in enumerate(head)
+        if at
+    }
 
 
-COMMANDS, STATEMENTS = {**table(ENDING_AND_SKIPPING), **table(HOLDING_AND_MOVING)}, table(APPLICATION)
+COMMANDS, STATEMENTS = (
+    {**table(ENDING_AND_SKIPPING), **table(HOLDING_AND_MOVING)},
+    table(APPLICATION),
+)
 
 # --- the stage -------------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,11 @@ class Scene:
         row = await self.row()
         if row is None:
             return "gone"
-        return "paused" if row["paused_at"] is not None and row["status"] in ("pending", "running") else str(row["status"])
+        return (
+            "paused"
+            if row["paused_at"] is not None and row["status"] in ("pending", "running")
+            else str(row["status"])
+        )
 
     async def until(self, query: str, *values: Any) -> None:
         async with asyncio.timeout(20):
@@ -245,7 +258,11 @@ async def scene(stage: Stage, state: str) -> Scene:
     if state == "missing":
         return here
     recurring = "recurring" in state or state.startswith("paused")
-    called = not state.startswith("waiting") and state not in ("paused", "cancelled", "cancelled, call open")
+    called = not state.startswith("waiting") and state not in (
+        "paused",
+        "cancelled",
+        "cancelled, call open",
+    )
     answers: list[Answer] = [reply()]
     if "in a run" in state or state == "deferred, outside":
         here.gate = Gate()
@@ -260,12 +277,19 @@ async def scene(stage: Stage, state: str) -> Scene:
     stage.endpoint.script(here.session, *answers)
     when = datetime.now(UTC) + (timedelta() if called else HOUR)
     await app.schedule(
-        here.session, "recurring" if recurring else "once", when, "come back", 3600 if recurring else None, id=here.id
+        here.session,
+        "recurring" if recurring else "once",
+        when,
+        "come back",
+        3600 if recurring else None,
+        id=here.id,
     )
     if here.gate is not None:
         await here.gate.entered.wait()
     if "outside" in state:
-        here.newer = await app.schedule(here.session, "once", datetime.now(UTC) + HOUR, "the next one", id=f"{here.id}-newer")
+        here.newer = await app.schedule(
+            here.session, "once", datetime.now(UTC) + HOUR, "the next one", id=f"{here.id}-newer"
+        )
     if state == "deferred, outside":
         assert here.gate is not None
         here.gate.open()
@@ -310,13 +334,27 @@ async def answer(here: Scene, operation: str) -> int:
     raise ValueError(operation)
 
 
-CELLS = [(operation, state, cell) for operation, cells in COMMANDS.items() for state, cell in cells.items()]
-CELLS += [(f"app: {operation}", state, cell) for operation, cells in STATEMENTS.items() for state, cell in cells.items()]
+CELLS = [
+    (operation, state, cell)
+    for operation, cells in COMMANDS.items()
+    for state, cell in cells.items()
+]
+CELLS += [
+    (f"app: {operation}", state, cell)
+    for operation, cells in STATEMENTS.items()
+    for state, cell in cells.items()
+]
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize(("operation", "state", "cell"), CELLS, ids=[f"{operation}-{state}" for operation, state, _ in CELLS])
-async def test_an_operation_in_a_state(operation: str, state: str, cell: Cell, stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("operation", "state", "cell"),
+    CELLS,
+    ids=[f"{operation}-{state}" for operation, state, _ in CELLS],
+)
+async def test_an_operation_in_a_state(
+    operation: str, state: str, cell: Cell, stage: Stage
+) -> None:
     """The cell: what is answered, whether the open call is aborted, what the row becomes, and the keys it fires under from then on."""
     here = await scene(stage, state)
     was = await here.row()
@@ -366,10 +404,13 @@ async def test_all_calls_were_called_for(stage: Stage) -> None:
     await here.until(
         "select 1 where not exists (select from session_recalls where lease is not null and leased_by <> 'elsewhere')"
     )
-    marks = await here.rows("select recall_id, occurrence, rekey, sum(calls)::int as calls from recall_attempts group by 1, 2, 3")
+    marks = await here.rows(
+        "select recall_id, occurrence, rekey, sum(calls)::int as calls from recall_attempts group by 1, 2, 3"
+    )
     asked = {key: stage.endpoint.keys.count(key) for key in set(stage.endpoint.keys)}
     assert asked == {
-        f"{mark['recall_id']}:{mark['occurrence']}" + (f".{mark['rekey']}" if mark["rekey"] else ""): mark["calls"]
+        f"{mark['recall_id']}:{mark['occurrence']}"
+        + (f".{mark['rekey']}" if mark["rekey"] else ""): mark["calls"]
         for mark in marks
     }
     assert not stage.daemon.told("worker.error") and not stage.daemon.told("recall.stranded")
@@ -393,9 +434,13 @@ SEQUENCES = [
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
-    ("state", "operations", "keys"), SEQUENCES, ids=[f"{state}-{' '.join(operations)}" for state, operations, _ in SEQUENCES]
+    ("state", "operations", "keys"),
+    SEQUENCES,
+    ids=[f"{state}-{' '.join(operations)}" for state, operations, _ in SEQUENCES],
 )
-async def test_operations_one_after_the_other(state: str, operations: list[str], keys: list[str], stage: Stage) -> None:
+async def test_operations_one_after_the_other(
+    state: str, operations: list[str], keys: list[str], stage: Stage
+) -> None:
     """A skip is never lost to what an operator does after it, and no key that was called stands for another occurrence."""
     here = await scene(stage, state)
     for operation in operations:
@@ -411,7 +456,10 @@ async def test_operations_one_after_the_other(state: str, operations: list[str],
 async def test_a_retry_of_an_accepted_run_posts_anew(stage: Stage) -> None:
     """What the API had accepted before the cancel is not followed any more: the retry is posted, under its own key."""
     here = await scene(stage, "cancelled")
-    await stage.db.execute("update session_recalls set run_reference = '/runs/7', delivered_at = now() where id = %s", [here.id])
+    await stage.db.execute(
+        "update session_recalls set run_reference = '/runs/7', delivered_at = now() where id = %s",
+        [here.id],
+    )
     assert await answer(here, "retry") == 0
     await here.quiet()
     assert here.keys() == ["1.1"] and await here.status() == "fired"
@@ -467,8 +515,16 @@ class Actor:
         async with asyncio.timeout(20):
             while True:
                 claimed = await look(self.ledger, 5, take_expired=False)
-                moved = [(claim, number) for claim in claimed.claims if (number := resolve_move(claim)) is not None]
-                placed = {claim.lease: claim for claim in await self.ledger.write_moves(moved)} if moved else {}
+                moved = [
+                    (claim, number)
+                    for claim in claimed.claims
+                    if (number := resolve_move(claim)) is not None
+                ]
+                placed = (
+                    {claim.lease: claim for claim in await self.ledger.write_moves(moved)}
+                    if moved
+                    else {}
+                )
                 for claim in claimed.claims:
                     claim = placed.get(claim.lease, claim)
                     if claim.moved:
@@ -476,7 +532,9 @@ class Actor:
                     else:
                         self.claims.append(claim)
                 if self.claims or not claimed.waiting:
-                    return "claimed " + " ".join(f"{c.occurrence}.{c.rekey} attempt {c.attempt}" for c in self.claims)
+                    return "claimed " + " ".join(
+                        f"{c.occurrence}.{c.rekey} attempt {c.attempt}" for c in self.claims
+                    )
 
     async def settle(self, claim: Claim, outcome: Outcome) -> str:
         """Settle as the settler does: judged again where the row was moved, asked again where it is locked."""
@@ -484,10 +542,14 @@ class Actor:
         ending = Ending(claim, outcome, called, 0.001, time.monotonic())
         async with asyncio.timeout(20):
             while True:
-                [settlement] = await self.ledger.settle([(ending, judge(ending, POLICY, lambda: 0.5))])
+                [settlement] = await self.ledger.settle(
+                    [(ending, judge(ending, POLICY, lambda: 0.5))]
+                )
                 match settlement:
                     case Moved(trigger, trigger_at):
-                        ending = dataclasses.replace(ending, claim=claim._replace(trigger=trigger, trigger_at=trigger_at))
+                        ending = dataclasses.replace(
+                            ending, claim=claim._replace(trigger=trigger, trigger_at=trigger_at)
+                        )
                     case Locked():
                         pass
                     case Settled() | Ended() | LeaseLost() | Stranded():
@@ -499,7 +561,13 @@ Act = Callable[[Actor, str], Awaitable[str]]
 
 def operation(name: str) -> Act:
     async def act(actor: Actor, session: str) -> str:
-        values = {"ids": [f"{session}-r"], "session_id": session, "reason": "by hand", "at": None, "after": 1800.0}
+        values = {
+            "ids": [f"{session}-r"],
+            "session_id": session,
+            "reason": "by hand",
+            "at": None,
+            "after": 1800.0,
+        }
         return await actor.operate(name, values)
 
     return act
@@ -531,20 +599,41 @@ async def delete(actor: Actor, session: str) -> str:
 async def schedule(actor: Actor, session: str) -> str:
     """The application asks for another recall, an hour off."""
     try:
-        await actor.app.schedule(session, "once", datetime.now(UTC) + HOUR, "another", id=f"{session}-another")
+        await actor.app.schedule(
+            session, "once", datetime.now(UTC) + HOUR, "another", id=f"{session}-another"
+        )
     except Exception as error:
         return type(error).__name__
     return "scheduled"
 
 
-OPERATIONS = ("cancel", "cancel_session", "skip", "skip_pending", "pause", "resume", "fire", "reschedule")
+OPERATIONS = (
+    "cancel",
+    "cancel_session",
+    "skip",
+    "skip_pending",
+    "pause",
+    "resume",
+    "fire",
+    "reschedule",
+)
 RACES: list[tuple[str, str, Act, str, Act]] = [
-    *((start, name, operation(name), "claim", claim) for name in OPERATIONS for start in ("due", "due paused")),
-    *(("held", name, operation(name), "settle answered", settle(Answered(200))) for name in OPERATIONS),
+    *(
+        (start, name, operation(name), "claim", claim)
+        for name in OPERATIONS
+        for start in ("due", "due paused")
+    ),
+    *(
+        ("held", name, operation(name), "settle answered", settle(Answered(200)))
+        for name in OPERATIONS
+    ),
     *(("held", name, operation(name), "settle busy", settle(Busy(409))) for name in OPERATIONS),
     *(("deferred", name, operation(name), "cancel", cancel) for name in OPERATIONS),
     *(("held", name, operation(name), "delete", delete) for name in OPERATIONS),
-    *(("deferred", name, operation(name), "skip", skip) for name in ("skip", "fire", "reschedule", "pause")),
+    *(
+        ("deferred", name, operation(name), "skip", skip)
+        for name in ("skip", "fire", "reschedule", "pause")
+    ),
     ("deferred", "fire", operation("fire"), "claim", claim),
     ("held once", "reschedule", operation("reschedule"), "settle answered", settle(Answered(200))),
     ("held once", "schedule", schedule, "settle busy", settle(Busy(409))),
@@ -613,7 +702,9 @@ class Arena:
             )
             for row in rows
         ]
-        await db.execute("update session_recalls set paused_at = null where session_id = %s", [session])
+        await db.execute(
+            "update session_recalls set paused_at = null where session_id = %s", [session]
+        )
         keys = []
         for _ in [row for row in rows if row["status"] in ("pending", "running")]:
             await db.execute(TIME_PASSES.encode(), [session])
@@ -652,7 +743,9 @@ async def postgres_connection(dsn: str) -> Connection:
     [(start, act, rival) for start, _, act, _, rival in RACES],
     ids=[f"{start}: {a} x {b}" for start, a, _, b, _ in RACES],
 )
-async def test_a_race_ends_as_some_order_does(start: str, act: Act, rival: Act, rounds: int, arena: Arena) -> None:
+async def test_a_race_ends_as_some_order_does(
+    start: str, act: Act, rival: Act, rounds: int, arena: Arena
+) -> None:
     """Both at once come to what one after the other comes to, in one order or the other: the same answers, rows and next keys."""
     orders = []
     for first_is_act in (True, False):
@@ -667,7 +760,9 @@ async def test_a_race_ends_as_some_order_does(start: str, act: Act, rival: Act, 
         session = await arena.begin(start, arena.other)
         barrier = asyncio.Barrier(2)
 
-        async def at_once(actor: Actor, act: Act, session: str = session, barrier: asyncio.Barrier = barrier) -> str:
+        async def at_once(
+            actor: Actor, act: Act, session: str = session, barrier: asyncio.Barrier = barrier
+        ) -> str:
             await barrier.wait()
             await actor.db.execute("select pg_sleep(%s)", [random.random() * 0.002])
             return await act(actor, session)
@@ -676,7 +771,9 @@ async def test_a_race_ends_as_some_order_does(start: str, act: Act, rival: Act, 
         assert ((one, other), await arena.end(session)) in orders
 
 
-WAITING_FOR_A_LOCK = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+WAITING_FOR_A_LOCK = (
+    "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+)
 
 
 @pytest.mark.parametrize("by", ["the application's SQL", "Recalls"])
@@ -727,7 +824,9 @@ async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
                 if not is_busy:
                     runs.append(held.occurrence)
                 in_hand.clear()
-                assert await actor.settle(held, Busy(409) if is_busy else Answered(200)) == "Settled"
+                assert (
+                    await actor.settle(held, Busy(409) if is_busy else Answered(200)) == "Settled"
+                )
 
     async def skips_some(app: Application, n: int) -> None:
         while not done.is_set():

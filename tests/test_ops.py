@@ -26,7 +26,14 @@ def counted(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def settled(**facts: Any) -> dict[str, Any]:
     """The facts of a settled run."""
-    told = {"outcome": "answered", "verdict": "finish", "status": "fired", "first": True, "lag_ms": 4.0, "lateness_ms": 9.0}
+    told = {
+        "outcome": "answered",
+        "verdict": "finish",
+        "status": "fired",
+        "first": True,
+        "lag_ms": 4.0,
+        "lateness_ms": 9.0,
+    }
     return told | {"duration_ms": 1000.0, "settled_ms": 1.0, "held_ms": 1005.0} | facts
 
 
@@ -35,8 +42,12 @@ def test_of_an_occurrence_the_first_call_is_what_its_owner_waited_for() -> None:
     metrics = Metrics(lambda: VITALS)
     metrics.hear("recall.settled", settled(outcome="unknown", verdict="retry", status="pending"))
     metrics.hear("recall.settled", settled(first=False, lateness_ms=7000.0))
-    assert counted(metrics, "lag_seconds_count") == 2 and counted(metrics, "lag_seconds_sum") == pytest.approx(0.008)
-    assert counted(metrics, "lateness_seconds_count") == 1 and counted(metrics, "lateness_seconds_sum") == pytest.approx(0.009)
+    assert counted(metrics, "lag_seconds_count") == 2 and counted(
+        metrics, "lag_seconds_sum"
+    ) == pytest.approx(0.008)
+    assert counted(metrics, "lateness_seconds_count") == 1 and counted(
+        metrics, "lateness_seconds_sum"
+    ) == pytest.approx(0.009)
     assert counted(metrics, "run_duration_seconds_sum") == pytest.approx(2.0)
 
 
@@ -50,20 +61,47 @@ def test_what_was_fired_early_is_not_late() -> None:
 def test_what_was_never_called() -> None:
     """A run that was given back unsent is settled, and neither an outcome nor late."""
     metrics = Metrics(lambda: VITALS)
-    unsent = {"outcome": None, "verdict": "release", "status": "pending", "settled_ms": 1.0, "held_ms": 2.0}
+    unsent = {
+        "outcome": None,
+        "verdict": "release",
+        "status": "pending",
+        "settled_ms": 1.0,
+        "held_ms": 2.0,
+    }
     metrics.hear("recall.settled", unsent)
     assert counted(metrics, "settles_total", verdict="release", status="pending") == 1
     assert counted(metrics, "lag_seconds_count") == 0
-    assert {s.value for f in metrics.registry.collect() if f.name == "recall_worker_outcomes" for s in f.samples} == {0}
+    assert {
+        s.value
+        for f in metrics.registry.collect()
+        if f.name == "recall_worker_outcomes"
+        for s in f.samples
+    } == {0}
 
 
 def test_events_that_are_for_people() -> None:
     """What only people are told counts nothing, and breaks nothing."""
     metrics = Metrics(lambda: VITALS)
-    before = {(s.name, *s.labels.items()): s.value for f in metrics.registry.collect() for s in f.samples if "recall" in s.name}
-    for event in ("worker.started", "recall.moved", "listener.listening", "ops.listening", "database.found"):
+    before = {
+        (s.name, *s.labels.items()): s.value
+        for f in metrics.registry.collect()
+        for s in f.samples
+        if "recall" in s.name
+    }
+    for event in (
+        "worker.started",
+        "recall.moved",
+        "listener.listening",
+        "ops.listening",
+        "database.found",
+    ):
         metrics.hear(event, {})
-    after = {(s.name, *s.labels.items()): s.value for f in metrics.registry.collect() for s in f.samples if "recall" in s.name}
+    after = {
+        (s.name, *s.labels.items()): s.value
+        for f in metrics.registry.collect()
+        for s in f.samples
+        if "recall" in s.name
+    }
     assert before == after
 
 
@@ -72,7 +110,10 @@ async def test_a_loop_that_does_not_turn() -> None:
     worker = SimpleNamespace(turned_at=time.monotonic() - STANDSTILL - 5, schema=None, backlog=None)
     pages = Pages(cast(Worker, worker), Metrics(lambda: VITALS))
     answer = await pages.livez(ASKED)
-    assert (answer.status, answer.text) == (503, f"the claim loop has not turned for {STANDSTILL + 5:.0f} s\n")
+    assert (answer.status, answer.text) == (
+        503,
+        f"the claim loop has not turned for {STANDSTILL + 5:.0f} s\n",
+    )
     worker.turned_at = time.monotonic()
     assert (await pages.livez(ASKED)).status == 200
 
@@ -106,7 +147,9 @@ async def test_many_ask_at_once_and_postgresql_is_asked_once() -> None:
     assert [await eager.answer() for _ in range(3)] == [2, 3, 4]
 
 
-@pytest.mark.parametrize("error", [DatabaseUnavailable("gone"), StatementRejected("permission denied", "42501")])
+@pytest.mark.parametrize(
+    "error", [DatabaseUnavailable("gone"), StatementRejected("permission denied", "42501")]
+)
 async def test_trouble_is_an_answer(error: Exception) -> None:
     """An outage or a refusal is told, and asked about again later."""
 

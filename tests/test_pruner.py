@@ -82,7 +82,9 @@ async def over(db: Connection, id: str, status: str, days: float, **columns: Any
 async def left(db: Connection) -> tuple[set[str], set[str]]:
     """The ids of the recalls, and of the recalls of which there are marks."""
     recalls = {row["id"] for row in await rows(db, "select id from session_recalls")}
-    return recalls, {row["recall_id"] for row in await rows(db, "select recall_id from recall_attempts")}
+    return recalls, {
+        row["recall_id"] for row in await rows(db, "select recall_id from recall_attempts")
+    }
 
 
 async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> None:
@@ -93,7 +95,11 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
     await over(db, "live", "pending", 100)
     await over(db, "outside", "running", 100)
     await over(db, "paused", "pending", 100, paused_at="2020-01-01")
-    for id, status, until in (("leased", "pending", 1), ("called", "cancelled", 1), ("died", "cancelled", -1)):
+    for id, status, until in (
+        ("leased", "pending", 1),
+        ("called", "cancelled", 1),
+        ("died", "cancelled", -1),
+    ):
         await over(db, id, status, 100)
         await db.execute(
             "update session_recalls set lease = gen_random_uuid(), lease_until = now() + %s * interval '1 day', leased_by = 'w' where id = %s",
@@ -103,11 +109,29 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
     replica = replicas("fired=7d,failed=90d,calls=50d")
     wait = await replica.look()
     assert replica.pruned == [
-        {"fired": 2, "cancelled": 0, "failed": 1, "calls": 6, "took_s": replica.pruned[0]["took_s"], "whole": True}
+        {
+            "fired": 2,
+            "cancelled": 0,
+            "failed": 1,
+            "calls": 6,
+            "took_s": replica.pruned[0]["took_s"],
+            "whole": True,
+        }
     ]
     recalls, marks = await left(db)
-    assert {"fired8", "fired100", "failed100"} == ({f"{s}{d}" for s in KEPT[:3] for d in (1, 8, 100)} - recalls)
-    assert {"live", "outside", "paused", "leased", "called", "died", "before", "cancelled100"} <= recalls
+    assert {"fired8", "fired100", "failed100"} == (
+        {f"{s}{d}" for s in KEPT[:3] for d in (1, 8, 100)} - recalls
+    )
+    assert {
+        "live",
+        "outside",
+        "paused",
+        "leased",
+        "called",
+        "died",
+        "before",
+        "cancelled100",
+    } <= recalls
     assert {"live", "outside", "paused", "leased"} <= marks and not {
         "before",
         "called",
@@ -152,7 +176,9 @@ async def test_a_replica_that_fell_silent(db: Connection, replicas: Replicas) ->
     assert await first.ledger.take_turn(3600) is not None
 
 
-async def test_shorter_retentions_need_not_wait_for_longer_ones(db: Connection, replicas: Replicas) -> None:
+async def test_shorter_retentions_need_not_wait_for_longer_ones(
+    db: Connection, replicas: Replicas
+) -> None:
     """A pause that was made for a month's retention does not hold a worker up that is to keep for an hour."""
     month, hour = replicas("30d"), replicas("1h")
     await month.look()
@@ -171,7 +197,9 @@ async def test_two_at_once(db: Connection, replicas: Replicas) -> None:
     assert sum(facts["fired"] for replica in crowd for facts in replica.pruned) == 20
 
 
-async def test_what_the_application_holds_is_left(db: Connection, database: str, replicas: Replicas) -> None:
+async def test_what_the_application_holds_is_left(
+    db: Connection, database: str, replicas: Replicas
+) -> None:
     """A transaction of the application's that stays open on rows that are over holds nothing up; the rows go the next time."""
     for n in range(10):
         await over(db, f"r{n}", "fired", 40)
@@ -186,7 +214,9 @@ async def test_what_the_application_holds_is_left(db: Connection, database: str,
     assert (await left(db))[0] == set()
 
 
-async def test_a_table_that_is_locked(db: Connection, database: str, replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_table_that_is_locked(
+    db: Connection, database: str, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DDL holds the table: the pruner waits for a moment, lets go, and tries again. It does not call that a defect."""
     monkeypatch.setattr(pruning, "LOCKED_PAUSE", 0.01)
     await over(db, "r", "fired", 40)
@@ -207,10 +237,14 @@ async def test_a_table_that_is_locked(db: Connection, database: str, replicas: R
         looking = asyncio.create_task(replica.look())
         await refused.wait()
     await looking
-    assert [event for event, _ in replica.told] == ["rows.pruned"] and replica.pruned[0]["fired"] == 1
+    assert [event for event, _ in replica.told] == ["rows.pruned"] and replica.pruned[0][
+        "fired"
+    ] == 1
 
 
-async def test_a_stop_ends_a_walk(db: Connection, replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_ends_a_walk(
+    db: Connection, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that begins to drain ends with the batch that it is at, says how far it came, and leaves its turn to the others."""
     monkeypatch.setattr(sweeping, "ROWS", 1)
     monkeypatch.setattr(pruning, "START_WITHIN", 0.0)
@@ -243,7 +277,9 @@ async def test_not_while_postgresql_is_lost(db: Connection, replicas: Replicas) 
     assert replica.pruned[0]["fired"] == 1
 
 
-async def test_a_connection_only_while_pruning(db: Connection, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_only_while_pruning(
+    db: Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The pruner's connection is gone when it is done: a replica has no more than it had."""
     monkeypatch.setattr(pruning, "START_WITHIN", 0.0)
     replica = Replica(database, "w0", "30d")

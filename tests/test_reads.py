@@ -69,12 +69,17 @@ class Desk:
         status: str = "pending",
         **columns: Any,
     ) -> None:
-        self.conn.execute(RECALL.encode(), {"id": id, "session": session, "due": due, "call_type": call_type, "status": status})
+        self.conn.execute(
+            RECALL.encode(),
+            {"id": id, "session": session, "due": due, "call_type": call_type, "status": status},
+        )
         self.change(id, **columns)
 
     def change(self, id: str = "r", **columns: Any) -> None:
         for name, value in columns.items():
-            self.conn.execute(f"update session_recalls set {name} = %s where id = %s".encode(), [value, id])
+            self.conn.execute(
+                f"update session_recalls set {name} = %s where id = %s".encode(), [value, id]
+            )
 
     def worker(
         self,
@@ -85,7 +90,13 @@ class Desk:
         breaker: str = "closed",
         settings: str = '{"lease": 60, "poll_interval": 30}',
     ) -> None:
-        values = {"worker": worker, "slots": slots, "silent": silent, "breaker": breaker, "settings": settings}
+        values = {
+            "worker": worker,
+            "slots": slots,
+            "silent": silent,
+            "breaker": breaker,
+            "settings": settings,
+        }
         self.conn.execute(WORKER.encode(), values)
 
     def lease(self, id: str = "r", worker: str = "w", left: float = 60) -> None:
@@ -101,8 +112,17 @@ class Desk:
         ago: float = 60,
         late: float = 0.01,
     ) -> None:
-        values = {"id": id, "occurrence": occurrence, "attempt": attempt, "outcome": outcome, "calls": calls, "late": late}
-        self.conn.execute(MARK.encode(), values | {"at": datetime.now(UTC) - timedelta(seconds=ago)})
+        values = {
+            "id": id,
+            "occurrence": occurrence,
+            "attempt": attempt,
+            "outcome": outcome,
+            "calls": calls,
+            "late": late,
+        }
+        self.conn.execute(
+            MARK.encode(), values | {"at": datetime.now(UTC) - timedelta(seconds=ago)}
+        )
 
     def why(self, id: str = "r") -> str:
         said = operate(self.dsn, "why", id)
@@ -148,7 +168,13 @@ def slots_taken_in_two(desk: Desk) -> None:
 
 
 def busy(desk: Desk) -> None:
-    desk.recall(due=30, deferrals=5, last_outcome="busy", reason="the session is busy (HTTP 409)", begun_at=datetime.now(UTC))
+    desk.recall(
+        due=30,
+        deferrals=5,
+        last_outcome="busy",
+        reason="the session is busy (HTTP 409)",
+        begun_at=datetime.now(UTC),
+    )
     desk.mark(calls=5)
 
 
@@ -158,20 +184,33 @@ def busy_once(desk: Desk) -> None:
 
 
 def deferred_for_two_reasons(desk: Desk) -> None:
-    desk.recall(due=30, deferrals=5, attempt=1, last_outcome="busy", reason="the session is busy (HTTP 409)")
+    desk.recall(
+        due=30, deferrals=5, attempt=1, last_outcome="busy", reason="the session is busy (HTTP 409)"
+    )
     desk.mark(attempt=1, outcome="unknown")
     desk.mark(attempt=2, outcome="busy", calls=2)
     desk.mark(attempt=2, outcome="unavailable", calls=3)
 
 
 def never_connected(desk: Desk) -> None:
-    desk.recall(due=30, deferrals=4, last_outcome="unavailable", reason="no connection", begun_at=datetime.now(UTC) - HOUR)
+    desk.recall(
+        due=30,
+        deferrals=4,
+        last_outcome="unavailable",
+        reason="no connection",
+        begun_at=datetime.now(UTC) - HOUR,
+    )
     desk.mark(outcome="unavailable", calls=4)
     desk.conn.execute("update recall_attempts set called_at = null, last_called_at = null")
 
 
 def held_back(desk: Desk) -> None:
-    desk.recall(due=30, deferrals=2, last_outcome="capped", reason="its session had 20 runs within an hour, and may have 20")
+    desk.recall(
+        due=30,
+        deferrals=2,
+        last_outcome="capped",
+        reason="its session had 20 runs within an hour, and may have 20",
+    )
 
 
 def to_be_retried(desk: Desk) -> None:
@@ -190,7 +229,12 @@ def in_a_run(desk: Desk) -> None:
 
 
 def accepted(desk: Desk) -> None:
-    desk.recall(last_outcome="accepted", run_reference="/runs/7", delivered_at=datetime.now(UTC), reason="from before")
+    desk.recall(
+        last_outcome="accepted",
+        run_reference="/runs/7",
+        delivered_at=datetime.now(UTC),
+        reason="from before",
+    )
     desk.lease()
 
 
@@ -292,7 +336,12 @@ def silent_worker(desk: Desk) -> None:
 
 
 def failed(desk: Desk) -> None:
-    desk.recall(status="failed", ended_at=datetime.now(UTC), reason="HTTP 422: no such tool", last_outcome="refused")
+    desk.recall(
+        status="failed",
+        ended_at=datetime.now(UTC),
+        reason="HTTP 422: no such tool",
+        last_outcome="refused",
+    )
 
 
 def fired(desk: Desk) -> None:
@@ -392,8 +441,14 @@ WHY = [
     (not_due, rf"Not due until {DATE} \(in 60 min\)\."),
     (moved, rf"Not due until {DATE} \(in 3 h\), where it was moved\."),
     (waits, rf"Due since {DATE} \(\d s ago\), and waits to be claimed\."),
-    (slots_taken, rf"Due since {DATE} \(\d s ago\), but all slots are taken: 1 of 1 in the one live worker\."),
-    (slots_taken_in_two, rf"Due since {DATE} \(\d s ago\), but all slots are taken: 1 of 1 in 2 live workers\."),
+    (
+        slots_taken,
+        rf"Due since {DATE} \(\d s ago\), but all slots are taken: 1 of 1 in the one live worker\.",
+    ),
+    (
+        slots_taken_in_two,
+        rf"Due since {DATE} \(\d s ago\), but all slots are taken: 1 of 1 in 2 live workers\.",
+    ),
     (
         busy,
         rf"Not due until {DATE} \(in \d+ s\); deferred, busy 5 times since {DATE}, the last time {DATE}: the session is busy \(HTTP 409\)\.",
@@ -407,8 +462,14 @@ WHY = [
         never_connected,
         rf"Not due until .*; deferred, unavailable 4 times since {DATE}, the last time {DATE}: no connection\.",
     ),
-    (held_back, r"Not due until .*; deferred 2 times: its session had 20 runs within an hour, and may have 20\."),
-    (to_be_retried, rf"Not due until {DATE} \(in \d s\); its last call ended as unknown: HTTP 502\."),
+    (
+        held_back,
+        r"Not due until .*; deferred 2 times: its session had 20 runs within an hour, and may have 20\.",
+    ),
+    (
+        to_be_retried,
+        rf"Not due until {DATE} \(in \d s\); its last call ended as unknown: HTTP 502\.",
+    ),
     (next_occurrence, rf"Not due until {DATE} \(in 60 min\)\."),
     (in_a_run, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
@@ -424,26 +485,41 @@ WHY = [
         lease_ended_of_nobody,
         r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another worker takes it up\.",
     ),
-    (sibling_in_a_run, rf"Due since .*, but its session is in a run: recall first since {DATE}, leased by worker w\."),
+    (
+        sibling_in_a_run,
+        rf"Due since .*, but its session is in a run: recall first since {DATE}, leased by worker w\.",
+    ),
     (
         sibling_aborted,
         rf"Due since .*, but its session waits for an aborted call to end: recall first since {DATE}, leased by worker w\.",
     ),
     (sibling_aborted_long_ago, r"Due since .*, and waits to be claimed\."),
-    (sibling_goes_first, r"Due since .*, but recall first of its session is due longer and goes first\."),
+    (
+        sibling_goes_first,
+        r"Due since .*, but recall first of its session is due longer and goes first\.",
+    ),
     (
         sibling_lost_and_paused,
         r"Due since .*, but its session is in a run: recall first .*, whose lease ended \d s ago, which is paused: resume or cancel it\.",
     ),
     (paused, rf"Paused since {DATE}; not due until {DATE} \(in 60 min\)\."),
     (paused_and_due, rf"Paused since {DATE}; due since {DATE} \(\d s ago\)\."),
-    (paused_in_a_run, rf"Paused since {DATE}; in a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
-    (breaker_open, r"Due since .*; the breaker is open in the one live worker: the endpoint is in trouble, and only probed\."),
+    (
+        paused_in_a_run,
+        rf"Paused since {DATE}; in a run since {DATE}: occurrence 1, attempt 1, leased by worker w\.",
+    ),
+    (
+        breaker_open,
+        r"Due since .*; the breaker is open in the one live worker: the endpoint is in trouble, and only probed\.",
+    ),
     (
         breaker_open_in_one,
         r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is in trouble, and only probed\.",
     ),
-    (no_worker, r"Due since .*, and waits to be claimed; no live worker is known: start one with recall-worker run\."),
+    (
+        no_worker,
+        r"Due since .*, and waits to be claimed; no live worker is known: start one with recall-worker run\.",
+    ),
     (silent_worker, r"Due since .*; no live worker is known: start one with recall-worker run\."),
     (failed, rf"Failed since {DATE}: HTTP 422: no such tool\."),
     (fired, rf"Fired since {DATE}\."),
@@ -453,12 +529,17 @@ WHY = [
         cancelled_by_the_application_while_deferred,
         rf"Cancelled by the application since {DATE}; its last call had ended as busy\.",
     ),
-    (being_aborted, rf"Cancelled by the application since {DATE}; its call by worker w is being aborted\."),
+    (
+        being_aborted,
+        rf"Cancelled by the application since {DATE}; its call by worker w is being aborted\.",
+    ),
     (at_the_end_of_time, r"Not due until 999[78]-\d\d-\d\d .* \(in \d+ d\)\."),
 ]
 
 
-@pytest.mark.parametrize(("situation", "sentence"), WHY, ids=[situation.__name__ for situation, _ in WHY])
+@pytest.mark.parametrize(
+    ("situation", "sentence"), WHY, ids=[situation.__name__ for situation, _ in WHY]
+)
 def test_why(situation: Any, sentence: str, desk: Desk) -> None:
     """One sentence, the first cause first, with its evidence; --json carries the same sentence and what it rests on."""
     desk.worker()
@@ -491,11 +572,13 @@ async def test_why_of_a_real_daemon(
     assert re.search(deferred, said[-1]), said
     await gate.entered.wait()
     assert re.fullmatch(
-        rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker {daemon.name}\.", why(database, "long")
+        rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker {daemon.name}\.",
+        why(database, "long"),
     )
     await app.schedule("long", "once", datetime.now(UTC), "next", id="next")
     assert re.search(
-        rf"but its session is in a run: recall long since {DATE}, leased by worker {daemon.name}\.$", why(database, "next")
+        rf"but its session is in a run: recall long since {DATE}, leased by worker {daemon.name}\.$",
+        why(database, "next"),
     )
     endpoint.script("busy", reply(503))
     endpoint.default = reply(503)
@@ -503,7 +586,9 @@ async def test_why_of_a_real_daemon(
         await app.schedule(session, "once", datetime.now(UTC), "now", id=session)
     await daemon.hears("breaker.opened")
     async with asyncio.timeout(20):
-        while not await (await db.execute("select 1 from recall_workers where breaker = 'open'")).fetchall():
+        while not await (
+            await db.execute("select 1 from recall_workers where breaker = 'open'")
+        ).fetchall():
             await db.execute("select pg_sleep(0.01)")
     assert "the breaker is open in the one live worker" in why(database, "bad")
     gate.open()
@@ -560,7 +645,9 @@ LISTS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "found"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
+@pytest.mark.parametrize(
+    ("words", "found"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS]
+)
 def test_list(words: list[str], found: str, shelf: Desk) -> None:
     """Newest trigger first, ties by id; by session, by owner, by status, in pages, and all of it at once."""
     assert "".join(ids(shelf.dsn, *words)) == found
@@ -602,7 +689,12 @@ def test_list_says_when_there_may_be_more(shelf: Desk) -> None:
 def test_show(desk: Desk) -> None:
     """A recall with all that is known of it, and every call in order, deferrals folded into one that counts them."""
     desk.recall(
-        call_type="recurring", occurrence=2, attempt=1, deferrals=3, last_outcome="busy", reason="the session is busy (HTTP 409)"
+        call_type="recurring",
+        occurrence=2,
+        attempt=1,
+        deferrals=3,
+        last_outcome="busy",
+        reason="the session is busy (HTTP 409)",
     )
     desk.change(internal_comment="asked on Monday", paused_at=datetime.now(UTC))
     desk.mark(occurrence=1, attempt=1, outcome="answered", ago=4000)
@@ -611,10 +703,19 @@ def test_show(desk: Desk) -> None:
     said = operate(desk.dsn, "show", "r")
     facts, _, calls = said.out.partition("\n\n")
     shown = dict(re.split(r"  +", line, maxsplit=1) for line in facts.splitlines())
-    assert shown["recall"] == "r" and shown["session"] == "s" and shown["type"] == "every 1h" and shown["status"] == "pending"
+    assert (
+        shown["recall"] == "r"
+        and shown["session"] == "s"
+        and shown["type"] == "every 1h"
+        and shown["status"] == "pending"
+    )
     assert shown["occurrence"] == "2 (attempt 1, deferred 3 times)"
     assert shown["reason"] == "the session is busy (HTTP 409)" and shown["last outcome"] == "busy"
-    assert shown["comment"] == "asked on Monday" and re.fullmatch(DATE, shown["paused"]) and "ended" not in shown
+    assert (
+        shown["comment"] == "asked on Monday"
+        and re.fullmatch(DATE, shown["paused"])
+        and "ended" not in shown
+    )
     assert [line.split()[:4] for line in calls.splitlines()[1:]] == [
         ["1", "1", "answered", "1"], ["2", "1", "unknown", "1"], ["2", "2", "busy", "3"],
     ]  # fmt: skip
@@ -642,7 +743,14 @@ def test_show_of_a_long_message(desk: Desk) -> None:
     said = operate(desk.dsn, "show", "r")
     assert len(said.out) < 5000 and "… (5,000,000 characters)" in said.out
     assert len(operate(desk.dsn, "list").out) < 2000
-    assert len(operate(desk.dsn, "show", "r", "--json").document["recall"]["additional_context_message"]) == 5_000_000
+    assert (
+        len(
+            operate(desk.dsn, "show", "r", "--json").document["recall"][
+                "additional_context_message"
+            ]
+        )
+        == 5_000_000
+    )
 
 
 # --- workers and stats -----------------------------------------------------------------------------------------------
@@ -651,7 +759,11 @@ def test_show_of_a_long_message(desk: Desk) -> None:
 def test_workers(desk: Desk) -> None:
     """Who is about and who has fallen silent, with the runs that each has in hand by its leases."""
     desk.worker("w1", slots=5)
-    desk.worker("w2", breaker="open", settings='{"lease": 30, "poll_interval": 30, "run_url": "http://elsewhere/"}')
+    desk.worker(
+        "w2",
+        breaker="open",
+        settings='{"lease": 30, "poll_interval": 30, "run_url": "http://elsewhere/"}',
+    )
     desk.worker("w3", silent=600)
     for n, worker in enumerate(("w1", "w1", "w3")):
         desk.recall(f"r{n}", session=("s", "t", "z")[n])
@@ -659,12 +771,28 @@ def test_workers(desk: Desk) -> None:
     desk.conn.execute("update recall_workers set bell = 'deaf' where worker in ('w2', 'w3')")
     said = operate(desk.dsn, "workers")
     head, *lines = said.out.splitlines()
-    assert head.split() == ["WORKER", "STATE", "SEEN", "RUNS", "BREAKER", "BELL", "SINCE", "VERSION", "LEASE", "POLL"]
+    assert head.split() == [
+        "WORKER",
+        "STATE",
+        "SEEN",
+        "RUNS",
+        "BREAKER",
+        "BELL",
+        "SINCE",
+        "VERSION",
+        "LEASE",
+        "POLL",
+    ]
     told = {line.split()[0]: line for line in lines}
-    assert re.search(r" alive .* 2/5  closed +listening ", told["w1"]) and re.search(r" alive .* 0/3  open +unheard ", told["w2"])
+    assert re.search(r" alive .* 2/5  closed +listening ", told["w1"]) and re.search(
+        r" alive .* 0/3  open +unheard ", told["w2"]
+    )
     assert re.search(r" silent +10 min ago +1/3 ", told["w3"])
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
-    assert "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: recall-worker doctor\n" in said.err
+    assert (
+        "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: recall-worker doctor\n"
+        in said.err
+    )
     assert "differ in run_url: None, http://elsewhere/\n" in said.err
     document = operate(desk.dsn, "workers", "--json").document
     assert {row["worker"]: (row["alive"], row["leases"]) for row in document} == {
@@ -701,7 +829,11 @@ def test_workers_with_strange_settings(settings: str, desk: Desk) -> None:
     desk.worker("w1")
     desk.recall(due=-1)
     said = operate(desk.dsn, "workers")
-    assert said.status == 0 and {line.split()[0] for line in said.out.splitlines()} == {"WORKER", "odd", "w1"}
+    assert said.status == 0 and {line.split()[0] for line in said.out.splitlines()} == {
+        "WORKER",
+        "odd",
+        "w1",
+    }
     assert said.out.isascii() and "\x1b" not in said.out + said.err
     told = operate(desk.dsn, "workers", "--json")
     assert {row["worker"] for row in told.document} == {"odd", "w1"} and "Infinity" not in told.out
@@ -717,7 +849,11 @@ def test_workers_with_strange_settings(settings: str, desk: Desk) -> None:
     ):
         said = operate(desk.dsn, *words)
         assert said.status in ((0, 1) if words[0] == "doctor" else (0,)), said.err
-    [found] = [check for check in said.document["checks"] if check["check"] == "workers" and " alive, " in check["seen"]]
+    [found] = [
+        check
+        for check in said.document["checks"]
+        if check["check"] == "workers" and " alive, " in check["seen"]
+    ]
     assert found["seen"].startswith("2 alive, ")
 
 
@@ -726,7 +862,9 @@ def test_workers_with_strange_words(name: str, desk: Desk) -> None:
     """The same for texts that a hand wrote: empty, long, or such as steer a terminal."""
     for n, text in enumerate(("", "x" * 10_000, "\x1b[2J\n%s", "{}")):
         desk.worker(f"odd{n}")
-        desk.conn.execute(f"update recall_workers set {name} = %s where worker = %s".encode(), [text, f"odd{n}"])
+        desk.conn.execute(
+            f"update recall_workers set {name} = %s where worker = %s".encode(), [text, f"odd{n}"]
+        )
     desk.recall(due=-1)
     desk.recall("held", "t")
     desk.lease("held", "")
@@ -750,7 +888,9 @@ def test_stats_of_times_that_are_none(desk: Desk) -> None:
     for n, column in enumerate(("called_at", "scheduled_for")):
         for sign in ("", "-"):
             desk.mark(f"m{n}{sign}")
-            desk.conn.execute(f"update recall_attempts set {column} = '{sign}infinity' where recall_id = 'm{n}{sign}'".encode())
+            desk.conn.execute(
+                f"update recall_attempts set {column} = '{sign}infinity' where recall_id = 'm{n}{sign}'".encode()
+            )
     desk.mark("good", late=0.5)
     assert operate(desk.dsn, "stats").status == 0
     late = operate(desk.dsn, "stats", "--json").document["lateness_last_hour"]
@@ -797,7 +937,10 @@ def test_stats(shelf: Desk) -> None:
     assert late["p50"] == pytest.approx(0.02, abs=0.01)
     assert said["workers"] == {"alive": 2, "slots": 8, "breakers_open": 1}
     out = operate(shelf.dsn, "stats").out
-    assert "waiting     2, the next due 5 s ago\n  overdue   1\n  deferred  1\npaused      1\nin a run    1 of 8 slots\n" in out
+    assert (
+        "waiting     2, the next due 5 s ago\n  overdue   1\n  deferred  1\npaused      1\nin a run    1 of 8 slots\n"
+        in out
+    )
     assert "workers     2 alive, breaker open in 1 of them\n" in out
     assert "last hour   7 busy, 4 answered\n" in out
 
@@ -811,7 +954,11 @@ def test_stats_of_nothing(database: str) -> None:
         and said["lateness_last_hour"]["occurrences"] == 0
     )
     out = operate(database, "stats").out
-    assert "workers     none alive\n" in out and "last hour   no calls\n" in out and "lateness" not in out
+    assert (
+        "workers     none alive\n" in out
+        and "last hour   no calls\n" in out
+        and "lateness" not in out
+    )
 
 
 def test_stats_with_dates_at_the_ends_of_time(desk: Desk) -> None:
@@ -824,8 +971,15 @@ def test_stats_with_dates_at_the_ends_of_time(desk: Desk) -> None:
     desk.mark("a")
     desk.conn.execute("update recall_attempts set scheduled_for = '-infinity'")
     said = operate(desk.dsn, "stats", "--json").document
-    assert said["live"]["next_due"] == "0001-01-02T00:00:00.000000Z" and said["live"]["overdue"] == 1
-    assert operate(desk.dsn, "stats").status == operate(desk.dsn, "list").status == operate(desk.dsn, "show", "a").status == 0
+    assert (
+        said["live"]["next_due"] == "0001-01-02T00:00:00.000000Z" and said["live"]["overdue"] == 1
+    )
+    assert (
+        operate(desk.dsn, "stats").status
+        == operate(desk.dsn, "list").status
+        == operate(desk.dsn, "show", "a").status
+        == 0
+    )
 
 
 # --- prune -----------------------------------------------------------------------------------------------------------
@@ -833,7 +987,9 @@ def test_stats_with_dates_at_the_ends_of_time(desk: Desk) -> None:
 
 def left(desk: Desk) -> tuple[str, list[tuple[str, int]]]:
     recalls = "".join(row["id"] for row in rows_of(desk.dsn))
-    marks = desk.conn.execute("select recall_id, occurrence from recall_attempts order by 1, 2").fetchall()
+    marks = desk.conn.execute(
+        "select recall_id, occurrence from recall_attempts order by 1, 2"
+    ).fetchall()
     return recalls, [(mark["recall_id"], mark["occurrence"]) for mark in marks]
 
 
@@ -844,7 +1000,9 @@ def store(desk: Desk) -> Desk:
     for id, status in (("a", "fired"), ("b", "cancelled"), ("c", "failed")):
         desk.recall(id, status=status, ended_at=old, updated_at=datetime.now(UTC))
     desk.recall("d", status="fired", ended_at=young, updated_at=old)
-    desk.recall("e", due=-40 * 86_400, updated_at=old, created_at=old, occurrence=2, call_type="recurring")
+    desk.recall(
+        "e", due=-40 * 86_400, updated_at=old, created_at=old, occurrence=2, call_type="recurring"
+    )
     desk.recall("f", status="cancelled", updated_at=old)
     desk.recall("g", status="cancelled", updated_at=young)
     desk.recall("h", status="running", updated_at=old, ended_at=old)
@@ -871,22 +1029,42 @@ def test_prune(store: Desk) -> None:
     marks of occurrences that are not over yet.
     """
     said = operate(store.dsn, "prune", "--older-than", "30d", "--yes")
-    assert (said.status, said.out, said.err) == (0, "", "Deleted 5 recalls and the marks of 4 calls.\n")
+    assert (said.status, said.out, said.err) == (
+        0,
+        "",
+        "Deleted 5 recalls and the marks of 4 calls.\n",
+    )
     assert left(store) == ("deghi", [("d", 1), ("e", 2), ("gone", 2), ("h", 1)])
-    assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {"recalls": 0, "calls": 0}
+    assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {
+        "recalls": 0,
+        "calls": 0,
+    }
 
 
 def test_prune_of_a_status(store: Desk) -> None:
     """With --status, recalls in that status only, and no marks."""
     marks = left(store)[1]
-    said = operate(store.dsn, "prune", "--older-than", "30d", "--status", "fired", "--status", "failed", "--yes", "--json")
+    said = operate(
+        store.dsn,
+        "prune",
+        "--older-than",
+        "30d",
+        "--status",
+        "fired",
+        "--status",
+        "failed",
+        "--yes",
+        "--json",
+    )
     assert said.document == {"recalls": 2, "calls": 0}
     assert left(store) == ("bdefghij", marks)
 
 
 def test_prune_by_status(store: Desk) -> None:
     """With --keep each status goes by its own time, marks by theirs, and a status that is not named stays."""
-    said = operate(store.dsn, "prune", "--keep", "fired=10d,failed=50d,calls=30d", "--yes", "--json")
+    said = operate(
+        store.dsn, "prune", "--keep", "fired=10d,failed=50d,calls=30d", "--yes", "--json"
+    )
     assert said.document == {"recalls": 2, "calls": 4}
     assert left(store)[0] == "bcefghij"
 
@@ -904,7 +1082,10 @@ def test_prune_in_batches(store: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the batches are, the same goes and the same stays."""
     monkeypatch.setattr(sweeping, "PAGES", 1)
     monkeypatch.setattr(sweeping, "ROWS", 1)
-    assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {"recalls": 5, "calls": 4}
+    assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {
+        "recalls": 5,
+        "calls": 4,
+    }
     assert left(store) == ("deghi", [("d", 1), ("e", 2), ("gone", 2), ("h", 1)])
 
 
@@ -930,7 +1111,9 @@ def test_prune_asks(store: Desk) -> None:
     """Without --yes it asks, and nothing goes where nobody says yes."""
     before = left(store)
     said = operate(store.dsn, "prune", "--older-than", "30d", "--status", "fired")
-    assert said.status == 1 and "Delete fired recalls that ended more than 30d ago? [y/N]" in said.err
+    assert (
+        said.status == 1 and "Delete fired recalls that ended more than 30d ago? [y/N]" in said.err
+    )
     assert left(store) == before
     assert operate(store.dsn, "prune", "--older-than", "30d", stdin="y\n").status == 0
     assert left(store) != before
@@ -1053,7 +1236,9 @@ def planned(
     """The plan by which PostgreSQL did it, of which nothing stays, and how many milliseconds it took at best."""
     statement = statements.load(file)[name]
     with conn.transaction(force_rollback=True):
-        found = conn.execute(f"explain (analyze, timing off, format json) {statement}".encode(), values).fetchone()
+        found = conn.execute(
+            f"explain (analyze, timing off, format json) {statement}".encode(), values
+        ).fetchone()
     took = []
     for _ in range(3):
         began = time.perf_counter()
@@ -1071,7 +1256,10 @@ def check(dsn: str, asked: Sequence[tuple[str, str, dict[str, Any]]], most: floa
         for file, name, values in asked:
             plan, ms = planned(conn, file, name, values)
             seen = {n.get("Relation Name") for n in nodes(plan) if n["Node Type"] == "Seq Scan"}
-            rows = max((n["Actual Rows"] + n.get("Rows Removed by Filter", 0)) * n["Actual Loops"] for n in nodes(plan))
+            rows = max(
+                (n["Actual Rows"] + n.get("Rows Removed by Filter", 0)) * n["Actual Loops"]
+                for n in nodes(plan)
+            )
             print(
                 f"{file}.{name:22} {ms:8.2f} ms  {rows:9.0f} rows  { ({k: v for k, v in values.items() if v is not None and v != ONE.get(k)})!s:.70}"
             )
@@ -1094,7 +1282,9 @@ def test_a_million_rows(server: str, template: str) -> None:
         check(dsn, ASKED, 600)
         check(dsn, COUNTING, 1_100_000)
         with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
-            print(f"reads.stats_recalls          {planned(conn, 'reads', 'stats_recalls', {})[1]:8.2f} ms")
+            print(
+                f"reads.stats_recalls          {planned(conn, 'reads', 'stats_recalls', {})[1]:8.2f} ms"
+            )
         for words in (
             ["why", "live5"], ["show", "old5"], ["list"], ["list", "--user", "few"], ["list", "--user", "many"], ["list", "--user", "deep"],
             ["list", "--session", "s1004"], ["list", "--status", "failed"], ["stats"], ["workers"],

@@ -92,7 +92,9 @@ def test_every_outcome_has_a_sample() -> None:
     assert len(OUTCOMES) == len(get_args(Outcome))
 
 
-@pytest.mark.parametrize("union", [Outcome, Verdict, When, Settlement], ids=["outcome", "verdict", "when", "settlement"])
+@pytest.mark.parametrize(
+    "union", [Outcome, Verdict, When, Settlement], ids=["outcome", "verdict", "when", "settlement"]
+)
 def test_unions_are_closed_over_frozen_dataclasses(union: object) -> None:
     """Each member of a union is a frozen dataclass with slots, and no member is a kind of another: a match is unambiguous."""
     members = get_args(union)
@@ -126,18 +128,30 @@ def test_key(changes: dict[str, Any], key: str) -> None:
 
 def test_key_is_the_same_for_each_attempt() -> None:
     """Neither the attempt, nor the deferrals, nor the lease, nor the time of the claim are in the key."""
-    later = claim_with(attempt=3, deferrals=9, lease=UUID(int=2), lateness=900.0, begun_age=80.0, taken_from="w2", missed=4)
+    later = claim_with(
+        attempt=3,
+        deferrals=9,
+        lease=UUID(int=2),
+        lateness=900.0,
+        begun_age=80.0,
+        taken_from="w2",
+        missed=4,
+    )
     assert later.key == claim_with().key
 
 
-@pytest.mark.parametrize(("call_type", "recurring"), [("once", False), ("immediate", False), ("recurring", True)])
+@pytest.mark.parametrize(
+    ("call_type", "recurring"), [("once", False), ("immediate", False), ("recurring", True)]
+)
 def test_recurring(call_type: str, recurring: bool) -> None:
     """Of the call types only `recurring` recurs."""
     assert claim_with(call_type=call_type).recurring is recurring
     assert call_type in recall.CALL_TYPES
 
 
-@pytest.mark.parametrize("by", [timedelta(microseconds=1), timedelta(microseconds=-1), timedelta(days=400)], ids=str)
+@pytest.mark.parametrize(
+    "by", [timedelta(microseconds=1), timedelta(microseconds=-1), timedelta(days=400)], ids=str
+)
 def test_moved(by: timedelta) -> None:
     """A claim is moved exactly if `trigger_at` is another than the worker last wrote, by a microsecond or by a year."""
     assert claim_with(trigger_at=NOON + by).moved
@@ -174,5 +188,13 @@ def test_reason_of(outcome: Outcome) -> None:
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=name_of)
 def test_http_status_of(outcome: Outcome) -> None:
     """An outcome tells the HTTP status where there was an answer, and None where there was none."""
-    answered = {"answered": 200, "accepted": 202, "busy": 409, "gone": 404, "misconfigured": 404, "failed": 200, "refused": 422}
+    answered = {
+        "answered": 200,
+        "accepted": 202,
+        "busy": 409,
+        "gone": 404,
+        "misconfigured": 404,
+        "failed": 200,
+        "refused": 422,
+    }
     assert http_status_of(outcome) == answered.get(name_of(outcome))

@@ -56,15 +56,30 @@ class Client:
         self.url, self.http = url, http
         self.base = url.partition("/sessions/")[0]
 
-    async def run(self, session: str = "s", key: str = "r:1", message: str = "work", **changes: Any) -> httpx.Response:
-        content = changes.get("content", json.dumps(document(changes.get("named", session), message)).encode())
+    async def run(
+        self, session: str = "s", key: str = "r:1", message: str = "work", **changes: Any
+    ) -> httpx.Response:
+        content = changes.get(
+            "content", json.dumps(document(changes.get("named", session), message)).encode()
+        )
         headers = {"Idempotency-Key": key} | changes.get("headers", {})
         return await self.http.post(address(self.url, session), content=content, headers=headers)
 
 
 def document(session: str, message: str) -> dict[str, Any]:
-    recall = {"id": "r", "call_type": "once", "occurrence": 1, "scheduled_for": "2027-01-31T09:00:00Z", "missed": 0}
-    return {"session_id": session, "user_message": message, "system_message": f"[Scheduled recall] {message}", "recall": recall}
+    recall = {
+        "id": "r",
+        "call_type": "once",
+        "occurrence": 1,
+        "scheduled_for": "2027-01-31T09:00:00Z",
+        "missed": 0,
+    }
+    return {
+        "session_id": session,
+        "user_message": message,
+        "system_message": f"[Scheduled recall] {message}",
+        "recall": recall,
+    }
 
 
 def outcome(response: httpx.Response) -> str:
@@ -87,32 +102,76 @@ async def api(agent: Agent) -> AsyncIterator[ReferenceAPI]:
 @pytest.fixture
 async def client(api: ReferenceAPI) -> AsyncIterator[Client]:
     url = await api.start()
-    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=DEADLINE) as http:
+    async with httpx.AsyncClient(
+        headers={"Authorization": f"Bearer {TOKEN}"}, timeout=DEADLINE
+    ) as http:
         yield Client(url, http)
 
 
 @pytest.mark.parametrize(
     ("call", "status", "says", "reads"),
     [
-        pytest.param({}, 200, {"status": "completed", "output": "did work"}, "answered", id="a run"),
         pytest.param(
-            {"message": "break"}, 200, {"status": "failed", "error": "RuntimeError: a tool broke"}, "failed", id="a failed run"
+            {}, 200, {"status": "completed", "output": "did work"}, "answered", id="a run"
         ),
-        pytest.param({"session": "missing-1"}, 404, {"code": "session_not_found"}, "gone", id="no such session"),
         pytest.param(
-            {"headers": {"Authorization": "Bearer other"}}, 401, {"code": "unauthorized"}, "misconfigured", id="another token"
+            {"message": "break"},
+            200,
+            {"status": "failed", "error": "RuntimeError: a tool broke"},
+            "failed",
+            id="a failed run",
         ),
-        pytest.param({"headers": {"Authorization": ""}}, 401, {"code": "unauthorized"}, "misconfigured", id="no token"),
+        pytest.param(
+            {"session": "missing-1"},
+            404,
+            {"code": "session_not_found"},
+            "gone",
+            id="no such session",
+        ),
+        pytest.param(
+            {"headers": {"Authorization": "Bearer other"}},
+            401,
+            {"code": "unauthorized"},
+            "misconfigured",
+            id="another token",
+        ),
+        pytest.param(
+            {"headers": {"Authorization": ""}},
+            401,
+            {"code": "unauthorized"},
+            "misconfigured",
+            id="no token",
+        ),
         pytest.param({"content": b"{"}, 400, {"code": "malformed"}, "refused", id="no JSON"),
-        pytest.param({"content": b"[" * 100_000}, 400, {"code": "malformed"}, "refused", id="absurdly deep JSON"),
+        pytest.param(
+            {"content": b"[" * 100_000},
+            400,
+            {"code": "malformed"},
+            "refused",
+            id="absurdly deep JSON",
+        ),
         pytest.param({"content": b"[]"}, 422, {"code": "invalid"}, "refused", id="no object"),
-        pytest.param({"content": b'{"session_id": "s"}'}, 422, {"code": "invalid"}, "refused", id="half of it"),
-        pytest.param({"named": "other"}, 422, {"code": "invalid"}, "refused", id="body names another session"),
+        pytest.param(
+            {"content": b'{"session_id": "s"}'},
+            422,
+            {"code": "invalid"},
+            "refused",
+            id="half of it",
+        ),
+        pytest.param(
+            {"named": "other"}, 422, {"code": "invalid"}, "refused", id="body names another session"
+        ),
         pytest.param({"key": ""}, 400, {"code": "key_missing"}, "refused", id="no key"),
     ],
 )
 async def test_answers(
-    client: Client, agent: Agent, api: ReferenceAPI, call: dict[str, Any], status: int, says: dict[str, str], reads: str
+    client: Client,
+    agent: Agent,
+    api: ReferenceAPI,
+    call: dict[str, Any],
+    status: int,
+    says: dict[str, str],
+    reads: str,
 ) -> None:
     """Each kind of request gets its status and code, is read by the worker as DESIGN's table has it, and is counted."""
     response = await client.run(**call)
@@ -151,11 +210,22 @@ async def test_a_recall_that_is_none(client: Client, agent: Agent, change: dict[
 async def test_a_person_keeps_the_session_busy(client: Client, agent: Agent) -> None:
     """While a person chats a run is refused with Retry-After and leaves no word behind; once they have left it is run."""
     chat = f"{client.base}/sessions/s/chat"
-    assert (await client.http.put(chat)).status_code == (await client.http.put(chat)).status_code == 204
+    assert (
+        (await client.http.put(chat)).status_code
+        == (await client.http.put(chat)).status_code
+        == 204
+    )
     refused = await client.run()
-    assert (refused.status_code, refused.json()["code"], refused.headers["Retry-After"]) == (409, "session_busy", "7")
+    assert (refused.status_code, refused.json()["code"], refused.headers["Retry-After"]) == (
+        409,
+        "session_busy",
+        "7",
+    )
     assert outcome(refused) == "busy"
-    assert (await client.http.get(f"{client.base}/sessions/s")).json() == {"busy": True, "messages": []}
+    assert (await client.http.get(f"{client.base}/sessions/s")).json() == {
+        "busy": True,
+        "messages": [],
+    }
     assert (await client.run("other", "q:1")).status_code == 200
     assert (await client.http.delete(chat)).status_code == 204
     assert (await client.run()).json()["status"] == "completed"
@@ -192,7 +262,11 @@ async def test_a_key_while_its_run_goes_on(client: Client, agent: Agent) -> None
     running = asyncio.create_task(client.run(message="wait"))
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
     again = await client.run(message="wait")
-    assert (again.status_code, again.json()["code"], outcome(again)) == (409, "run_in_progress", "busy")
+    assert (again.status_code, again.json()["code"], outcome(again)) == (
+        409,
+        "run_in_progress",
+        "busy",
+    )
     agent.opened.set()
     assert (await running).json()["output"] == "did wait"
     assert agent.runs == ["s"]
@@ -204,14 +278,21 @@ async def test_a_key_after_its_run(client: Client, agent: Agent, message: str) -
     first = await client.run(message=message)
     again = await client.run(message=message)
     assert again.content == first.content
-    assert ("Idempotent-Replayed" in first.headers, again.headers["Idempotent-Replayed"]) == (False, "true")
+    assert ("Idempotent-Replayed" in first.headers, again.headers["Idempotent-Replayed"]) == (
+        False,
+        "true",
+    )
     assert agent.runs == ["s"]
     messages = (await client.http.get(f"{client.base}/sessions/s")).json()["messages"]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant"][: 3 if message == "work" else 2]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"][
+        : 3 if message == "work" else 2
+    ]
     assert messages[0]["content"] == f"[Scheduled recall] {message}"
 
 
-async def test_a_key_also_replays_while_somebody_is_in_the_session(client: Client, api: ReferenceAPI) -> None:
+async def test_a_key_also_replays_while_somebody_is_in_the_session(
+    client: Client, api: ReferenceAPI
+) -> None:
     """What has run is answered from memory, whoever is in the session now."""
     await client.run()
     api.enter("s")
@@ -222,12 +303,18 @@ async def test_a_key_with_another_body(client: Client, agent: Agent) -> None:
     """A key that stands for another request is 422 with a code; under a new key the request is run."""
     await client.run(message="one")
     other = await client.run(message="two")
-    assert (other.status_code, other.json()["code"], outcome(other)) == (422, "key_reused", "refused")
+    assert (other.status_code, other.json()["code"], outcome(other)) == (
+        422,
+        "key_reused",
+        "refused",
+    )
     assert (await client.run(message="two", key="r:1.1")).json()["output"] == "did two"
     assert agent.runs == ["s", "s"]
 
 
-async def test_keys_are_kept_longer_than_anybody_asks(client: Client, api: ReferenceAPI, agent: Agent) -> None:
+async def test_keys_are_kept_longer_than_anybody_asks(
+    client: Client, api: ReferenceAPI, agent: Agent
+) -> None:
     """An answer is forgotten only when its run ended longer ago than workers go on asking."""
     await client.run(key="old:1")
     await client.run(key="new:1")
@@ -262,7 +349,9 @@ async def accepting(agent: Agent) -> AsyncIterator[Client]:
     """A client of an API that accepts every run at once."""
     api = ReferenceAPI(agent, token=TOKEN, retry_after=7, accept_after=0.0)
     url = await api.start()
-    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=DEADLINE) as http:
+    async with httpx.AsyncClient(
+        headers={"Authorization": f"Bearer {TOKEN}"}, timeout=DEADLINE
+    ) as http:
         yield Client(url, http)
     agent.opened.set()
     await api.stop()
@@ -276,12 +365,23 @@ async def test_an_accepted_run(accepting: Client, agent: Agent) -> None:
     taken = accepted(Answer(first.status_code, first.headers, first.content, False), str(first.url))
     assert isinstance(taken, Accepted)
     on = await accepting.http.get(taken.reference)
-    assert (on.status_code, on.json(), on.headers["Retry-After"]) == (200, {"run_id": "r:1", "status": "running"}, "7")
+    assert (on.status_code, on.json(), on.headers["Retry-After"]) == (
+        200,
+        {"run_id": "r:1", "status": "running"},
+        "7",
+    )
     assert isinstance(polled(Answer(on.status_code, on.headers, on.content, False)), StillOn)
 
     again = await accepting.run(message="wait")
-    assert (again.status_code, again.content, again.headers["Location"]) == (202, first.content, first.headers["Location"])
-    assert ("Idempotent-Replayed" in first.headers, again.headers["Idempotent-Replayed"]) == (False, "true")
+    assert (again.status_code, again.content, again.headers["Location"]) == (
+        202,
+        first.content,
+        first.headers["Location"],
+    )
+    assert ("Idempotent-Replayed" in first.headers, again.headers["Idempotent-Replayed"]) == (
+        False,
+        "true",
+    )
     assert (await accepting.run(message="other")).json()["code"] == "key_reused"
     assert (await accepting.run(key="r:2")).json()["code"] == "session_busy"
 
@@ -301,7 +401,10 @@ async def test_a_run_that_ends_in_time_is_not_accepted(agent: Agent) -> None:
     api = ReferenceAPI(agent, accept_after=DEADLINE)
     url = await api.start()
     async with httpx.AsyncClient(timeout=DEADLINE) as http:
-        assert (await Client(url, http).run()).json() == {"status": "completed", "output": "did work"}
+        assert (await Client(url, http).run()).json() == {
+            "status": "completed",
+            "output": "did work",
+        }
     await api.stop()
 
 
@@ -316,11 +419,17 @@ async def test_a_run_is_ended_by_delete(
     run = f"{caller.base}/runs/r%3A1"
     assert [(await caller.http.delete(run)).status_code for _ in range(2)] == [204, 204]
     answer = await calling
-    assert (answer.status_code, answer.json()["status"]) == ((200, "cancelled") if waiting else (202, "running"))
+    assert (answer.status_code, answer.json()["status"]) == (
+        (200, "cancelled") if waiting else (202, "running")
+    )
     over = await caller.http.get(run)
     assert (over.json(), outcome(over)) == ({"run_id": "r:1", "status": "cancelled"}, "failed")
     replayed = await caller.run(message="wait")
-    assert (replayed.status_code, replayed.json(), outcome(replayed)) == (200, {"status": "cancelled"}, "failed")
+    assert (replayed.status_code, replayed.json(), outcome(replayed)) == (
+        200,
+        {"status": "cancelled"},
+        "failed",
+    )
     assert (await caller.http.get(f"{caller.base}/sessions/s")).json()["busy"] is False
     assert agent.runs == ["s"]
 
@@ -338,7 +447,9 @@ async def test_a_run_that_is_over_stays_as_it_ended(client: Client) -> None:
             assert (await stranger.request(method, run)).status_code == 401
 
 
-async def test_the_worker_follows_what_it_accepts(accepting: Client, agent: Agent, app: Application, daemons: Daemons) -> None:
+async def test_the_worker_follows_what_it_accepts(
+    accepting: Client, agent: Agent, app: Application, daemons: Daemons
+) -> None:
     """A real daemon polls an accepted run to its end, and has one ended whose recall is cancelled; each was posted once."""
     daemon = await daemons.start(run_url=accepting.url, run_token=TOKEN)
     for session, message in (("first", "work"), ("second", "wait")):
@@ -352,7 +463,10 @@ async def test_the_worker_follows_what_it_accepts(accepting: Client, agent: Agen
     assert await app.cancel_session("second") == 1
     await daemon.hears("recall.ended", session="second", status="cancelled")
     runs = (await accepting.http.get(f"{accepting.base}/runs")).json()
-    assert {run["session_id"]: run["status"] for run in runs} == {"first": "completed", "second": "cancelled"}
+    assert {run["session_id"]: run["status"] for run in runs} == {
+        "first": "completed",
+        "second": "cancelled",
+    }
     assert sorted(agent.runs) == ["first", "second"]
 
 
@@ -362,7 +476,9 @@ async def test_hostile_keys(accepting: Client, key: str) -> None:
     taken = await accepting.run(key=key, message="wait")
     wire = HttpClient(Settings())
     try:
-        answer = await wire.ask("GET", accepting.base + taken.headers["Location"], {"Authorization": f"Bearer {TOKEN}"})
+        answer = await wire.ask(
+            "GET", accepting.base + taken.headers["Location"], {"Authorization": f"Bearer {TOKEN}"}
+        )
     finally:
         await wire.close()
     assert isinstance(answer, Answer)
@@ -401,7 +517,10 @@ async def test_what_ran(client: Client) -> None:
     await client.run("a", "x:1", "one")
     await client.run("b", "y:1", "break", headers={"Recall-Attempt": "2"})
     shown = (await client.http.get(f"{client.base}/runs")).json()
-    assert [(r["key"], r["session_id"], r["user_message"], r["status"], r["said"], r["attempt"]) for r in shown] == [
+    assert [
+        (r["key"], r["session_id"], r["user_message"], r["status"], r["said"], r["attempt"])
+        for r in shown
+    ] == [
         ("x:1", "a", "one", "completed", "did one", ""),
         ("y:1", "b", "break", "failed", "RuntimeError: a tool broke", "2"),
     ]
@@ -413,7 +532,12 @@ async def test_who_may_ask(client: Client) -> None:
     """Everything but the health wants the token."""
     async with httpx.AsyncClient(base_url=client.base) as stranger:
         assert (await stranger.get("/healthz")).json() == {"status": "ok"}
-        for method, path in (("GET", "/runs"), ("PUT", "/sessions/s/chat"), ("DELETE", "/sessions/s"), ("GET", "/sessions/s")):
+        for method, path in (
+            ("GET", "/runs"),
+            ("PUT", "/sessions/s/chat"),
+            ("DELETE", "/sessions/s"),
+            ("GET", "/sessions/s"),
+        ):
             assert (await stranger.request(method, path)).status_code == 401
 
 
@@ -427,7 +551,13 @@ async def test_hostile_ids(client: Client, agent: Agent, session: str) -> None:
 async def serving(*options: str) -> asyncio.subprocess.Process:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "recall_worker", "reference-api", *options, env=environ, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "recall_worker",
+        "reference-api",
+        *options,
+        env=environ,
+        stderr=asyncio.subprocess.PIPE,
     )
 
 
@@ -438,7 +568,12 @@ async def test_accepting_as_a_process() -> None:
         assert process.stderr is not None
         async with asyncio.timeout(DEADLINE):
             await process.stderr.readline()
-            url = (await process.stderr.readline()).decode().partition("RECALL_RUN_URL='")[2].rstrip("'\n")
+            url = (
+                (await process.stderr.readline())
+                .decode()
+                .partition("RECALL_RUN_URL='")[2]
+                .rstrip("'\n")
+            )
         async with httpx.AsyncClient(timeout=DEADLINE) as http:
             taken = await Client(url, http).run()
             assert (taken.status_code, taken.headers["Location"]) == (202, "/runs/r%3A1")
@@ -459,7 +594,12 @@ async def test_as_a_process(number: signal.Signals) -> None:
         assert process.stderr is not None
         async with asyncio.timeout(DEADLINE):
             await process.stderr.readline()
-            url = (await process.stderr.readline()).decode().partition("RECALL_RUN_URL='")[2].rstrip("'\n")
+            url = (
+                (await process.stderr.readline())
+                .decode()
+                .partition("RECALL_RUN_URL='")[2]
+                .rstrip("'\n")
+            )
         async with httpx.AsyncClient(timeout=DEADLINE) as http:
             assert (await Client(url, http).run("s\x1b[2J")).json()["status"] == "completed"
         async with asyncio.timeout(DEADLINE):

@@ -41,7 +41,16 @@ OWN = {
     "created_at", "updated_at",
 }  # fmt: skip
 """The application's ten columns."""
-CADENCE = {"cadence", "cron", "time_zone", "until_at", "times", "failures_most", "grace_seconds", "jitter_seconds"}
+CADENCE = {
+    "cadence",
+    "cron",
+    "time_zone",
+    "until_at",
+    "times",
+    "failures_most",
+    "grace_seconds",
+    "jitter_seconds",
+}
 FIRST = {"scheduled_for"}
 """What is said of the first occurrence where jitter puts it off, and is the worker's afterwards."""
 FIXED = OWN - {"trigger_at", "interval_seconds", "status", "updated_at"}
@@ -64,7 +73,9 @@ create role reader login;
 
 def as_role(dsn: str, name: str, **more: Any) -> str:
     """The database's address for another account. Expired the socket nobody asks for a password."""
-    return postgres.address(make_conninfo(dsn, user=name, **more), str(psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]))
+    return postgres.address(
+        make_conninfo(dsn, user=name, **more), str(psycopg.conninfo.conninfo_to_dict(dsn)["dbname"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +99,9 @@ def settle_in(dsn: str) -> None:
     with psycopg.connect(as_role(dsn, "boss"), autocommit=True) as conn:
         conn.execute("grant select, insert, update, delete on sessions to application")
         for account, role in ROLES.items():
-            conn.execute(sql.SQL("grant {} to {}").format(sql.Identifier(role), sql.Identifier(account)))
+            conn.execute(
+                sql.SQL("grant {} to {}").format(sql.Identifier(role), sql.Identifier(account))
+            )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +139,9 @@ async def app(database: str) -> AsyncIterator[Application]:
 @pytest.fixture
 async def daemons(database: str, endpoint: Endpoint) -> AsyncIterator[Daemons]:
     """Daemons under the worker's role."""
-    async with Daemons({"RECALL_DSN": as_role(database, "worker"), "RECALL_RUN_URL": endpoint.url}) as started:
+    async with Daemons(
+        {"RECALL_DSN": as_role(database, "worker"), "RECALL_RUN_URL": endpoint.url}
+    ) as started:
         yield started
 
 
@@ -138,7 +153,9 @@ def refused(dsn: str, account: str, statement: str) -> bool:
         except errors.InsufficientPrivilege:
             return True
         except psycopg.Error as error:
-            raise AssertionError(f"{account} was stopped by something else in: {statement}") from error
+            raise AssertionError(
+                f"{account} was stopped by something else in: {statement}"
+            ) from error
         finally:
             conn.rollback()
     return False
@@ -172,7 +189,9 @@ NOBODY = [
 @pytest.mark.parametrize("statement", NOBODY)
 def test_what_no_role_may(statement: str, tried: str) -> None:
     """Nobody but the owner drops, alters, creates, empties, grants, or reads and writes what is not a recall's."""
-    with psycopg.connect(as_role(tried, "boss")) as keeper:  # Somebody else's backend is there to be ended.
+    with psycopg.connect(
+        as_role(tried, "boss")
+    ) as keeper:  # Somebody else's backend is there to be ended.
         keeper.execute("select 1")
         grantees = [account for account in ROLES if not refused(tried, account, statement)]
     assert grantees == []
@@ -219,10 +238,23 @@ def writable(dsn: str, account: str, how: str) -> set[str]:
 def test_columns(tried: str) -> None:
     """The application writes its own columns and no lease; the worker all but what a recall is; the reader none."""
     there = columns(tried)
-    assert {"lease", "lease_until", "leased_by", "occurrence", "attempt", "paused_at", "reason", "run_reference"} <= there
+    assert {
+        "lease",
+        "lease_until",
+        "leased_by",
+        "occurrence",
+        "attempt",
+        "paused_at",
+        "reason",
+        "run_reference",
+    } <= there
     own = OWN | CADENCE & there
     assert writable(tried, "application", "update") == own
-    assert writable(tried, "application", "insert") == writable(tried, "worker", "insert") == own | FIRST
+    assert (
+        writable(tried, "application", "insert")
+        == writable(tried, "worker", "insert")
+        == own | FIRST
+    )
     assert writable(tried, "worker", "update") == there - FIXED
     assert writable(tried, "reader", "update") == writable(tried, "reader", "insert") == set()
 
@@ -268,7 +300,9 @@ ANSWERS = {
 }  # fmt: skip
 
 
-async def test_a_daemon_under_the_role(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_daemon_under_the_role(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Every outcome, renewals, moves, a chain from inside its runs, what the application does in mid-run, caps: PostgreSQL forbids nothing."""
     gate, held = Gate(), Gate()
 
@@ -284,12 +318,21 @@ async def test_a_daemon_under_the_role(app: Application, database: str, endpoint
     endpoint.script("long", gate)
     for name in ("cancelled", "deleted"):
         endpoint.script(name, held)
-    daemon = await daemons.start(lease=1, session_limit="50/h", fleet_concurrency=50, concurrency=20)
+    daemon = await daemons.start(
+        lease=1, session_limit="50/h", fleet_concurrency=50, concurrency=20
+    )
     async with connected(database) as db:
-        recalls = {name: await promise(app, name) for name in ("long", "cancelled", "deleted", "chain")}
+        recalls = {
+            name: await promise(app, name) for name in ("long", "cancelled", "deleted", "chain")
+        }
         # The agent schedules by the same connection: nothing else is asked of it meanwhile.
         await daemon.hears("recall.settled", session="chain", times=3)
-        await endpoint.until(lambda: {"long", "cancelled", "deleted"} <= {request.session for request in endpoint.requests})
+        await endpoint.until(
+            lambda: (
+                {"long", "cancelled", "deleted"}
+                <= {request.session for request in endpoint.requests}
+            )
+        )
         assert await app.cancel_session("cancelled") == 1
         assert await app.delete_session("deleted") == 1
         for name in ("cancelled", "deleted"):
@@ -297,19 +340,33 @@ async def test_a_daemon_under_the_role(app: Application, database: str, endpoint
         for name in ANSWERS:
             # One after the other: two in trouble in a row would open the breaker.
             again = name == "answered"
-            recall = await promise(app, name, "recurring" if again else "once", interval=1 if again else None)
+            recall = await promise(
+                app, name, "recurring" if again else "once", interval=1 if again else None
+            )
             await daemon.hears("recall.settled", recall=recall)
         await daemon.hears("recall.settled", session="answered", times=2)
         await app.skip_next("answered")
         await app.reschedule(str((await row(db, "answered"))["id"]), soon(0.1))
         await daemon.hears("recall.settled", session="answered", times=3)
         await eventually(
-            db, "select from session_recalls where session_id = 'long' and lease_until > leased_at + interval '2 seconds'"
+            db,
+            "select from session_recalls where session_id = 'long' and lease_until > leased_at + interval '2 seconds'",
         )
         gate.open()
         await daemon.hears("recall.settled", session="long", outcome="answered")
-        outcomes = {r["outcome"] for r in await rows(db, "select distinct outcome from recall_attempts")}
-        assert outcomes == {"answered", "busy", "gone", "misconfigured", "unavailable", "unknown", "failed", "refused"}
+        outcomes = {
+            r["outcome"] for r in await rows(db, "select distinct outcome from recall_attempts")
+        }
+        assert outcomes == {
+            "answered",
+            "busy",
+            "gone",
+            "misconfigured",
+            "unavailable",
+            "unknown",
+            "failed",
+            "refused",
+        }
         assert len(await rows(db, "select from recall_workers")) == 1
         assert await daemon.stop() == 0
         assert await rows(db, "select from recall_workers") == []
@@ -339,7 +396,9 @@ async def test_a_table_that_an_upgrade_brings(database: str) -> None:
     assert not refused(database, "worker", "update recall_chores set rests = true")
 
 
-async def test_two_daemons_under_the_role(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_two_daemons_under_the_role(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A dead worker's run is taken up, and the probes of an endpoint that is down are shared, with no more rights than these."""
     lost = Gate()
     endpoint.script("lost", lost, reply())
@@ -349,28 +408,46 @@ async def test_two_daemons_under_the_role(app: Application, database: str, endpo
     await first.kill()
     second, third = await daemons.start(lease=1), await daemons.start(lease=1)
     async with connected(database) as db:
-        await eventually(db, "select from session_recalls where session_id = 'lost' and status = 'fired'")
-        assert len(second.told("lease.taken", recall=recall) + third.told("lease.taken", recall=recall)) == 1
+        await eventually(
+            db, "select from session_recalls where session_id = 'lost' and status = 'fired'"
+        )
+        assert (
+            len(
+                second.told("lease.taken", recall=recall) + third.told("lease.taken", recall=recall)
+            )
+            == 1
+        )
         await endpoint.stop()
         for n in range(8):
             await promise(app, f"s{n}")
         await eventually(db, "select from recall_endpoints where probes > 0")
         await endpoint.start()
-        await eventually(db, "select from recall_endpoints where answered_at is not null", within=40)
+        await eventually(
+            db, "select from recall_endpoints where answered_at is not null", within=40
+        )
     for daemon in (second, third):
         assert await daemon.stop() == 0
         nothing_was_forbidden(daemon)
 
 
 def nothing_was_forbidden(daemon: Daemon) -> None:
-    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert (
+        daemon.told("worker.error")
+        == daemon.told("recall.stranded")
+        == daemon.told("database.lost")
+        == []
+    )
     assert "permission denied" not in str(daemon.events)
 
 
-async def test_a_daemon_under_a_role_that_may_not(app: Application, database: str, endpoint: Endpoint) -> None:
+async def test_a_daemon_under_a_role_that_may_not(
+    app: Application, database: str, endpoint: Endpoint
+) -> None:
     """Started with the reader's account the daemon calls nobody, stays up, says loudly what PostgreSQL forbids; given the right, it works."""
     recall = await promise(app, "s")
-    async with Daemons({"RECALL_DSN": as_role(database, "reader"), "RECALL_RUN_URL": endpoint.url}) as started:
+    async with Daemons(
+        {"RECALL_DSN": as_role(database, "reader"), "RECALL_RUN_URL": endpoint.url}
+    ) as started:
         daemon = await started.start()
         [said] = (await daemon.hears("worker.error", doing="claim"))[:1]
         assert "permission denied" in said["reason"]
@@ -419,12 +496,18 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
     done("cancel", "--session", "c", "--yes")
     done("migrate", "--check")
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute("update session_recalls set ended_at = now() - interval '1 year' where session_id = 'c'")
+        conn.execute(
+            "update session_recalls set ended_at = now() - interval '1 year' where session_id = 'c'"
+        )
         conn.execute("insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, "
                      "ended_at, settled) values ('x', 1, 0, 1, 'answered', 'c', 'w', gen_random_uuid(), now(), '2020-01-01', 'fired')")  # fmt: skip
     assert done("prune", "--older-than", "30d", "--yes", "--json") == '{"recalls": 1, "calls": 1}'
     said = operate(dsn, "migrate")
-    assert said.status == 1 and "permission denied" in said.err and "the tables' owner for migrate" in said.err
+    assert (
+        said.status == 1
+        and "permission denied" in said.err
+        and "the tables' owner for migrate" in said.err
+    )
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
@@ -483,7 +566,11 @@ async def test_the_applications_own_sql(app: Application) -> None:
     assert [r["id"] for r in await app.due(soon(0))] == [recall]
     assert await app.next_trigger() is not None
     assert await app.sessions_with_pending(["s", "t"]) == {"s"}
-    assert [r["id"] for r in await app.list_by_session("s")] == [r["id"] for r in await app.list_by_user("ann")] == [recall]
+    assert (
+        [r["id"] for r in await app.list_by_session("s")]
+        == [r["id"] for r in await app.list_by_user("ann")]
+        == [recall]
+    )
     assert await app.cancel_session("s") == 1
     assert await app.mark_fired(recall) and await app.mark_cancelled(recall)
     assert await app.delete_session("s") == 1
@@ -494,27 +581,40 @@ async def test_the_application_in_python(app: Application, database: str) -> Non
     """`Recalls` works under the application's role, too, in all that it does."""
     for session in ("a", "b"):
         await app.create_session(session, "ann")
-    async with AsyncConnectionPool(as_role(database, "application"), min_size=1, open=False) as pool:
+    async with AsyncConnectionPool(
+        as_role(database, "application"), min_size=1, open=False
+    ) as pool:
         recalls = Recalls(pool)
         made = await recalls.schedule("a", "m")
         assert [r.id for r in await recalls.due()] == [made.id]
         assert await recalls.reschedule(made.id, soon(60))
         assert await recalls.next_trigger_at() is not None
         assert await recalls.sessions_with_pending(["a", "b"]) == {"a"}
-        assert len(await recalls.list(user_id="ann")) == len(await recalls.list(session_id="a")) == len(await recalls.list()) == 1
+        assert (
+            len(await recalls.list(user_id="ann"))
+            == len(await recalls.list(session_id="a"))
+            == len(await recalls.list())
+            == 1
+        )
         assert await recalls.cancel("a") == 1
         assert await recalls.mark_fired((await recalls.schedule("a", "m")).id)
         assert await recalls.mark_cancelled((await recalls.schedule("b", "m")).id)
         assert not await recalls.skip_next("a")
 
 
-async def test_who_does_not_own_can_not_create_if_not_exists(app: Application, database: str) -> None:
+async def test_who_does_not_own_can_not_create_if_not_exists(
+    app: Application, database: str
+) -> None:
     """PostgreSQL asks for the schema and the ownership before it looks whether table and index are there: that part of the start is the owner's."""
-    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for schema public"):
+    with pytest.raises(
+        asyncpg.InsufficientPrivilegeError, match="permission denied for schema public"
+    ):
         await app.create_tables()
     async with connected(database) as db:
         await db.execute("grant create on schema public to application")
-        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="must be owner of table session_recalls"):
+        with pytest.raises(
+            asyncpg.InsufficientPrivilegeError, match="must be owner of table session_recalls"
+        ):
             await app.create_tables()
     async with await Application.connect(as_role(database, "boss")) as owner:
         await owner.create_tables()
@@ -542,7 +642,9 @@ async def test_where_the_application_owns(owned: str, endpoint: Endpoint) -> Non
     """Its start and its statements are unchanged, worker and reader are held back as elsewhere; it is held back from nothing, as before."""
     async with await Application.connect(as_role(owned, "boss")) as app:
         await app.create_tables()
-        async with Daemons({"RECALL_DSN": as_role(owned, "worker"), "RECALL_RUN_URL": endpoint.url}) as started:
+        async with Daemons(
+            {"RECALL_DSN": as_role(owned, "worker"), "RECALL_RUN_URL": endpoint.url}
+        ) as started:
             daemon = await started.start()
             recall = await promise(app, "t")
             await daemon.hears("recall.settled", recall=recall, status="fired")
@@ -565,7 +667,9 @@ async def test_what_an_owner_can_do_to_whoever_writes(owned: str) -> None:
         await db.execute("create table loot (who text); grant insert on loot to public")
         await db.execute("create function spy() returns trigger language plpgsql as "
                          "$$begin insert into loot values (current_user); return new; end$$")  # fmt: skip
-        await db.execute("create trigger spy before update on session_recalls for each row execute function spy()")
+        await db.execute(
+            "create trigger spy before update on session_recalls for each row execute function spy()"
+        )
         async with connected(as_role(owned, "worker")) as worker:
             await worker.execute("update session_recalls set paused_at = now() where id = 'r'")
         assert await rows(db, "select who from loot") == [{"who": "worker"}]
@@ -584,7 +688,10 @@ order by 1, 3
 def acls(dsn: str) -> list[tuple[Any, ...]]:
     """All rights in the schema."""
     with psycopg.connect(dsn) as conn:
-        return [(table, column, acl and sorted(acl.strip("{}").split(","))) for table, acl, column in conn.execute(ACLS.encode())]
+        return [
+            (table, column, acl and sorted(acl.strip("{}").split(",")))
+            for table, acl, column in conn.execute(ACLS.encode())
+        ]
 
 
 def psql(cluster: EmbeddedServer, dsn: str) -> subprocess.CompletedProcess[str]:
@@ -600,12 +707,16 @@ def test_by_psql_again_and_again(cluster: EmbeddedServer, database: str) -> None
     """psql applies it without a word; again it changes nothing; whatever else had been granted to the roles is gone."""
     before = acls(database)
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute("grant all on session_recalls, recall_attempts, recall_schema to recall_reader, recall_application")
+        conn.execute(
+            "grant all on session_recalls, recall_attempts, recall_schema to recall_reader, recall_application"
+        )
         conn.execute(
             "grant update (lease, reason) on session_recalls to recall_application; grant all on sessions to recall_worker"
         )
     assert acls(database) != before
-    assert {"lease", "reason"} <= writable(database, "application", "update"), "the trial finds what is too much"
+    assert {"lease", "reason"} <= writable(database, "application", "update"), (
+        "the trial finds what is too much"
+    )
     for _ in range(2):
         done = psql(cluster, as_role(database, "boss"))
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -632,7 +743,11 @@ def test_columns_that_come_later(database: str) -> None:
     with psycopg.connect(as_role(database, "boss"), autocommit=True) as conn:
         conn.execute("alter table session_recalls add column of_the_worker integer")
         for name in CADENCE - there:
-            conn.execute(sql.SQL("alter table session_recalls add column {} text").format(sql.Identifier(name)))
+            conn.execute(
+                sql.SQL("alter table session_recalls add column {} text").format(
+                    sql.Identifier(name)
+                )
+            )
     boss = as_role(database, "boss")
     check = operate(boss, "migrate", "--check")
     assert check.status == 1 and GRANTS in check.err
@@ -640,7 +755,11 @@ def test_columns_that_come_later(database: str) -> None:
     assert operate(boss, "migrate", "--check").status == 0 and schema.migrate(boss) == []
     assert writable(database, "application", "update") == OWN | CADENCE
     assert writable(database, "worker", "update") == columns(database) - FIXED
-    assert writable(database, "application", "insert") == writable(database, "worker", "insert") == OWN | CADENCE | FIRST
+    assert (
+        writable(database, "application", "insert")
+        == writable(database, "worker", "insert")
+        == OWN | CADENCE | FIRST
+    )
 
 
 def test_migrate_makes_no_roles_unasked(cluster: EmbeddedServer) -> None:
@@ -658,7 +777,11 @@ def test_in_a_schema_of_its_own(cluster: EmbeddedServer) -> None:
     """Where the tables stand in another schema the roles may look into it; where nobody made the tables yet, that is said."""
     with postgres.database(cluster.dsn()) as dsn:
         done = psql(cluster, dsn)
-        assert done.returncode != 0 and "no recall-worker schema" in done.stderr and "recall-worker migrate" in done.stderr
+        assert (
+            done.returncode != 0
+            and "no recall-worker schema" in done.stderr
+            and "recall-worker migrate" in done.stderr
+        )
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute('create schema "it\'s"')
         inside = as_role(dsn, "postgres", options='-c search_path="it\'s"')
@@ -676,12 +799,17 @@ def test_roles_that_can_do_more(cluster: EmbeddedServer, database: str) -> None:
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute("grant create on schema public to public")
         done = psql(cluster, database)
-        assert done.returncode == 0 and "everybody may create objects in schema public" in done.stderr
+        assert (
+            done.returncode == 0 and "everybody may create objects in schema public" in done.stderr
+        )
         conn.execute("revoke create on schema public from public")
         conn.execute("alter role recall_application createdb")
         done = psql(cluster, database)
         conn.execute("alter role recall_application nocreatedb")
-        assert done.returncode == 0 and "role recall_application can do more than these grants say" in done.stderr
+        assert (
+            done.returncode == 0
+            and "role recall_application can do more than these grants say" in done.stderr
+        )
         conn.execute("alter table session_recalls owner to recall_application")
         done = psql(cluster, database)
         assert done.returncode != 0 and "role recall_application owns a table" in done.stderr
@@ -701,7 +829,10 @@ async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str
             "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at, lease) "
             "values ('r', 's', 'once', now(), 'm', now(), now(), gen_random_uuid())"
         )
-        async with connected(as_role(database, "application")) as deleter, connected(database) as listener:
+        async with (
+            connected(as_role(database, "application")) as deleter,
+            connected(database) as listener,
+        ):
             await listener.execute("listen session_recalls")
             await deleter.execute("grant usage on schema lair to public")
             for name in ("pg_notify", "now"):
@@ -712,7 +843,9 @@ async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str
                 )
             await deleter.execute("set search_path = lair, public, pg_catalog")
             await deleter.execute("delete from sessions")
-            assert [n.channel async for n in listener.notifies(timeout=5, stop_after=1)] == ["session_recalls"]
+            assert [n.channel async for n in listener.notifies(timeout=5, stop_after=1)] == [
+                "session_recalls"
+            ]
         assert await rows(db, "select who from loot") == []
 
 
@@ -721,12 +854,17 @@ async def test_a_hostile_search_path_at_insert(database: str, app: Application) 
     await app.create_session("s", "ann")
     async with connected(database) as db:
         first = await app.schedule("s", "once", soon(60), "m")
-        await db.execute("update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 hour'")
+        await db.execute(
+            "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 hour'"
+        )
         async with connected(as_role(database, "application")) as inserter:
             await inserter.execute("create temporary table session_recalls (id text)")
             await inserter.execute(
                 "insert into public.session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
                 "values ('next', 's', 'once', now(), 'm', now(), now())"
             )
-        found: dict[str, Any] = {r["id"]: r["status"] for r in await rows(db, "select id, status from public.session_recalls")}
+        found: dict[str, Any] = {
+            r["id"]: r["status"]
+            for r in await rows(db, "select id, status from public.session_recalls")
+        }
         assert found == {first: "running", "next": "pending"}

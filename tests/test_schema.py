@@ -48,7 +48,9 @@ def execute(dsn: str, *statements: str) -> list[tuple[Any, ...]]:
 
 
 def environ(dsn: str) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | {"RECALL_DSN": dsn}
+    return {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | {
+        "RECALL_DSN": dsn
+    }
 
 
 def command(dsn: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +74,12 @@ class Migrate:
     @contextlib.asynccontextmanager
     async def started(cls, dsn: str) -> AsyncIterator[Migrate]:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", "migrate", env=environ(dsn), stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "recall_worker",
+            "migrate",
+            env=environ(dsn),
+            stderr=asyncio.subprocess.PIPE,
         )
         migrate = cls(process)
         try:
@@ -112,9 +119,9 @@ async def until(condition: Callable[[], Any], within: float = 20.0) -> Any:
 
 # --- adopting --------------------------------------------------------------------------------------------------------
 
-SESSIONLESS = CREATE_TABLES[CREATE_TABLES.index("create table if not exists session_recalls") :].replace(
-    " references sessions(id) on delete cascade", ""
-)
+SESSIONLESS = CREATE_TABLES[
+    CREATE_TABLES.index("create table if not exists session_recalls") :
+].replace(" references sessions(id) on delete cascade", "")
 
 OLD_ROWS = """
 insert into session_recalls
@@ -139,7 +146,9 @@ SNAPSHOT = "select ctid::text, xmin::text, row({})::text from session_recalls or
 FILES = "select relname, relfilenode from pg_class where relname in ('session_recalls', 'sessions') or relname ~ '^idx_recalls_.*_status$' order by 1"
 
 
-@pytest.mark.parametrize("tables", [CREATE_TABLES, SESSIONLESS], ids=["with sessions", "without sessions"])
+@pytest.mark.parametrize(
+    "tables", [CREATE_TABLES, SESSIONLESS], ids=["with sessions", "without sessions"]
+)
 def test_adoption_leaves_every_row_as_it_stands(tables: str, empty_database: str) -> None:
     """Rows in every state, with absurd intervals and dates, keep their columns, their place and their writer; no file is written anew."""
     execute(empty_database, tables, *([] if tables is SESSIONLESS else [SESSIONS]), OLD_ROWS)
@@ -150,9 +159,10 @@ def test_adoption_leaves_every_row_as_it_stands(tables: str, empty_database: str
 
     assert done == ALL
     assert (execute(empty_database, SNAPSHOT), execute(empty_database, FILES)) == before
-    assert execute(empty_database, "select distinct occurrence, attempt, missed, lease, planned_at from session_recalls") == [
-        (1, 0, 0, None, None)
-    ]
+    assert execute(
+        empty_database,
+        "select distinct occurrence, attempt, missed, lease, planned_at from session_recalls",
+    ) == [(1, 0, 0, None, None)]
 
 
 def test_old_rows_with_absurd_intervals_still_obey_the_application(empty_database: str) -> None:
@@ -171,13 +181,25 @@ def test_old_rows_with_absurd_intervals_still_obey_the_application(empty_databas
 def test_the_table_is_created_where_it_is_missing(sessions: bool, empty_database: str) -> None:
     """On an empty database `migrate` makes the application's table with its indexes and rules; the foreign key where it can."""
     if sessions:
-        execute(empty_database, "create table sessions (id text primary key, user_id text not null)")
+        execute(
+            empty_database, "create table sessions (id text primary key, user_id text not null)"
+        )
     assert schema.migrate(empty_database) == ALL + ([FOREIGN_KEY] if sessions else [])
     indexes = [
-        name for (name,) in execute(empty_database, "select indexname from pg_indexes where tablename = 'session_recalls'")
+        name
+        for (name,) in execute(
+            empty_database, "select indexname from pg_indexes where tablename = 'session_recalls'"
+        )
     ]
-    assert {"idx_recalls_trigger_at_status", "idx_recalls_session_status", "idx_recalls_active_pending"} <= set(indexes)
-    keys = execute(empty_database, "select confdeltype::text, convalidated from pg_constraint where contype = 'f'")
+    assert {
+        "idx_recalls_trigger_at_status",
+        "idx_recalls_session_status",
+        "idx_recalls_active_pending",
+    } <= set(indexes)
+    keys = execute(
+        empty_database,
+        "select confdeltype::text, convalidated from pg_constraint where contype = 'f'",
+    )
     assert keys == ([("c", True)] if sessions else [])
 
 
@@ -188,7 +210,11 @@ FIRST = f"insert into session_recalls ({COLUMNS}) values ('{{}}', '{{}}', 'once'
 def test_the_foreign_key_comes_when_sessions_comes(orphans: int, empty_database: str) -> None:
     """The application starts after the worker was installed: the next `migrate` adds the key; recalls of no session are told of, no more."""
     assert FOREIGN_KEY not in schema.migrate(empty_database)
-    execute(empty_database, FIRST.format("kept", "here"), *(FIRST.format(f"orphan{n}", f"nowhere{n}") for n in range(orphans)))
+    execute(
+        empty_database,
+        FIRST.format("kept", "here"),
+        *(FIRST.format(f"orphan{n}", f"nowhere{n}") for n in range(orphans)),
+    )
     execute(empty_database, CREATE_TABLES, "insert into sessions values ('here', 'ann')")
 
     checked = command(empty_database, "--check")
@@ -205,7 +231,9 @@ def test_the_foreign_key_comes_when_sessions_comes(orphans: int, empty_database:
 
 
 @pytest.mark.parametrize("id", ["bigint", "uuid"])
-def test_a_foreign_table_that_is_called_sessions_too_is_left_alone(id: str, empty_database: str) -> None:
+def test_a_foreign_table_that_is_called_sessions_too_is_left_alone(
+    id: str, empty_database: str
+) -> None:
     """A table sessions with ids of another kind belongs to something else: there is no key to it, and `migrate` goes on."""
     execute(empty_database, f"create table sessions (id {id} primary key)")
     assert schema.migrate(empty_database) == ALL
@@ -218,9 +246,13 @@ def test_the_table_may_stand_in_a_schema_of_its_own(empty_database: str) -> None
     dsn = make_conninfo(empty_database, options="-c search_path=agent,public")
     assert schema.migrate(dsn) == ALL
     assert schema.pending(dsn) == []
-    assert execute(empty_database, "select tablename from pg_tables where schemaname = 'public'") == []
+    assert (
+        execute(empty_database, "select tablename from pg_tables where schemaname = 'public'") == []
+    )
     execute(
-        empty_database, "insert into agent.sessions values ('s', 'ann')", FIRST.format("r", "s").replace("into ", "into agent.")
+        empty_database,
+        "insert into agent.sessions values ('s', 'ann')",
+        FIRST.format("r", "s").replace("into ", "into agent."),
     )
     execute(empty_database, "update agent.session_recalls set lease = gen_random_uuid()")
     execute(empty_database, FIRST.format("next", "s").replace("into ", "into agent."))
@@ -258,7 +290,9 @@ async def test_four_migrates_at_once(empty_database: str) -> None:
     """Four processes on one old table all end well, and each migration was applied once."""
     execute(empty_database, CREATE_TABLES)
     async with contextlib.AsyncExitStack() as stack:
-        racers = [await stack.enter_async_context(Migrate.started(empty_database)) for _ in range(4)]
+        racers = [
+            await stack.enter_async_context(Migrate.started(empty_database)) for _ in range(4)
+        ]
         assert [await racer.exit() for racer in racers] == [0] * 4
     said = [line for racer in racers for line in racer.lines]
     assert [said.count(name) for name in ALL] == [1] * len(ALL)
@@ -272,7 +306,13 @@ def test_check_tells_and_changes_nothing(empty_database: str) -> None:
     assert before.returncode == 1
     assert json.loads(before.stdout) == {"up_to_date": False, "pending": ALL}
     assert "Try: recall-worker migrate" in before.stderr
-    assert execute(empty_database, "select relname from pg_class where relnamespace = 'public'::regnamespace") == []
+    assert (
+        execute(
+            empty_database,
+            "select relname from pg_class where relnamespace = 'public'::regnamespace",
+        )
+        == []
+    )
     assert command(empty_database).returncode == 0
     after = command(empty_database, "--check", "--json")
     assert (after.returncode, json.loads(after.stdout)) == (0, {"up_to_date": True, "pending": []})
@@ -283,17 +323,24 @@ def test_check_tells_and_changes_nothing(empty_database: str) -> None:
 def test_a_schema_that_needs_newer_code_is_refused(options: tuple[str, ...], database: str) -> None:
     """Where a newer recall-worker has migrated past what this code can work with, it says so and touches nothing."""
     execute(
-        database, f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'beyond', {GENERATION + 1})"
+        database,
+        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'beyond', {GENERATION + 1})",
     )
     refused = command(database, *options)
     assert refused.returncode == 1
-    assert f"version {GENERATION + 9}" in refused.stderr and "Try: upgrade recall-worker" in refused.stderr
+    assert (
+        f"version {GENERATION + 9}" in refused.stderr
+        and "Try: upgrade recall-worker" in refused.stderr
+    )
     assert "Traceback" not in refused.stderr
 
 
 def test_a_newer_schema_that_works_with_this_code_is_accepted(database: str) -> None:
     """Replicas are upgraded one by one: code that the newer schema still works with has nothing to do, and no complaint."""
-    execute(database, f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'ahead', {GENERATION})")
+    execute(
+        database,
+        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'ahead', {GENERATION})",
+    )
     assert command(database, "--check").returncode == 0
     assert command(database).returncode == 0
 
@@ -304,7 +351,10 @@ def test_a_newer_schema_that_works_with_this_code_is_accepted(database: str) -> 
         ("alter table session_recalls drop column interval_seconds", "interval_seconds"),
         ("alter table session_recalls rename column trigger_at to due_at", "trigger_at"),
         ("alter table session_recalls alter column created_at type timestamp", "created_at"),
-        ("alter table session_recalls rename to kept; create view session_recalls as select * from kept", "view"),
+        (
+            "alter table session_recalls rename to kept; create view session_recalls as select * from kept",
+            "view",
+        ),
     ],
     ids=["no interval", "another name", "no time zone", "a view"],
 )
@@ -314,7 +364,9 @@ def test_a_strange_table_is_refused(change: str, word: str, empty_database: str)
     before = expected.dump(empty_database)
     refused = command(empty_database)
     assert refused.returncode == 1
-    assert word in refused.stderr and "Try: " in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        word in refused.stderr and "Try: " in refused.stderr and "Traceback" not in refused.stderr
+    )
     assert expected.dump(empty_database) == before
 
 
@@ -332,14 +384,22 @@ def test_a_wrong_address_is_told(dsn: str, status: int) -> None:
     """An address at which no PostgreSQL answers, or that is none: an exit status of its own, a hint, and no traceback."""
     refused = command(dsn)
     assert refused.returncode == status
-    assert refused.stderr.startswith("Error: ") and "Try: " in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.stderr.startswith("Error: ")
+        and "Try: " in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 def test_a_database_that_is_not_there_is_told(server: str) -> None:
     """A server that answers, and has no such database."""
     refused = command(postgres.address(server, "recall_test_nowhere"))
     assert refused.returncode == 3
-    assert "recall_test_nowhere" in refused.stderr and "Try: " in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        "recall_test_nowhere" in refused.stderr
+        and "Try: " in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 @pytest.fixture
@@ -358,7 +418,9 @@ def test_a_standby_is_refused(standby: str) -> None:
     refused = command(standby)
     assert refused.returncode == 1
     assert (
-        "standby" in refused.stderr and "Try: give the primary's address" in refused.stderr and "Traceback" not in refused.stderr
+        "standby" in refused.stderr
+        and "Try: give the primary's address" in refused.stderr
+        and "Traceback" not in refused.stderr
     )
 
 
@@ -413,7 +475,9 @@ def test_15_alone_is_enough_to_skip_the_baseline(empty_database: str) -> None:
 
 @pytest.mark.parametrize("version", [1, 9, 10, 14])
 @pytest.mark.parametrize("options", [(), ("--check",)], ids=["migrate", "check"])
-def test_a_state_from_before_the_baseline_is_refused(options: tuple[str, ...], version: int, empty_database: str) -> None:
+def test_a_state_from_before_the_baseline_is_refused(
+    options: tuple[str, ...], version: int, empty_database: str
+) -> None:
     """A schema that the earlier files left below 15 is left alone, also where its number is one of
     the baseline's; the refusal says which version it has and what to do."""
     execute(empty_database, VERSION_15, f"delete from recall_schema where version > {version}")
@@ -427,7 +491,9 @@ def test_a_state_from_before_the_baseline_is_refused(options: tuple[str, ...], v
 
 
 @pytest.mark.parametrize("version", range(10, 16))
-def test_an_interrupted_baseline_continues(version: int, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_baseline_continues(
+    version: int, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A `migrate` that ended after any file of the baseline is continued with the next one."""
     execute(empty_database, CREATE_TABLES, SESSIONS, OLD_ROWS)
     assert up_to(monkeypatch, empty_database, version) == ALL[: version - 9]
@@ -466,7 +532,9 @@ class Writers:
     async def at_work(cls, dsn: str, many: int = 3) -> AsyncIterator[Writers]:
         writers = cls()
         async with contextlib.AsyncExitStack() as stack:
-            apps = [await stack.enter_async_context(await Application.connect(dsn)) for _ in range(many)]
+            apps = [
+                await stack.enter_async_context(await Application.connect(dsn)) for _ in range(many)
+            ]
             work = [asyncio.create_task(writers._work(app)) for app in apps]
             try:
                 yield writers
@@ -485,7 +553,9 @@ class Writers:
         far = (await app.connection.fetchval("select now() + interval '1 year'")).astimezone()
         await self._timed(app.create_session(session, "ann"))
         while not self._stop.is_set():
-            id = await self._timed(app.schedule(session, "recurring", far, "on and on", interval_seconds=3600))
+            id = await self._timed(
+                app.schedule(session, "recurring", far, "on and on", interval_seconds=3600)
+            )
             assert await self._timed(app.skip_next(session))
             assert await self._timed(app.reschedule(id, far))
             assert await self._timed(app.cancel_session(session)) == 1
@@ -508,7 +578,9 @@ from generate_series(1, {n}) n
 
 
 @pytest.mark.parametrize("rows", [1_000, pytest.param(200_000, marks=pytest.mark.full)])
-async def test_an_open_reader_holds_up_migrate_and_nobody_else(rows: int, empty_database: str) -> None:
+async def test_an_open_reader_holds_up_migrate_and_nobody_else(
+    rows: int, empty_database: str
+) -> None:
     """While a transaction that has read the table stays open, `migrate` asks again and again, and no insert or update waits a second."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=rows))
     async with Writers.at_work(empty_database) as writers, connected(empty_database) as reader:
@@ -516,7 +588,12 @@ async def test_an_open_reader_holds_up_migrate_and_nobody_else(rows: int, empty_
         await reader.execute("select count(*) from session_recalls")
         async with Migrate.started(empty_database) as migrate:
             await migrate.says("in use by a longer transaction", times=4)
-            assert execute(empty_database, "select relname from pg_class where relname = 'recall_attempts'") == []
+            assert (
+                execute(
+                    empty_database, "select relname from pg_class where relname = 'recall_attempts'"
+                )
+                == []
+            )
             await writers.more(10)
             await reader.execute("rollback")
             assert await migrate.exit() == 0
@@ -539,7 +616,9 @@ def up_to(monkeypatch: pytest.MonkeyPatch, dsn: str, version: int) -> list[str]:
 
 
 @pytest.mark.full
-async def test_an_open_writer_holds_up_the_indexes_and_nobody_else(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_open_writer_holds_up_the_indexes_and_nobody_else(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A transaction that stays open while an index is built concurrently: the build is given up and begun again, and nobody waits for it."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=1_000))
     adopt_only(empty_database, monkeypatch)
@@ -572,16 +651,16 @@ async def test_the_foreign_key_holds_nobody_up(empty_database: str) -> None:
             assert await migrate.exit() == 0
         await writers.more(10)
     assert writers.longest < 1.0
-    assert execute(empty_database, "select convalidated from pg_constraint where contype = 'f'") == [(True,)]
+    assert execute(
+        empty_database, "select convalidated from pg_constraint where contype = 'f'"
+    ) == [(True,)]
 
 
 async def test_an_interrupted_index_is_built_again(empty_database: str) -> None:
     """A `migrate` that is broken off in mid-build leaves an index that serves nobody; the next one drops it and builds it whole."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=10))
     invalid = "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid where not i.indisvalid"
-    building = (
-        "select pid from pg_stat_activity where application_name = 'recall-worker migrate' and query like '%index concurrently%'"
-    )
+    building = "select pid from pg_stat_activity where application_name = 'recall-worker migrate' and query like '%index concurrently%'"
     async with connected(empty_database) as other:
         await other.execute("begin isolation level repeatable read")
         await other.execute("select count(*) from sessions")
@@ -614,13 +693,19 @@ def test_patience_ends(empty_database: str) -> None:
     assert schema.migrate(empty_database) == ALL
 
 
-@pytest.mark.parametrize("setting", ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"])
+@pytest.mark.parametrize(
+    "setting", ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]
+)
 async def test_the_database_own_timeouts_do_not_matter(setting: str, empty_database: str) -> None:
     """Timeouts that are set for the application's sake break off no index that has to wait for an open transaction."""
     execute(empty_database, CREATE_TABLES)
     name = str(conninfo_to_dict(empty_database)["dbname"])
     async with connected(empty_database) as other:
-        await other.execute(sql.SQL("alter database {} set {} = '200ms'").format(sql.Identifier(name), sql.Identifier(setting)))
+        await other.execute(
+            sql.SQL("alter database {} set {} = '200ms'").format(
+                sql.Identifier(name), sql.Identifier(setting)
+            )
+        )
         await other.execute("begin isolation level repeatable read")
         await other.execute("select count(*) from sessions")
         async with Migrate.started(empty_database) as migrate:
@@ -628,7 +713,9 @@ async def test_the_database_own_timeouts_do_not_matter(setting: str, empty_datab
                 "select pid from pg_stat_activity where application_name = 'recall-worker migrate' "
                 "and query like '%index concurrently%' and query_start < now() - interval '300 ms'"
             )
-            began = await until(lambda: execute(empty_database, waiting) or migrate.process.returncode is not None)
+            began = await until(
+                lambda: execute(empty_database, waiting) or migrate.process.returncode is not None
+            )
             assert began is not True, migrate.lines
             await other.execute("rollback")
             assert await migrate.exit() == 0
@@ -641,7 +728,11 @@ needs_pg_dump = pytest.mark.skipif(expected.pg_dump() is None, reason="there is 
 
 def test_settings_of_the_owners_stay(empty_database: str) -> None:
     """Whoever has set autovacuum for the table before keeps it so; where nobody has, a twentieth of dead rows is enough."""
-    execute(empty_database, CREATE_TABLES, "alter table session_recalls set (autovacuum_vacuum_scale_factor = 0.3)")
+    execute(
+        empty_database,
+        CREATE_TABLES,
+        "alter table session_recalls set (autovacuum_vacuum_scale_factor = 0.3)",
+    )
     schema.migrate(empty_database)
     options = "select relname, reloptions from pg_class where relname in ('session_recalls', 'recall_attempts') order by relname"
     assert execute(empty_database, options) == [
@@ -680,19 +771,25 @@ def test_a_created_table_is_like_an_adopted_one(empty_database: str) -> None:
     [[CREATE_TABLES, SESSIONS, OLD_ROWS], [VERSION_15], []],
     ids=["the application's table", "version 15", "nothing"],
 )
-def test_the_schema_is_the_same_from_wherever_it_came(before: list[str], empty_database: str) -> None:
+def test_the_schema_is_the_same_from_wherever_it_came(
+    before: list[str], empty_database: str
+) -> None:
     """From the application's table, from version 15 (both with rows in every state) and from
     nothing: the same dump, with the columns in the same order."""
     if before:
         execute(empty_database, *before)
     else:
-        execute(empty_database, "create table sessions (id text primary key, user_id text not null)")
+        execute(
+            empty_database, "create table sessions (id text primary key, user_id text not null)"
+        )
     schema.migrate(empty_database)
     assert expected.dump(empty_database) == expected.EXPECTED.read_text(encoding="utf-8")
 
 
 @needs_pg_dump
-def test_the_baseline_makes_version_15(server: str, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_baseline_makes_version_15(
+    server: str, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The baseline alone ends in what the earlier files 0001 to 0015 made, but for the line breaks
     and comments in the functions."""
     execute(empty_database, CREATE_TABLES)

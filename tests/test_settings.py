@@ -33,7 +33,13 @@ def test_defaults() -> None:
     """Without any variable the settings are DESIGN's."""
     found = settings.read({})
     assert found == Settings()
-    assert (found.concurrency, found.busy_delay, found.lease, found.run_timeout, found.max_attempts) == (3, 60, 60, 1800, 3)
+    assert (
+        found.concurrency,
+        found.busy_delay,
+        found.lease,
+        found.run_timeout,
+        found.max_attempts,
+    ) == (3, 60, 60, 1800, 3)
     assert (found.give_up, found.poll_interval, found.drain_timeout) == (86_400, 30, 30)
     assert (found.protocol, found.log_level, found.log_format) == ("native", "info", "auto")
     assert found.poll_interval <= settings.HORIZON / 2
@@ -83,11 +89,22 @@ HOUR, DAY = 3600.0, 86_400.0
     [
         ("", {}),
         ("30d", {"fired": 30 * DAY, "cancelled": 30 * DAY, "failed": 30 * DAY, "calls": 30 * DAY}),
-        ("1.5h, failed=90d", {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 90 * DAY, "calls": 90 * DAY}),
+        (
+            "1.5h, failed=90d",
+            {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 90 * DAY, "calls": 90 * DAY},
+        ),
         ("fired=7d,failed=90d", {"fired": 7 * DAY, "failed": 90 * DAY, "calls": 90 * DAY}),
         ("fired=90m,calls=1s", {"fired": 1.5 * HOUR, "calls": 1.0}),
         ("calls=1d", {"calls": DAY}),
-        ("1h30m", {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 1.5 * HOUR, "calls": 1.5 * HOUR}),
+        (
+            "1h30m",
+            {
+                "fired": 1.5 * HOUR,
+                "cancelled": 1.5 * HOUR,
+                "failed": 1.5 * HOUR,
+                "calls": 1.5 * HOUR,
+            },
+        ),
         ("fired=2 weeks", {"fired": 14 * DAY, "calls": 14 * DAY}),
     ],
 )
@@ -97,7 +114,8 @@ def test_how_long_what_is_over_is_kept(given: str, means: dict[str, float]) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "means"), [("90", 90), ("90s", 90), ("2.5", 2.5), ("30m", 1800), ("1h30", 5400), ("2 hours", 7200)]
+    ("given", "means"),
+    [("90", 90), ("90s", 90), ("2.5", 2.5), ("30m", 1800), ("1h30", 5400), ("2 hours", 7200)],
 )
 def test_a_duration(given: str, means: float) -> None:
     """Seconds, or with units; from the environment and from a flag alike."""
@@ -118,7 +136,13 @@ def test_several_things_wrong_with_a_retention() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "limit", "wrong"),
-    [("23h", "100/d", True), ("23h", "20/h", False), ("30m", "20/h", True), ("1h,calls=1d", "100/d", False), ("1h", "", False)],
+    [
+        ("23h", "100/d", True),
+        ("23h", "20/h", False),
+        ("30m", "20/h", True),
+        ("1h,calls=1d", "100/d", False),
+        ("1h", "", False),
+    ],
 )
 def test_calls_that_are_counted_are_kept(keep: str, limit: str, wrong: bool) -> None:
     """A cap on a session's runs counts marks: those that it still counts are not to be deleted."""
@@ -153,10 +177,19 @@ WRONG = [
     ({"RECALL_BUSY_DELAY": "0"}, "RECALL_BUSY_DELAY is 0: give a number at least 0.05"),
     ({"RECALL_BUSY_DELAY": "inf"}, "RECALL_BUSY_DELAY is inf: give a number"),
     ({"RECALL_GIVE_UP": "1e300"}, "RECALL_GIVE_UP is 1e300: give a number"),
-    ({"RECALL_DSN": "postgresql://me:p@ss@host/db"}, "RECALL_DSN holds @ or / in its user or password"),
-    ({"RECALL_POLL_INTERVAL": "31"}, "RECALL_POLL_INTERVAL is 31: give a number between 0.1 and 30"),
+    (
+        {"RECALL_DSN": "postgresql://me:p@ss@host/db"},
+        "RECALL_DSN holds @ or / in its user or password",
+    ),
+    (
+        {"RECALL_POLL_INTERVAL": "31"},
+        "RECALL_POLL_INTERVAL is 31: give a number between 0.1 and 30",
+    ),
     ({"RECALL_PROTOCOL": "telepathy"}, "RECALL_PROTOCOL is 'telepathy': give one of native"),
-    ({"RECALL_LOG_LEVEL": "loud"}, "RECALL_LOG_LEVEL is 'loud': give one of debug, info, warning, error"),
+    (
+        {"RECALL_LOG_LEVEL": "loud"},
+        "RECALL_LOG_LEVEL is 'loud': give one of debug, info, warning, error",
+    ),
     ({"RECALL_LOG_FORMAT": "xml"}, "RECALL_LOG_FORMAT is 'xml': give one of auto, json, console"),
     ({"RECALL_RUN_URL": "localhost:8000"}, "RECALL_RUN_URL is no address"),
     ({"RECALL_RUN_URL": "ftp://a/b"}, "RECALL_RUN_URL is no address"),
@@ -166,32 +199,58 @@ WRONG = [
     ({"RECALL_RUN_URL": "http://[::1/"}, "RECALL_RUN_URL is no address"),
     ({"RECALL_RUN_URL": "http://a/b c"}, "RECALL_RUN_URL holds a blank"),
     ({"RECALL_RUN_URL": "http://me:pw@a/"}, "RECALL_RUN_URL holds a user name or password"),
-    ({"RECALL_RUN_URL": "http://a/{session}/{x}"}, "RECALL_RUN_URL holds {session}, {x}: the one placeholder is {session_id}"),
+    (
+        {"RECALL_RUN_URL": "http://a/{session}/{x}"},
+        "RECALL_RUN_URL holds {session}, {x}: the one placeholder is {session_id}",
+    ),
     ({"RECALL_RUN_URL": "http://{session_id}.a/"}, "RECALL_RUN_URL names the session in the host"),
     ({"RECALL_RUN_URL": "http://a/\nb"}, "RECALL_RUN_URL holds a control character"),
-    ({"RECALL_RUN_TOKEN": "tökén"}, "RECALL_RUN_TOKEN holds characters that no HTTP header can carry"),
+    (
+        {"RECALL_RUN_TOKEN": "tökén"},
+        "RECALL_RUN_TOKEN holds characters that no HTTP header can carry",
+    ),
     ({"RECALL_RUN_TOKEN": "a\r\nX-Injected: yes"}, "RECALL_RUN_TOKEN holds a control character"),
-    ({"RECALL_SIGNING_SECRET": "whsec_not base64"}, "RECALL_SIGNING_SECRET starts with whsec_ but is not base64"),
+    (
+        {"RECALL_SIGNING_SECRET": "whsec_not base64"},
+        "RECALL_SIGNING_SECRET starts with whsec_ but is not base64",
+    ),
     ({"RECALL_OPS_LISTEN": ":9464"}, "RECALL_OPS_LISTEN is ':9464': give host:port"),
     ({"RECALL_OPS_LISTEN": "::1:9464"}, "RECALL_OPS_LISTEN is '::1:9464': give host:port"),
     ({"RECALL_OPS_LISTEN": "here"}, "RECALL_OPS_LISTEN is 'here': give host:port"),
-    ({"RECALL_OPS_LISTEN": "http://here:80"}, "RECALL_OPS_LISTEN is 'http://here:80': give host:port"),
+    (
+        {"RECALL_OPS_LISTEN": "http://here:80"},
+        "RECALL_OPS_LISTEN is 'http://here:80': give host:port",
+    ),
     ({"RECALL_OPS_LISTEN": "65536"}, "RECALL_OPS_LISTEN is '65536': give host:port"),
-    ({"RECALL_PRUNE": "soon"}, "RECALL_PRUNE holds 'soon': give durations such as 30d, or fired=7d"),
+    (
+        {"RECALL_PRUNE": "soon"},
+        "RECALL_PRUNE holds 'soon': give durations such as 30d, or fired=7d",
+    ),
     ({"RECALL_PRUNE": "30"}, "RECALL_PRUNE holds '30': give durations"),
     ({"RECALL_PRUNE": "fired=30"}, "RECALL_PRUNE holds 'fired=30': give durations"),
     ({"RECALL_PRUNE": "=30d"}, "RECALL_PRUNE names '': give one of fired"),
     ({"RECALL_PRUNE": "30d,"}, "RECALL_PRUNE holds '': give durations"),
-    ({"RECALL_PRUNE": "pending=30d"}, "RECALL_PRUNE names 'pending': give one of fired, cancelled, failed, calls"),
+    (
+        {"RECALL_PRUNE": "pending=30d"},
+        "RECALL_PRUNE names 'pending': give one of fired, cancelled, failed, calls",
+    ),
     ({"RECALL_PRUNE": "fired=30d,fired=7d"}, "RECALL_PRUNE names fired twice"),
     ({"RECALL_PRUNE": "30d,7d"}, "RECALL_PRUNE gives two durations for all"),
     ({"RECALL_PRUNE": "fired=0d"}, "RECALL_PRUNE holds 'fired=0d': keep for a second at least"),
-    ({"RECALL_PRUNE": "fired=99999d"}, "RECALL_PRUNE holds 'fired=99999d': keep for a second at least, and 11574d at most"),
-    ({"RECALL_CA_FILE": "/nowhere/ca.pem"}, "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read"),
+    (
+        {"RECALL_PRUNE": "fired=99999d"},
+        "RECALL_PRUNE holds 'fired=99999d': keep for a second at least, and 11574d at most",
+    ),
+    (
+        {"RECALL_CA_FILE": "/nowhere/ca.pem"},
+        "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("environ", "says"), WRONG, ids=[f"{next(iter(w[0].items()))}" for w in WRONG])
+@pytest.mark.parametrize(
+    ("environ", "says"), WRONG, ids=[f"{next(iter(w[0].items()))}" for w in WRONG]
+)
 def test_a_problem_names_its_variable_and_what_to_do(environ: dict[str, str], says: str) -> None:
     """One wrong setting is one problem: a sentence that begins with the variable."""
     [problem] = problems(environ)
@@ -228,9 +287,13 @@ def test_any_set_of_mistakes_is_reported_whole(wrong: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("least", "most"), [(f.metadata["least"], f.metadata["most"]) for f in FIELDS.values()], ids=list(FIELDS)
+    ("least", "most"),
+    [(f.metadata["least"], f.metadata["most"]) for f in FIELDS.values()],
+    ids=list(FIELDS),
 )
-def test_bounds_are_reachable(least: float | None, most: float | None, request: pytest.FixtureRequest) -> None:
+def test_bounds_are_reachable(
+    least: float | None, most: float | None, request: pytest.FixtureRequest
+) -> None:
     """The bounds that a problem names are themselves allowed."""
     name = request.node.callspec.id
     for bound in (least, most):
@@ -241,7 +304,10 @@ def test_bounds_are_reachable(least: float | None, most: float | None, request: 
 def test_needed() -> None:
     """What a command can't do without is named, all of it, with what it is, together with what is wrong."""
     with pytest.raises(SettingsError) as caught:
-        settings.read({"RECALL_RUN_TOKEN": HUSH, "RECALL_LEASE": "0"}, needed=["dsn", "run_url", "run_token", "lease"])
+        settings.read(
+            {"RECALL_RUN_TOKEN": HUSH, "RECALL_LEASE": "0"},
+            needed=["dsn", "run_url", "run_token", "lease"],
+        )
     said = [problem.partition(":")[0] for problem in caught.value.problems]
     assert said == ["RECALL_LEASE is 0", "RECALL_DSN is not set", "RECALL_RUN_URL is not set"]
     assert HUSH not in str(caught.value)
@@ -284,7 +350,13 @@ def test_secrets_are_shown_to_nobody(name: str) -> None:
 def test_problems_keep_secrets() -> None:
     """A secret that is wrong is called wrong without being quoted, as is a password in an address."""
     wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in SECRETS}
-    urls = [f"http://me:{HUSH}@a/", f"http://me:{HUSH}/", f"http://me:{HUSH}@[a/", f"http://me:{HUSH}@a℀/", f"http://{HUSH}@/"]
+    urls = [
+        f"http://me:{HUSH}@a/",
+        f"http://me:{HUSH}/",
+        f"http://me:{HUSH}@[a/",
+        f"http://me:{HUSH}@a℀/",
+        f"http://{HUSH}@/",
+    ]
     for environ in [
         wrong,
         {"RECALL_RUN_TOKEN": HUSH + "é"},
@@ -314,7 +386,15 @@ def test_a_secret_from_a_systemd_credential(name: str, tmp_path: Path) -> None:
     assert getattr(settings.read(credentials), name) == HUSH
     assert getattr(settings.read(credentials | {settings.variable(name): "other"}), name) == "other"
     (tmp_path / "file").write_text("another", encoding="utf-8")
-    assert getattr(settings.read(credentials | {settings.variable(name) + "_FILE": str(tmp_path / "file")}), name) == "another"
+    assert (
+        getattr(
+            settings.read(
+                credentials | {settings.variable(name) + "_FILE": str(tmp_path / "file")}
+            ),
+            name,
+        )
+        == "another"
+    )
 
 
 def test_a_directory_of_other_credentials(tmp_path: Path) -> None:
@@ -330,8 +410,14 @@ def test_what_can_be_wrong_with_a_secret_file(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe")
     lines.write_text(f"{HUSH}\n{HUSH}\n", encoding="utf-8")
     for environ, says in (
-        ({"RECALL_RUN_TOKEN_FILE": str(tmp_path / "missing")}, "RECALL_RUN_TOKEN_FILE can't be read: No such file"),
-        ({"RECALL_RUN_TOKEN_FILE": str(tmp_path)}, "RECALL_RUN_TOKEN_FILE can't be read: Is a directory"),
+        (
+            {"RECALL_RUN_TOKEN_FILE": str(tmp_path / "missing")},
+            "RECALL_RUN_TOKEN_FILE can't be read: No such file",
+        ),
+        (
+            {"RECALL_RUN_TOKEN_FILE": str(tmp_path)},
+            "RECALL_RUN_TOKEN_FILE can't be read: Is a directory",
+        ),
         ({"RECALL_RUN_TOKEN_FILE": str(binary)}, "RECALL_RUN_TOKEN_FILE can't be read: not UTF-8"),
         ({"RECALL_RUN_TOKEN_FILE": str(empty)}, "RECALL_RUN_TOKEN_FILE is empty"),
         ({"RECALL_RUN_TOKEN_FILE": str(lines)}, "RECALL_RUN_TOKEN holds a control character"),
@@ -364,7 +450,11 @@ def test_ignored() -> None:
     assert settings.ignored(environ) == ["RECALL_", "RECALL_CONCURENCY"]
 
 
-@given(environ=st.dictionaries(st.sampled_from([settings.variable(n) for n in FIELDS]), st.text(max_size=20)))
+@given(
+    environ=st.dictionaries(
+        st.sampled_from([settings.variable(n) for n in FIELDS]), st.text(max_size=20)
+    )
+)
 @tried(deadline=None)
 def test_any_text_is_taken_or_refused(environ: dict[str, str]) -> None:
     """Whatever stands in the variables, reading gives settings or problems that name them, and never breaks otherwise."""

@@ -26,7 +26,9 @@ ENDPOINT_MD = Path(__file__).resolve().parent.parent / "docs" / "endpoint.md"
 PLAIN = "correct-horse-battery-staple"
 
 
-async def called(app: Application, endpoint: Endpoint, message: str = "look at the build", session: str = "s") -> Request:
+async def called(
+    app: Application, endpoint: Endpoint, message: str = "look at the build", session: str = "s"
+) -> Request:
     """The daemon's call for a recall that the application schedules."""
     await app.create_session(session, "ann")
     await app.schedule(session, "immediate", soon(0), message)
@@ -42,11 +44,17 @@ async def called(app: Application, endpoint: Endpoint, message: str = "look at t
         pytest.param(WHSEC, [WHSEC], id="whsec_"),
         pytest.param(PLAIN, [PLAIN.encode()], id="plain"),
         pytest.param(f"{WHSEC} {OTHER}", [WHSEC, OTHER], id="two while it is changed"),
-        pytest.param(f"{PLAIN} {WHSEC}", [PLAIN.encode(), WHSEC], id="a plain one changed for whsec_"),
+        pytest.param(
+            f"{PLAIN} {WHSEC}", [PLAIN.encode(), WHSEC], id="a plain one changed for whsec_"
+        ),
     ],
 )
 async def test_the_published_library_verifies(
-    app: Application, endpoint: Endpoint, daemons: Daemons, secret: str, verify_with: list[str | bytes]
+    app: Application,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    secret: str,
+    verify_with: list[str | bytes],
 ) -> None:
     """What the daemon sends verifies with each secret that is set, and with no other; nor if a byte of it was changed."""
     daemon = await daemons.start(signing_secret=secret)
@@ -57,27 +65,42 @@ async def test_the_published_library_verifies(
         for body, changes in (
             (request.body + b" ", {}),
             (request.body, {"webhook-id": "other:1"}),
-            (request.body, {"webhook-timestamp": str(int(request.headers["webhook-timestamp"]) + 1)}),
+            (
+                request.body,
+                {"webhook-timestamp": str(int(request.headers["webhook-timestamp"]) + 1)},
+            ),
         ):
             with pytest.raises(WebhookVerificationError):
                 Webhook(known).verify(body, request.headers | changes)
     with pytest.raises(WebhookVerificationError):
-        Webhook("whsec_" + base64.b64encode(b"wrong").decode()).verify(request.body, request.headers)
+        Webhook("whsec_" + base64.b64encode(b"wrong").decode()).verify(
+            request.body, request.headers
+        )
     await daemon.hears("recall.settled", status="fired")
 
 
-@pytest.mark.parametrize("secret", [WHSEC, PLAIN, f"{OTHER} {WHSEC}"], ids=["whsec_", "plain", "two"])
-async def test_the_documented_lines_verify(app: Application, endpoint: Endpoint, daemons: Daemons, secret: str) -> None:
+@pytest.mark.parametrize(
+    "secret", [WHSEC, PLAIN, f"{OTHER} {WHSEC}"], ids=["whsec_", "plain", "two"]
+)
+async def test_the_documented_lines_verify(
+    app: Application, endpoint: Endpoint, daemons: Daemons, secret: str
+) -> None:
     """The lines of docs/endpoint.md do what is said of them, with a genuine call and with one that is not."""
     lines: dict[str, Any] = {}
-    for snippet in re.findall(r"<!-- verify [^>]* -->\n```python\n(.*?)```", ENDPOINT_MD.read_text(encoding="utf-8"), re.DOTALL):
+    for snippet in re.findall(
+        r"<!-- verify [^>]* -->\n```python\n(.*?)```",
+        ENDPOINT_MD.read_text(encoding="utf-8"),
+        re.DOTALL,
+    ):
         exec(snippet, lines)
     await daemons.start(signing_secret=secret)
     request = await called(app, endpoint)
     for one in secret.split():
         assert lines["genuine"](one, request.headers, request.body)
         assert (
-            lines["verified"](one if one.startswith("whsec_") else one.encode(), request.headers, request.body)
+            lines["verified"](
+                one if one.startswith("whsec_") else one.encode(), request.headers, request.body
+            )
             == request.document
         )
         assert not lines["genuine"](one, request.headers, request.body + b" ")
@@ -85,7 +108,9 @@ async def test_the_documented_lines_verify(app: Application, endpoint: Endpoint,
         assert not lines["genuine"]("other", request.headers, request.body)
 
 
-async def test_a_key_that_no_header_can_carry(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_key_that_no_header_can_carry(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The id that is signed is the one in the header, also where the recall's own had to be encoded."""
     await daemons.start(signing_secret=WHSEC)
     await app.create_session("s", "ann")
@@ -95,7 +120,9 @@ async def test_a_key_that_no_header_can_carry(app: Application, endpoint: Endpoi
     assert Webhook(WHSEC).verify(request.body, request.headers)["recall"]["id"] == "é\r\nx: y"
 
 
-async def test_each_call_is_signed_anew(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_each_call_is_signed_anew(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A later call has the same id and body and a signature of its own time, so that it is never too old; both verify."""
     endpoint.script("s", reply(503, headers={"retry-after": "2"}), reply())
     await daemons.start(signing_secret=WHSEC)
@@ -107,7 +134,9 @@ async def test_each_call_is_signed_anew(app: Application, endpoint: Endpoint, da
         assert Webhook(WHSEC).verify(request.body, request.headers)
 
 
-async def test_without_a_secret_nothing_is_signed(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_without_a_secret_nothing_is_signed(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """No secret, no webhook headers."""
     await daemons.start()
     request = await called(app, endpoint)
@@ -120,14 +149,18 @@ async def test_secrets_stay_secret(
     """Neither log nor database shows token or signing secret, as given or decoded; both may come from files."""
     (tmp_path / "secret").write_text(f"{WHSEC} {PLAIN}\n")
     (tmp_path / "token").write_text("s3cr3t-token\n")
-    daemon = await daemons.start(signing_secret_file=tmp_path / "secret", run_token_file=tmp_path / "token")
+    daemon = await daemons.start(
+        signing_secret_file=tmp_path / "secret", run_token_file=tmp_path / "token"
+    )
     endpoint.script("s", reply(401, {"error": "no"}), reply())
     request = await called(app, endpoint)
     assert Webhook(PLAIN.encode()).verify(request.body, request.headers)
     assert request.headers["authorization"] == "Bearer s3cr3t-token"
     await daemon.hears("recall.settled")
     await daemon.stop()
-    tables = [await (await db.execute(f"select * from {name}".encode())).fetchall() for name in TABLES]
+    tables = [
+        await (await db.execute(f"select * from {name}".encode())).fetchall() for name in TABLES
+    ]
     shown = "\n".join([*map(str, daemon.events), *daemon.talk, *map(str, tables)])
     assert "signing_secret" in shown, "that one is set is told"
     decoded = base64.b64decode(WHSEC.removeprefix("whsec_")).decode()
@@ -189,7 +222,13 @@ BROKE = reply(500, {"error": "a tool broke"})
 )
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 async def test_one_key_has_one_body(
-    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints, answers: list[Raw], call_type: str
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    api: Fingerprints,
+    answers: list[Raw],
+    call_type: str,
 ) -> None:
     """However often one occurrence is called, and however many due moments pass meanwhile, its key stands for one body."""
     api.then(*answers)
@@ -201,7 +240,9 @@ async def test_one_key_has_one_body(
     missed = endpoint.requests[0].document["recall"]["missed"]
     assert missed >= 2 if call_type == "recurring" else missed == 0
     # What was missed would be counted otherwise by now.
-    await eventually(db, "select 1 where clock_timestamp() > %s + %s * interval '1 second'", [due, missed + 1.1])
+    await eventually(
+        db, "select 1 where clock_timestamp() > %s + %s * interval '1 second'", [due, missed + 1.1]
+    )
     for n in range(len(answers)):
         await daemon.hears("recall.settled", times=n + 1)
         await now(db)
@@ -233,7 +274,10 @@ Change = Callable[[Connection, str], Awaitable[Any]]
 
 
 async def _other_message(db: Connection, id: str) -> None:
-    await db.execute("update session_recalls set additional_context_message = 'look elsewhere' where id = %s", [id])
+    await db.execute(
+        "update session_recalls set additional_context_message = 'look elsewhere' where id = %s",
+        [id],
+    )
 
 
 async def _other_type(db: Connection, id: str) -> None:
@@ -242,14 +286,19 @@ async def _other_type(db: Connection, id: str) -> None:
 
 async def _other_interval(db: Connection, id: str) -> None:
     await db.execute(
-        "update session_recalls set interval_seconds = 7200, internal_comment = 'new', updated_at = now() where id = %s", [id]
+        "update session_recalls set interval_seconds = 7200, internal_comment = 'new', updated_at = now() where id = %s",
+        [id],
     )
 
 
-async def _called_then_changed(app: Application, db: Connection, daemon: Daemon, change: Change, call_type: str = "once") -> str:
+async def _called_then_changed(
+    app: Application, db: Connection, daemon: Daemon, change: Change, call_type: str = "once"
+) -> str:
     """A recall that was called once and not for good, then changed by the application, then called again; its id."""
     await app.create_session("s", "ann")
-    id = await app.schedule("s", call_type, soon(0), "look", 3600 if call_type == "recurring" else None)
+    id = await app.schedule(
+        "s", call_type, soon(0), "look", 3600 if call_type == "recurring" else None
+    )
     await daemon.hears("recall.settled", recall=id)
     await change(db, id)
     await now(db)
@@ -257,10 +306,20 @@ async def _called_then_changed(app: Application, db: Connection, daemon: Daemon,
     return id
 
 
-@pytest.mark.parametrize("answer", [BROKE, BUSY, LATER, reply(401)], ids=["unknown", "busy", "unavailable", "misconfigured"])
+@pytest.mark.parametrize(
+    "answer",
+    [BROKE, BUSY, LATER, reply(401)],
+    ids=["unknown", "busy", "unavailable", "misconfigured"],
+)
 @pytest.mark.parametrize("change", [_other_message, _other_type], ids=["message", "type"])
 async def test_a_body_that_the_application_changed_has_a_key_of_its_own(
-    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints, answer: Raw, change: Change
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    api: Fingerprints,
+    answer: Raw,
+    change: Change,
 ) -> None:
     """A message (or type) that is updated between two calls of one occurrence is sent under a new key, so it is never refused."""
     api.then(answer)
@@ -275,7 +334,12 @@ async def test_a_body_that_the_application_changed_has_a_key_of_its_own(
 
 @pytest.mark.parametrize("answer", [BROKE, BUSY], ids=["unknown", "busy"])
 async def test_what_is_not_in_the_body_changes_no_key(
-    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints, answer: Raw
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    api: Fingerprints,
+    answer: Raw,
 ) -> None:
     """An interval or a comment that is updated between two calls of one occurrence leaves its key and body alone."""
     api.then(answer)
@@ -304,7 +368,9 @@ async def test_changed_while_its_worker_was_dead(
     await second.hears("recall.settled", outcome="answered", attempt=2)
     assert endpoint.keys == [f"{id}:1", f"{id}:1.1"]
     assert api.refused == []
-    marks = await (await db.execute("select rekey, attempt, outcome from recall_attempts order by attempt")).fetchall()
+    marks = await (
+        await db.execute("select rekey, attempt, outcome from recall_attempts order by attempt")
+    ).fetchall()
     assert [tuple(mark.values()) for mark in marks] == [(0, 1, "unknown"), (1, 2, "answered")]
 
 
@@ -320,7 +386,10 @@ async def test_changed_and_changed_back(
     await now(db)
     await daemon.hears("recall.settled", times=1)
     for times, message in ((2, "look"), (3, "look elsewhere"), (4, "look elsewhere")):
-        await db.execute("update session_recalls set additional_context_message = %s where id = %s", [message, id])
+        await db.execute(
+            "update session_recalls set additional_context_message = %s where id = %s",
+            [message, id],
+        )
         await now(db)
         await daemon.hears("recall.settled", times=times)
     assert (await row(db, "s"))["occurrence"] == 2

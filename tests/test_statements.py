@@ -59,11 +59,17 @@ def test_comments_are_dropped(file: str, name: str) -> None:
     assert ";" not in statement
 
 
-def test_a_percent_sign_in_a_comment_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_percent_sign_in_a_comment_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """psycopg would read `%` in a comment as a placeholder: before, behind and between the lines it is dropped with its comment."""
-    (tmp_path / "odd.sql").write_text("-- 100% of it\n-- name: one\n-- 50% (done)s\nselect 1 -- 7%\n    -- and 8%s\n    + 1;\n")
+    (tmp_path / "odd.sql").write_text(
+        "-- 100% of it\n-- name: one\n-- 50% (done)s\nselect 1 -- 7%\n    -- and 8%s\n    + 1;\n"
+    )
     monkeypatch.setattr(statements, "folder", lambda: tmp_path)
-    assert [line.strip() for line in statements.load("odd")["one"].splitlines() if line.strip()] == ["select 1", "+ 1"]
+    assert [
+        line.strip() for line in statements.load("odd")["one"].splitlines() if line.strip()
+    ] == ["select 1", "+ 1"]
     statements.load.cache_clear()
 
 
@@ -91,7 +97,9 @@ def test_a_claim_is_made_of_columns_as_they_come(name: str, migrated: str) -> No
     with psycopg.connect(migrated, autocommit=True) as conn:
         answer = conn.execute(statement.encode(), dict.fromkeys(PLACEHOLDER.findall(statement)))
         assert answer.description is not None
-        expected = [dates.get(field, field) for field in Claim._fields if field not in ("lateness", "due")]
+        expected = [
+            dates.get(field, field) for field in Claim._fields if field not in ("lateness", "due")
+        ]
         assert [column.name for column in answer.description] == expected
 
 
@@ -129,7 +137,9 @@ def filled(dsn: str, half: int, statistics: str, due: int = 2 * FEW) -> None:
     """`half` rows that wait for next year, `half` that are over, and `due` that are due."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         another_day = statistics == "another day"
-        conn.execute(FILL.format(half=half, due=due, first="fired" if another_day else "pending").encode())
+        conn.execute(
+            FILL.format(half=half, due=due, first="fired" if another_day else "pending").encode()
+        )
         if another_day:
             conn.execute("analyze")
             conn.execute("update session_recalls set status = 'pending' where id like 'far%'")
@@ -154,11 +164,15 @@ class Table:
         self.dsn = dsn
         self.claims = list(claims)
 
-    async def asked(self, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Mapping[str, Any]]:
+    async def asked(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[str, Mapping[str, Any]]:
         """The statement and the values that the ledger sends."""
         said: list[tuple[str, Mapping[str, Any]]] = []
 
-        async def ask(_: object, statement: str, values: Mapping[str, Any], **more: object) -> list[Any]:
+        async def ask(
+            _: object, statement: str, values: Mapping[str, Any], **more: object
+        ) -> list[Any]:
             said.append((statement, values))
             raise Enough
 
@@ -181,7 +195,12 @@ class Table:
                 case "next_due":
                     await ledger.next_due(claimed_at=now)
                 case "write_moves":
-                    await ledger.write_moves([(claim, Placement(claim.occurrence + 1, AsMoved(), 0)) for claim in self.claims])
+                    await ledger.write_moves(
+                        [
+                            (claim, Placement(claim.occurrence + 1, AsMoved(), 0))
+                            for claim in self.claims
+                        ]
+                    )
                 case "renew":
                     await ledger.renew(leases)
                 case "backlog":
@@ -190,12 +209,22 @@ class Table:
                     await ledger.check_leases(leases)
                 case "settle":
                     await ledger.settle(
-                        [(Ending(c, Busy(409), 0.1, 0.2, now), Defer(After(60.0), "the session is busy")) for c in self.claims]
+                        [
+                            (
+                                Ending(c, Busy(409), 0.1, 0.2, now),
+                                Defer(After(60.0), "the session is busy"),
+                            )
+                            for c in self.claims
+                        ]
                     )
         return said[0]
 
     def plan(
-        self, statement: str, values: Mapping[str, Any], mode: str, meanwhile: Callable[[], None] | None = None
+        self,
+        statement: str,
+        values: Mapping[str, Any],
+        mode: str,
+        meanwhile: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """The plan by which PostgreSQL did what was asked; nothing of it stays. `meanwhile()`: what happens between its being made and used."""
         with psycopg.connect(self.dsn, autocommit=True) as conn:
@@ -203,9 +232,14 @@ class Table:
                 conn.execute("set plan_cache_mode = force_generic_plan")
                 conn.execute("set enable_seqscan = off")
             # Prepared by asking for nothing.
-            nothing: dict[str, Any] = {k: [] if isinstance(v, list) else 0 if k == "slots" else v for k, v in values.items()}
+            nothing: dict[str, Any] = {
+                k: [] if isinstance(v, list) else 0 if k == "slots" else v
+                for k, v in values.items()
+            }
             conn.execute(statement.encode(), nothing, prepare=True)
-            found = conn.execute("select name from pg_prepared_statements where not from_sql").fetchall()
+            found = conn.execute(
+                "select name from pg_prepared_statements where not from_sql"
+            ).fetchall()
             assert len(found) == 1
             order = dict.fromkeys(PLACEHOLDER.findall(statement))
             listed = ", ".join(f"%({name})s" for name in order)
@@ -214,7 +248,8 @@ class Table:
                 meanwhile()
             with conn.transaction(force_rollback=True), ClientCursor(conn) as cursor:
                 cursor.execute(
-                    f"explain (analyze, buffers, timing off, format json) execute {found[0][0]} ({listed})".encode(), values
+                    f"explain (analyze, buffers, timing off, format json) execute {found[0][0]} ({listed})".encode(),
+                    values,
                 )
                 row = cursor.fetchone()
         assert row is not None
@@ -235,11 +270,15 @@ def buffers(plan: dict[str, Any]) -> int:
 
 def touched(node: dict[str, Any]) -> float:
     """Rows that passed through a node of a plan, those that it threw away included."""
-    return float((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+    return float(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    )
 
 
 @contextmanager
-def crowd(server: str, template: str, half: int, statistics: str, due: int = 2 * FEW) -> Iterator[Table]:
+def crowd(
+    server: str, template: str, half: int, statistics: str, due: int = 2 * FEW
+) -> Iterator[Table]:
     """A table filled in a database of its own; a few of its due rows are claimed."""
     with postgres.database(server, template) as dsn:
         filled(dsn, half, statistics, due)
@@ -266,7 +305,9 @@ def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Itera
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
 @pytest.mark.parametrize("name", NAMES)
-async def test_only_indexes_are_used(name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_indexes_are_used(
+    name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read through, nothing large is sorted."""
     plan = crowded.plan(*await crowded.asked(name, monkeypatch), mode)
     read_through = [n["Relation Name"] for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
@@ -287,14 +328,22 @@ async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
             conn.execute("set session_replication_role = replica")
             for statement in (FILL, DUE):
                 conn.execute(
-                    re.sub("alter table[^;]*;", "", statement).format(half=50_000, due=2 * FEW, first="pending").encode()
+                    re.sub("alter table[^;]*;", "", statement)
+                    .format(half=50_000, due=2 * FEW, first="pending")
+                    .encode()
                 )
 
     with postgres.database(server, template) as dsn:
         with psycopg.connect(dsn, autocommit=True) as conn:
             for table in ("session_recalls", "recall_attempts"):
                 conn.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
-        crowd = Table(dsn, [claim_with(id=f"due{n + 1}", session_id=f"s{50_001 + n}", lease=uuid4()) for n in range(FEW)])
+        crowd = Table(
+            dsn,
+            [
+                claim_with(id=f"due{n + 1}", session_id=f"s{50_001 + n}", lease=uuid4())
+                for n in range(FEW)
+            ],
+        )
         plan = crowd.plan(*await crowd.asked(name, monkeypatch), "generic", filled_in)
     assert max(map(touched, nodes(plan))) <= 10 * FEW
     assert buffers(plan) <= 80 * FEW
@@ -318,7 +367,9 @@ async def test_a_look_costs_the_same_at_any_size(
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
-async def test_a_backlog_is_counted_to_a_bound(mode: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_backlog_is_counted_to_a_bound(
+    mode: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With everything overdue, what monitoring asks touches no more rows than it may count, and finds the oldest among them."""
     monkeypatch.setattr(ledger_module, "BACKLOG_MOST", 1000)
     with crowd(server, template, 500, "fresh", due=20_000) as table:
@@ -329,11 +380,17 @@ async def test_a_backlog_is_counted_to_a_bound(mode: str, server: str, template:
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])
-async def test_a_large_batch_looks_up_one_by_one(mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_batch_looks_up_one_by_one(
+    mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five hundred endings at once, all of recalls that are gone: their marks are looked for by key, not by reading all marks there are."""
     claim, *_ = crowded.claims
     gone = Table(crowded.dsn, [claim._replace(id=f"gone{n}", lease=uuid4()) for n in range(500)])
     plan = gone.plan(*await gone.asked("settle", monkeypatch), mode)
-    looked_up = [n for n in nodes(plan) if n.get("Relation Name") == "recall_attempts" and n["Node Type"] != "ModifyTable"]
+    looked_up = [
+        n
+        for n in nodes(plan)
+        if n.get("Relation Name") == "recall_attempts" and n["Node Type"] != "ModifyTable"
+    ]
     assert looked_up and "Seq Scan" not in [n["Node Type"] for n in looked_up]
     assert max(map(touched, looked_up)) <= 500

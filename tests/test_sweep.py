@@ -21,7 +21,9 @@ class Heap:
         self.asked.append(batch)
         pages = self.pages[batch.statement]
         most = batch.values["most"]
-        for n in range(batch.values["first"], min(len(pages), batch.values["first"] + batch.values["pages"])):
+        for n in range(
+            batch.values["first"], min(len(pages), batch.values["first"] + batch.values["pages"])
+        ):
             taken = min(most, pages[n])
             pages[n] -= taken
             most -= taken

@@ -35,9 +35,14 @@ STEERING = [
 ]  # fmt: skip
 """Clears, titles, links, rings, overwrites, turns the direction, ends the line, hides."""
 TEXTS = st.one_of(
-    st.text(), st.sampled_from(STEERING), st.lists(st.sampled_from(STEERING)).map("".join), st.characters().map(lambda c: c * 3)
+    st.text(),
+    st.sampled_from(STEERING),
+    st.lists(st.sampled_from(STEERING)).map("".join),
+    st.characters().map(lambda c: c * 3),
 )
-STORABLE = [text for text in STEERING if not any("\ud800" <= c <= "\udfff" or c == "\0" for c in text)]
+STORABLE = [
+    text for text in STEERING if not any("\ud800" <= c <= "\udfff" or c == "\0" for c in text)
+]
 """Those that PostgreSQL can hold."""
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 """What the log itself colours its lines with, on a terminal."""
@@ -61,7 +66,9 @@ def test_what_was_hidden_can_be_told(text: str) -> None:
     """What is shown in place of a character says which: read as Python reads it, it is the text again."""
     if "\\" not in text:
         shown = escape_controls(text)
-        read = re.sub(r"\\(x..|u....|U........|[nrt])", lambda found: json_of(found[0]), shown, flags=re.ASCII)
+        read = re.sub(
+            r"\\(x..|u....|U........|[nrt])", lambda found: json_of(found[0]), shown, flags=re.ASCII
+        )
         assert read == text
 
 
@@ -146,7 +153,9 @@ def bare(text: str) -> str:
     return SGR.sub("", text.replace("\r\n", "\n"))
 
 
-FACTS = st.fixed_dictionaries({"recall": TEXTS, "session": TEXTS, "reason": st.one_of(st.none(), TEXTS)})
+FACTS = st.fixed_dictionaries(
+    {"recall": TEXTS, "session": TEXTS, "reason": st.one_of(st.none(), TEXTS)}
+)
 
 
 @given(facts=FACTS)
@@ -184,11 +193,14 @@ def strict(line: str) -> dict[str, Any]:
     return document
 
 
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.lists(TEXTS, max_size=2))
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.lists(TEXTS, max_size=2)
+)
 
 
 @given(
-    name=st.sampled_from(sorted(LOUDNESS)), facts=st.dictionaries(st.sampled_from(["recall", "session", "lag_ms", "x"]), VALUES)
+    name=st.sampled_from(sorted(LOUDNESS)),
+    facts=st.dictionaries(st.sampled_from(["recall", "session", "lag_ms", "x"]), VALUES),
 )
 @settings(max_examples=80, deadline=None)
 def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) -> None:
@@ -207,7 +219,11 @@ def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) 
 def test_everything_for_machines(machine: Teller, text: str) -> None:
     """Defects with their tracebacks, and what other libraries have to say, are lines of JSON like all else."""
     broken = strict(machine.tell(text, "broken", recall=text))
-    assert broken["event"] == "worker.error" and "ValueError" in broken["exception"] and broken["recall"] == text
+    assert (
+        broken["event"] == "worker.error"
+        and "ValueError" in broken["exception"]
+        and broken["recall"] == text
+    )
     other = strict(machine.tell("asyncio", "other", said=text))
     assert (other["event"], other["logger"], other["level"]) == (text, "asyncio", "error")
 
@@ -215,7 +231,9 @@ def test_everything_for_machines(machine: Teller, text: str) -> None:
 # --- the daemon ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_daemon_on_a_terminal(app: Application, database: str, db: Connection, endpoint: Endpoint) -> None:
+async def test_a_daemon_on_a_terminal(
+    app: Application, database: str, db: Connection, endpoint: Endpoint
+) -> None:
     """Hostile ids in the table, and hostile answers of the API, come out on the operator's terminal as text that can be read."""
     read, write = pty.openpty()
     process = await asyncio.create_subprocess_exec(
@@ -237,7 +255,11 @@ async def test_a_daemon_on_a_terminal(app: Application, database: str, db: Conne
         for n, text in enumerate(STORABLE):
             await app.create_session(text, "ann")
             await app.schedule(text, "once", soon(0), text, id=f"{n}{text}")
-        await eventually(db, "select from session_recalls where status = 'failed' having count(*) = %s", [len(STORABLE)])
+        await eventually(
+            db,
+            "select from session_recalls where status = 'failed' having count(*) = %s",
+            [len(STORABLE)],
+        )
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(20):
             assert await process.wait() == 0
@@ -260,7 +282,9 @@ async def test_a_daemon_on_a_terminal(app: Application, database: str, db: Conne
     }
 
 
-async def test_a_daemon_in_a_pipe(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_daemon_in_a_pipe(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The same in a pipe: every line is JSON, and says the ids as they stand in the table."""
     endpoint.default = reply(500, {"error": "".join(STORABLE)})
     daemon = await daemons.start(max_attempts=1)
@@ -270,4 +294,6 @@ async def test_a_daemon_in_a_pipe(app: Application, db: Connection, endpoint: En
     await daemon.hears("recall.settled", times=len(STORABLE), status="failed")
     assert await daemon.stop() == 0
     assert daemon.talk == []
-    assert {event["recall"] for event in daemon.told("recall.settled")} == {f"{n}{text}" for n, text in enumerate(STORABLE)}
+    assert {event["recall"] for event in daemon.told("recall.settled")} == {
+        f"{n}{text}" for n, text in enumerate(STORABLE)
+    }

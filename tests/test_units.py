@@ -19,11 +19,17 @@ UNITS = Path(__file__).parent.parent / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
 EXPOSURE_MOST = 1.5
 
-needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="not installed: systemd-analyze")
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="not installed: systemd-analyze"
+)
 
 
 def lines(unit: str) -> list[str]:
-    return [line for line in (UNITS / unit).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return [
+        line
+        for line in (UNITS / unit).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
 
 
 def value(unit: str, name: str) -> str:
@@ -34,7 +40,9 @@ def value(unit: str, name: str) -> str:
 def installed(folder: Path) -> Path:
     """The units as they would be on a host where the program is there."""
     for path in UNITS.iterdir():
-        text = path.read_text(encoding="utf-8").replace("/opt/recall-worker/bin/recall-worker", "/bin/true")
+        text = path.read_text(encoding="utf-8").replace(
+            "/opt/recall-worker/bin/recall-worker", "/bin/true"
+        )
         (folder / path.name).write_text(text, encoding="utf-8")
     shutil.copy(folder / "recall-worker@.service", folder / "recall-worker@1.service")
     return folder
@@ -47,7 +55,12 @@ def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
         for path in installed(tmp_path).iterdir()
         if path.suffix in (".service", ".timer", ".target") and "@." not in path.name
     ]
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     ours = [line for line in done.stderr.splitlines() if "recall-worker" in line]
     assert done.returncode == 0 and ours == []
 
@@ -58,7 +71,10 @@ def test_exposure(unit: str, tmp_path: Path) -> None:
     """What `systemd-analyze security` reads, out of ten: as little as a process that talks to two addresses needs."""
     path = installed(tmp_path) / unit.replace("@.", "@1.")
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path)], capture_output=True, text=True, check=True
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     (said,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert float(said) <= EXPOSURE_MOST, done.stdout
@@ -73,7 +89,11 @@ def test_one_and_many_are_the_same() -> None:
 
 
 def test_jobs_are_as_bounded_as_the_worker() -> None:
-    hardening = [line for line in lines("recall-worker.service") if line in lines("recall-worker-migrate.service")]
+    hardening = [
+        line
+        for line in lines("recall-worker.service")
+        if line in lines("recall-worker-migrate.service")
+    ]
     assert len(hardening) > 30 and set(hardening) <= set(lines("recall-worker-prune.service"))
 
 
@@ -99,11 +119,15 @@ def test_memory_is_bounded(unit: str) -> None:
     root = UNITS.parent
     [worker] = [
         document
-        for document in yaml.safe_load_all((root / "kubernetes" / "recall-worker.yaml").read_text(encoding="utf-8"))
+        for document in yaml.safe_load_all(
+            (root / "kubernetes" / "recall-worker.yaml").read_text(encoding="utf-8")
+        )
         if document["kind"] == "Deployment"
     ]
     [container] = worker["spec"]["template"]["spec"]["containers"]
-    composed = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"]["worker"]
+    composed = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"][
+        "worker"
+    ]
     assert value(unit, "MemoryMax") == "256M" and composed["mem_limit"] == "256m"
     assert container["resources"]["limits"]["memory"] == "256Mi"
     assert int(value(unit, "OOMScoreAdjust")) == composed["oom_score_adj"] > 0
@@ -114,5 +138,10 @@ def test_the_example_environment_is_all_settings() -> None:
     text = (UNITS / "recall-worker.env").read_text(encoding="utf-8")
     names = re.findall(r"^#? ?([A-Z_]+)=", text, re.M)
     assert "RECALL_RUN_URL" in names and ignored(dict.fromkeys(names, "x")) == []
-    assert not {"RECALL_DSN", "RECALL_RUN_TOKEN", "RECALL_SIGNING_SECRET", "RECALL_LISTEN_DSN"} & set(names)
+    assert not {
+        "RECALL_DSN",
+        "RECALL_RUN_TOKEN",
+        "RECALL_SIGNING_SECRET",
+        "RECALL_LISTEN_DSN",
+    } & set(names)
     assert "${PRUNE_OLDER_THAN}" in value("recall-worker-prune.service", "ExecStart")

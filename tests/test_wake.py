@@ -90,7 +90,13 @@ def test_what_stands_still_is_looked_at_ever_more_rarely(found: Looked) -> None:
     for _ in range(60):
         now += wake.seconds(now)
         wake.begin(now)
-        wake.looked(Looked(**{name: getattr(found, name) for name in Looked.__dataclass_fields__} | {"due_at": None}), now)
+        wake.looked(
+            Looked(
+                **{name: getattr(found, name) for name in Looked.__dataclass_fields__}
+                | {"due_at": None}
+            ),
+            now,
+        )
         waits.append(wake.seconds(now))
     assert sum(waits[-30:]) >= 30 * FLOOR_FIRST - 1e-6
 
@@ -108,9 +114,15 @@ def tell(wake: Wake, event: str, now: float) -> None:
             wake.run_ended(now, is_over=event != "run not over", awaited=event == "awaited")
 
 
-@given(st.lists(st.tuples(EVENTS | st.none(), EVENTS | st.none(), EVENTS | st.none(), FOUND), max_size=40))
+@given(
+    st.lists(
+        st.tuples(EVENTS | st.none(), EVENTS | st.none(), EVENTS | st.none(), FOUND), max_size=40
+    )
+)
 @settings(deadline=None)
-def test_what_is_told_is_looked_after(story: list[tuple[str | None, str | None, str | None, Looked]]) -> None:
+def test_what_is_told_is_looked_after(
+    story: list[tuple[str | None, str | None, str | None, Looked]],
+) -> None:
     """A notification, a change, and the end of a run that something waits for: the next look is at once, whenever they come."""
     wake, now = Wake(POLL, START), START
     for before, during, asking, found in story:

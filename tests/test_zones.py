@@ -49,7 +49,9 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("expression", "zone", "start", "expected"), TABLE, ids=[f"{e} {z} {s}" for e, z, s, _ in TABLE])
+@pytest.mark.parametrize(
+    ("expression", "zone", "start", "expected"), TABLE, ids=[f"{e} {z} {s}" for e, z, s, _ in TABLE]
+)
 def test_where_clocks_change(expression: str, zone: str, start: str, expected: list[str]) -> None:
     """Each row of the table: the next moments, with their offsets."""
     after = datetime.fromisoformat(start).replace(tzinfo=zone_of(zone))
@@ -60,7 +62,9 @@ def test_where_clocks_change(expression: str, zone: str, start: str, expected: l
 def test_a_start_in_the_repeated_hour_never_goes_back() -> None:
     """Asked between the two passes of 1:30, the next 1:30 is tomorrow's: never a moment before the start."""
     after = datetime(2026, 11, 1, 1, 10, tzinfo=zone_of("America/New_York"), fold=1).astimezone(UTC)
-    assert next(ticks("30 1 * * *", "America/New_York", after)) == datetime(2026, 11, 2, 6, 30, tzinfo=UTC)
+    assert next(ticks("30 1 * * *", "America/New_York", after)) == datetime(
+        2026, 11, 2, 6, 30, tzinfo=UTC
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,14 @@ ZONES = [
 ]  # fmt: skip
 
 
-ODD = ["Australia/Lord_Howe", "Australia/Lord_Howe", "Pacific/Apia", "America/Sao_Paulo", "America/St_Johns", "Antarctica/Troll"]
+ODD = [
+    "Australia/Lord_Howe",
+    "Australia/Lord_Howe",
+    "Pacific/Apia",
+    "America/Sao_Paulo",
+    "America/St_Johns",
+    "Antarctica/Troll",
+]
 """Half an hour, a day, midnight, a minute past midnight, two hours."""
 ALL_ZONES = sorted(set((resources.files("tzdata") / "zones").read_text().split()))
 FIRST, LAST = datetime(2010, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC)
@@ -128,7 +139,9 @@ class Fields:
     def on(self, day: date) -> bool:
         of_month = day.day in self.days or (0 in self.days and (day + DAY).day == 1)
         of_week = day.isoweekday() in self.weekdays
-        return day.month in self.months and (of_month and of_week if self.both else of_month or of_week)
+        return day.month in self.months and (
+            of_month and of_week if self.both else of_month or of_week
+        )
 
 
 @cache
@@ -170,7 +183,11 @@ def oracle(fields: Fields, zone: str, after: datetime, until: datetime) -> list[
         day = max(lowest, after + offset - 2 * DAY).date()
         while day <= min(shown, until + offset).date():
             if fields.on(day):
-                walls = (datetime(day.year, day.month, day.day, h, m, tzinfo=UTC) for h in fields.hours for m in fields.minutes)
+                walls = (
+                    datetime(day.year, day.month, day.day, h, m, tzinfo=UTC)
+                    for h in fields.hours
+                    for m in fields.minutes
+                )
                 found |= {max(start, wall - offset) for wall in walls if lowest <= wall < shown}
             day += DAY
     return sorted(instant for instant in found if after < instant <= until)
@@ -190,7 +207,11 @@ def field(draw: st.DrawFn, low: int, high: int, names: str = "") -> tuple[str, s
     called = {low + n: name for n, name in enumerate(names.split())}
 
     def said(number: int) -> str:
-        return draw(st.sampled_from([str(number), called[number]])) if number in called else str(number)
+        return (
+            draw(st.sampled_from([str(number), called[number]]))
+            if number in called
+            else str(number)
+        )
 
     step, first = draw(st.integers(1, 12)), draw(st.integers(low, high - 1))
     last = draw(st.integers(first + 1, high))
@@ -237,18 +258,23 @@ def worked_out(fields: Fields, zone: str, after: datetime, until: datetime) -> l
 
 @settings(max_examples=250, deadline=None)
 @given(fields=expressions(), zone=st.sampled_from(ODD) | st.sampled_from(ALL_ZONES), data=st.data())
-def test_any_expression_in_any_zone_agrees_with_the_oracle(fields: Fields, zone: str, data: st.DataObject) -> None:
+def test_any_expression_in_any_zone_agrees_with_the_oracle(
+    fields: Fields, zone: str, data: st.DataObject
+) -> None:
     """All moments of some days, most of them around a change of clocks, in twenty years of all zones there are."""
     changes = [start for start, _, _ in stretches(zone)[1:]]
     anywhere = data.draw(st.integers(0, 3), label="anywhere") == 0
     if changes and not anywhere:
         after = (
-            data.draw(st.sampled_from(changes), label="change") + data.draw(st.integers(-1800, 1800), label="minutes") * MINUTE
+            data.draw(st.sampled_from(changes), label="change")
+            + data.draw(st.integers(-1800, 1800), label="minutes") * MINUTE
         )
     else:
         after = FIRST + data.draw(st.integers(0, 20 * 365 * 1440), label="minute") * MINUTE
     until = after + (3 if len(fields.minutes) * len(fields.hours) > 9 else 400) * DAY
-    assert worked_out(fields, zone, after, min(until, LAST)) == oracle(fields, zone, after, min(until, LAST))
+    assert worked_out(fields, zone, after, min(until, LAST)) == oracle(
+        fields, zone, after, min(until, LAST)
+    )
 
 
 def twenty_years(zone: str) -> None:
@@ -284,7 +310,9 @@ TRANSITIONS = [
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(TRANSITIONS), st.integers(-600, 600), st.sampled_from([5, 10, 15, 30]))
-def test_wildcards_follow_elapsed_time(change: tuple[str, datetime], minutes: int, step: int) -> None:
+def test_wildcards_follow_elapsed_time(
+    change: tuple[str, datetime], minutes: int, step: int
+) -> None:
     """`*/n * * * *` over a change of clocks: never further apart than n, never the same twice, always on the mark."""
     zone, at = change
     found = list(islice(ticks(f"*/{step} * * * *", zone, at + timedelta(minutes=minutes)), 40))

@@ -20,7 +20,15 @@ def measure(contest: Contest) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for slots in (50,) if quick else (10, 50, 200, 1000):
         # procrastinate fetches one job at a time: more slots change nothing for it.
-        names = [OURS, *loops, *(name for name in peers if slots in (50, 200) and (name != "procrastinate" or slots == 50))]
+        names = [
+            OURS,
+            *loops,
+            *(
+                name
+                for name in peers
+                if slots in (50, 200) and (name != "procrastinate" or slots == 50)
+            ),
+        ]
         found[str(slots)] = {name: [] for name in names}
         for round in range(1 if quick else 3):
             for name in rotated(names, round):
@@ -28,7 +36,9 @@ def measure(contest: Contest) -> dict[str, Any]:
     return found
 
 
-def run(contest: Contest, name: str, slots: int, seconds: float, workers: int = 1) -> dict[str, float]:
+def run(
+    contest: Contest, name: str, slots: int, seconds: float, workers: int = 1
+) -> dict[str, float]:
     """One worker, or several, at a backlog for so many seconds."""
     ground = contest.ground
     with contest.field(name) as field:
@@ -46,7 +56,10 @@ def run(contest: Contest, name: str, slots: int, seconds: float, workers: int = 
         time.sleep(seconds)
         until = time.monotonic_ns()
         worker, postgres, idle = (
-            after - then for after, then in zip((field.cpu(), ground.postgres_cpu(), _idle()), before, strict=True)
+            after - then
+            for after, then in zip(
+                (field.cpu(), ground.postgres_cpu(), _idle()), before, strict=True
+            )
         )
         runs = ground.sink.between(since, until)
         took = (until - since) / 1e9
@@ -76,24 +89,45 @@ def report(found: dict[str, Any]) -> str:
                 shown(spread([run["rate"] for run in runs])),
                 "" if name == OURS else shown(ratio(mine, [run["rate"] for run in runs])),
                 shown(spread([run["worker_us"] for run in runs])),
-                "" if name in (LOOP, HTTPX_LOOP) else shown(spread([run["postgres_us"] for run in runs])),
+                ""
+                if name in (LOOP, HTTPX_LOOP)
+                else shown(spread([run["postgres_us"] for run in runs])),
             ]
             for name, runs in by_name.items()
         ]
         said += (
             f"{slots} slots:\n\n"
-            + table(["", "runs/s", "recall-worker does ×", "worker's CPU a run, µs", "PostgreSQL's, µs"], rows)
+            + table(
+                [
+                    "",
+                    "runs/s",
+                    "recall-worker does ×",
+                    "worker's CPU a run, µs",
+                    "PostgreSQL's, µs",
+                ],
+                rows,
+            )
             + "\n"
         )
         for name in (name for name in (LOOP, HTTPX_LOOP) if name in by_name):
             said += judged(
-                f"against the {name} at {slots}", ratio(mine, _rates(by_name, name))["median"], 0.9, at_least=True, unit=" ×"
+                f"against the {name} at {slots}",
+                ratio(mine, _rates(by_name, name))["median"],
+                0.9,
+                at_least=True,
+                unit=" ×",
             )
         for name in (name for name in ("PgQueuer", CAPPED) if name in by_name):
             said += judged(
-                f"against {name} at {slots}", ratio(mine, _rates(by_name, name))["median"], 2.5, at_least=True, unit=" ×"
+                f"against {name} at {slots}",
+                ratio(mine, _rates(by_name, name))["median"],
+                2.5,
+                at_least=True,
+                unit=" ×",
             )
-            loops = ratio([2.5 * rate for rate in _rates(by_name, name)], _rates(by_name, LOOP))["median"]
+            loops = ratio([2.5 * rate for rate in _rates(by_name, name)], _rates(by_name, LOOP))[
+                "median"
+            ]
             if loops > 1:
                 said += f"  (2.5 × as many would be {number(loops)} × the bare loop's, which has no database, over the same transport.)\n"
         said += "\n"
@@ -109,9 +143,17 @@ def plot(found: dict[str, Any], axes: Any) -> None:
     for name in names:
         at = [slots for slots in found if name in found[slots]]
         found_here = [spread(_rates(found[slots], name)) for slots in at]
-        bars = [[f["median"] - f["least"] for f in found_here], [f["most"] - f["median"] for f in found_here]]
+        bars = [
+            [f["median"] - f["least"] for f in found_here],
+            [f["most"] - f["median"] for f in found_here],
+        ]
         axes.errorbar(
-            [int(slots) for slots in at], [f["median"] for f in found_here], yerr=bars, marker="o", capsize=3, label=name
+            [int(slots) for slots in at],
+            [f["median"] for f in found_here],
+            yerr=bars,
+            marker="o",
+            capsize=3,
+            label=name,
         )
     axes.set_xscale("log")
     axes.set_xticks([int(slots) for slots in found], list(found))

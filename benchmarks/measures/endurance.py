@@ -30,7 +30,10 @@ TABLES = ("session_recalls", "recall_attempts")
 
 def measure(contest: Contest) -> dict[str, Any]:
     contest.present(OURS)
-    return {phase: _phase(contest, phase, 20.0 if contest.ground.quick else seconds) for phase, seconds in PHASES.items()}
+    return {
+        phase: _phase(contest, phase, 20.0 if contest.ground.quick else seconds)
+        for phase, seconds in PHASES.items()
+    }
 
 
 def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
@@ -78,7 +81,11 @@ def report(found: dict[str, Any]) -> str:
     phases = found if "kept" in found else {"kept": found}
     said = f"{SLOTS} slots; recalls are inserted as they are run (at most {AHEAD} wait).\n\n"
     for phase, its in phases.items():
-        how = "No row was pruned" if phase == "kept" else f"`RECALL_PRUNE={RETENTION}s`, so that {its['rows']:,} rows are left"
+        how = (
+            "No row was pruned"
+            if phase == "kept"
+            else f"`RECALL_PRUNE={RETENTION}s`, so that {its['rows']:,} rows are left"
+        )
         seconds = its["samples"][-1]["at"]
         said += f"- {phase}: {its['inserted']:,} recalls in {seconds:.0f} s; not settled in the end: {its['left']}. {how}.\n"
     columns = [(phase, which) for phase in phases for which in ("first", "last")]
@@ -97,7 +104,11 @@ def report(found: dict[str, Any]) -> str:
 
 def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
     """What each table and index has come to; where rows are pruned, against two thirds of the way: what has stopped growing is as large."""
-    last, before, runs = samples[-1]["sizes"], samples[len(samples) * 2 // 3]["sizes"], samples[-1]["runs"]
+    last, before, runs = (
+        samples[-1]["sizes"],
+        samples[len(samples) * 2 // 3]["sizes"],
+        samples[-1]["runs"],
+    )
     pruned = phase == "pruned"
     rows = [
         [
@@ -110,7 +121,9 @@ def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
         if size["mib"] >= 0.1
     ]  # fmt: skip
     second = f"at {samples[len(samples) * 2 // 3]['at']:.0f} s" if pruned else "bytes a run"
-    return table([f"{phase}, in the end", "MiB", second, "dead rows", "updates in place (HOT)"], rows)
+    return table(
+        [f"{phase}, in the end", "MiB", second, "dead rows", "updates in place (HOT)"], rows
+    )
 
 
 def _fifth(samples: list[dict[str, Any]], which: str) -> list[dict[str, Any]]:
@@ -136,12 +149,27 @@ def plot(found: dict[str, Any], axes: Any) -> None:
         rate.plot(at, [sample["rate"] for sample in samples], colour, label=phase)
         latency.plot(at, [sample["p50"] for sample in samples], colour, label=f"{phase}, p50")
         if "p99" in samples[0]:
-            latency.plot(at, [sample["p99"] for sample in samples], colour, linestyle=":", label=f"{phase}, p99")
+            latency.plot(
+                at,
+                [sample["p99"] for sample in samples],
+                colour,
+                linestyle=":",
+                label=f"{phase}, p99",
+            )
         for what, style, wanted in (("tables", "-", True), ("indexes", "--", False)):
-            mib = [sum(one["mib"] for name, one in sample["sizes"].items() if (name in TABLES) is wanted) for sample in samples]
+            mib = [
+                sum(
+                    one["mib"]
+                    for name, one in sample["sizes"].items()
+                    if (name in TABLES) is wanted
+                )
+                for sample in samples
+            ]
             size.plot(at, mib, colour, linestyle=style, label=f"{phase}, {what}")
         for name, style in zip(TABLES, ("-", "--"), strict=True):
-            thousands = [sample["sizes"].get(name, {"dead": 0})["dead"] / 1000 for sample in samples]
+            thousands = [
+                sample["sizes"].get(name, {"dead": 0})["dead"] / 1000 for sample in samples
+            ]
             dead.plot(at, thousands, colour, linestyle=style, label=f"{phase}, {name}")
     for panel, title in (
         (rate, "runs a second"), (latency, "commit to request, ms"), (size, "MiB"), (dead, "dead rows, thousands"),

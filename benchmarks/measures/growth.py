@@ -29,7 +29,14 @@ def report(found: dict[str, Any]) -> str:
             workers,
             *(
                 shown(spread([run[f] for run in runs]))
-                for f in ("rate", "worker_us", "postgres_us", "worker_cores", "postgres_cores", "idle_cores")
+                for f in (
+                    "rate",
+                    "worker_us",
+                    "postgres_us",
+                    "worker_cores",
+                    "postgres_cores",
+                    "idle_cores",
+                )
             ),
         ]
         for workers, runs in found.items()

@@ -22,7 +22,9 @@ def measure(contest: Contest) -> dict[str, Any]:
     seconds = 15.0 if ground.quick else 120.0
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        fields = {name: stack.enter_context(contest.field(name)) for name in contest.present(OURS, *PEERS)}
+        fields = {
+            name: stack.enter_context(contest.field(name)) for name in contest.present(OURS, *PEERS)
+        }
         for field in fields.values():
             field.start(SLOTS)
             field.settle_down()
@@ -33,7 +35,9 @@ def measure(contest: Contest) -> dict[str, Any]:
         time.sleep(STATISTICS_LAG + 1)
         # What else PostgreSQL does by itself in a database that nobody uses.
         nobody = stack.enter_context(ground.database())
-        before = {name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()}
+        before = {
+            name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()
+        }
         alone = ground.transactions(nobody)
         time.sleep(seconds)
         for name, field in fields.items():
@@ -50,7 +54,9 @@ def measure(contest: Contest) -> dict[str, Any]:
         time.sleep(0.5)
         alone = ground.transactions(nobody) - alone
         for name, field in fields.items():
-            found[name]["transactions"] = (ground.transactions(field.dsn) - before[name][0] - alone) * 60 / seconds
+            found[name]["transactions"] = (
+                (ground.transactions(field.dsn) - before[name][0] - alone) * 60 / seconds
+            )
     return found
 
 
@@ -61,16 +67,37 @@ def _autovacuum(ground: Ground, state: str) -> None:
 
 def report(found: dict[str, Any]) -> str:
     rows = [
-        [name, number(f["transactions"]), number(f["cpu_ms"]), number(f["mib"]), str(f["connections"])]
+        [
+            name,
+            number(f["transactions"]),
+            number(f["cpu_ms"]),
+            number(f["mib"]),
+            str(f["connections"]),
+        ]
         for name, f in found.items()
     ]
     said = "Without autovacuum, and less the transactions of a database that nobody uses.\n\n"
-    said += table(["", "transactions a minute", "CPU a minute, ms", "resident memory, MiB", "connections"], rows) + "\n"
+    said += (
+        table(
+            [
+                "",
+                "transactions a minute",
+                "CPU a minute, ms",
+                "resident memory, MiB",
+                "connections",
+            ],
+            rows,
+        )
+        + "\n"
+    )
     said += judged("transactions a minute", found[OURS]["transactions"], 6)
     python = [name for name in ("procrastinate", "PgQueuer") if name in found]
     if python:
         leanest = min(python, key=lambda name: float(found[name]["mib"]))
         said += judged(
-            f"memory against the leanest Python peer's ({leanest})", found[OURS]["mib"] / found[leanest]["mib"], 1.0, unit=" ×"
+            f"memory against the leanest Python peer's ({leanest})",
+            found[OURS]["mib"] / found[leanest]["mib"],
+            1.0,
+            unit=" ×",
         )
     return said

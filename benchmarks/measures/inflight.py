@@ -45,7 +45,9 @@ def measure(contest: Contest) -> dict[str, Any]:
         worker.terminate()
         worker.wait(hold + 120)
         drained = time.monotonic_ns() - ground.sink.state()["answered_last"]
-        fired = field.scalar("select count(*) from session_recalls where status = 'fired' and session_id like 'h%'")
+        fired = field.scalar(
+            "select count(*) from session_recalls where status = 'fired' and session_id like 'h%'"
+        )
         return {
             "runs": runs, "opened": opened["held"], "opened_in": took, "kib_a_run": (held - before) * 1024 / runs, "mib": held,
             "renewals": renewed / watched, "worker_cores": cpu[0], "postgres_cores": cpu[1], "open_while_probed": still,
@@ -65,7 +67,10 @@ def report(found: dict[str, Any]) -> str:
             "CPU meanwhile",
             f"{number(found['worker_cores'] * 100)} % of a core in the worker, {number(found['postgres_cores'] * 100)} % in PostgreSQL",
         ),
-        ("other recalls meanwhile, commit to request", f"p50 {number(found['p50'])} ms, p99 {number(found['p99'])} ms"),
+        (
+            "other recalls meanwhile, commit to request",
+            f"p50 {number(found['p50'])} ms, p99 {number(found['p99'])} ms",
+        ),
         (
             "draining on SIGTERM",
             f"gone {number(found['drained_in'])} s after the last answer, {found['fired']:,} settled as fired",

@@ -10,7 +10,11 @@ from ..contenders import CONTENDERS, OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, ratio, shown, spread, table
 
 TITLE = "Inserting: pgbench, 32 clients"
-PLAIN, LATER, NEAR = "recall-worker, triggers off", "recall-worker, due in two hours", "recall-worker, due now"
+PLAIN, LATER, NEAR = (
+    "recall-worker, triggers off",
+    "recall-worker, due in two hours",
+    "recall-worker, due now",
+)
 IDLE = "recall-worker, a trigger that does nothing"
 
 
@@ -46,8 +50,22 @@ def _pgbench(field: Field, due: str, seconds: int) -> float:
         text = text.replace(f"%({name})s", f"({value})")
     script = field.ground.scratch / "insert.sql"
     script.write_text(" ".join(text.split()) + ";\n")
-    command = [field.ground.server.bindir / "pgbench", "-n", "-c", "32", "-j", "2", "-T", str(seconds), "-f", script, field.dsn]
-    said = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+    command = [
+        field.ground.server.bindir / "pgbench",
+        "-n",
+        "-c",
+        "32",
+        "-j",
+        "2",
+        "-T",
+        str(seconds),
+        "-f",
+        script,
+        field.dsn,
+    ]
+    said = subprocess.run(
+        list(map(str, command)), check=True, capture_output=True, text=True
+    ).stdout
     found = re.search(r"tps = ([\d.]+)", said)
     assert found is not None, said
     return float(found[1])
@@ -55,9 +73,14 @@ def _pgbench(field: Field, due: str, seconds: int) -> float:
 
 def report(found: dict[str, Any]) -> str:
     plain = found[PLAIN]
-    rows = [[name, shown(spread(rates)), "" if name == PLAIN else shown(ratio(rates, plain))] for name, rates in found.items()]
+    rows = [
+        [name, shown(spread(rates)), "" if name == PLAIN else shown(ratio(rates, plain))]
+        for name, rates in found.items()
+    ]
     said = table(["", "inserts/s", "of those with triggers off"], rows) + "\n"
-    said += judged("recalls due later", ratio(found[LATER], plain)["median"], 0.95, at_least=True, unit=" ×")
+    said += judged(
+        "recalls due later", ratio(found[LATER], plain)["median"], 0.95, at_least=True, unit=" ×"
+    )
     near = spread(found[NEAR])["median"]
     return said + (
         f"\nWhat is due within a minute rings, and a ring takes a lock at commit that spans the database: {near:,.0f} such inserts a second"

@@ -25,7 +25,12 @@ PARTS = {
     "log": ("recall_worker/events.py",),
     "settle: the rest": ("recall_worker/worker/settler.py",),
     "claim": ("recall_worker/database/ledger.py:claim", "recall_worker/worker/worker.py:_look"),
-    "request": ("aiohttp/client.py", "aiohttp/client_reqrep.py", "aiohttp/http_writer.py", "aiohttp/connector.py"),
+    "request": (
+        "aiohttp/client.py",
+        "aiohttp/client_reqrep.py",
+        "aiohttp/http_writer.py",
+        "aiohttp/connector.py",
+    ),
     "answer": ("aiohttp/",),
     "wire": ("recall_worker/protocols/http.py",),
     "body, headers, reading": ("recall_worker/protocols/",),
@@ -87,12 +92,18 @@ def measure(contest: Contest) -> dict[str, Any]:
         stack, count = line.rsplit(" ", 1)
         samples[_part(stack)] += int(count)
     whole = sum(samples.values())
-    return {"parts": {name: count / whole for name, count in samples.most_common()}, "worker_us": used}
+    return {
+        "parts": {name: count / whole for name, count in samples.most_common()},
+        "worker_us": used,
+    }
 
 
 def _part(stack: str) -> str:
     frames = [frame.rstrip(")").split(" (") for frame in stack.split(";") if " (" in frame]
-    seen = [f"{place.rsplit(':', 1)[0]}:{name.rsplit('.', 1)[-1]}" for name, place in (frame[-2:] for frame in frames)]
+    seen = [
+        f"{place.rsplit(':', 1)[0]}:{name.rsplit('.', 1)[-1]}"
+        for name, place in (frame[-2:] for frame in frames)
+    ]
     for part, marks in PARTS.items():
         if any(mark in frame for mark in marks for frame in seen):
             return part
@@ -110,6 +121,7 @@ def report(found: dict[str, Any]) -> str:
         ]
         for name, share in found["parts"].items()
     ]
-    return f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than the sum:\n\n" + table(
-        ["", "µs", "share"], rows
+    return (
+        f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than the sum:\n\n"
+        + table(["", "µs", "share"], rows)
     )

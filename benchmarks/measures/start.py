@@ -39,7 +39,15 @@ def measure(contest: Contest) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    rows = [[name if name == HELP else f"{name}, to its first call", shown(spread(took))] for name, took in found.items()]
+    rows = [
+        [name if name == HELP else f"{name}, to its first call", shown(spread(took))]
+        for name, took in found.items()
+    ]
     said = table(["", "seconds"], rows) + "\n"
     said += judged(HELP, spread(found[HELP])["median"], 0.3, unit=" s")
-    return said + judged("ready to claim (its first call has been made)", spread(found[OURS])["median"], 1.0, unit=" s")
+    return said + judged(
+        "ready to claim (its first call has been made)",
+        spread(found[OURS])["median"],
+        1.0,
+        unit=" s",
+    )

@@ -63,7 +63,9 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
     offset = time.time_ns() - time.monotonic_ns()
     sink.wait(3 + instants * STEP.total_seconds() + 12, probes=instants)
     arrived = sink.probes()
-    late = [(arrived[s] + offset - at.timestamp() * 1e9) / 1e6 for s, at in due.items() if s in arrived]
+    late = [
+        (arrived[s] + offset - at.timestamp() * 1e9) / 1e6 for s, at in due.items() if s in arrived
+    ]
     return {
         "least": min(late), "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": instants - len(late),
     }  # fmt: skip
@@ -74,9 +76,17 @@ def _load(field: Field, first: int, last: int) -> None:
     field.connection.execute("set session_replication_role = replica")
     for prefix, due, status, more, values in (
         ("w", "interval '1 day' + n * interval '1 second'", "pending", "", ""),
-        ("s", "interval '-1 day'", "fired", ", attempt, last_outcome, ended_at, scheduled_for", ", 1, 'answered', now(), now()"),
+        (
+            "s",
+            "interval '-1 day'",
+            "fired",
+            ", attempt, last_outcome, ended_at, scheduled_for",
+            ", 1, 'answered', now(), now()",
+        ),
     ):
-        text = LOAD.format(prefix=prefix, due=due, status=status, more=more, values=values, first=first, last=last)
+        text = LOAD.format(
+            prefix=prefix, due=due, status=status, more=more, values=values, first=first, last=last
+        )
         field.connection.execute(text.encode())
     field.connection.execute(MARKS.format(first=first, last=last).encode())
     field.connection.execute("reset session_replication_role")
@@ -96,7 +106,9 @@ def _claim_time(field: Field) -> dict[str, Any]:
         def claim(before: str = "") -> tuple[float, list[Any]]:
             field.fill("c", CLAIMED)
             began = time.perf_counter()
-            rows = connection.execute((before + sql["claim"]).encode(), values, prepare=not before).fetchall()
+            rows = connection.execute(
+                (before + sql["claim"]).encode(), values, prepare=not before
+            ).fetchall()
             took = (time.perf_counter() - began) * 1000
             field.connection.execute("delete from session_recalls where id like 'c%'")
             return took, rows
@@ -112,13 +124,26 @@ def _claim_time(field: Field) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     rows = [
-        [name, *(shown(spread([run[figure] for run in runs])) for figure in ("least", "p50", "p99", "most"))]
+        [
+            name,
+            *(
+                shown(spread([run[figure] for run in runs]))
+                for figure in ("least", "p50", "p99", "most")
+            ),
+        ]
         for name, runs in found["late"].items()
     ]
-    said = "Milliseconds; recalls due 20 ms apart:\n\n" + table(["", "least", "p50", "p99", "most"], rows)
+    said = "Milliseconds; recalls due 20 ms apart:\n\n" + table(
+        ["", "least", "p50", "p99", "most"], rows
+    )
     said += f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, each with its mark.\n\n"
     for name in (OURS, LOADED):
-        said += judged(f"p99, {name}", spread([run["p99"] for run in found["late"][name]])["median"], 10, unit=" ms")
+        said += judged(
+            f"p99, {name}",
+            spread([run["p99"] for run in found["late"][name]])["median"],
+            10,
+            unit=" ms",
+        )
     claims = found["claims"]
     said += "\nA claim of ten rows, with so many recalls pending for later and as many settled:\n\n"
     said += table(["rows", "milliseconds, median", "least"], [
@@ -138,7 +163,10 @@ def report(found: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], axes: Any) -> None:
     names = list(found["late"])
     for figure, offset in (("p50", -0.2), ("p99", 0.2)):
-        values = [max(0.1, spread([run[figure] for run in found["late"][name]])["median"]) for name in names]
+        values = [
+            max(0.1, spread([run[figure] for run in found["late"][name]])["median"])
+            for name in names
+        ]
         axes.barh([n + offset for n in range(len(names))], values, 0.38, label=figure)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

@@ -27,11 +27,15 @@ def measure(contest: Contest) -> dict[str, Any]:
         found[str(replicas)] = {name: [] for name in names}
         for round in range(rounds):
             for name in rotated(names, round):
-                found[str(replicas)][name].append(_one(contest, name, replicas, inserts, counting=round == 0 and not quick))
+                found[str(replicas)][name].append(
+                    _one(contest, name, replicas, inserts, counting=round == 0 and not quick)
+                )
     return found
 
 
-def _one(contest: Contest, name: str, replicas: int, inserts: int, *, counting: bool) -> dict[str, Any]:
+def _one(
+    contest: Contest, name: str, replicas: int, inserts: int, *, counting: bool
+) -> dict[str, Any]:
     ground = contest.ground
     with contest.field(name) as field:
         field.start(SLOTS, replicas)
@@ -47,7 +51,9 @@ def _one(contest: Contest, name: str, replicas: int, inserts: int, *, counting: 
         ground.sink.wait(10, probes=inserts)
         used = ground.postgres_cpu() - before[1], field.cpu() - before[2]
         arrived = ground.sink.probes()
-        late = [(arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived]
+        late = [
+            (arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived
+        ]
         figures: dict[str, Any] = {
             "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": inserts - len(late),
             "curve": curve(late),
@@ -68,12 +74,20 @@ def report(found: dict[str, Any]) -> str:
         rows = [
             [
                 name,
-                *(shown(spread([run[figure] for run in runs])) for figure in ("p50", "p99", "most", "postgres_ms", "workers_ms")),
-                *(f"{run['transactions']:.1f}" if "transactions" in (run := runs[0]) else "" for _ in "1"),
+                *(
+                    shown(spread([run[figure] for run in runs]))
+                    for figure in ("p50", "p99", "most", "postgres_ms", "workers_ms")
+                ),
+                *(
+                    f"{run['transactions']:.1f}" if "transactions" in (run := runs[0]) else ""
+                    for _ in "1"
+                ),
             ]
             for name, runs in by_name.items()
         ]
-        parts.append(f"At {replicas} idle replica{'s' if replicas != '1' else ''}, milliseconds:\n\n")
+        parts.append(
+            f"At {replicas} idle replica{'s' if replicas != '1' else ''}, milliseconds:\n\n"
+        )
         parts.append(
             table(
                 [
@@ -89,14 +103,20 @@ def report(found: dict[str, Any]) -> str:
             )
         )
         lost = [
-            f"{name} {sum(run['never'] for run in runs)}" for name, runs in by_name.items() if any(run["never"] for run in runs)
+            f"{name} {sum(run['never'] for run in runs)}"
+            for name, runs in by_name.items()
+            if any(run["never"] for run in runs)
         ]
         parts.append(f"\nNot called for within ten seconds: {', '.join(lost)}.\n" if lost else "")
         parts.append("\n" + _targets(by_name))
         if BARE in by_name:
             mine, least = _of(by_name, OURS, "p50"), _of(by_name, BARE, "p50")
             best = _best(by_name, "p50")
-            beside = f", and it is {shown(ratio(least, _of(by_name, best, 'p50')))} times {best}'s" if best is not None else ""
+            beside = (
+                f", and it is {shown(ratio(least, _of(by_name, best, 'p50')))} times {best}'s"
+                if best is not None
+                else ""
+            )
             parts.append(
                 f"\n*{BARE}*: what is left where no promise is kept but to call. It listens, claims the oldest row by the shortest statement that"
                 " does, calls through the same transport and writes that it has, over recall-worker's own connections to PostgreSQL: no rules of"
@@ -113,7 +133,9 @@ def _targets(by_name: dict[str, Any]) -> str:
         if (best := _best(by_name, figure)) is None:
             continue
         beside = ratio(_of(by_name, OURS, figure), _of(by_name, best, figure))
-        said += judged(f"{figure} against the best peer's ({best})", beside["median"], target, unit=" ×")
+        said += judged(
+            f"{figure} against the best peer's ({best})", beside["median"], target, unit=" ×"
+        )
     return said
 
 
@@ -131,12 +153,17 @@ def plot(found: dict[str, Any], axes: Any) -> None:
     drawn = []
     for name, runs in by_name.items():
         # The median of the rounds, step by step.
-        late = [statistics.median(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
+        late = [
+            statistics.median(values)
+            for values in zip(*(run["curve"] for run in runs), strict=True)
+        ]
         drawn.append(late)
         axes.plot(late, [n / (len(late) - 1) for n in range(len(late))], label=name)
     axes.set_xscale("log")
     most = max(values[-1] for values in drawn)
-    axes.set_xlim(0.5, 1.1 * most)  # Some requests are there before their inserter knows of its commit.
+    axes.set_xlim(
+        0.5, 1.1 * most
+    )  # Some requests are there before their inserter knows of its commit.
     ticks = [tick for tick in (0.5, 0.7, 1, 2, 3, 5, 7, 10, 20, 50, 100) if tick <= 1.1 * most]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)

@@ -22,7 +22,9 @@ from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 
 TOKEN = os.environ.get("RUN_TOKEN")
-BUSY_FOR = 30  # seconds for which a session stays taken without a sign of life, should this process die
+BUSY_FOR = (
+    30  # seconds for which a session stays taken without a sign of life, should this process die
+)
 
 TABLES = """
 create table if not exists sessions (id text primary key, user_id text not null, busy_until timestamptz);
@@ -92,7 +94,9 @@ async def keep_busy(pool: asyncpg.Pool, session_id: str) -> None:
     while True:
         await asyncio.sleep(BUSY_FOR / 3)
         await pool.execute(
-            "update sessions set busy_until = now() + $2 * interval '1 second' where id = $1", session_id, BUSY_FOR
+            "update sessions set busy_until = now() + $2 * interval '1 second' where id = $1",
+            session_id,
+            BUSY_FOR,
         )
 
 
@@ -118,16 +122,28 @@ async def chat(socket: WebSocket, session_id: str, user: str = "ann") -> None:
     pool = app.state.pool
     await socket.accept()
     async with pool.acquire() as conn:
-        await conn.execute("insert into sessions (id, user_id) values ($1, $2) on conflict do nothing", session_id, user)
+        await conn.execute(
+            "insert into sessions (id, user_id) values ($1, $2) on conflict do nothing",
+            session_id,
+            user,
+        )
         while not await take(conn, session_id):
             await asyncio.sleep(0.1)  # The agent is at work; the person waits a moment.
     alive = asyncio.create_task(keep_busy(pool, session_id))
     try:
         while True:
             text = await socket.receive_text()
-            await pool.execute("insert into messages (session_id, role, text) values ($1, 'user', $2)", session_id, text)
+            await pool.execute(
+                "insert into messages (session_id, role, text) values ($1, 'user', $2)",
+                session_id,
+                text,
+            )
             answer = await agent(pool, session_id, text)
-            await pool.execute("insert into messages (session_id, role, text) values ($1, 'agent', $2)", session_id, answer)
+            await pool.execute(
+                "insert into messages (session_id, role, text) values ($1, 'agent', $2)",
+                session_id,
+                answer,
+            )
             await socket.send_text(answer)
     except WebSocketDisconnect:
         pass
@@ -147,7 +163,10 @@ async def run(session_id: str, request: Request) -> Response:
     key, body = request.headers.get("idempotency-key"), await request.body()
     try:
         document = json.loads(body)
-        user_message, system_message = str(document["user_message"]), str(document["system_message"])
+        user_message, system_message = (
+            str(document["user_message"]),
+            str(document["system_message"]),
+        )
     except (ValueError, KeyError, TypeError):
         return JSONResponse({"code": "invalid_body"}, 400)
     if not key:
@@ -157,11 +176,15 @@ async def run(session_id: str, request: Request) -> Response:
     async with pool.acquire() as conn, conn.transaction():
         # Whoever comes second with this key waits here for the first one's transaction, and then sees its row.
         new = await conn.fetchval(
-            "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true", key, body_hash
+            "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true",
+            key,
+            body_hash,
         )
         known = await conn.fetchrow("select body_hash, answer from runs where key = $1", key)
         if known["body_hash"] != body_hash:
-            return JSONResponse({"code": "key_reused", "message": "this key came with another body before"}, 422)
+            return JSONResponse(
+                {"code": "key_reused", "message": "this key came with another body before"}, 422
+            )
         if known["answer"] is not None:
             return JSONResponse(json.loads(known["answer"]))
         if not await take(conn, session_id):
@@ -183,7 +206,9 @@ async def run(session_id: str, request: Request) -> Response:
                 "insert into messages (session_id, role, text, recall_key) values ($1, 'agent', $2, $3) on conflict do nothing",
                 session_id, answer["reply"], key,
             )  # fmt: skip
-            await conn.execute("update runs set answer = $2 where key = $1", key, json.dumps(answer))
+            await conn.execute(
+                "update runs set answer = $2 where key = $1", key, json.dumps(answer)
+            )
     finally:
         alive.cancel()
         await give_back(pool, session_id)
@@ -192,5 +217,7 @@ async def run(session_id: str, request: Request) -> Response:
 
 @app.get("/sessions/{session_id}/messages")
 async def messages(session_id: str) -> list[dict[str, str]]:
-    rows = await app.state.pool.fetch("select role, text from messages where session_id = $1 order by id", session_id)
+    rows = await app.state.pool.fetch(
+        "select role, text from messages where session_id = $1 order by id", session_id
+    )
     return [dict(row) for row in rows]

@@ -15,7 +15,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Dsn = Annotated[str | None, typer.Option(help="PostgreSQL (else RECALL_DSN).", metavar="DSN", show_default=False)]
+Dsn = Annotated[
+    str | None,
+    typer.Option(help="PostgreSQL (else RECALL_DSN).", metavar="DSN", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -31,7 +34,10 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and end."
+        ),
     ] = False,
 ) -> None: ...
 
@@ -39,9 +45,15 @@ def _root(
 @app.command()
 def migrate(
     dsn: Dsn = None,
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 where something is to be done.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 where something is to be done.")
+    ] = False,
     roles: Annotated[
-        bool, typer.Option("--roles", help="Make the roles recall_worker, recall_application, recall_reader and their grants.")
+        bool,
+        typer.Option(
+            "--roles",
+            help="Make the roles recall_worker, recall_application, recall_reader and their grants.",
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -55,32 +67,64 @@ def migrate(
 def run(
     dsn: Dsn = None,
     listen_dsn: Annotated[
-        str | None, typer.Option(help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN")
+        str | None,
+        typer.Option(
+            help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN"
+        ),
     ] = None,
-    run_url: Annotated[str | None, typer.Option(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")] = None,
+    run_url: Annotated[
+        str | None, typer.Option(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")
+    ] = None,
     ca_file: Annotated[
-        str | None, typer.Option(help="Certificate authority of a private endpoint (else RECALL_CA_FILE).", metavar="FILE")
+        str | None,
+        typer.Option(
+            help="Certificate authority of a private endpoint (else RECALL_CA_FILE).",
+            metavar="FILE",
+        ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME"
+        ),
     ] = None,
-    concurrency: Annotated[str | None, typer.Option(help="Runs at once (else RECALL_CONCURRENCY, 3).", metavar="N")] = None,
-    lease: Annotated[str | None, typer.Option(help="Seconds of a lease (else RECALL_LEASE, 60).", metavar="S")] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Runs at once (else RECALL_CONCURRENCY, 3).", metavar="N")
+    ] = None,
+    lease: Annotated[
+        str | None, typer.Option(help="Seconds of a lease (else RECALL_LEASE, 60).", metavar="S")
+    ] = None,
     drain_timeout: Annotated[
-        str | None, typer.Option(help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S")
+        str | None,
+        typer.Option(
+            help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S"
+        ),
     ] = None,
     ops_listen: Annotated[
         str | None,
-        typer.Option(help="[HOST:]PORT of /livez, /readyz, /metrics (else RECALL_OPS_LISTEN, off).", metavar="ADDRESS"),
+        typer.Option(
+            help="[HOST:]PORT of /livez, /readyz, /metrics (else RECALL_OPS_LISTEN, off).",
+            metavar="ADDRESS",
+        ),
     ] = None,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL")
+        str | None,
+        typer.Option(
+            help="debug, info, warning, error (else RECALL_LOG_LEVEL, info).", metavar="LEVEL"
+        ),
     ] = None,
     log_format: Annotated[
-        str | None, typer.Option(help="auto, json, console (else RECALL_LOG_FORMAT, auto).", metavar="FORMAT")
+        str | None,
+        typer.Option(help="auto, json, console (else RECALL_LOG_FORMAT, auto).", metavar="FORMAT"),
     ] = None,
-    embedded: Annotated[bool, typer.Option("--embedded", help="Use a PostgreSQL that pip installed, and migrate it.")] = False,
-    data: Annotated[str | None, typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR")] = None,
+    embedded: Annotated[
+        bool,
+        typer.Option("--embedded", help="Use a PostgreSQL that pip installed, and migrate it."),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR"),
+    ] = None,
 ) -> None:
     """Be a worker: claim what is due, call the agent, settle. SIGTERM drains; a second one stops at once.
 
@@ -100,39 +144,67 @@ def run(
 def schedule(
     session: Annotated[str, typer.Argument(help="The session to come back to.", metavar="SESSION")],
     message: Annotated[str, typer.Argument(help="What the agent is told then.", metavar="MESSAGE")],
-    after: Annotated[str | None, typer.Option("--in", help="Once, after this long: 90s, 5m, 1h30m.", metavar="DURATION")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--in", help="Once, after this long: 90s, 5m, 1h30m.", metavar="DURATION"),
+    ] = None,
     at: Annotated[
         str | None,
-        typer.Option(help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO"),
+        typer.Option(
+            help="Once, at this time: 2027-01-31T09:00 (local time where no offset is given).",
+            metavar="ISO",
+        ),
     ] = None,
     every: Annotated[
         str | None,
         typer.Option(
-            help="Again and again, this long after each run; first after one interval, or at --in or --at.", metavar="DURATION"
+            help="Again and again, this long after each run; first after one interval, or at --in or --at.",
+            metavar="DURATION",
         ),
     ] = None,
     grid: Annotated[
         str | None,
-        typer.Option(help="Again and again on a fixed grid from the first, however long runs take.", metavar="DURATION"),
+        typer.Option(
+            help="Again and again on a fixed grid from the first, however long runs take.",
+            metavar="DURATION",
+        ),
     ] = None,
     cron: Annotated[
         str | None,
-        typer.Option(help="Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'.", metavar="EXPR"),
+        typer.Option(
+            help="Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'.",
+            metavar="EXPR",
+        ),
     ] = None,
     tz: Annotated[
         str | None,
-        typer.Option(help="The time zone of --cron (else UTC), and of --at and --until: Europe/Berlin.", metavar="ZONE"),
+        typer.Option(
+            help="The time zone of --cron (else UTC), and of --at and --until: Europe/Berlin.",
+            metavar="ZONE",
+        ),
     ] = None,
-    until: Annotated[str | None, typer.Option(help="No occurrence after this time.", metavar="ISO")] = None,
-    times: Annotated[int | None, typer.Option(help="So many occurrences, then no more.", metavar="N")] = None,
-    failures: Annotated[int | None, typer.Option(help="End it when so many in a row have failed.", metavar="N")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="No occurrence after this time.", metavar="ISO")
+    ] = None,
+    times: Annotated[
+        int | None, typer.Option(help="So many occurrences, then no more.", metavar="N")
+    ] = None,
+    failures: Annotated[
+        int | None, typer.Option(help="End it when so many in a row have failed.", metavar="N")
+    ] = None,
     grace: Annotated[
-        str | None, typer.Option(help="What is later than this is not run, but recorded as misfired.", metavar="DURATION")
+        str | None,
+        typer.Option(
+            help="What is later than this is not run, but recorded as misfired.", metavar="DURATION"
+        ),
     ] = None,
     jitter: Annotated[
-        str | None, typer.Option(help="Put each occurrence off by a random part of this.", metavar="DURATION")
+        str | None,
+        typer.Option(help="Put each occurrence off by a random part of this.", metavar="DURATION"),
     ] = None,
-    comment: Annotated[str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")] = None,
+    comment: Annotated[
+        str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")
+    ] = None,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -147,10 +219,20 @@ def schedule(
 
 @app.command()
 def preview(
-    what: Annotated[str, typer.Argument(help="A cron expression of five fields, or a recall's id.", metavar="EXPR|ID")],
-    tz: Annotated[str | None, typer.Option(help="The expression's time zone (else UTC).", metavar="ZONE")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A cron expression of five fields, or a recall's id.", metavar="EXPR|ID"
+        ),
+    ],
+    tz: Annotated[
+        str | None, typer.Option(help="The expression's time zone (else UTC).", metavar="ZONE")
+    ] = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="From this time on, of an expression (else now).", metavar="ISO")
+        str | None,
+        typer.Option(
+            "--from", help="From this time on, of an expression (else now).", metavar="ISO"
+        ),
     ] = None,
     count: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 10,
     dsn: Dsn = None,
@@ -165,8 +247,13 @@ def preview(
 @app.command("list")
 def list_recalls(
     session: Annotated[str | None, typer.Option(help="Of this session only.", metavar="ID")] = None,
-    user: Annotated[str | None, typer.Option(help="Of sessions that this user owns.", metavar="ID")] = None,
-    status: Annotated[list[str] | None, typer.Option(help="In this status only; may be repeated.", metavar="STATUS")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="Of sessions that this user owns.", metavar="ID")
+    ] = None,
+    status: Annotated[
+        list[str] | None,
+        typer.Option(help="In this status only; may be repeated.", metavar="STATUS"),
+    ] = None,
     limit: Annotated[int, typer.Option(help="At most this many.", min=1)] = 50,
     offset: Annotated[int, typer.Option(help="Leave out this many first.", min=0)] = 0,
     dsn: Dsn = None,
@@ -175,11 +262,17 @@ def list_recalls(
     """Recalls, newest trigger first."""
     from .recalls import list_recalls
 
-    list_recalls(dsn, session=session, user=user, statuses=status, limit=limit, offset=offset, as_json=json)
+    list_recalls(
+        dsn, session=session, user=user, statuses=status, limit=limit, offset=offset, as_json=json
+    )
 
 
 @app.command()
-def show(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
+def show(
+    id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")],
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
     """One recall, with its calls."""
     from .recalls import show
 
@@ -191,7 +284,11 @@ SomeIds = Annotated[list[str] | None, typer.Argument(help="The recalls.", metava
 
 
 @app.command()
-def why(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], dsn: Dsn = None, json: Json = False) -> None:
+def why(
+    id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")],
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
     """Why a recall has not fired, or how it ended: one sentence, with its evidence."""
     from .inspect import why
 
@@ -201,7 +298,9 @@ def why(id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")], ds
 @app.command()
 def cancel(
     ids: SomeIds = None,
-    session: Annotated[str | None, typer.Option(help="All live recalls of this session.", metavar="ID")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="All live recalls of this session.", metavar="ID")
+    ] = None,
     yes: Yes = False,
     dsn: Dsn = None,
     json: Json = False,
@@ -215,7 +314,9 @@ def cancel(
 @app.command()
 def skip(
     ids: SomeIds = None,
-    session: Annotated[str | None, typer.Option(help="The recurring recall of this session.", metavar="ID")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="The recurring recall of this session.", metavar="ID")
+    ] = None,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -260,9 +361,16 @@ def fire(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
 @app.command()
 def reschedule(
     id: Annotated[str, typer.Argument(help="The recall.", metavar="ID")],
-    after: Annotated[str | None, typer.Option("--in", help="To this long from now: 90s, 5m, 1h30m.", metavar="DURATION")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--in", help="To this long from now: 90s, 5m, 1h30m.", metavar="DURATION"),
+    ] = None,
     at: Annotated[
-        str | None, typer.Option(help="To this time: 2027-01-31T09:00 (local time where no offset is given).", metavar="ISO")
+        str | None,
+        typer.Option(
+            help="To this time: 2027-01-31T09:00 (local time where no offset is given).",
+            metavar="ISO",
+        ),
     ] = None,
     dsn: Dsn = None,
     json: Json = False,
@@ -291,13 +399,21 @@ def stats(dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def prune(
-    older_than: Annotated[str | None, typer.Option(help="Ended longer ago than this: 30d.", metavar="DURATION")] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Ended longer ago than this: 30d.", metavar="DURATION")
+    ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Or for how long what is kept, as RECALL_PRUNE says it: 30d,failed=90d.", metavar="RETENTION"),
+        typer.Option(
+            help="Or for how long what is kept, as RECALL_PRUNE says it: 30d,failed=90d.",
+            metavar="RETENTION",
+        ),
     ] = None,
     status: Annotated[
-        list[str] | None, typer.Option(help="Recalls in this status only, and no marks; may be repeated.", metavar="STATUS")
+        list[str] | None,
+        typer.Option(
+            help="Recalls in this status only, and no marks; may be repeated.", metavar="STATUS"
+        ),
     ] = None,
     yes: Yes = False,
     dsn: Dsn = None,
@@ -323,12 +439,22 @@ def doctor(dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command("check-endpoint")
 def check_endpoint(
-    session: Annotated[str, typer.Option(help="A session to probe: one that exists, and that nobody is in.", metavar="ID")],
-    url: Annotated[str | None, typer.Argument(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")] = None,
-    missing_session: Annotated[
-        str | None, typer.Option(help="A session that does not exist (else one is made up).", metavar="ID")
+    session: Annotated[
+        str,
+        typer.Option(
+            help="A session to probe: one that exists, and that nobody is in.", metavar="ID"
+        ),
+    ],
+    url: Annotated[
+        str | None, typer.Argument(help="The run endpoint (else RECALL_RUN_URL).", metavar="URL")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request, and a run, may take.", metavar="S", min=1)] = 120.0,
+    missing_session: Annotated[
+        str | None,
+        typer.Option(help="A session that does not exist (else one is made up).", metavar="ID"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that a request, and a run, may take.", metavar="S", min=1)
+    ] = 120.0,
     json: Json = False,
 ) -> None:
     """Probe an API, harmlessly, for what the run endpoint's contract asks of it; exit 1 where it does not keep it.
@@ -344,12 +470,22 @@ def check_endpoint(
 def reference_api(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8090,
-    seconds: Annotated[float, typer.Option("--run-seconds", help="How long its agent runs.", min=0)] = 0.5,
+    seconds: Annotated[
+        float, typer.Option("--run-seconds", help="How long its agent runs.", min=0)
+    ] = 0.5,
     accept_after: Annotated[
-        float | None, typer.Option(help="Accept runs (202) that take longer than this; off by default.", metavar="SECONDS", min=0)
+        float | None,
+        typer.Option(
+            help="Accept runs (202) that take longer than this; off by default.",
+            metavar="SECONDS",
+            min=0,
+        ),
     ] = None,
     token: Annotated[
-        str | None, typer.Option(envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True)
+        str | None,
+        typer.Option(
+            envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True
+        ),
     ] = None,
 ) -> None:
     """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
@@ -360,7 +496,9 @@ def reference_api(
 
 @app.command()
 def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="Leave database and log behind, and say where.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave database and log behind, and say where.")
+    ] = False,
 ) -> None:
     """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
     from ..demo.demo import demo

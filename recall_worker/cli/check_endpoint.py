@@ -17,7 +17,9 @@ from ..settings import Settings
 from ..terminal import REFUSED, USAGE, Trouble, print_findings, print_json, tell
 
 
-def check_endpoint(url: str | None, session: str, missing_session: str | None, *, timeout: float, as_json: bool) -> None:
+def check_endpoint(
+    url: str | None, session: str, missing_session: str | None, *, timeout: float, as_json: bool
+) -> None:
     """The command. Exit status 1 where a row failed."""
     settings = setting.read(needed=["run_url"], run_url=url)
     if settings.protocol != "native":
@@ -60,7 +62,9 @@ def check_endpoint(url: str | None, session: str, missing_session: str | None, *
         raise typer.Exit(REFUSED)
 
 
-async def _checked(settings: Settings, session: str, missing: str, timeout: float) -> tuple[list[Row], int]:
+async def _checked(
+    settings: Settings, session: str, missing: str, timeout: float
+) -> tuple[list[Row], int]:
     """The rows, and how many requests were made for them."""
     check = Check(settings, session, missing, timeout)
     return await check.rows(), check.requests

@@ -22,17 +22,31 @@ def doctor(dsn: str | None, *, as_json: bool) -> None:
     strange = []
     for name in setting.ignored():
         strange.append(
-            Finding("settings", NOTE, f"{name} is not a setting of recall-worker and is ignored", "check its spelling")
+            Finding(
+                "settings",
+                NOTE,
+                f"{name} is not a setting of recall-worker and is ignored",
+                "check its spelling",
+            )
         )
     exam = asyncio.run(examine(settings))
     findings = [*strange, *exam.findings]
     if as_json:
-        rows = [{"check": f.check, "state": f.state, "seen": f.seen, "todo": f.todo} for f in findings]
-        print_json({"version": version("recall-worker"), "verdict": verdict(findings), "checks": rows})
+        rows = [
+            {"check": f.check, "state": f.state, "seen": f.seen, "todo": f.todo} for f in findings
+        ]
+        print_json(
+            {"version": version("recall-worker"), "verdict": verdict(findings), "checks": rows}
+        )
     else:
         print_findings([(f.state, f.check, f.seen, f.todo) for f in findings])
     counts = {state: sum(f.state == state for f in findings) for state in (OK, NOTE, PROBLEM)}
-    tell(", ".join(f"{n} {state if n == 1 or state == OK else state + 's'}" for state, n in counts.items()) + ".")
+    tell(
+        ", ".join(
+            f"{n} {state if n == 1 or state == OK else state + 's'}" for state, n in counts.items()
+        )
+        + "."
+    )
     if not exam.reached:
         raise typer.Exit(UNREACHABLE)
     if counts[PROBLEM]:

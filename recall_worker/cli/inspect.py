@@ -13,7 +13,18 @@ from .. import statements
 from ..events import escape_controls
 from ..fleet import SILENT_AFTER, differences, fleet_cap, told_setting
 from ..recall import STATUSES
-from ..terminal import Trouble, command, local, print_facts, print_json, print_table, relative, span, tell, wrapped
+from ..terminal import (
+    Trouble,
+    command,
+    local,
+    print_facts,
+    print_json,
+    print_table,
+    relative,
+    span,
+    tell,
+    wrapped,
+)
 from .recalls import connect
 
 Row = Mapping[str, Any]
@@ -44,22 +55,34 @@ def because(row: Row) -> str:
     parts = [_waits_for(row, now)]
     if row["paused_at"] is not None:
         parts.insert(0, f"paused since {local(row['paused_at'])}")
-    if row["lease"] is not None and row["paused_at"] is None and not _holds(row["lease_until"], now):
+    if (
+        row["lease"] is not None
+        and row["paused_at"] is None
+        and not _holds(row["lease_until"], now)
+    ):
         parts += filter(None, [fleet_cap(row)])
     parts += filter(None, [_history(row)])
     if not _holds(row["lease_until"], now):
         if not row["alive"]:
             parts.append("no live worker is known: start one with recall-worker run")
         elif row["breakers"]:
-            of = "the one live worker" if row["alive"] == 1 else f"{row['breakers']} of {row['alive']} live workers"
-            parts.append(f"the breaker is open in {of}: the endpoint is in trouble, and only probed")
+            of = (
+                "the one live worker"
+                if row["alive"] == 1
+                else f"{row['breakers']} of {row['alive']} live workers"
+            )
+            parts.append(
+                f"the breaker is open in {of}: the endpoint is in trouble, and only probed"
+            )
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _ended(row: Row, now: datetime) -> str:
     if row["ended_at"] is not None:
-        how = f"{row['status'].capitalize()} since {local(row['ended_at'])}" + (f": {row['reason']}" if row["reason"] else "")
+        how = f"{row['status'].capitalize()} since {local(row['ended_at'])}" + (
+            f": {row['reason']}" if row["reason"] else ""
+        )
     else:
         # The application's own statement leaves neither a time nor a reason; what stands there is from the last call.
         how = f"{row['status'].capitalize()} by the application since {local(row['updated_at'])}"
@@ -80,7 +103,9 @@ def _waits_for(row: Row, now: datetime) -> str:
         return f"{held}, {_lost(row['lease_until'], row['holder_seen_at'], row['paused_at'], now)}"
     if row["trigger_at"] > now:
         moved = ", where it was moved" if row["moved"] else ""
-        return f"not due until {local(row['trigger_at'])} ({relative(row['trigger_at'], now)}){moved}"
+        return (
+            f"not due until {local(row['trigger_at'])} ({relative(row['trigger_at'], now)}){moved}"
+        )
     due = f"due since {local(row['due_at'])} ({relative(row['due_at'], now)})"
     if row["paused_at"] is not None:
         return due
@@ -98,7 +123,9 @@ def _behind(row: Row, now: datetime) -> str:
     ahead = f"recall {row['ahead']}"
     if row["ahead_leased_at"] is None:
         return f"{ahead} of its session is due longer and goes first"
-    run = f"{ahead} since {local(row['ahead_leased_at'])}, leased by worker {row['ahead_leased_by']}"
+    run = (
+        f"{ahead} since {local(row['ahead_leased_at'])}, leased by worker {row['ahead_leased_by']}"
+    )
     if row["ahead_status"] not in ("pending", "running"):
         return f"its session waits for an aborted call to end: {run}"
     if _holds(row["ahead_lease_until"], now):
@@ -110,11 +137,21 @@ def _holds(lease_until: datetime | None, now: datetime) -> bool:
     return lease_until is not None and lease_until > now
 
 
-def _lost(lease_until: datetime | None, seen: datetime | None, paused: datetime | None, now: datetime) -> str:
+def _lost(
+    lease_until: datetime | None, seen: datetime | None, paused: datetime | None, now: datetime
+) -> str:
     """What becomes of a run whose lease has ended."""
     heard = f"last heard of {relative(seen, now)}, " if seen else ""
-    then = "which is paused: resume or cancel it" if paused is not None else "so another worker takes it up"
-    ended = f"whose lease ended {relative(lease_until, now)}" if lease_until is not None else "whose lease has no end"
+    then = (
+        "which is paused: resume or cancel it"
+        if paused is not None
+        else "so another worker takes it up"
+    )
+    ended = (
+        f"whose lease ended {relative(lease_until, now)}"
+        if lease_until is not None
+        else "whose lease has no end"
+    )
     return f"{heard}{ended}, {then}"
 
 
@@ -135,14 +172,14 @@ def _history(row: Row) -> str | None:
         if len(kinds) == 1
         else f"{times} ({', '.join(f'{name} {n}' for name, n in kinds.items())})"
     )
-    return (
-        f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
-    )
+    return f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
 
 
 def workers(dsn: str | None, *, as_json: bool) -> None:
     with connect(dsn) as conn:
-        rows = conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
+        rows = conn.execute(
+            statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}
+        ).fetchall()
     if as_json:
         print_json([{name: value for name, value in row.items() if name != "now"} for row in rows])
         return
@@ -180,7 +217,10 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         now = conn.execute("select now() as now").fetchone()
     assert late is not None and now is not None
     live = [by_status[status] for status in ("pending", "running") if status in by_status]
-    counts = {name: sum(row[name] for row in live) for name in ("waiting", "overdue", "deferred", "paused", "leased")}
+    counts = {
+        name: sum(row[name] for row in live)
+        for name in ("waiting", "overdue", "deferred", "paused", "leased")
+    }
     next_due = min((row["next_due"] for row in live if row["next_due"] is not None), default=None)
     alive = [row for row in about if row["alive"]]
     crew = {
@@ -188,7 +228,9 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         "slots": sum(row["slots"] for row in alive),
         "breakers_open": sum(row["breaker"] == "open" for row in alive),
     }
-    statuses = {status: by_status[status]["recalls"] if status in by_status else 0 for status in STATUSES}
+    statuses = {
+        status: by_status[status]["recalls"] if status in by_status else 0 for status in STATUSES
+    }
     if as_json:
         print_json(
             {
@@ -202,16 +244,26 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         return
     breaker = f"open in {crew['breakers_open']} of them" if crew["breakers_open"] else "closed"
     facts = [
-        ("waiting", f"{counts['waiting']:,}" + (f", the next due {relative(next_due, now['now'])}" if next_due else "")),
+        (
+            "waiting",
+            f"{counts['waiting']:,}"
+            + (f", the next due {relative(next_due, now['now'])}" if next_due else ""),
+        ),
         ("  overdue", f"{counts['overdue']:,}"),
         ("  deferred", f"{counts['deferred']:,}"),
         ("paused", f"{counts['paused']:,}"),
         ("in a run", f"{counts['leased']:,} of {crew['slots']:,} slots"),
         ("workers", f"{crew['alive']} alive, breaker {breaker}" if alive else "none alive"),
         ("recalls", ", ".join(f"{n:,} {status}" for status, n in statuses.items() if n) or "none"),
-        ("last hour", ", ".join(f"{row['calls']:,} {row['outcome']}" for row in calls) or "no calls"),
+        (
+            "last hour",
+            ", ".join(f"{row['calls']:,} {row['outcome']}" for row in calls) or "no calls",
+        ),
     ]
     if late["occurrences"]:
-        most = ", ".join(f"{said} {span(late[name])}" for name, said in (("p50", "median"), ("p99", "99 %"), ("most", "at most")))
+        most = ", ".join(
+            f"{said} {span(late[name])}"
+            for name, said in (("p50", "median"), ("p99", "99 %"), ("most", "at most"))
+        )
         facts.append(("lateness", f"{most} ({late['occurrences']:,} occurrences in the last hour)"))
     print_facts(facts)

@@ -15,7 +15,10 @@ def migrate(dsn: str | None, *, check: bool, roles: bool, as_json: bool) -> None
         if as_json:
             print_json({"up_to_date": not left, "pending": left})
         if left:
-            raise Trouble("the schema is not up to date; to be done: " + ", ".join(left), "recall-worker migrate")
+            raise Trouble(
+                "the schema is not up to date; to be done: " + ", ".join(left),
+                "recall-worker migrate",
+            )
         tell("The schema is up to date.")
         return
     try:

@@ -23,18 +23,24 @@ WhyNot = Callable[[Row], tuple[str, str]]
 """From a row as it stands to what stood in the operation's way, and what to do about it."""
 
 
-def cancel(dsn: str | None, ids: list[str], *, session: str | None, yes: bool, as_json: bool) -> None:
+def cancel(
+    dsn: str | None, ids: list[str], *, session: str | None, yes: bool, as_json: bool
+) -> None:
     _one_of(ids, session, "cancel")
     with connect(dsn) as conn:
         values = {"ids": ids, "session_id": session, "reason": "cancelled on the command line"}
         if session is not None:
             _ask(f"Cancel every live recall of session {session}?", yes)
         rows = _act(conn, "cancel" if session is None else "cancel_session", values)
-        _show(rows, as_json, lambda row: f"cancelled{', its call is aborted' if row['lease'] else ''}")
+        _show(
+            rows, as_json, lambda row: f"cancelled{', its call is aborted' if row['lease'] else ''}"
+        )
         if session is None:
             _account(conn, rows, ids, _why_not_live)
         elif not rows:
-            raise Trouble(f"session {session} has no live recall", command("list", "--session", session))
+            raise Trouble(
+                f"session {session} has no live recall", command("list", "--session", session)
+            )
 
 
 def skip(dsn: str | None, ids: list[str], *, session: str | None, as_json: bool) -> None:
@@ -42,11 +48,20 @@ def skip(dsn: str | None, ids: list[str], *, session: str | None, as_json: bool)
     with connect(dsn) as conn:
         values = {"ids": ids, "session_id": session}
         rows = _act(conn, "skip" if session is None else "skip_pending", values)
-        _show(rows, as_json, lambda row: "one occurrence less after this run" if row["lease"] else f"next {_due(row)}")
+        _show(
+            rows,
+            as_json,
+            lambda row: (
+                "one occurrence less after this run" if row["lease"] else f"next {_due(row)}"
+            ),
+        )
         if session is None:
             _account(conn, rows, ids, _why_not_skipped)
         elif not rows:
-            raise Trouble(f"session {session} has no recurring recall that waits", command("list", "--session", session))
+            raise Trouble(
+                f"session {session} has no recurring recall that waits",
+                command("list", "--session", session),
+            )
 
 
 def pause(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
@@ -86,7 +101,9 @@ def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
             # One that had been moved comes back as the move has it, which the claim decides.
             moved = row["planned_at"] not in (None, row["trigger_at"])
             return (
-                "due now, under a new key" if moved else f"due now, under the key {row['id']}:{row['occurrence']}.{row['rekey']}"
+                "due now, under a new key"
+                if moved
+                else f"due now, under the key {row['id']}:{row['occurrence']}.{row['rekey']}"
             )
 
         def why_not(row: Row) -> tuple[str, str]:
@@ -109,7 +126,9 @@ def fire(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
         _account(conn, rows, ids, _why_not_fired)
 
 
-def reschedule(dsn: str | None, id: str, *, after: str | None, at: str | None, as_json: bool) -> None:
+def reschedule(
+    dsn: str | None, id: str, *, after: str | None, at: str | None, as_json: bool
+) -> None:
     if (after is None) == (at is None):
         raise Trouble("say when", "--in 90s, or --at 2027-01-31T09:00", status=USAGE)
     values = {
@@ -123,7 +142,9 @@ def reschedule(dsn: str | None, id: str, *, after: str | None, at: str | None, a
         _account(conn, rows, [id], _why_not_live)
 
 
-def _act(conn: Connection[dict[str, Any]], name: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _act(
+    conn: Connection[dict[str, Any]], name: str, values: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     return conn.execute(statements.load("client")[name].encode(), values).fetchall()
 
 
@@ -138,14 +159,21 @@ def _show(rows: list[dict[str, Any]], as_json: bool, said: Callable[[Row], str])
         tell(escape_controls(f"{row['id']}: {said(row)}."))
 
 
-def _account(conn: Connection[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str], why_not: WhyNot) -> None:
+def _account(
+    conn: Connection[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str], why_not: WhyNot
+) -> None:
     """Trouble for each recall that was named and is not among the rows, saying why."""
     done = {row["id"] for row in rows}
     left = [id for id in dict.fromkeys(ids) if id not in done]
     if left:
         states = {row["id"]: row for row in _act(conn, "states", {"ids": left})}
-        found = [why_not(states[id]) if id in states else (f"there is no recall {id}", command("list")) for id in left]
-        raise Trouble("; ".join(what for what, _ in found), *dict.fromkeys(hint for _, hint in found))
+        found = [
+            why_not(states[id]) if id in states else (f"there is no recall {id}", command("list"))
+            for id in left
+        ]
+        raise Trouble(
+            "; ".join(what for what, _ in found), *dict.fromkeys(hint for _, hint in found)
+        )
 
 
 def _due(row: Row) -> str:
@@ -158,7 +186,9 @@ def _why_not_live(row: Row) -> tuple[str, str]:
 
 def _why_not_skipped(row: Row) -> tuple[str, str]:
     if row["status"] in ("pending", "running") and row["call_type"] != "recurring":
-        return f"{row['id']} is {row['call_type']}: it has no next occurrence", command("cancel", row["id"])
+        return f"{row['id']} is {row['call_type']}: it has no next occurrence", command(
+            "cancel", row["id"]
+        )
     if row["status"] in ("pending", "running"):
         return f"{row['id']} has no positive interval_seconds", command("show", row["id"])
     return _why_not_live(row)
@@ -178,14 +208,20 @@ def _why_not_retried(row: Row) -> tuple[str, str]:
     if row["status"] in ("failed", "cancelled"):
         return f"{row['id']}: its aborted call is still open", "the same again in a moment"
     if row["status"] == "fired":
-        return f"{row['id']} has fired: there is nothing to retry", "recall-worker schedule SESSION MESSAGE"
+        return (
+            f"{row['id']} has fired: there is nothing to retry",
+            "recall-worker schedule SESSION MESSAGE",
+        )
     return f"{row['id']} is {row['status']}: it waits or runs already", command("why", row["id"])
 
 
 def _one_of(ids: list[str], session: str | None, name: str) -> None:
     if (session is None) == (not ids):
         raise Trouble(
-            "name recalls, or a session", f"recall-worker {name} ID…", f"recall-worker {name} --session ID", status=USAGE
+            "name recalls, or a session",
+            f"recall-worker {name} ID…",
+            f"recall-worker {name} --session ID",
+            status=USAGE,
         )
 
 

@@ -14,13 +14,25 @@ from ..terminal import USAGE, Trouble, command, print_json, print_table, relativ
 from .recalls import clock, connect, explained, instant, nature
 
 
-def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | None, count: int, as_json: bool) -> None:
+def preview(
+    dsn: str | None,
+    what: str,
+    *,
+    time_zone: str | None,
+    start: str | None,
+    count: int,
+    as_json: bool,
+) -> None:
     if len(what.split()) > 1:
         with explained("recall-worker preview --help"):
             where = cadence.zone(time_zone)
             now = datetime.now(UTC)
             # A start that is named counts itself, as with `schedule`; now does not.
-            after = now if start is None else instant(start, "--from", where).astimezone(UTC) - timedelta(microseconds=1)
+            after = (
+                now
+                if start is None
+                else instant(start, "--from", where).astimezone(UTC) - timedelta(microseconds=1)
+            )
             cadence.check(what, time_zone, after)
             moments = list(islice(cadence.ticks(what, time_zone, after), count))
         _show(moments, where, now, {"cron": what, "time_zone": where.key}, as_json)
@@ -36,17 +48,29 @@ def preview(dsn: str | None, what: str, *, time_zone: str | None, start: str | N
         now = clock(conn)
     if row is None:
         hint = "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin"
-        raise Trouble(f"there is no recall {what}, and it is no cron expression of five fields", command("list"), hint)
+        raise Trouble(
+            f"there is no recall {what}, and it is no cron expression of five fields",
+            command("list"),
+            hint,
+        )
     recall = Recall.of(row)
     if recall.status in FINAL:
-        raise Trouble(f"{recall.id} is {recall.status}: nothing is ahead of it", command("show", recall.id))
+        raise Trouble(
+            f"{recall.id} is {recall.status}: nothing is ahead of it", command("show", recall.id)
+        )
     with explained(command("show", recall.id)):
         where = cadence.zone(recall.time_zone)
         moments = list(islice(cadence.upcoming(recall, now), count))
     zone: tzinfo | None = where if recall.cadence == "cron" else None
     if not as_json:
         tell(escape_controls(f"{recall.id}: {nature(row)}{_remarks(row, recall)}"))
-    _show(moments, zone, now, {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone}, as_json)
+    _show(
+        moments,
+        zone,
+        now,
+        {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone},
+        as_json,
+    )
 
 
 def _remarks(row: dict[str, object], recall: Recall) -> str:
@@ -62,11 +86,20 @@ def _remarks(row: dict[str, object], recall: Recall) -> str:
     return "".join(f"; {remark}" for remark in said) + "."
 
 
-def _show(moments: list[datetime], zone: tzinfo | None, now: datetime, told: dict[str, object], as_json: bool) -> None:
+def _show(
+    moments: list[datetime],
+    zone: tzinfo | None,
+    now: datetime,
+    told: dict[str, object],
+    as_json: bool,
+) -> None:
     """`zone` None: that of this host."""
     walls = [moment.astimezone(zone) for moment in moments]
     if as_json:
-        found = [{"at": rfc3339(moment), "local": wall.isoformat()} for moment, wall in zip(moments, walls, strict=True)]
+        found = [
+            {"at": rfc3339(moment), "local": wall.isoformat()}
+            for moment, wall in zip(moments, walls, strict=True)
+        ]
         print_json({**told, "occurrences": found})
         return
     print_table(
@@ -93,6 +126,8 @@ def _notes(walls: Iterable[datetime]) -> list[str]:
     notes, before = [], None
     for wall in walls:
         changed = before is not None and wall.utcoffset() != before.utcoffset()
-        notes.append(f"clocks changed from {_offset(before)}" if changed and before is not None else "")
+        notes.append(
+            f"clocks changed from {_offset(before)}" if changed and before is not None else ""
+        )
         before = wall
     return notes

@@ -12,7 +12,13 @@ from .recalls import connect
 
 
 def prune(
-    dsn: str | None, *, older_than: str | None, keep: str | None, statuses: list[str] | None, yes: bool, as_json: bool
+    dsn: str | None,
+    *,
+    older_than: str | None,
+    keep: str | None,
+    statuses: list[str] | None,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     kept, what = _told(older_than, keep, statuses)
     if not yes and not confirmed(f"Delete {what}?"):
@@ -31,24 +37,42 @@ def prune(
     tell(f"Deleted {recalls} recalls and the marks of {calls} calls.")
 
 
-def _told(older_than: str | None, keep: str | None, statuses: list[str] | None) -> tuple[dict[str, float], str]:
+def _told(
+    older_than: str | None, keep: str | None, statuses: list[str] | None
+) -> tuple[dict[str, float], str]:
     """How long what is kept, in seconds, and what is to be deleted, in words. Raises Trouble."""
     if (older_than is None) == (keep is None):
         raise Trouble(
-            "say for how long what is over is kept", "either --older-than 30d or --keep fired=7d,failed=90d", status=USAGE
+            "say for how long what is over is kept",
+            "either --older-than 30d or --keep fired=7d,failed=90d",
+            status=USAGE,
         )
     if keep is not None:
         if statuses:
-            raise Trouble("--keep and --status are both given", "name the statuses in --keep: fired=7d", status=USAGE)
+            raise Trouble(
+                "--keep and --status are both given",
+                "name the statuses in --keep: fired=7d",
+                status=USAGE,
+            )
         kept, problems = settings.retention(keep)
         if problems or not kept:
             said = "; ".join(problems) or "names nothing"
-            raise Trouble(f"--keep {said}", "--keep 30d, --keep 30d,failed=90d or --keep fired=7d,calls=1d", status=USAGE)
+            raise Trouble(
+                f"--keep {said}",
+                "--keep 30d, --keep 30d,failed=90d or --keep fired=7d,calls=1d",
+                status=USAGE,
+            )
         return kept, f"what is over and kept no longer ({keep})"
     assert older_than is not None
     age = seconds(older_than, "--older-than")
     wrong = sorted(set(statuses or []) - set(FINAL))
     if wrong:
-        raise Trouble(f"{', '.join(wrong)} is no final status", f"--status with one of {', '.join(FINAL)}", status=USAGE)
+        raise Trouble(
+            f"{', '.join(wrong)} is no final status",
+            f"--status with one of {', '.join(FINAL)}",
+            status=USAGE,
+        )
     what = f"{' and '.join(statuses)} recalls" if statuses else "recalls and marks of calls"
-    return dict.fromkeys(statuses or settings.KEPT, age), f"{what} that ended more than {older_than} ago"
+    return dict.fromkeys(
+        statuses or settings.KEPT, age
+    ), f"{what} that ended more than {older_than} ago"

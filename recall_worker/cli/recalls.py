@@ -70,7 +70,11 @@ def schedule(
     as_json: bool,
 ) -> None:
     if session in ("", ".", ".."):
-        raise Trouble(f"{session!r} can't be a session's id", "the id that the application gave the session", status=USAGE)
+        raise Trouble(
+            f"{session!r} can't be a session's id",
+            "the id that the application gave the session",
+            status=USAGE,
+        )
     with explained():
         where = None if time_zone is None else cadence.zone(time_zone)
     told: dict[str, Any] = {
@@ -88,7 +92,12 @@ def schedule(
     with connect(dsn) as conn:
         with explained():
             plan = cadence.plan(clock(conn), random.random(), **told)
-        values = dataclasses.asdict(plan) | {"id": str(uuid4()), "session_id": session, "message": message, "comment": comment}
+        values = dataclasses.asdict(plan) | {
+            "id": str(uuid4()),
+            "session_id": session,
+            "message": message,
+            "comment": comment,
+        }
         try:
             row = conn.execute(client["schedule"].encode(), values).fetchone()
         except errors.UniqueViolation:
@@ -98,13 +107,17 @@ def schedule(
                 command("cancel", "--session", session),
             ) from None
         except errors.ForeignKeyViolation:
-            raise Trouble(f"there is no session {session}", "the id that the application gave the session") from None
+            raise Trouble(
+                f"there is no session {session}", "the id that the application gave the session"
+            ) from None
     assert row is not None
     if as_json:
         print_json(row)
     else:
         print(row["id"])
-        tell(f"Scheduled {escape_controls(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}.")
+        tell(
+            f"Scheduled {escape_controls(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}."
+        )
 
 
 @contextlib.contextmanager
@@ -122,7 +135,9 @@ def _span(text: str | None, option: str) -> timedelta | None:
     try:
         return timedelta(seconds=seconds(text, option))
     except OverflowError:
-        raise Trouble(f"{option} {text} is longer than any calendar", f"{option} 2d", status=USAGE) from None
+        raise Trouble(
+            f"{option} {text} is longer than any calendar", f"{option} 2d", status=USAGE
+        ) from None
 
 
 def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
@@ -135,25 +150,47 @@ def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
         return when
     except (ValueError, OverflowError):
         raise Trouble(
-            f"{option} {text!r} is no time", f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00", status=USAGE
+            f"{option} {text!r} is no time",
+            f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00",
+            status=USAGE,
         ) from None
 
 
 def list_recalls(
-    dsn: str | None, *, session: str | None, user: str | None, statuses: list[str] | None, limit: int, offset: int, as_json: bool
+    dsn: str | None,
+    *,
+    session: str | None,
+    user: str | None,
+    statuses: list[str] | None,
+    limit: int,
+    offset: int,
+    as_json: bool,
 ) -> None:
     unknown = sorted(set(statuses or []) - set(STATUSES))
     if unknown:
-        raise Trouble(f"there is no status {', '.join(unknown)}", f"--status with one of {', '.join(STATUSES)}", status=USAGE)
+        raise Trouble(
+            f"there is no status {', '.join(unknown)}",
+            f"--status with one of {', '.join(STATUSES)}",
+            status=USAGE,
+        )
     name = "list_user" if user is not None else "list_session" if session is not None else "list"
-    values = {"session_id": session, "user_id": user, "statuses": statuses or None, "limit": limit, "offset": offset}
+    values = {
+        "session_id": session,
+        "user_id": user,
+        "statuses": statuses or None,
+        "limit": limit,
+        "offset": offset,
+    }
     with connect(dsn) as conn:
         try:
             rows = conn.execute(statements.load("reads")[name].encode(), values).fetchall()
         except errors.UndefinedTable:
             if user is None:
                 raise
-            raise Trouble("this database has no table sessions, so nobody's sessions are known", "--session ID") from None
+            raise Trouble(
+                "this database has no table sessions, so nobody's sessions are known",
+                "--session ID",
+            ) from None
         now = clock(conn)
     if as_json:
         print_json(rows)
@@ -204,7 +241,12 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
             ("jitter", f"up to {length(row['jitter_seconds'])}" if row["jitter_seconds"] else None),
             ("failed", _in_a_row(row)),
             ("last outcome", row["last_outcome"]),
-            ("in a run", f"by worker {row['leased_by']} since {local(row['leased_at'])}" if row["lease"] else None),
+            (
+                "in a run",
+                f"by worker {row['leased_by']} since {local(row['leased_at'])}"
+                if row["lease"]
+                else None,
+            ),
             ("paused", local(row["paused_at"]) or None),
             ("ended", local(row["ended_at"]) or None),
             ("created", local(row["created_at"])),
@@ -253,13 +295,20 @@ def _ends(row: Mapping[str, Any]) -> str:
     if row["times"] is not None:
         ends.append("once" if row["times"] == 1 else f"{row['times']} times")
     if row["failures_most"] is not None:
-        ends.append(f"until {row['failures_most']} in a row failed" if row["failures_most"] > 1 else "until one fails")
+        ends.append(
+            f"until {row['failures_most']} in a row failed"
+            if row["failures_most"] > 1
+            else "until one fails"
+        )
     return "".join(f", {end}" for end in ends)
 
 
 def _stands_for(row: Mapping[str, Any]) -> str | None:
     """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
-    if row["status"] not in ("pending", "running") or row["scheduled_for"] in (None, row["trigger_at"]):
+    if row["status"] not in ("pending", "running") or row["scheduled_for"] in (
+        None,
+        row["trigger_at"],
+    ):
         return None
     if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
         return None  # It was moved, and will stand for something else.
@@ -276,7 +325,9 @@ def _in_a_row(row: Mapping[str, Any]) -> str | None:
 def _so_far(row: dict[str, Any]) -> str:
     parts = [f"attempt {row['attempt']}"] if row["attempt"] else []
     if row["deferrals"]:
-        parts.append(f"deferred {'once' if row['deferrals'] == 1 else str(row['deferrals']) + ' times'}")
+        parts.append(
+            f"deferred {'once' if row['deferrals'] == 1 else str(row['deferrals']) + ' times'}"
+        )
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -290,7 +341,11 @@ def _when(row: dict[str, Any], now: datetime) -> str:
     if row["status"] not in ("pending", "running"):
         return relative(row["ended_at"] or row["updated_at"], now)
     return (
-        "in a run" if row["lease"] is not None else "paused" if row["paused_at"] is not None else relative(row["trigger_at"], now)
+        "in a run"
+        if row["lease"] is not None
+        else "paused"
+        if row["paused_at"] is not None
+        else relative(row["trigger_at"], now)
     )
 
 

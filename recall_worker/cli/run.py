@@ -32,7 +32,9 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         if embedded:
             found = settings.read(needed=["run_url"], **flags)
             if found.dsn is not None:
-                raise Trouble("--embedded and RECALL_DSN are both given", "keep one of them", status=2)
+                raise Trouble(
+                    "--embedded and RECALL_DSN are both given", "keep one of them", status=2
+                )
             flags = flags | {"dsn": stack.enter_context(_embedded(data))}
         chosen = settings.read(needed=["dsn", "run_url"], **flags)
         for dsn in filter(None, (chosen.dsn, chosen.listen_dsn)):
@@ -53,10 +55,14 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _watched(chosen: settings.Settings, worker: Worker, told: events.Events) -> AsyncIterator[None]:
+async def _watched(
+    chosen: settings.Settings, worker: Worker, told: events.Events
+) -> AsyncIterator[None]:
     """What is switched on for those who watch the worker: pages and metrics, traces. What is off is not imported."""
     async with contextlib.AsyncExitStack() as stack:
-        if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get(
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+        ):
             try:
                 from ..ops.traces import traced
             except ImportError:
@@ -81,7 +87,11 @@ def _embedded(data: str | None) -> Any:
     try:
         server = EmbeddedServer(directory).start()
     except EmbeddedError as error:
-        raise Trouble(str(error), getattr(error, "hint", "see the server's log beside its data"), status=UNREACHABLE) from None
+        raise Trouble(
+            str(error),
+            getattr(error, "hint", "see the server's log beside its data"),
+            status=UNREACHABLE,
+        ) from None
     try:
         dsn = server.dsn("postgres")
         tell(f"PostgreSQL for others: RECALL_DSN='{dsn}'")
@@ -95,4 +105,8 @@ def _home() -> Path:
     """Where the embedded data is kept: as root the server runs as another account, which can't enter root's home."""
     if os.geteuid() == 0:
         return Path("/var/lib/recall-worker/postgresql")
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "recall-worker" / "postgresql"
+    return (
+        Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        / "recall-worker"
+        / "postgresql"
+    )

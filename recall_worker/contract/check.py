@@ -64,13 +64,21 @@ class Row:
 
     def shown(self) -> dict[str, Any]:
         found = self.finding
-        return {"row": self.name, "property": self.property, "verdict": found.verdict, "seen": found.seen, "todo": found.todo}
+        return {
+            "row": self.name,
+            "property": self.property,
+            "verdict": found.verdict,
+            "seen": found.seen,
+            "todo": found.todo,
+        }
 
 
 class Check:
     """One check of one endpoint. `rows()` makes it; it needs a running event loop."""
 
-    def __init__(self, settings: Settings, session: str, missing_session: str, timeout: float) -> None:
+    def __init__(
+        self, settings: Settings, session: str, missing_session: str, timeout: float
+    ) -> None:
         """`timeout`: seconds that a request, and a run, may take."""
         self._probes = Probes(settings, session, timeout)
         self._has_token = settings.run_token is not None
@@ -94,9 +102,17 @@ class Check:
             ):  # fmt: skip
                 no_run = Finding(NOT_SHOWN, "no call was answered as a run")
                 found[name] = no_run if self._first is None else await self._found(find)
-                if name in TIMED and found[name].verdict == NOT_SHOWN and self._probes.shortest >= SHORT:
+                if (
+                    name in TIMED
+                    and found[name].verdict == NOT_SHOWN
+                    and self._probes.shortest >= SHORT
+                ):
                     found[name] = await self._found(find)
-            for name, find in (("token", self._token), ("missing", self._missing), ("redirect", self._redirect)):
+            for name, find in (
+                ("token", self._token),
+                ("missing", self._missing),
+                ("redirect", self._redirect),
+            ):
                 found[name] = await self._found(find)
         return [Row(name, property, _escaped(found[name])) for name, property in PROPERTIES.items()]
 
@@ -106,7 +122,9 @@ class Check:
             return await find()
         except Spent:
             return Finding(
-                NOT_SHOWN, f"{REQUESTS} requests were made by then, and more are not to be", "see the rows above first"
+                NOT_SHOWN,
+                f"{REQUESTS} requests were made by then, and more are not to be",
+                "see the rows above first",
             )
 
     def _too_short(self) -> Finding | None:
@@ -114,7 +132,11 @@ class Check:
             return None
         if not self._probes.lengths:
             return Finding(NOT_SHOWN, "no run was seen to end", "see the rows above first")
-        return Finding(NOT_SHOWN, f"the runs last {span(self._probes.shortest)}: too short to meet one another", LONGER)
+        return Finding(
+            NOT_SHOWN,
+            f"the runs last {span(self._probes.shortest)}: too short to meet one another",
+            LONGER,
+        )
 
     # --- the rows --------------------------------------------------------------------------------------------------
 
@@ -128,13 +150,23 @@ class Check:
                 status=UNREACHABLE,
             )
         if isinstance(reply.outcome, Busy):
-            return Finding(FAIL, f"the session stays busy: {reply}", "--session with one that nobody is in")
+            return Finding(
+                FAIL, f"the session stays busy: {reply}", "--session with one that nobody is in"
+            )
         if isinstance(reply.outcome, Gone):
-            return Finding(FAIL, f"the API knows no such session: {reply}", "--session with one that exists")
+            return Finding(
+                FAIL, f"the API knows no such session: {reply}", "--session with one that exists"
+            )
         if reply.answer is None:
-            return Finding(FAIL, str(reply), "--timeout with more seconds, where the agent takes longer")
+            return Finding(
+                FAIL, str(reply), "--timeout with more seconds, where the agent takes longer"
+            )
         if not reply.got_in or (isinstance(reply.outcome, Unknown) and reply.status != 202):
-            return Finding(FAIL, f"{reply}: {getattr(reply.outcome, 'reason', '')}", "200 and JSON when the run has ended")
+            return Finding(
+                FAIL,
+                f"{reply}: {getattr(reply.outcome, 'reason', '')}",
+                "200 and JSON when the run has ended",
+            )
         self._first = run = await self._probes.to_its_end(reply)
         if run.length is None:
             return Finding(PASS, f"{reply}; its run was not seen to end")
@@ -144,7 +176,11 @@ class Check:
         if second.got_in:
             self._probes.measured(await self._probes.to_its_end(second))
         self._probes.measured(run)
-        how = "" if isinstance(run.outcome, Answered) else f", and says that the run failed: {getattr(run.outcome, 'reason', '')}"
+        how = (
+            ""
+            if isinstance(run.outcome, Answered)
+            else f", and says that the run failed: {getattr(run.outcome, 'reason', '')}"
+        )
         return Finding(PASS, f"HTTP {reply.status}, after a run of {span(run.length)}{how}")
 
     async def _key_after(self) -> Finding:
@@ -160,25 +196,47 @@ class Check:
             return Finding(FAIL, "the same request was given another run", REMEMBER)
         if isinstance(again.outcome, Accepted):
             await self._probes.to_its_end(again)
-        if not again.got_in or (first.ended_at is not None and name_of(again.outcome) != name_of(first.outcome)):
-            return Finding(FAIL, f"the same request was answered {first.reply} first, then {again}", REMEMBER)
+        if not again.got_in or (
+            first.ended_at is not None and name_of(again.outcome) != name_of(first.outcome)
+        ):
+            return Finding(
+                FAIL, f"the same request was answered {first.reply} first, then {again}", REMEMBER
+            )
         took, length = again.ended_at - again.sent_at, self._probes.shortest
         if again.is_replay:
-            return Finding(PASS, f"the same request was answered after {span(took)}, as a replay (Idempotent-Replayed)")
+            return Finding(
+                PASS,
+                f"the same request was answered after {span(took)}, as a replay (Idempotent-Replayed)",
+            )
         if length >= SHORT and took >= length / 2:
-            return Finding(FAIL, f"the same request took {span(took)}, as long as a run ({span(length)}): it ran again", REMEMBER)
+            return Finding(
+                FAIL,
+                f"the same request took {span(took)}, as long as a run ({span(length)}): it ran again",
+                REMEMBER,
+            )
         if not isinstance(first.reply.outcome, Accepted) and again.document != first.reply.document:
             return Finding(
-                FAIL, "the same request was answered otherwise than the first time: it seems to have run again", REMEMBER
+                FAIL,
+                "the same request was answered otherwise than the first time: it seems to have run again",
+                REMEMBER,
             )
         if length < SHORT:
-            return Finding(NOT_SHOWN, f"the same answer, after {span(took)}: a replay, or a run as short as the first", REPLAYED)
-        return Finding(PASS, f"the same request was answered after {span(took)}, where a run takes {span(length)}")
+            return Finding(
+                NOT_SHOWN,
+                f"the same answer, after {span(took)}: a replay, or a run as short as the first",
+                REPLAYED,
+            )
+        return Finding(
+            PASS,
+            f"the same request was answered after {span(took)}, where a run takes {span(length)}",
+        )
 
     async def _body(self) -> Finding:
         assert self._first is not None
         key = self._first.reply.key
-        reply = await self._probes.when_free(lambda: self._probes.call(key, message=f"{MESSAGE} (another body)"))
+        reply = await self._probes.when_free(
+            lambda: self._probes.call(key, message=f"{MESSAGE} (another body)")
+        )
         if isinstance(reply.outcome, Refused):
             return Finding(PASS, f"another body under a known key: {reply}")
         if reply.got_in:
@@ -187,25 +245,39 @@ class Check:
 
     async def _token(self) -> Finding:
         if not self._has_token:
-            return Finding(NOT_SHOWN, "no token is set", "RECALL_RUN_TOKEN, so that nobody else can make your agent run")
+            return Finding(
+                NOT_SHOWN,
+                "no token is set",
+                "RECALL_RUN_TOKEN, so that nobody else can make your agent run",
+            )
         for token, which in (("wrong-" + secrets.token_hex(8), "a wrong token"), ("", "no token")):
             key = self._probes.new_key()
-            reply = await self._probes.when_free(lambda key=key, token=token: self._probes.call(key, token=token))  # type: ignore[misc]
+            reply = await self._probes.when_free(
+                lambda key=key, token=token: self._probes.call(key, token=token)
+            )  # type: ignore[misc]
             if reply.got_in:
                 await self._probes.to_its_end(reply)
             if reply.status not in (401, 403):
                 return Finding(
-                    FAIL, f"a call with {which}: {reply}", "401 to every call without the right token, before anything else"
+                    FAIL,
+                    f"a call with {which}: {reply}",
+                    "401 to every call without the right token, before anything else",
                 )
         return Finding(PASS, f"a wrong token and none: HTTP {reply.status}")
 
     async def _missing(self) -> Finding:
         key = self._probes.new_key()
-        reply = await self._probes.when_free(lambda: self._probes.call(key, session=self._missing_session))
+        reply = await self._probes.when_free(
+            lambda: self._probes.call(key, session=self._missing_session)
+        )
         if isinstance(reply.outcome, Gone):
             return Finding(PASS, f"session {self._missing_session}: {reply}")
         if reply.got_in:
-            return Finding(FAIL, f"session {self._missing_session}: {reply}; it was made, or run without one", NAME_IT)
+            return Finding(
+                FAIL,
+                f"session {self._missing_session}: {reply}; it was made, or run without one",
+                NAME_IT,
+            )
         return Finding(FAIL, f"session {self._missing_session}: {reply}", NAME_IT)
 
     async def _busy(self) -> Finding:
@@ -214,28 +286,47 @@ class Check:
         for _ in range(ROUNDS + 2):
             if shown + unclear == ROUNDS:
                 break
-            replies = await asyncio.gather(*(self._probes.call(self._probes.new_key()) for _ in range(TOGETHER)))
-            runs = await asyncio.gather(*(self._probes.to_its_end(reply) for reply in replies if reply.got_in))
-            odd = [reply for reply in replies if not reply.got_in and not isinstance(reply.outcome, Busy)]
+            replies = await asyncio.gather(
+                *(self._probes.call(self._probes.new_key()) for _ in range(TOGETHER))
+            )
+            runs = await asyncio.gather(
+                *(self._probes.to_its_end(reply) for reply in replies if reply.got_in)
+            )
+            odd = [
+                reply
+                for reply in replies
+                if not reply.got_in and not isinstance(reply.outcome, Busy)
+            ]
             if odd:
                 return Finding(FAIL, f"{TOGETHER} calls at once: one was answered {odd[0]}", ATOMIC)
-            told |= {reply.status for reply in replies if not reply.got_in and reply.status is not None}
+            told |= {
+                reply.status for reply in replies if not reply.got_in and reply.status is not None
+            }
             if not runs:
                 await self._probes.rest(replies[0])
             elif len(runs) == 1:
                 shown += 1
                 self._probes.measured(runs[0])
             elif met := self._met(runs):
-                return Finding(FAIL, f"{TOGETHER} calls at once: {len(runs)} got in, and {met}", ATOMIC)
+                return Finding(
+                    FAIL, f"{TOGETHER} calls at once: {len(runs)} got in, and {met}", ATOMIC
+                )
             else:
                 unclear += 1
         codes = ", ".join(map(str, sorted(told)))
         if shown:
             rest = f"; {unclear} more showed nothing, as the runs are too short" if unclear else ""
-            return Finding(PASS, f"{TOGETHER} calls at once: one got in, the others were told {codes}; {shown} times{rest}")
+            return Finding(
+                PASS,
+                f"{TOGETHER} calls at once: one got in, the others were told {codes}; {shown} times{rest}",
+            )
         if unclear:
-            return self._too_short() or Finding(NOT_SHOWN, "all got in, one after the other", LONGER)
-        return Finding(FAIL, f"{TOGETHER} calls at once: none got in (HTTP {codes}), again and again", ATOMIC)
+            return self._too_short() or Finding(
+                NOT_SHOWN, "all got in, one after the other", LONGER
+            )
+        return Finding(
+            FAIL, f"{TOGETHER} calls at once: none got in (HTTP {codes}), again and again", ATOMIC
+        )
 
     def _met(self, runs: list[Run]) -> str | None:
         """How it is that several calls got in at once, where the API can't be excused by runs that are too short to meet."""
@@ -244,7 +335,8 @@ class Check:
             return "no run was seen to end before another was accepted"
         if (
             self._probes.shortest < SHORT
-            or max(r.reply.sent_at for r in runs) - min(r.reply.sent_at for r in runs) > self._probes.shortest / 2
+            or max(r.reply.sent_at for r in runs) - min(r.reply.sent_at for r in runs)
+            > self._probes.shortest / 2
         ):
             return None
         if spans[0] < self._probes.shortest / 2:
@@ -270,30 +362,60 @@ class Check:
             if isinstance(first.outcome, Accepted):
                 if first.outcome.reference == again.outcome.reference:
                     self._probes.measured(run)
-                    return Finding(PASS, f"the same request while its run was on was given the same run: {again}")
+                    return Finding(
+                        PASS,
+                        f"the same request while its run was on was given the same run: {again}",
+                    )
                 await self._probes.to_its_end(again)
-                return Finding(FAIL, "the same request while its run was on was given another run", ONCE)
+                return Finding(
+                    FAIL, "the same request while its run was on was given another run", ONCE
+                )
             later = await self._probes.to_its_end(again, at_once=True)
-            if later.ended_at is not None and later.ended_at - first.ended_at < self._probes.shortest / 4:
-                return Finding(PASS, "the same request while its run was on was told where to ask for it")
-            return Finding(FAIL, "the same request while its run was on was accepted as another run", ONCE)
+            if (
+                later.ended_at is not None
+                and later.ended_at - first.ended_at < self._probes.shortest / 4
+            ):
+                return Finding(
+                    PASS, "the same request while its run was on was told where to ask for it"
+                )
+            return Finding(
+                FAIL, "the same request while its run was on was accepted as another run", ONCE
+            )
         if not again.got_in:
             return Finding(FAIL, f"the same request while its run was on: {again}", ONCE)
-        if run.on_until - again.ended_at > (0.0 if isinstance(first.outcome, Accepted) else self._probes.shortest / 4):
-            return Finding(FAIL, f"the same request while its run was on was answered as if it had ended: {again}", ONCE)
+        if run.on_until - again.ended_at > (
+            0.0 if isinstance(first.outcome, Accepted) else self._probes.shortest / 4
+        ):
+            return Finding(
+                FAIL,
+                f"the same request while its run was on was answered as if it had ended: {again}",
+                ONCE,
+            )
         if again.is_replay:
             self._probes.measured(run)
             return Finding(
-                PASS, "the same request while its run was on waited for its end and got its answer (Idempotent-Replayed)"
+                PASS,
+                "the same request while its run was on waited for its end and got its answer (Idempotent-Replayed)",
             )
         if run.ended_at is None or run.ended_at < again.sent_at + self._probes.shortest / 8:
-            return Finding(NOT_SHOWN, "the run ended before the same request could be made again", LONGER)
+            return Finding(
+                NOT_SHOWN, "the run ended before the same request could be made again", LONGER
+            )
         apart = again.ended_at - run.ended_at
         if apart > self._probes.shortest / 4:
-            return Finding(FAIL, f"the same request while its run was on ended {span(apart)} after it: a second run", ONCE)
+            return Finding(
+                FAIL,
+                f"the same request while its run was on ended {span(apart)} after it: a second run",
+                ONCE,
+            )
         if again.document == first.document:
-            return Finding(PASS, "the same request while its run was on waited for its end and got its answer")
-        return Finding(NOT_SHOWN, "the same request while its run was on ended with it, and was answered otherwise")
+            return Finding(
+                PASS, "the same request while its run was on waited for its end and got its answer"
+            )
+        return Finding(
+            NOT_SHOWN,
+            "the same request while its run was on ended with it, and was answered otherwise",
+        )
 
     async def _slow(self) -> Finding:
         if (short := self._too_short()) is not None:
@@ -320,16 +442,30 @@ class Check:
                 return Finding(FAIL, f"another call while a run was on: {late}", UNTIL)
             await self._probes.to_its_end(late)
             after = late.sent_at - flight.sent_at
-            if run.on_until >= late.ended_at or run.on_until - late.sent_at >= self._probes.shortest / 4:
+            if (
+                run.on_until >= late.ended_at
+                or run.on_until - late.sent_at >= self._probes.shortest / 4
+            ):
                 lasted = "goes on" if run.length is None else f"took {span(run.length)}"
-                return Finding(FAIL, f"another call got in {span(after)} after a run had begun that {lasted}", UNTIL)
+                return Finding(
+                    FAIL,
+                    f"another call got in {span(after)} after a run had begun that {lasted}",
+                    UNTIL,
+                )
         if not run.reply.got_in:
-            return Finding(FAIL, f"a call that came first, while others were refused: {run.reply}", UNTIL)
+            return Finding(
+                FAIL, f"a call that came first, while others were refused: {run.reply}", UNTIL
+            )
         self._probes.measured(run)
         if len(refused) < 2:
             return Finding(NOT_SHOWN, "the run ended before others could be refused", LONGER)
-        times = " to ".join(span(reply.sent_at - flight.sent_at) for reply in (refused[0], refused[-1]))
-        return Finding(PASS, f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP {refused[0].status}")
+        times = " to ".join(
+            span(reply.sent_at - flight.sent_at) for reply in (refused[0], refused[-1])
+        )
+        return Finding(
+            PASS,
+            f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP {refused[0].status}",
+        )
 
     async def _hang_up(self) -> Finding:
         if (short := self._too_short()) is not None:
@@ -349,42 +485,77 @@ class Check:
             again = await self._probes.call(flight.key)
         if not again.got_in:
             return Finding(
-                FAIL, f"a caller who hung up and asked again, {span(again.sent_at - flight.sent_at)} on: {again}", OUTLIVE
+                FAIL,
+                f"a caller who hung up and asked again, {span(again.sent_at - flight.sent_at)} on: {again}",
+                OUTLIVE,
             )
         run = await self._probes.to_its_end(again, at_once=True)
-        if run.ended_at is not None and run.ended_at < flight.sent_at + self._probes.shortest * 0.75:
+        if (
+            run.ended_at is not None
+            and run.ended_at < flight.sent_at + self._probes.shortest * 0.75
+        ):
             return Finding(
-                FAIL, f"a caller who hung up and asked again was answered before the run can have ended: {again}", OUTLIVE
+                FAIL,
+                f"a caller who hung up and asked again was answered before the run can have ended: {again}",
+                OUTLIVE,
             )
         if again.is_replay and not isinstance(again.outcome, Accepted):
-            return Finding(PASS, "a caller who hung up and asked again got the answer of the first run (Idempotent-Replayed)")
+            return Finding(
+                PASS,
+                "a caller who hung up and asked again got the answer of the first run (Idempotent-Replayed)",
+            )
         if run.ended_at is None or run.length is None:
             return Finding(NOT_SHOWN, "the run that was asked for again was not seen to end")
         if run.length < self._probes.shortest * 0.75:
-            return Finding(PASS, f"a caller who hung up and asked again had the answer {span(run.length)} later: the first run's")
-        if again.sent_at > flight.sent_at + max(self._probes.lengths) or run.on_until - flight.sent_at > usual * 1.25:
+            return Finding(
+                PASS,
+                f"a caller who hung up and asked again had the answer {span(run.length)} later: the first run's",
+            )
+        if (
+            again.sent_at > flight.sent_at + max(self._probes.lengths)
+            or run.on_until - flight.sent_at > usual * 1.25
+        ):
             on = span(run.on_until - flight.sent_at)
             return Finding(
-                FAIL, f"a caller who hung up and asked again made it run again: a run was on {on} after the first call", OUTLIVE
+                FAIL,
+                f"a caller who hung up and asked again made it run again: a run was on {on} after the first call",
+                OUTLIVE,
             )
         return Finding(NOT_SHOWN, "the runs differ too much in length to tell one run from two")
 
     async def _left_after_answer(self, first: Reply) -> Finding:
         """Where a run is accepted before its caller can leave."""
         if not isinstance(first.outcome, Accepted):
-            return Finding(NOT_SHOWN, f"the call was answered before its caller could leave: {first}", LONGER)
+            return Finding(
+                NOT_SHOWN, f"the call was answered before its caller could leave: {first}", LONGER
+            )
         again = await self._probes.call(first.key)
         await self._probes.to_its_end(first, at_once=True)
-        if isinstance(again.outcome, Accepted) and again.outcome.reference == first.outcome.reference:
-            return Finding(PASS, "accepted before its caller could leave; who asked again was given the same run")
+        if (
+            isinstance(again.outcome, Accepted)
+            and again.outcome.reference == first.outcome.reference
+        ):
+            return Finding(
+                PASS,
+                "accepted before its caller could leave; who asked again was given the same run",
+            )
         if isinstance(again.outcome, Busy) or (again.got_in and again.is_replay):
-            return Finding(PASS, f"accepted before its caller could leave; who asked again: {again}")
-        return Finding(FAIL, f"accepted before its caller could leave; who asked again: {again}, another run", OUTLIVE)
+            return Finding(
+                PASS, f"accepted before its caller could leave; who asked again: {again}"
+            )
+        return Finding(
+            FAIL,
+            f"accepted before its caller could leave; who asked again: {again}, another run",
+            OUTLIVE,
+        )
 
     async def _cancel(self) -> Finding:
         if not any(run.ended_at is not None for run in self._probes.followed):
             return Finding(
-                NOT_SHOWN, "not offered: no run was accepted" if not self._probes.followed else "no accepted run was seen to end"
+                NOT_SHOWN,
+                "not offered: no run was accepted"
+                if not self._probes.followed
+                else "no accepted run was seen to end",
             )
         reply = await self._probes.when_free(lambda: self._probes.call(self._probes.new_key()))
         if not isinstance(reply.outcome, Accepted):
@@ -392,38 +563,66 @@ class Check:
         asked = await self._probes.of_run("DELETE", reply)
         run = await self._probes.polled(reply, at_once=True)
         if asked.status in (404, 405, 501):
-            return Finding(NOT_SHOWN, f"not offered: DELETE of a run was answered HTTP {asked.status}")
+            return Finding(
+                NOT_SHOWN, f"not offered: DELETE of a run was answered HTTP {asked.status}"
+            )
         if asked.status is None or not 200 <= asked.status < 300:
             return Finding(FAIL, f"DELETE of a run: {asked}", END_IT)
         if isinstance(run.outcome, Answered):
             if run.on_until - asked.ended_at < self._probes.shortest / 4:
                 return Finding(NOT_SHOWN, "the run had ended before it could be ended", LONGER)
-            return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but it went on to its end", END_IT)
+            return Finding(
+                FAIL, f"DELETE of a run: HTTP {asked.status}, but it went on to its end", END_IT
+            )
         if run.ended_at is None and getattr(run.outcome, "http_status", None) not in (404, 410):
-            return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but it was not seen to end", END_IT)
+            return Finding(
+                FAIL, f"DELETE of a run: HTTP {asked.status}, but it was not seen to end", END_IT
+            )
         following = await self._probes.when_free(lambda: self._probes.call(self._probes.new_key()))
         if isinstance(following.outcome, Busy):
-            return Finding(FAIL, f"DELETE of a run: HTTP {asked.status}, but the session stays busy afterwards", END_IT)
+            return Finding(
+                FAIL,
+                f"DELETE of a run: HTTP {asked.status}, but the session stays busy afterwards",
+                END_IT,
+            )
         if following.got_in:
             await self._probes.to_its_end(following)
-        return Finding(PASS, f"DELETE of a run: HTTP {asked.status}; it ended, and the session was free")
+        return Finding(
+            PASS, f"DELETE of a run: HTTP {asked.status}; it ended, and the session was free"
+        )
 
     async def _accepted(self) -> Finding:
         for reply in self._probes.replies:
             if reply.status == 202 and isinstance(reply.outcome, Unknown):
-                return Finding(FAIL, reply.outcome.reason, "Location on the API's own origin: the token goes there")
-            if reply.status == 202 and isinstance(reply.outcome, Answered) and _word(reply) not in FINAL_WORDS:
                 return Finding(
-                    FAIL, "202 without Location or run_id: read as the run's end", "Location, or run_id and status, with each 202"
+                    FAIL,
+                    reply.outcome.reason,
+                    "Location on the API's own origin: the token goes there",
+                )
+            if (
+                reply.status == 202
+                and isinstance(reply.outcome, Answered)
+                and _word(reply) not in FINAL_WORDS
+            ):
+                return Finding(
+                    FAIL,
+                    "202 without Location or run_id: read as the run's end",
+                    "Location, or run_id and status, with each 202",
                 )
         if not self._probes.followed:
             return Finding(NOT_SHOWN, "not offered: every call was answered when its run had ended")
         lost = [run for run in self._probes.followed if run.ended_at is None]
         if lost:
             said = getattr(lost[0].outcome, "reason", "")
-            return Finding(FAIL, f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to end: {said}", POLL)
+            return Finding(
+                FAIL,
+                f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to end: {said}",
+                POLL,
+            )
         words = ", ".join(sorted({name_of(run.outcome) for run in self._probes.followed}))
-        return Finding(PASS, f"{len(self._probes.followed)} accepted runs were polled to their end ({words})")
+        return Finding(
+            PASS, f"{len(self._probes.followed)} accepted runs were polled to their end ({words})"
+        )
 
     async def _redirect(self) -> Finding:
         for reply in self._probes.replies:
@@ -434,7 +633,10 @@ class Check:
                     f"HTTP {reply.answer.status} to {to}",
                     "give the final address as RECALL_RUN_URL: redirects aren't followed",
                 )
-        return Finding(PASS, f"none of {sum(reply.answer is not None for reply in self._probes.replies)} answers was a redirect")
+        return Finding(
+            PASS,
+            f"none of {sum(reply.answer is not None for reply in self._probes.replies)} answers was a redirect",
+        )
 
     async def _retry_after(self) -> Finding:
         busy = [reply for reply in self._probes.replies if isinstance(reply.outcome, Busy)]
@@ -448,12 +650,15 @@ class Check:
                 "send it: a worker waits 60 s else",
             )
         return Finding(
-            PASS, f"{len(told)} busy answers had Retry-After ({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)"
+            PASS,
+            f"{len(told)} busy answers had Retry-After ({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)",
         )
 
 
 LONGER = "let the agent take half a second for this message, and check again"
-REMEMBER = "keep the answer under Idempotency-Key for two days, and give it again to the same request"
+REMEMBER = (
+    "keep the answer under Idempotency-Key for two days, and give it again to the same request"
+)
 REPLAYED = "send Idempotent-Replayed: true with an answer that is given again"
 PIN = "422 where the body's hash is another than the one kept with the key"
 NAME_IT = '404 with {"code": "session_not_found"}; --missing-session gives another id to ask for'
@@ -471,4 +676,8 @@ def _word(reply: Reply) -> str:
 
 def _escaped(found: Finding) -> Finding:
     """What a server says may be meant for a terminal."""
-    return Finding(found.verdict, escape_controls(found.seen)[:500], None if found.todo is None else escape_controls(found.todo))
+    return Finding(
+        found.verdict,
+        escape_controls(found.seen)[:500],
+        None if found.todo is None else escape_controls(found.todo),
+    )

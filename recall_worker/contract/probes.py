@@ -27,7 +27,17 @@ from ..protocols.contract import address, bearer, headers, read, retry_after, sa
 from ..protocols.http import CONNECT_DEADLINE, LIMIT, Answer, trust
 from ..protocols.native import accepted, polled, written
 from ..protocols.polling import StillOn
-from ..recall import Accepted, Answered, Busy, Failed, Misconfigured, Outcome, Unavailable, Unknown, name_of
+from ..recall import (
+    Accepted,
+    Answered,
+    Busy,
+    Failed,
+    Misconfigured,
+    Outcome,
+    Unavailable,
+    Unknown,
+    name_of,
+)
 from ..settings import Settings
 
 MESSAGE = "recall-worker check-endpoint: a escape_controls probe; answer anything"
@@ -54,16 +64,26 @@ class Reply:
     @property
     def got_in(self) -> bool:
         """Whether it says that a run was started (or replayed)."""
-        return self.status is not None and 200 <= self.status < 300 and not isinstance(self.outcome, Misconfigured)
+        return (
+            self.status is not None
+            and 200 <= self.status < 300
+            and not isinstance(self.outcome, Misconfigured)
+        )
 
     @property
     def is_replay(self) -> bool:
-        return self.answer is not None and self.answer.headers.get("Idempotent-Replayed", "").strip().lower() in ("true", "?1")
+        return self.answer is not None and self.answer.headers.get(
+            "Idempotent-Replayed", ""
+        ).strip().lower() in ("true", "?1")
 
     @property
     def document(self) -> Any:
         try:
-            return json.loads(self.answer.body) if self.answer is not None and self.answer.body.strip() else None
+            return (
+                json.loads(self.answer.body)
+                if self.answer is not None and self.answer.body.strip()
+                else None
+            )
         except (ValueError, RecursionError):
             return self.answer.body if self.answer is not None else None
 
@@ -116,7 +136,12 @@ class Probes:
         """To calls, not to polls."""
         self.followed: list[Run] = []
         """Runs that were accepted."""
-        self._settings, self._template, self._session, self._timeout = settings, settings.run_url, session, timeout
+        self._settings, self._template, self._session, self._timeout = (
+            settings,
+            settings.run_url,
+            session,
+            timeout,
+        )
         self._name = f"check-endpoint-{secrets.token_hex(4)}"
         self._began = datetime.now(UTC)
         self._keys = 0
@@ -124,11 +149,17 @@ class Probes:
         """Whether an accepted run did not end in its time: no other is then waited for so long."""
         self._http = httpx.AsyncClient(
             verify=trust(settings),
-            timeout=httpx.Timeout(None, connect=CONNECT_DEADLINE),  # Each request has its own, for everything.
+            timeout=httpx.Timeout(
+                None, connect=CONNECT_DEADLINE
+            ),  # Each request has its own, for everything.
             trust_env=False,
             limits=httpx.Limits(max_keepalive_connections=0),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "recall-worker check-endpoint"},
+            headers={
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": "recall-worker check-endpoint",
+            },
         )
 
     async def __aenter__(self) -> Self:
@@ -150,7 +181,9 @@ class Probes:
         session = self._session if session is None else session
         content = self._content(key, message, session)
         url = address(self._template, session)
-        return await self._ask("POST", url, key, self._headers(key, content, token), content, flight)
+        return await self._ask(
+            "POST", url, key, self._headers(key, content, token), content, flight
+        )
 
     async def leave_open(self, seconds: float) -> Flight:
         """A call under a new key that has been sent and, `seconds` later, is waited for no longer."""
@@ -184,9 +217,15 @@ class Probes:
         while time.monotonic() + wait < reply.sent_at + self._timeout:
             await asyncio.sleep(wait)
             polling = await self.of_run("GET", reply)
-            found = polled(polling.answer) if polling.answer is not None else StillOn(trouble=str(polling))
+            found = (
+                polled(polling.answer)
+                if polling.answer is not None
+                else StillOn(trouble=str(polling))
+            )
             if not isinstance(found, StillOn):
-                return Run(reply, found, None if isinstance(found, Unknown) else polling.ended_at, on_until)
+                return Run(
+                    reply, found, None if isinstance(found, Unknown) else polling.ended_at, on_until
+                )
             on_until = polling.sent_at if found.trouble is None else on_until
             if self._lost:
                 break
@@ -235,7 +274,13 @@ class Probes:
         return min(self.lengths, default=0.0)
 
     async def _ask(
-        self, method: str, url: str, key: str, headers: dict[str, str], content: bytes | None = None, flight: Flight | None = None
+        self,
+        method: str,
+        url: str,
+        key: str,
+        headers: dict[str, str],
+        content: bytes | None = None,
+        flight: Flight | None = None,
     ) -> Reply:
         if self.made >= REQUESTS:
             raise Spent
@@ -253,7 +298,9 @@ class Probes:
         try:
             async with (
                 asyncio.timeout(self._timeout),
-                self._http.stream(method, url, content=content, headers=headers, extensions={"trace": trace}) as response,
+                self._http.stream(
+                    method, url, content=content, headers=headers, extensions={"trace": trace}
+                ) as response,
             ):
                 got = bytearray()
                 # As it comes: what is packed stays packed, and what has no end is left.
@@ -261,13 +308,21 @@ class Probes:
                     got += chunk
                     if len(got) > LIMIT:
                         break
-                answer = Answer(response.status_code, response.headers, bytes(got[:LIMIT]), len(got) > LIMIT)
+                answer = Answer(
+                    response.status_code, response.headers, bytes(got[:LIMIT]), len(got) > LIMIT
+                )
         except TimeoutError:
             said = f"no answer within {self._timeout:g} s"
             outcome = Unknown(said) if flight.gone.is_set() else Unavailable(said)
-        except Exception as error:  # Whatever a server sends, or an address holds, it ends in a row.
+        except (
+            Exception
+        ) as error:  # Whatever a server sends, or an address holds, it ends in a row.
             said = f"{type(error).__name__}: {error}"
-            outcome = Unknown(f"no answer: {said}") if flight.gone.is_set() else Unavailable(f"no connection: {said}")
+            outcome = (
+                Unknown(f"no answer: {said}")
+                if flight.gone.is_set()
+                else Unavailable(f"no connection: {said}")
+            )
         finally:
             flight.sent_at = flight.sent_at or began
             flight.gone.set()

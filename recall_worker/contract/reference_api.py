@@ -141,7 +141,12 @@ class ReferenceAPI:
         self.inside: dict[str, Run | None] = {}
         """The sessions that are taken: by a run, or (None) by a person."""
         self.messages: dict[str, list[dict[str, str]]] = {}
-        self._agent, self._watch, self._retry_after, self._accept_after = agent, watch, retry_after, accept_after
+        self._agent, self._watch, self._retry_after, self._accept_after = (
+            agent,
+            watch,
+            retry_after,
+            accept_after,
+        )
         self._token = token.encode() if token else None
         self._deleted: set[str] = set()
         self._runner: web.AppRunner | None = None
@@ -157,7 +162,9 @@ class ReferenceAPI:
         try:
             self._authorize(request)
             body = await request.read()
-            run = self._started_or_known(call, _checked(body, session_id, key), hashlib.sha256(body).digest())
+            run = self._started_or_known(
+                call, _checked(body, session_id, key), hashlib.sha256(body).digest()
+            )
             if run.call is call and run.task is not None:
                 # Waited for, not awaited: where our caller leaves, only the waiting ends.
                 await asyncio.wait({run.task}, timeout=self._accept_after)
@@ -233,7 +240,11 @@ class ReferenceAPI:
 
     def _forget_old_keys(self) -> None:
         old = datetime.now(UTC) - KEYS_KEPT
-        while self.runs and (first := next(iter(self.runs.values()))).ended_at is not None and first.ended_at < old:
+        while (
+            self.runs
+            and (first := next(iter(self.runs.values()))).ended_at is not None
+            and first.ended_at < old
+        ):
             del self.runs[first.call.key]
 
     # --- around it -----------------------------------------------------------------------------------------------
@@ -262,7 +273,9 @@ class ReferenceAPI:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._token):
-            raise _Refusal(401, "unauthorized", "another bearer token is wanted", WWW_Authenticate="Bearer")
+            raise _Refusal(
+                401, "unauthorized", "another bearer token is wanted", WWW_Authenticate="Bearer"
+            )
 
     async def _chat(self, request: web.Request) -> web.Response:
         (self.enter if request.method == "PUT" else self.leave)(request.match_info["id"])
@@ -275,7 +288,9 @@ class ReferenceAPI:
             self._deleted.add(session_id)
             self.messages.pop(session_id, None)
             return web.Response(status=204)
-        return _json({"busy": session_id in self.inside, "messages": self.messages.get(session_id, [])})
+        return _json(
+            {"busy": session_id in self.inside, "messages": self.messages.get(session_id, [])}
+        )
 
     async def _runs(self, _: web.Request) -> web.Response:
         return _json([run.shown() for run in self.runs.values()])
@@ -293,7 +308,9 @@ class ReferenceAPI:
                 self._authorize(request)
             return await handler(request)
         except _Refusal as refusal:
-            return _json({"code": refusal.code, "message": str(refusal)}, refusal.status, refusal.headers)
+            return _json(
+                {"code": refusal.code, "message": str(refusal)}, refusal.status, refusal.headers
+            )
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError where that can't be."""
@@ -308,7 +325,9 @@ class ReferenceAPI:
             app.router.add_route(method, run, self.accepted)
         app.router.add_get("/runs", self._runs)
         app.router.add_get("/healthz", self._healthz, name="healthz")
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
+        )
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()
@@ -321,7 +340,9 @@ class ReferenceAPI:
 
     async def stop(self) -> None:
         """Break the runs off, answer those who wait for them, and stop listening."""
-        tasks = [run.task for run in self.runs.values() if run.task is not None and not run.task.done()]
+        tasks = [
+            run.task for run in self.runs.values() if run.task is not None and not run.task.done()
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -339,9 +360,13 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
     if not key:
         raise _Refusal(400, "key_missing", "a run needs an Idempotency-Key")
     told = document if isinstance(document, dict) else {}
-    if not _is_recall(told.get("recall")) or any(not isinstance(told.get(name), str) for name in TEXTS):
+    if not _is_recall(told.get("recall")) or any(
+        not isinstance(told.get(name), str) for name in TEXTS
+    ):
         raise _Refusal(
-            422, "invalid", f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as docs/openapi.yaml has it"
+            422,
+            "invalid",
+            f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as docs/openapi.yaml has it",
         )
     if told["session_id"] != session_id:
         raise _Refusal(422, "invalid", "the body names another session than the address")
@@ -350,30 +375,45 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
 
 def _is_recall(told: Any) -> bool:
     """Whether this is the `recall` of a request. More may stand in it than is known today."""
-    if not isinstance(told, dict) or not isinstance(told.get("id"), str) or told.get("call_type") not in CALL_TYPES:
+    if (
+        not isinstance(told, dict)
+        or not isinstance(told.get("id"), str)
+        or told.get("call_type") not in CALL_TYPES
+    ):
         return False
     try:
         datetime.fromisoformat(told["scheduled_for"])
     except (KeyError, TypeError, ValueError):
         return False
-    return all(_is_whole(told.get(name)) and told[name] >= least for name, least in (("occurrence", 1), ("missed", 0)))
+    return all(
+        _is_whole(told.get(name)) and told[name] >= least
+        for name, least in (("occurrence", 1), ("missed", 0))
+    )
 
 
 def _is_whole(told: Any) -> bool:
     """Whether JSON means a whole number by it: 1.0 is one."""
-    return (isinstance(told, int) and not isinstance(told, bool)) or (isinstance(told, float) and told.is_integer())
+    return (isinstance(told, int) and not isinstance(told, bool)) or (
+        isinstance(told, float) and told.is_integer()
+    )
 
 
-def _json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+def _json(
+    document: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
     return web.json_response(document, status=status, headers=headers)
 
 
-def serve(host: str, port: int, *, seconds: float, token: str | None, accept_after: float | None = None) -> None:
+def serve(
+    host: str, port: int, *, seconds: float, token: str | None, accept_after: float | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, with an agent that waits for `seconds` and says so."""
     asyncio.run(_serve(host, port, seconds, token, accept_after))
 
 
-async def _serve(host: str, port: int, seconds: float, token: str | None, accept_after: float | None) -> None:
+async def _serve(
+    host: str, port: int, seconds: float, token: str | None, accept_after: float | None
+) -> None:
     async def agent(session_id: str, user_message: str, recall: Mapping[str, Any]) -> str:
         await asyncio.sleep(seconds)
         return f"looked after, for {seconds:g} s: {user_message}"
@@ -390,9 +430,17 @@ async def _serve(host: str, port: int, seconds: float, token: str | None, accept
         url = await api.start(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise Trouble(f"port {port} on {host} is in use", "recall-worker reference-api --port 0 (a free one)") from None
-        raise Trouble(f"can't listen on {host}, port {port}: {error.strerror or error}", "--host 127.0.0.1 --port 8090") from None
-    tell(f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes {seconds:g} s. For the worker:")
+            raise Trouble(
+                f"port {port} on {host} is in use",
+                "recall-worker reference-api --port 0 (a free one)",
+            ) from None
+        raise Trouble(
+            f"can't listen on {host}, port {port}: {error.strerror or error}",
+            "--host 127.0.0.1 --port 8090",
+        ) from None
+    tell(
+        f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes {seconds:g} s. For the worker:"
+    )
     tell(f"  export RECALL_RUN_URL='{url}'")
     if token:
         tell("  and the same RECALL_RUN_TOKEN as here.")
@@ -401,5 +449,9 @@ async def _serve(host: str, port: int, seconds: float, token: str | None, accept
 
 
 def _show(call: Call) -> None:
-    became = "the caller left" if call.http_status is None else f"{call.http_status} {call.code or ''}".strip()
+    became = (
+        "the caller left"
+        if call.http_status is None
+        else f"{call.http_status} {call.code or ''}".strip()
+    )
     tell(escape_controls(f"{call.at.astimezone():%H:%M:%S} {call.session_id} {call.key}: {became}"))

@@ -51,7 +51,10 @@ class Deadlines:
     @classmethod
     def within(cls, lease: float) -> Deadlines:
         """A renewal is asked for at a third of the lease. Should it go unanswered there is time for a new connection and another one."""
-        return cls(min(STATEMENT_DEADLINE, max(1.0, lease / 4)), min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease / 4)))
+        return cls(
+            min(STATEMENT_DEADLINE, max(1.0, lease / 4)),
+            min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease / 4)),
+        )
 
     def connecting(self, dsn: str) -> float:
         """Until each of a DSN's hosts has been asked."""
@@ -61,7 +64,14 @@ class Deadlines:
 class DatabaseUnavailable(Exception):
     """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
 
-    def __init__(self, reason: str, asked_at: float = math.inf, *, for_all: bool = False, timed_out: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        asked_at: float = math.inf,
+        *,
+        for_all: bool = False,
+        timed_out: bool = False,
+    ) -> None:
         """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either.
         `timed_out`: the connection was there, and this statement was not done in time: it may be one of its rows."""
         super().__init__(reason)
@@ -80,12 +90,19 @@ class StatementRejected(Exception):
         self.sqlstate = sqlstate
 
     @property
+    def is_lock(self) -> bool:
+        """Whether somebody holds the whole table locked, as DDL does: no fault of the values."""
+        return self.sqlstate == errors.LockNotAvailable.sqlstate
+
+    @property
     def of_a_row(self) -> bool:
         """Whether it is about a row's values (data, constraints, limits, what a trigger raised), and not about the statement."""
         return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
 
 
-def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLINE) -> dict[str, Any]:
+def connection_info(
+    dsn: str, name: str, connect_within: float = CONNECT_DEADLINE
+) -> dict[str, Any]:
     """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer.
 
     `connect_within`: seconds. Of several hosts the last one, too, is asked within them, should those before it be silent (but each gets
@@ -93,7 +110,11 @@ def connection_info(dsn: str, name: str, connect_within: float = CONNECT_DEADLIN
     """
     given = conninfo_to_dict(dsn)
     hosts = _hosts(given)
-    which = {"target_session_attrs": "read-write"} if hosts > 1 and not given.get("target_session_attrs") else {}
+    which = (
+        {"target_session_attrs": "read-write"}
+        if hosts > 1 and not given.get("target_session_attrs")
+        else {}
+    )
     return which | {
         "conninfo": dsn,
         "application_name": name,
@@ -132,7 +153,9 @@ def transaction_setup(seconds: float) -> dict[str, str]:
     }  # fmt: skip
 
 
-async def session_setup(conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE) -> bool:
+async def session_setup(
+    conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE
+) -> bool:
     """The first question on a connection. Returns whether it is the server's own: then it has our settings from now on.
 
     `seconds`: the deadline of a statement; after twice that PostgreSQL, too, is rid of a connection whose peer has vanished, and of
@@ -174,13 +197,19 @@ def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
     hosts none may be listening.
     """
     attempts = str(error).split("\n- ")[1:] or [str(error)]
-    if all(_REFUSED in attempt or (_MISSING in attempt and "/.s.PGSQL." in attempt) for attempt in attempts):
+    if all(
+        _REFUSED in attempt or (_MISSING in attempt and "/.s.PGSQL." in attempt)
+        for attempt in attempts
+    ):
         return True
     # What a server said follows two blanks, and may be in any language. libpq's ping knows it by its code. It holds the whole process up, but
     # this server has just answered.
     if _hosts(conninfo_to_dict(dsn)) > 1 or ":  " not in attempts[-1]:
         return False
-    return pq.PGconn.ping(make_conninfo(dsn, connect_timeout=int(CONNECT_LEAST)).encode()) == pq.Ping.REJECT
+    return (
+        pq.PGconn.ping(make_conninfo(dsn, connect_timeout=int(CONNECT_LEAST)).encode())
+        == pq.Ping.REJECT
+    )
 
 
 # The words of the C library, which libpq quotes.
@@ -207,7 +236,13 @@ class QueryConnection:
     """
 
     def __init__(
-        self, dsn: str, name: str, deadlines: Deadlines, siblings: list[QueryConnection], *, prepare: bool = True
+        self,
+        dsn: str,
+        name: str,
+        deadlines: Deadlines,
+        siblings: list[QueryConnection],
+        *,
+        prepare: bool = True,
     ) -> None:
         """`prepare`: have PostgreSQL keep the plans of what is asked."""
         self._dsn = dsn
@@ -241,7 +276,9 @@ class QueryConnection:
             try:
                 # PostgreSQL itself gives a statement up a little before, where it is there.
                 within = self._within * 16 / 15
-                async with asyncio.timeout(within + (0.0 if self._is_open else self._connect_within)) as deadline:
+                async with asyncio.timeout(
+                    within + (0.0 if self._is_open else self._connect_within)
+                ) as deadline:
                     if not self._is_open:
                         await self._connect()
                         deadline.reschedule(asyncio.get_running_loop().time() + within)
@@ -254,7 +291,10 @@ class QueryConnection:
                         first_text, first_names = numbered(first)
                         before = [*before, (first_text, given_in_order(first_names, its))]
                     question = pipe.ask(
-                        before, wanted, [(b"commit", ())] if self._pooled else [], self._prepare and not self._pooled
+                        before,
+                        wanted,
+                        [(b"commit", ())] if self._pooled else [],
+                        self._prepare and not self._pooled,
                     )
                     try:
                         answer = await question.answer
@@ -265,18 +305,23 @@ class QueryConnection:
             except TimeoutError:
                 was_open = self._pipe is not None
                 self._break()
-                raise DatabaseUnavailable("no answer within the deadline", asked_at, timed_out=was_open) from None
+                raise DatabaseUnavailable(
+                    "no answer within the deadline", asked_at, timed_out=was_open
+                ) from None
             except psycopg.Error as error:
                 if _is_refusal(error):
                     raise StatementRejected(error_text(error), error.sqlstate) from error
                 for_all = self._pipe is None and takes_nobody(error, self._dsn)
                 timed_out = isinstance(error, errors.QueryCanceled)
                 self._break()
-                raise DatabaseUnavailable(error_text(error), asked_at, for_all=for_all, timed_out=timed_out) from error
+                raise DatabaseUnavailable(
+                    error_text(error), asked_at, for_all=for_all, timed_out=timed_out
+                ) from error
             except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 self._drop()
                 raise StatementRejected(
-                    f"a text that is not UTF-8: {error.reason}", errors.CharacterNotInRepertoire.sqlstate
+                    f"a text that is not UTF-8: {error.reason}",
+                    errors.CharacterNotInRepertoire.sqlstate,
                 ) from error
             except OSError as error:
                 self._break()
@@ -291,7 +336,10 @@ class QueryConnection:
         """What a transaction begins with where nothing may stay behind."""
         text, names = numbered(statements.load("ledger")["transaction_setup"])
         given = transaction_setup(self._within)
-        return [(b"begin isolation level read committed", ()), (text, [given[name] for name in names])]
+        return [
+            (b"begin isolation level read committed", ()),
+            (text, [given[name] for name in names]),
+        ]
 
     async def _roll_back(self, pipe: PipelineConnection) -> None:
         """End a transaction that was begun in so many words, and refused."""

@@ -143,7 +143,15 @@ class Backlog:
 class Ledger:
     """The table as the worker sees it. All methods raise DatabaseUnavailable, and StatementRejected where PostgreSQL will not take the values."""
 
-    def __init__(self, dsn: str, worker: str, lease: float, *, fleet: int | None = None, message_limit: int = 4 << 20) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        worker: str,
+        lease: float,
+        *,
+        fleet: int | None = None,
+        message_limit: int = 4 << 20,
+    ) -> None:
         """`lease` in seconds. `fleet`: the most runs at once of all replicas together. `message_limit`: octets."""
         name = f"recall-worker ledger {worker}"
         self._worker = worker
@@ -152,7 +160,9 @@ class Ledger:
         self._message_limit = message_limit
         self._lines: list[QueryConnection] = []
         deadlines = Deadlines.within(lease)
-        self._claims, self._settles, self._renewals = (QueryConnection(dsn, name, deadlines, self._lines) for _ in range(3))
+        self._claims, self._settles, self._renewals = (
+            QueryConnection(dsn, name, deadlines, self._lines) for _ in range(3)
+        )
         # Opened only where the application holds a row locked, or a message is long.
         self._patient = QueryConnection(dsn, name, deadlines, self._lines, prepare=False)
         # Opened only while this worker prunes. Its deadlines have nothing to do with leases, and where it breaks the others need not care.
@@ -189,7 +199,9 @@ class Ledger:
         asked_at = time.monotonic()
         if self._alone_next or any(aside.until <= asked_at for aside in self._aside.values()):
             return await self._claim_one_by_one(slots, asked_at, all_held=all_held)
-        values = self._claiming(slots, HELD if all_held else self._lease / 3) | {"aside": list(self._aside)}
+        values = self._claiming(slots, HELD if all_held else self._lease / 3) | {
+            "aside": list(self._aside)
+        }
         try:
             rows = await self._claims.ask(self._sql["claim"], values, after=self._turn, as_=tuple)
         except DatabaseUnavailable as outage:
@@ -197,7 +209,10 @@ class Ledger:
             self._alone_next = outage.timed_out
             raise
         except StatementRejected as refusal:
-            if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+            if refusal.sqlstate in (
+                errors.UniqueViolation.sqlstate,
+                errors.LockNotAvailable.sqlstate,
+            ):
                 # Another worker took a row of the same session in the same instant; a new look will see its lease. Or somebody
                 # holds the whole table, as DDL does.
                 return Claimed([], asked_at, refused=True)
@@ -228,39 +243,68 @@ class Ledger:
         self._leave_to_owners(found["locked"])
         self._room = math.inf if found["room"] is None else found["room"]
         ended = list(zip(found["ids"], found["accepted"], strict=True))
-        return EndedLeases([id for id, accepted in ended if not accepted], [id for id, accepted in ended if accepted])
+        return EndedLeases(
+            [id for id, accepted in ended if not accepted],
+            [id for id, accepted in ended if accepted],
+        )
 
-    async def take_up(self, ids: Sequence[str], in_hand: Collection[str] = ()) -> Claimed:
-        """Take these rows, whose leases have ended, under leases of our own. What is left out is locked, or taken by others."""
+    async def take_up(
+        self, ids: Sequence[str], in_hand: Collection[str] = (), *, most: int | None = None
+    ) -> Claimed:
+        """Take these rows, whose leases have ended, under leases of our own: the oldest first, and `most` of them.
+
+        What is left out is locked, or taken by others, or beyond `most`.
+        """
         asked_at = time.monotonic()
+        most = len(ids) if most is None else most
         try:
-            claims = await self._take_up(ids, len(ids), in_hand)
+            claims = await self._take_up(ids, most, in_hand)
         except StatementRejected as refusal:
-            if refusal.sqlstate in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+            if refusal.sqlstate in (
+                errors.UniqueViolation.sqlstate,
+                errors.LockNotAvailable.sqlstate,
+            ):
                 return Claimed([], asked_at, refused=True)
             if not refusal.of_a_row:
                 raise
             if len(ids) > 1:
-                alone = [await self.take_up([id], in_hand) for id in ids]
-                taken = [claim for one in alone for claim in one.claims]
-                return Claimed(taken, asked_at, stranded=[row for one in alone for row in one.stranded])
+                found: list[Claim] = []
+                stranded: list[tuple[str, str]] = []
+                for id in ids:
+                    if len(found) < most:
+                        one = await self.take_up([id], in_hand)
+                        found += one.claims
+                        stranded += one.stranded
+                return Claimed(found, asked_at, stranded=stranded)
             self._put_aside(ids[0], asked_at)
             return Claimed([], asked_at, stranded=[(ids[0], refusal.reason)])
-        if len(ids) <= self._room:
-            # Else it may be the fleet's cap that passed them over.
-            self._leave_to_owners(set(ids) - {claim.id for claim in claims})
+        taken = {claim.id for claim in claims}
+        whole = len(ids) <= self._room and (most == len(ids) or not taken)
+        # Where the limit or the fleet's cap may have passed over what comes behind, only what stands before the last one
+        # taken is known to be locked: `ids` are in the order in which they are taken.
+        tried = (
+            len(ids) if whole else max((n for n, id in enumerate(ids) if id in taken), default=0)
+        )
+        self._leave_to_owners(id for id in ids[:tried] if id not in taken)
         for claim in claims:
             self._aside.pop(claim.id, None)
         return Claimed(claims, asked_at)
 
     async def _take_up(
-        self, ids: Sequence[str], slots: int, in_hand: Collection[str] = (), *, held_for: float | None = None
+        self,
+        ids: Sequence[str],
+        slots: int,
+        in_hand: Collection[str] = (),
+        *,
+        held_for: float | None = None,
     ) -> list[Claim]:
         """`held_for`: as in the statement, for rows that nobody holds; None: what is taken up are leases that have ended."""
         values = self._claiming(slots, held_for or 0.0) | {
             "ids": list(ids), "in_hand": list(in_hand), "ended": held_for is None,
         }  # fmt: skip
-        return _claims_in(await self._claims.ask(self._sql["take_up"], values, after=self._turn, as_=tuple))
+        return _claims_in(
+            await self._claims.ask(self._sql["take_up"], values, after=self._turn, as_=tuple)
+        )
 
     async def _claim_one_by_one(self, slots: int, asked_at: float, *, all_held: bool) -> Claimed:
         """One of the due rows can't be claimed. It holds up nobody else: each goes alone, and those that are refused are put aside.
@@ -338,7 +382,9 @@ class Ledger:
 
     async def sent(self, claim: Claim) -> bool:
         """Put on record that its request is about to be sent. False where the lease is not ours any more."""
-        return bool(await self._renewals.ask(self._sql["sent"], {"id": claim.id, "lease": claim.lease}))
+        return bool(
+            await self._renewals.ask(self._sql["sent"], {"id": claim.id, "lease": claim.lease})
+        )
 
     async def write_moves(self, placements: Sequence[tuple[Claim, Placement]]) -> list[Claim]:
         """Write what claims stand for where that differs from what they say, before they are called.
@@ -364,10 +410,14 @@ class Ledger:
         """Cron recalls that wait where the application moved them, in the shape of claims; nobody leases them."""
         return [
             _claim(row)._replace(lateness=0.0)
-            for row in await self._claims.ask(self._sql["moved"], {"aside": list(self._aside)}, as_=tuple)
+            for row in await self._claims.ask(
+                self._sql["moved"], {"aside": list(self._aside)}, as_=tuple
+            )
         ]
 
-    async def settle_moved(self, verdicts: Sequence[tuple[Claim, Finish | Next]]) -> list[tuple[str, str]]:
+    async def settle_moved(
+        self, verdicts: Sequence[tuple[Claim, Finish | Next]]
+    ) -> list[tuple[str, str]]:
         """Write what becomes of them, unless they are locked, or were moved again or claimed meanwhile.
 
         Returns the rows that PostgreSQL refuses to have written, with its reason: they are put aside, as in a claim.
@@ -377,12 +427,16 @@ class Ledger:
         values = {
             "ids": [claim.id for claim, _ in verdicts],
             "triggers": [claim.trigger for claim, _ in verdicts],
-            "statuses": [verdict.status if isinstance(verdict, Finish) else None for _, verdict in verdicts],
+            "statuses": [
+                verdict.status if isinstance(verdict, Finish) else None for _, verdict in verdicts
+            ],
             "reasons": [clean_reason(verdict.reason) for _, verdict in verdicts],
             "occurrences": [None if n is None else n.occurrence for n in nexts],
             "ats": [None if at is None else at.when for at in ats],
             "jitters": [0.0 if at is None else at.jitter for at in ats],
-            "distances": [None if n is None or isinstance(n.when, After) else n.when.distance for n in nexts],
+            "distances": [
+                None if n is None or isinstance(n.when, After) else n.when.distance for n in nexts
+            ],
         }
         try:
             await self._claims.ask(self._sql["settle_moved"], values)
@@ -405,9 +459,15 @@ class Ledger:
         row = (await self._renewals.ask(self._sql["accept"], values))[0]
         return Locked() if row["locked"] else bool(row["accepted"])
 
-    async def count_session_runs(self, session_id: str, windows: Sequence[tuple[float, int]]) -> list[tuple[int, float | None]]:
+    async def count_session_runs(
+        self, session_id: str, windows: Sequence[tuple[float, int]]
+    ) -> list[tuple[int, float | None]]:
         """For each window (seconds, most runs): how many runs the session had in it, and in how many seconds it has room again."""
-        values = {"session_id": session_id, "spans": [span for span, _ in windows], "mosts": [most for _, most in windows]}
+        values = {
+            "session_id": session_id,
+            "spans": [span for span, _ in windows],
+            "mosts": [most for _, most in windows],
+        }
         rows = await self._renewals.ask(self._sql["count_session_runs"], values)
         by_span = {row["span"]: (row["runs"], row["frees_in"]) for row in rows}
         return [by_span[span] for span, _ in windows]
@@ -422,7 +482,9 @@ class Ledger:
         """Tell all replicas that the endpoint answers again."""
         await self._claims.ask(self._sql["endpoint_answers"], {"endpoint": endpoint})
 
-    async def renew(self, leases: Mapping[str, UUID], sent_ago: Mapping[str, float] | None = None) -> dict[str, str]:
+    async def renew(
+        self, leases: Mapping[str, UUID], sent_ago: Mapping[str, float] | None = None
+    ) -> dict[str, str]:
         """Extend these leases (id → lease). Says of each: renewed, locked (ask again soon), lost, deleted, or its final status.
 
         `sent_ago`: seconds since the requests of those that were sent, to be on record.
@@ -433,7 +495,10 @@ class Ledger:
             "lease": self._lease,
         }  # fmt: skip
         try:
-            return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["renew"], values)}
+            return {
+                row["id"]: row["state"]
+                for row in await self._renewals.ask(self._sql["renew"], values)
+            }
         except StatementRejected as refusal:
             if not refusal.of_a_row:
                 raise
@@ -441,12 +506,17 @@ class Ledger:
         if len(leases) == 1:
             return dict.fromkeys(leases, "locked")
         half, rows = len(leases) // 2, list(leases.items())
-        return await self.renew(dict(rows[:half]), sent_ago) | await self.renew(dict(rows[half:]), sent_ago)
+        return await self.renew(dict(rows[:half]), sent_ago) | await self.renew(
+            dict(rows[half:]), sent_ago
+        )
 
     async def check_leases(self, leases: Mapping[str, UUID]) -> dict[str, str]:
         """Of these leases, those that are no longer ours to finish: lost, deleted, or the recall's final status."""
         values = {"ids": list(leases), "leases": list(leases.values())}
-        return {row["id"]: row["state"] for row in await self._renewals.ask(self._sql["check_leases"], values)}
+        return {
+            row["id"]: row["state"]
+            for row in await self._renewals.ask(self._sql["check_leases"], values)
+        }
 
     async def settle(self, batch: Sequence[tuple[Ending, Verdict]]) -> list[Settlement]:
         """Write the verdicts, each guarded by its lease, and leave each call's mark. Answers in the order of `batch`.
@@ -460,14 +530,21 @@ class Ledger:
                 return [(await self.settle([one]))[0] for one in batch]
             # A reason quotes what a server said; a database that does not keep Unicode gets it in ASCII.
             plain = refusal.sqlstate == errors.UntranslatableCharacter.sqlstate
-            if not plain and refusal.sqlstate not in (errors.UniqueViolation.sqlstate, errors.LockNotAvailable.sqlstate):
+            if not plain and refusal.sqlstate not in (
+                errors.UniqueViolation.sqlstate,
+                errors.LockNotAvailable.sqlstate,
+            ):
                 return [Stranded(refusal.reason)]
         # The session's slot was taken (or is being taken) between look and write: put back outside of it.
         try:
             return await self._settle(batch, outside=not plain, plain=plain)
         except StatementRejected as refusal:
             # It was no slot: somebody holds the whole table, as DDL does.
-            return [Locked() if refusal.sqlstate == errors.LockNotAvailable.sqlstate else Stranded(refusal.reason)]
+            return [
+                Locked()
+                if refusal.sqlstate == errors.LockNotAvailable.sqlstate
+                else Stranded(refusal.reason)
+            ]
 
     async def settle_waiting(self, ending: Ending, verdict: Verdict) -> Settlement:
         """Settle a row that the application holds locked, standing in the queue for it, for a second at most.
@@ -480,24 +557,40 @@ class Ledger:
             return Locked()
 
     async def _settle(
-        self, batch: Sequence[tuple[Ending, Verdict]], outside: bool = False, plain: bool = False, waiting: bool = False
+        self,
+        batch: Sequence[tuple[Ending, Verdict]],
+        outside: bool = False,
+        plain: bool = False,
+        waiting: bool = False,
     ) -> list[Settlement]:
         now = time.monotonic()
-        rows = [_row(ending, verdict, now, "running" if outside else "pending") for ending, verdict in batch]
+        rows = [
+            _row(ending, verdict, now, "running" if outside else "pending")
+            for ending, verdict in batch
+        ]
         if plain:
             for row in rows:
-                row["reasons"] = row["reasons"] and row["reasons"].encode("ascii", "backslashreplace").decode()
+                row["reasons"] = (
+                    row["reasons"] and row["reasons"].encode("ascii", "backslashreplace").decode()
+                )
         columns = {
-            name: list(values) for name, values in zip(rows[0], zip(*(row.values() for row in rows), strict=True), strict=True)
+            name: list(values)
+            for name, values in zip(
+                rows[0], zip(*(row.values() for row in rows), strict=True), strict=True
+            )
         }
         values = columns | {"worker": self._worker}
         # Who waits locks the rows in the same transaction before: what is locked so is not passed over.
         before = (self._sql["wait_for"], {"ids": columns["ids"]}) if waiting else None
-        answers = await (self._patient if waiting else self._settles).ask(self._sql["settle"], values, after=before)
+        answers = await (self._patient if waiting else self._settles).ask(
+            self._sql["settle"], values, after=before
+        )
         by_lease = {(row["id"], row["lease"]): row for row in answers}
         return [_settlement(by_lease[ending.claim.id, ending.claim.lease]) for ending, _ in batch]
 
-    async def heartbeat(self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()) -> int:
+    async def heartbeat(
+        self, facts: Mapping[str, Any], settings: Mapping[str, Any], in_hand: Collection[str] = ()
+    ) -> int:
         """Tell people that this worker is about. Returns how many others are at hand, with slots free and a bell that hears, before it.
 
         `in_hand`: as with `ended_leases`.
@@ -528,12 +621,16 @@ class Ledger:
 
     async def prune(self, batch: Batch) -> Mapping[str, int]:
         """Delete one batch of what is over."""
-        deleted: Mapping[str, int] = (await self._prunes.ask(self._pruning[batch.statement], batch.values))[0]
+        deleted: Mapping[str, int] = (
+            await self._prunes.ask(self._pruning[batch.statement], batch.values)
+        )[0]
         return deleted
 
     async def end_turn(self, again_in: float) -> None:
         """Have the next turn in so many seconds, whoever's it will be."""
-        await self._prunes.ask(self._pruning["ended"], {"worker": self._worker, "again_in": again_in})
+        await self._prunes.ask(
+            self._pruning["ended"], {"worker": self._worker, "again_in": again_in}
+        )
 
     async def stop_pruning(self) -> None:
         """Close the connection that pruning alone needs."""
@@ -557,8 +654,15 @@ def _claim(row: Sequence[Any]) -> Claim:
         begun_at, due_at, lease, trigger, trigger_at, planned_at, taken_from, octets, called_before, takeovers, reference,
         delivered_at, now, cadence, cron, time_zone, until, times, failures, failures_most, grace, jitter, last_outcome,
     ) = row  # fmt: skip
-    scheduled_for, trigger_at, planned_at = clamped(scheduled_for), clamped(trigger_at), clamped(planned_at)
-    begun_age, delivered_age = (None if at is None else max(0.0, (now - at).total_seconds()) for at in (begun_at, delivered_at))
+    scheduled_for, trigger_at, planned_at = (
+        clamped(scheduled_for),
+        clamped(trigger_at),
+        clamped(planned_at),
+    )
+    begun_age, delivered_age = (
+        None if at is None else max(0.0, (now - at).total_seconds())
+        for at in (begun_at, delivered_at)
+    )
     return Claim(
         id, session_id, call_type, message, interval, occurrence, rekey, attempt, deferrals, scheduled_for, missed,
         begun_age, (now - clamped(due_at)).total_seconds(), (now - scheduled_for).total_seconds(), lease, trigger, trigger_at,
@@ -583,8 +687,18 @@ def _row(ending: Ending, verdict: Verdict, now: float, waiting: str) -> dict[str
     """One verdict as the settle statement takes it: the row's next state, and the call's mark."""
     claim, outcome = ending.claim, ending.outcome
     ended_ago = now - ending.ended_at
-    called_ago = None if ending.called_after is None else ended_ago + ending.ended_after - ending.called_after
-    status, occurrence, rekey, attempt, deferrals = waiting, claim.occurrence, claim.rekey, claim.attempt, claim.deferrals
+    called_ago = (
+        None
+        if ending.called_after is None
+        else ended_ago + ending.ended_after - ending.called_after
+    )
+    status, occurrence, rekey, attempt, deferrals = (
+        waiting,
+        claim.occurrence,
+        claim.rekey,
+        claim.attempt,
+        claim.deferrals,
+    )
     fresh = False
     delay: float | None = None
     at: datetime | None = None

@@ -46,7 +46,9 @@ RECONNECT_MOST = 5.0
 MEANWHILE = "until then a look every RECALL_POLL_INTERVAL finds what is inserted"
 POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
 POOLER_HINT = f"give the server's own address in RECALL_LISTEN_DSN; {MEANWHILE}"
-ELSEWHERE = "what is rung does not reach it: RECALL_LISTEN_DSN leads to another database than RECALL_DSN"
+ELSEWHERE = (
+    "what is rung does not reach it: RECALL_LISTEN_DSN leads to another database than RECALL_DSN"
+)
 ELSEWHERE_HINT = f"the same database on the same server in RECALL_LISTEN_DSN; {MEANWHILE}"
 
 
@@ -67,7 +69,9 @@ class Listener:
         self._deadlines = deadlines
         self._connect_within = deadlines.connecting(dsn)
         self._probe_every = (
-            PROBE_EVERY if deadlines.statement >= STATEMENT_DEADLINE else min(PROBE_EVERY, 2 * deadlines.statement)
+            PROBE_EVERY
+            if deadlines.statement >= STATEMENT_DEADLINE
+            else min(PROBE_EVERY, 2 * deadlines.statement)
         )
         self._info = connection_info(dsn, f"recall-worker listener {worker}", deadlines.connect)
         self._notify = notify
@@ -109,10 +113,16 @@ class Listener:
                 failures = 1 if self.listening else failures + 1
                 self.listening = False
                 if told:
-                    reason = "no answer to the probe" if isinstance(error, TimeoutError) else error_text(error)
+                    reason = (
+                        "no answer to the probe"
+                        if isinstance(error, TimeoutError)
+                        else error_text(error)
+                    )
                     self._events.tell("listener.lost", reason=reason)
             try:
-                async with asyncio.timeout(random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6)))):
+                async with asyncio.timeout(
+                    random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6)))
+                ):
                     await self._answers.wait()
                 # The same instant for all replicas.
                 await asyncio.sleep(random.uniform(0.0, 0.05))
@@ -147,7 +157,9 @@ class Listener:
             # Never close(): it could wait for a peer that is gone.
             conn.pgconn.finish()
 
-    async def _wait(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False) -> bool:
+    async def _wait(
+        self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False
+    ) -> bool:
         """Hear what comes, for so long, or until the self_test comes (or a recheck). Returns whether the self_test came."""
         broken: list[psycopg.Error] = []
 
@@ -164,7 +176,10 @@ class Listener:
         loop.add_reader(socket, hear)
         try:
             hear()
-            while not (self._tested or broken or (while_trusted and self._rechecks)) and (left := until - time.monotonic()) > 0:
+            while (
+                not (self._tested or broken or (while_trusted and self._rechecks))
+                and (left := until - time.monotonic()) > 0
+            ):
                 self._stirred.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(left):
@@ -190,7 +205,9 @@ class Listener:
         until: float | None = None
         try:
             while until is None or time.monotonic() < until:
-                if await self._wait(conn, SELF_TEST_STEP if until is None else until - time.monotonic()):
+                if await self._wait(
+                    conn, SELF_TEST_STEP if until is None else until - time.monotonic()
+                ):
                     return self._is_heard()
                 if until is None and self_test.done():
                     if not self_test.result():

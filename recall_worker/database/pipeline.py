@@ -57,7 +57,11 @@ class PendingQuery:
             case pq.ExecStatus.FATAL_ERROR:
                 # One without a code is libpq's own: the connection is lost.
                 coded = result.error_field(pq.DiagnosticField.SQLSTATE) is not None
-                error = errors.error_from_result(result) if coded else psycopg.OperationalError(result.get_error_message())
+                error = (
+                    errors.error_from_result(result)
+                    if coded
+                    else psycopg.OperationalError(result.get_error_message())
+                )
                 self._error = self._error or error
             case pq.ExecStatus.PIPELINE_ABORTED:
                 pass
@@ -95,7 +99,9 @@ class PipelineConnection:
         """Whether a transaction waits to be rolled back."""
         return self._pg.transaction_status == pq.TransactionStatus.INERROR
 
-    def ask(self, before: Sequence[Step], wanted: Step, behind: Sequence[Step], prepare: bool) -> PendingQuery:
+    def ask(
+        self, before: Sequence[Step], wanted: Step, behind: Sequence[Step], prepare: bool
+    ) -> PendingQuery:
         """Send these statements, one transaction; the rows are those of `wanted`. Raises psycopg.Error where that can't be sent."""
         if self._lost is not None:
             raise self._lost
@@ -108,7 +114,9 @@ class PipelineConnection:
         if fresh:
             name = b"recall_worker_%d" % len(self._prepared)
             pg.send_prepare(name, text, plan[1])
-        self._asked = question = PendingQuery(len(before) + fresh, (plan, name) if fresh and name is not None else None)
+        self._asked = question = PendingQuery(
+            len(before) + fresh, (plan, name) if fresh and name is not None else None
+        )
         for place, (step, given, types, formats) in enumerate(adapted):
             if place == len(before) and name is not None:
                 pg.send_query_prepared(name, given, formats)
@@ -119,11 +127,15 @@ class PipelineConnection:
             self._loop.add_writer(self._socket, self._flush)
         return question
 
-    def _adapted(self, values: Sequence[Any]) -> tuple[Sequence[Buffer | None], tuple[int, ...], Sequence[pq.Format]]:
+    def _adapted(
+        self, values: Sequence[Any]
+    ) -> tuple[Sequence[Buffer | None], tuple[int, ...], Sequence[pq.Format]]:
         given = self._adapt.dump_sequence(values, [PyFormat.AUTO] * len(values))
         return given, self._adapt.types or (), self._adapt.formats or ()
 
-    def load(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
+    def load(
+        self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]
+    ) -> list[Any]:
         """The rows of a result, none where it has no columns."""
         try:
             return self._rows(result, as_)
@@ -133,12 +145,16 @@ class PipelineConnection:
             self._adapt = Transformer(self._conn)
             return self._rows(result, as_)
 
-    def _rows(self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]) -> list[Any]:
+    def _rows(
+        self, result: PGresult, as_: type[dict[str, Any]] | type[tuple[Any, ...]]
+    ) -> list[Any]:
         self._adapt.set_pgresult(result)
         if as_ is tuple:
             return self._adapt.load_rows(0, result.ntuples, tuple)
         names = [(result.fname(column) or b"").decode() for column in range(result.nfields)]
-        return self._adapt.load_rows(0, result.ntuples, lambda row: dict(zip(names, row, strict=True)))
+        return self._adapt.load_rows(
+            0, result.ntuples, lambda row: dict(zip(names, row, strict=True))
+        )
 
     def _flush(self) -> None:
         """Send what the kernel did not take before."""
@@ -193,7 +209,11 @@ def numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
     """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
     ours apart each time that it is run."""
     numbers: dict[str, int] = {}
-    text = re.sub(r"%\((\w+)\)s", lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}", statement)
+    text = re.sub(
+        r"%\((\w+)\)s",
+        lambda found: f"${numbers.setdefault(found[1], len(numbers) + 1)}",
+        statement,
+    )
     return text.replace("%%", "%").encode(), tuple(numbers)
 
 

@@ -31,7 +31,15 @@ from ..terminal import Trouble, tell
 from .expectations import INTERVAL, LINKS, Evidence, Visit, expectations, figures, ms
 from .playground import BOLD, DIM, GREEN, RED, RETRY_AFTER, YELLOW, Event, Playground, Screen
 
-COLOURS = {"hello": 36, "build": 33, "inbox": 35, "report": 93, "meeting": 94, "chain": 96, "draft": 95}
+COLOURS = {
+    "hello": 36,
+    "build": 33,
+    "inbox": 35,
+    "report": 93,
+    "meeting": 94,
+    "chain": 96,
+    "draft": 95,
+}
 RUN = 0.2
 """Seconds that the agent takes for a run."""
 
@@ -73,7 +81,9 @@ Each line: seconds since the start, the chat session, what happens in it."""
 class Play:
     """One performance, from the tables to the evidence."""
 
-    def __init__(self, screen: Screen, dsn: str, log: Path, spoil: Callable[[Agent], Agent]) -> None:
+    def __init__(
+        self, screen: Screen, dsn: str, log: Path, spoil: Callable[[Agent], Agent]
+    ) -> None:
         self.first_fired: float | None = None
         """When the first one-shot was done, by the screen's clock."""
         self._screen, self._say = screen, screen.say
@@ -90,10 +100,20 @@ class Play:
         async with self._playground as playground:
             await self._set_up()
             # In an order in which the recurring one goes on through the next acts, and silence is watched through others.
-            for act in (self._types, self._busy, self._recurring, self._chain, self._mid_run, self._silence):
+            for act in (
+                self._types,
+                self._busy,
+                self._recurring,
+                self._chain,
+                self._mid_run,
+                self._silence,
+            ):
                 await act()
             await playground.stop_daemon()
-            self._say("end", f"the daemon was sent SIGTERM and ended with status {playground.daemon_status}")
+            self._say(
+                "end",
+                f"the daemon was sent SIGTERM and ended with status {playground.daemon_status}",
+            )
             return await self._evidence()
 
     async def _set_up(self) -> None:
@@ -108,11 +128,23 @@ class Play:
         await self._playground.start_daemon()
 
     async def _types(self) -> None:
-        self._screen.heading("1. Promises: at once, once, again and again; by command and by plain SQL")
+        self._screen.heading(
+            "1. Promises: at once, once, again and again; by command and by plain SQL"
+        )
         await self._playground.command("hello", "schedule", "hello", "say hello")
-        await self._playground.command("build", "schedule", "build", "look at the build", "--in", "3s")
-        await self._playground.command("inbox", "schedule", "inbox", "read the inbox", "--every", f"{INTERVAL}s")
-        await self._insert("report", "once", 1.5, "send the report", "application: insert into session_recalls ..., in 1.5 s")
+        await self._playground.command(
+            "build", "schedule", "build", "look at the build", "--in", "3s"
+        )
+        await self._playground.command(
+            "inbox", "schedule", "inbox", "read the inbox", "--every", f"{INTERVAL}s"
+        )
+        await self._insert(
+            "report",
+            "once",
+            1.5,
+            "send the report",
+            "application: insert into session_recalls ..., in 1.5 s",
+        )
         for session in ("hello", "report", "build"):
             await self._answers(session)
 
@@ -120,9 +152,12 @@ class Play:
         self._screen.heading("2. A person is chatting in the session: the agent must not burst in")
         self._playground.api.enter("meeting")
         self._say("meeting", "a person comes in and chats")
-        await self._insert("meeting", "immediate", 0, "sum up the meeting", "application: insert ..., at once")
+        await self._insert(
+            "meeting", "immediate", 0, "sum up the meeting", "application: insert ..., at once"
+        )
         await self._playground.until(
-            lambda: len(self._playground.events("recall.settled", "meeting", "busy")) >= 2, "two refusals"
+            lambda: len(self._playground.events("recall.settled", "meeting", "busy")) >= 2,
+            "two refusals",
         )
         await asyncio.sleep(0.4)
         self._person_left = datetime.now(UTC)
@@ -132,26 +167,40 @@ class Play:
 
     async def _recurring(self) -> None:
         self._screen.heading(f"3. Every {INTERVAL} s, until it is cancelled")
-        await self._answers("inbox", max(3, len(self._playground.events("recall.settled", "inbox", "answered")) + 1))
-        cancelled_at = await self._playground.command("inbox", "cancel", "--session", "inbox", "--yes")
+        await self._answers(
+            "inbox", max(3, len(self._playground.events("recall.settled", "inbox", "answered")) + 1)
+        )
+        cancelled_at = await self._playground.command(
+            "inbox", "cancel", "--session", "inbox", "--yes"
+        )
         if cancelled_at is not None:
             self._cancelled["inbox"] = cancelled_at
             self._say("inbox", "cancelled: from here on, nothing may come")
 
     async def _chain(self) -> None:
         self._screen.heading("4. A chain: from inside its run, the agent promises the next one")
-        await self._insert("chain", "immediate", 0, f"link 1 of {LINKS}", f"application: insert ..., at once: link 1 of {LINKS}")
+        await self._insert(
+            "chain",
+            "immediate",
+            0,
+            f"link 1 of {LINKS}",
+            f"application: insert ..., at once: link 1 of {LINKS}",
+        )
         await self._answers("chain", LINKS)
 
     async def _mid_run(self) -> None:
         self._screen.heading("5. Cancelled in mid-run: the call is to be aborted at once")
-        await self._insert("draft", "immediate", 0, "write a long draft", "application: insert ..., at once")
+        await self._insert(
+            "draft", "immediate", 0, "write a long draft", "application: insert ..., at once"
+        )
         if await self._playground.until(lambda: "draft" in self._playground.api.inside, "the run"):
             await asyncio.sleep(1.0)
             self._say("draft", "application: update ... set status = 'cancelled'")
             self._cancelled["draft"] = datetime.now(UTC)
             await self._playground.db.execute(CANCEL, ("draft",))
-            await self._playground.until(lambda: self._playground.events("recall.ended", "draft"), "the run's end")
+            await self._playground.until(
+                lambda: self._playground.events("recall.ended", "draft"), "the run's end"
+            )
 
     async def _silence(self) -> None:
         until = [at + timedelta(seconds=2 * INTERVAL + 0.5) for at in self._cancelled.values()]
@@ -167,7 +216,11 @@ class Play:
         assert run is not None
         self._playground.stir()
         after = f"{ms((run.call.at - datetime.fromisoformat(recall['scheduled_for'])).total_seconds())} late"
-        before = [other for other in self._playground.api.runs.values() if other.call.session_id == session and other is not run]
+        before = [
+            other
+            for other in self._playground.api.runs.values()
+            if other.call.session_id == session and other is not run
+        ]
         if session == "meeting" and self._person_left is not None:
             after = f"{(run.call.at - self._person_left).total_seconds():.1f} s after they left"
         elif session == "chain" and before and before[-1].ended_at is not None:
@@ -177,23 +230,35 @@ class Play:
             self._say(session, "the agent is at work for 30 s ...")
             await asyncio.wait_for(run.left.wait(), 30)
             took = datetime.now(UTC) - self._cancelled.get(session, run.call.at)
-            self._say(session, f"the call breaks off {ms(took.total_seconds())} after that; the agent stops")
+            self._say(
+                session,
+                f"the call breaks off {ms(took.total_seconds())} after that; the agent stops",
+            )
             return "stopped"
         await asyncio.sleep(RUN)
         if session == "chain" and (n := int(message.split()[1])) < LINKS:
             await self._insert(
-                "chain", "immediate", 0, f"link {n + 1} of {LINKS}", f"agent: insert ..., at once: link {n + 1} of {LINKS}"
+                "chain",
+                "immediate",
+                0,
+                f"link {n + 1} of {LINKS}",
+                f"agent: insert ..., at once: link {n + 1} of {LINKS}",
             )
         return "done"
 
-    async def _insert(self, session: str, call_type: str, after: float, message: str, said: str) -> None:
+    async def _insert(
+        self, session: str, call_type: str, after: float, message: str, said: str
+    ) -> None:
         self._say(session, said, BOLD)
-        await self._playground.db.execute(INSERT, (str(uuid4()), session, call_type, after, message))
+        await self._playground.db.execute(
+            INSERT, (str(uuid4()), session, call_type, after, message)
+        )
 
     async def _answers(self, session: str, n: int = 1) -> None:
         """Wait until the daemon has written down n runs of a session that were answered."""
         await self._playground.until(
-            lambda: len(self._playground.events("recall.settled", session, "answered")) >= n, f"{session} to run"
+            lambda: len(self._playground.events("recall.settled", session, "answered")) >= n,
+            f"{session} to run",
         )
 
     def _show(self, event: Event) -> None:
@@ -210,7 +275,9 @@ class Play:
                         GREEN,
                     )
             case "recall.settled", "busy" if verdict == "defer":
-                self._say(session, f"API: 409, the session is busy; put off for {RETRY_AFTER} s", YELLOW)
+                self._say(
+                    session, f"API: 409, the session is busy; put off for {RETRY_AFTER} s", YELLOW
+                )
             case "recall.settled", outcome:
                 self._say(session, f"{outcome}, so {verdict}: {event.get('reason')}", RED)
             case "recall.ended", _:
@@ -219,13 +286,24 @@ class Play:
                 self._say("daemon", f"{name}: {event.get('reason', '')}", RED)
 
     async def _evidence(self) -> Evidence:
-        rows = await (await self._playground.db.execute("select session_id, status from session_recalls")).fetchall()
+        rows = await (
+            await self._playground.db.execute("select session_id, status from session_recalls")
+        ).fetchall()
         calls = await (
-            await self._playground.db.execute("select coalesce(sum(calls), 0)::int as n from recall_attempts")
+            await self._playground.db.execute(
+                "select coalesce(sum(calls), 0)::int as n from recall_attempts"
+            )
         ).fetchone()
         assert calls is not None
         visits = [self._visit(call) for call in self._playground.api.calls]
-        return Evidence(visits, rows, calls["n"], self._person_left, self._cancelled, self._playground.daemon_status)
+        return Evidence(
+            visits,
+            rows,
+            calls["n"],
+            self._person_left,
+            self._cancelled,
+            self._playground.daemon_status,
+        )
 
     def _visit(self, call: Call) -> Visit:
         run = self._playground.api.runs.get(call.key)
@@ -263,7 +341,9 @@ def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -
         raise KeyboardInterrupt from None
     finally:
         if place is not None and place.exists():
-            tell(f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded --data {place})")
+            tell(
+                f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded --data {place})"
+            )
     _sum_up(screen, evidence, play.first_fired)
 
 
@@ -279,7 +359,9 @@ def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> No
     screen.heading("What was promised, and what the API and PostgreSQL have seen of it")
     screen.print(f"{'':7}{'SESSION':9}{'PROMISED':18}{'EXPECTED':23}SEEN", DIM)
     for expectation in made:
-        word = screen.paint("kept  ", GREEN) if expectation.kept else screen.paint("BROKEN", BOLD, RED)
+        word = (
+            screen.paint("kept  ", GREEN) if expectation.kept else screen.paint("BROKEN", BOLD, RED)
+        )
         screen.print(
             f"{word} {screen.name(expectation.session)} {expectation.what:17} {expectation.expected:22} {expectation.seen}"
         )
@@ -289,7 +371,11 @@ def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> No
     fired = "" if first_fired is None else f"The first recall had fired after {first_fired:.1f} s. "
     screen.print(f"{fired}The whole took {screen.clock:.1f} s.")
     screen.print()
-    broken = [f"{expectation.session} ({expectation.what})" for expectation in made if not expectation.kept]
+    broken = [
+        f"{expectation.session} ({expectation.what})"
+        for expectation in made
+        if not expectation.kept
+    ]
     if broken:
         raise Trouble(
             f"{len(broken)} of {len(made)} promises were broken: {', '.join(broken)}",

@@ -58,17 +58,28 @@ class Evidence:
     """How the daemon's process ended after SIGTERM."""
 
     def runs(self, session: str) -> list[Visit]:
-        return [visit for visit in self.visits if visit.session == session and visit.message is not None]
+        return [
+            visit for visit in self.visits if visit.session == session and visit.message is not None
+        ]
 
     def of(self, session: str) -> list[Visit]:
         return [visit for visit in self.visits if visit.session == session]
 
     def states(self, session: str) -> str:
-        return ", ".join(sorted(str(row["status"]) for row in self.rows if row["session_id"] == session)) or "no row"
+        return (
+            ", ".join(
+                sorted(str(row["status"]) for row in self.rows if row["session_id"] == session)
+            )
+            or "no row"
+        )
 
     def later(self, session: str) -> int:
         """Calls after the cancel."""
-        return sum(visit.at > self.cancelled[session] for visit in self.of(session)) if session in self.cancelled else 0
+        return (
+            sum(visit.at > self.cancelled[session] for visit in self.of(session))
+            if session in self.cancelled
+            else 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,9 @@ def lateness(evidence: Evidence) -> list[float]:
 def handovers(evidence: Evidence) -> list[float]:
     """Seconds from the end of each link of the chain to the request of the next one."""
     runs = evidence.runs("chain")
-    return [(b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None]
+    return [
+        (b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None
+    ]
 
 
 def expectations(evidence: Evidence) -> list[Expectation]:
@@ -108,7 +121,13 @@ def expectations(evidence: Evidence) -> list[Expectation]:
         _each_once(evidence),
         _recorded(evidence),
         _states(evidence),
-        Expectation("daemon", "ends on SIGTERM", "status 0", f"status {evidence.daemon_status}", evidence.daemon_status == 0),
+        Expectation(
+            "daemon",
+            "ends on SIGTERM",
+            "status 0",
+            f"status {evidence.daemon_status}",
+            evidence.daemon_status == 0,
+        ),
     ]
 
 
@@ -122,8 +141,12 @@ def _once(evidence: Evidence, session: str, what: str) -> Expectation:
 def _recurring(evidence: Evidence) -> Expectation:
     runs, after = evidence.runs("inbox"), evidence.later("inbox")
     numbers = [run.key.rpartition(":")[2] for run in runs]
-    gaps = [(b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None]
-    steady = all(INTERVAL <= gap <= INTERVAL + ON_TIME for gap in gaps) and all(0 <= run.lateness <= ON_TIME for run in runs)
+    gaps = [
+        (b.at - a.ended_at).total_seconds() for a, b in pairwise(runs) if a.ended_at is not None
+    ]
+    steady = all(INTERVAL <= gap <= INTERVAL + ON_TIME for gap in gaps) and all(
+        0 <= run.lateness <= ON_TIME for run in runs
+    )
     in_order = len(runs) >= 3 and numbers == [str(n + 1) for n in range(len(runs))]
     apart = f" {'on' if steady else 'NOT on'} time"
     return Expectation(
@@ -149,17 +172,29 @@ def _chain(evidence: Evidence) -> Expectation:
     apart = all(b.at > (a.ended_at or b.at) for a, b in pairwise(runs))
     kept = order == wanted and apart and len(runs) == len(evidence.of("chain"))
     return Expectation(
-        "chain", "from inside runs", f"1-{LINKS}, never 2 at once", f"{order}{'' if apart else ', OVERLAPPING'}", kept
+        "chain",
+        "from inside runs",
+        f"1-{LINKS}, never 2 at once",
+        f"{order}{'' if apart else ', OVERLAPPING'}",
+        kept,
     )
 
 
 def _aborted(evidence: Evidence) -> Expectation:
-    runs, when, after = evidence.runs("draft"), evidence.cancelled.get("draft"), evidence.later("draft")
+    runs, when, after = (
+        evidence.runs("draft"),
+        evidence.cancelled.get("draft"),
+        evidence.later("draft"),
+    )
     left = runs[0].left_at if runs else None
     took = None if left is None or when is None else (left - when).total_seconds()
     seen = "not aborted" if took is None else f"after {ms(took)}"
-    kept = len(evidence.of("draft")) == 1 and took is not None and 0 <= took <= ON_TIME and after == 0
-    return Expectation("draft", "cancel in mid-run", "aborted, then none", f"{seen}, {after} later", kept)
+    kept = (
+        len(evidence.of("draft")) == 1 and took is not None and 0 <= took <= ON_TIME and after == 0
+    )
+    return Expectation(
+        "draft", "cancel in mid-run", "aborted, then none", f"{seen}, {after} later", kept
+    )
 
 
 def _each_once(evidence: Evidence) -> Expectation:
@@ -167,21 +202,34 @@ def _each_once(evidence: Evidence) -> Expectation:
     taken = [visit.key for visit in evidence.visits if visit.http_status != 409]
     runs = [visit.key for visit in evidence.visits if visit.message is not None]
     kept = len(taken) == len(runs) == len(set(runs)) == len(due) > 0
-    return Expectation("all", "exactly once", f"{len(due)} due, each 1 run", f"{len(taken)} calls, {len(runs)} runs", kept)
+    return Expectation(
+        "all",
+        "exactly once",
+        f"{len(due)} due, each 1 run",
+        f"{len(taken)} calls, {len(runs)} runs",
+        kept,
+    )
 
 
 def _recorded(evidence: Evidence) -> Expectation:
     made = len(evidence.visits)
     seen = f"{evidence.recorded} in PostgreSQL"
-    return Expectation("all", "calls on record", f"{made} in PostgreSQL", seen, made == evidence.recorded > 0)
+    return Expectation(
+        "all", "calls on record", f"{made} in PostgreSQL", seen, made == evidence.recorded > 0
+    )
 
 
 def _states(evidence: Evidence) -> Expectation:
-    wanted = dict.fromkeys(("hello", "build", "report", "meeting"), "fired") | dict.fromkeys(("inbox", "draft"), "cancelled")
+    wanted = dict.fromkeys(("hello", "build", "report", "meeting"), "fired") | dict.fromkeys(
+        ("inbox", "draft"), "cancelled"
+    )
     wanted["chain"] = ", ".join(["fired"] * LINKS)
     total = Counter(", ".join(wanted.values()).split(", "))
     seen = Counter(str(row["status"]) for row in evidence.rows)
-    kept = all(evidence.states(session) == states for session, states in wanted.items()) and seen == total
+    kept = (
+        all(evidence.states(session) == states for session, states in wanted.items())
+        and seen == total
+    )
     return Expectation("all", "rows at the end", _counted(total), _counted(seen), kept)
 
 
@@ -201,7 +249,8 @@ def figures(evidence: Evidence) -> list[str]:
     """What was counted and measured, a line each."""
     late, gaps = lateness(evidence), handovers(evidence)
     counts = Counter(
-        "aborted" if v.http_status is None else "busy" if v.http_status == 409 else "answered" for v in evidence.visits
+        "aborted" if v.http_status is None else "busy" if v.http_status == 409 else "answered"
+        for v in evidence.visits
     )
     lines = [
         f"Requests that the API counted: {len(evidence.visits)} ({', '.join(f'{n} {word}' for word, n in counts.most_common())})"
@@ -211,5 +260,7 @@ def figures(evidence: Evidence) -> list[str]:
             f"From due to request at the API: median {ms(median(late))}, at most {ms(max(late))} ({len(late)} timed runs)"
         )
     if gaps:
-        lines.append(f"From one run of the chain to the next: median {ms(median(gaps))}, at most {ms(max(gaps))}")
+        lines.append(
+            f"From one run of the chain to the next: median {ms(median(gaps))}, at most {ms(max(gaps))}"
+        )
     return lines

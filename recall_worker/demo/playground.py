@@ -51,7 +51,11 @@ class Screen:
         """`colours`: the sessions', as terminals number them."""
         self._began = time.monotonic()
         self._colours = colours
-        self._coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._coloured = (
+            sys.stdout.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        )
 
     @property
     def clock(self) -> float:
@@ -59,7 +63,9 @@ class Screen:
         return time.monotonic() - self._began
 
     def paint(self, text: str, *codes: int) -> str:
-        return f"\033[{';'.join(map(str, codes))}m{text}\033[0m" if self._coloured and codes else text
+        return (
+            f"\033[{';'.join(map(str, codes))}m{text}\033[0m" if self._coloured and codes else text
+        )
 
     def print(self, text: str = "", *codes: int) -> None:
         print(self.paint(text, *codes), flush=True)
@@ -83,7 +89,9 @@ class Screen:
 class Playground:
     """An async context: inside, everything runs; `dsn` has to be migrated before the daemon is started."""
 
-    def __init__(self, screen: Screen, dsn: str, log: Path, agent: Agent, show: Callable[[Event], None]) -> None:
+    def __init__(
+        self, screen: Screen, dsn: str, log: Path, agent: Agent, show: Callable[[Event], None]
+    ) -> None:
         """`log`: the file for the daemon's log. `show(event)` is called for each of its lines, as it comes."""
         self.screen = screen
         self.told: list[Event] = []
@@ -91,9 +99,16 @@ class Playground:
         self.daemon_status: int | None = None
         self._dsn, self._log, self._show = dsn, log, show
         token = secrets.token_urlsafe()
-        self.api = ReferenceAPI(agent, token=token, retry_after=RETRY_AFTER, watch=lambda _: self.stir())
+        self.api = ReferenceAPI(
+            agent, token=token, retry_after=RETRY_AFTER, watch=lambda _: self.stir()
+        )
         self._environ = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
-        self._environ |= {"RECALL_DSN": dsn, "RECALL_RUN_TOKEN": token, "RECALL_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"}
+        self._environ |= {
+            "RECALL_DSN": dsn,
+            "RECALL_RUN_TOKEN": token,
+            "RECALL_LOG_FORMAT": "json",
+            "PYTHONUNBUFFERED": "1",
+        }
         self._news = asyncio.Event()
         self._ended = False
         self._daemon: asyncio.subprocess.Process | None = None
@@ -101,7 +116,9 @@ class Playground:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            self.db = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True, row_factory=dict_row)
+            self.db = await psycopg.AsyncConnection.connect(
+                self._dsn, autocommit=True, row_factory=dict_row
+            )
             stack.push_async_callback(self.db.close)
             url = await self.api.start()
             stack.push_async_callback(self.api.stop)
@@ -125,7 +142,10 @@ class Playground:
             async with asyncio.timeout(PATIENCE):
                 while not condition():
                     if self._ended:
-                        raise Trouble("the daemon has ended before its time", "recall-worker demo --keep, and read daemon.log")
+                        raise Trouble(
+                            "the daemon has ended before its time",
+                            "recall-worker demo --keep, and read daemon.log",
+                        )
                     self._news.clear()
                     await self._news.wait()
             return True
@@ -133,10 +153,16 @@ class Playground:
             self.screen.say("", f"waited {PATIENCE:g} s in vain for {what}", RED)
             return False
 
-    def events(self, name: str, session: str | None = None, outcome: str | None = None) -> list[Event]:
+    def events(
+        self, name: str, session: str | None = None, outcome: str | None = None
+    ) -> list[Event]:
         """The daemon's events of this name, of this session, with this outcome."""
         wanted = {"event": name, "session": session, "outcome": outcome}
-        return [event for event in self.told if all(value is None or event.get(key) == value for key, value in wanted.items())]
+        return [
+            event
+            for event in self.told
+            if all(value is None or event.get(key) == value for key, value in wanted.items())
+        ]
 
     # --- commands --------------------------------------------------------------------------------------------------
 
@@ -170,8 +196,13 @@ class Playground:
     async def start_daemon(self) -> None:
         self.show_command("setup", "run")
         await self._stack.enter_async_context(self._running_daemon())
-        if await self.until(lambda: self.events("listener.listening"), "the daemon") and self._daemon is not None:
-            self.screen.say("setup", f"the daemon is up: process {self._daemon.pid}, asleep until it is needed")
+        if (
+            await self.until(lambda: self.events("listener.listening"), "the daemon")
+            and self._daemon is not None
+        ):
+            self.screen.say(
+                "setup", f"the daemon is up: process {self._daemon.pid}, asleep until it is needed"
+            )
 
     async def stop_daemon(self) -> None:
         """SIGTERM, and wait."""
@@ -190,7 +221,9 @@ class Playground:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         guard = subprocess.Popen(  # noqa: ASYNC220, S603 -- a shell: it is there at once
-            ["/bin/sh", "-c", _GUARD, "recall-worker-guard", str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
+            ["/bin/sh", "-c", _GUARD, "recall-worker-guard", str(process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         reading = asyncio.create_task(self._read(process))
         try:

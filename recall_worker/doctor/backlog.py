@@ -21,8 +21,14 @@ async def backlog(exam: Examination) -> None:
     seen = f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due {relative(row['since'], row['now'])}"
     if row["leased"]:
         seen += f"; {row['leased']:,} of them were in a run whose lease has ended"
-    full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(r["slots"] for r in exam.alive)
-    todo = "more RECALL_CONCURRENCY or more workers: all slots are taken" if full else command("why", row["oldest"])
+    full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(
+        r["slots"] for r in exam.alive
+    )
+    todo = (
+        "more RECALL_CONCURRENCY or more workers: all slots are taken"
+        if full
+        else command("why", row["oldest"])
+    )
     text = statements.load("reads")["fleet"].encode()
     [fleet] = await (await exam.conn.execute(text, {"silence": SILENT_AFTER})).fetchall()
     if (cap := fleet_cap(fleet)) is not None:
@@ -35,7 +41,9 @@ async def held(exam: Examination) -> None:
     before = len(exam.findings)
     for row in await exam.ask("held"):
         since = relative(row["since"], row["now"])
-        seen = f"{row['recalls']:,} {row['by']}, the first {since}" + (f"; such as: {row['reason']}" if row["reason"] else "")
+        seen = f"{row['recalls']:,} {row['by']}, the first {since}" + (
+            f"; such as: {row['reason']}" if row["reason"] else ""
+        )
         match row["by"]:
             case "misconfigured" | "unavailable":
                 exam.find(PROBLEM, seen, "see the endpoint below; every recall is kept")
@@ -46,7 +54,9 @@ async def held(exam: Examination) -> None:
                     f"{command('resume')} ID… when they may go on",
                 )
             case "capped":
-                exam.find(NOTE, seen, "RECALL_SESSION_LIMIT holds them back: an agent that calls itself?")
+                exam.find(
+                    NOTE, seen, "RECALL_SESSION_LIMIT holds them back: an agent that calls itself?"
+                )
             case "busy":
                 exam.find(OK, seen)
             case _:
@@ -54,6 +64,10 @@ async def held(exam: Examination) -> None:
     failed = await exam.one("failed")
     if failed["recalls"]:
         seen = f"{failed['recalls']:,} have failed within a day; such as: {failed['reason']}"
-        exam.find(NOTE, seen, f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause is mended")
+        exam.find(
+            NOTE,
+            seen,
+            f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause is mended",
+        )
     if len(exam.findings) == before:
         exam.find(OK, "nothing is held back")

@@ -16,7 +16,11 @@ from .examination import NOTE, OK, PROBLEM, Examination
 async def endpoint(exam: Examination) -> None:
     settings = exam.settings
     if settings.run_url is None:
-        exam.find(NOTE, "RECALL_RUN_URL is not set here, so nobody was asked", "set it as for recall-worker run")
+        exam.find(
+            NOTE,
+            "RECALL_RUN_URL is not set here, so nobody was asked",
+            "set it as for recall-worker run",
+        )
         return
     try:
         http = HttpClient(settings)
@@ -29,13 +33,21 @@ async def endpoint(exam: Examination) -> None:
         answer = await http.ask("GET", url, _credentials(settings))
         took = time.monotonic() - began
         if not isinstance(answer, Answer):
-            exam.find(PROBLEM, answer.reason.replace(settings.run_token or "\0", "…"), _unreachable_hint(answer.reason))
+            exam.find(
+                PROBLEM,
+                answer.reason.replace(settings.run_token or "\0", "…"),
+                _unreachable_hint(answer.reason),
+            )
             return
         if _refused(exam, answer):
             return
         exam.find(OK, f"answers a GET with HTTP {answer.status}, after {span(took)}")
         if settings.run_token is None:
-            exam.find(NOTE, "no token is set", "RECALL_RUN_TOKEN, so that nobody else can make your agent run")
+            exam.find(
+                NOTE,
+                "no token is set",
+                "RECALL_RUN_TOKEN, so that nobody else can make your agent run",
+            )
         else:
             without = await http.ask("GET", url, {})
             await _token(exam, isinstance(without, Answer) and without.status in (401, 403))
@@ -46,17 +58,27 @@ async def endpoint(exam: Examination) -> None:
 def _refused(exam: Examination, answer: Answer) -> bool:
     status, has_token = answer.status, exam.settings.run_token is not None
     if status in (401, 403):
-        seen = f"HTTP {status}: it " + ("does not take the token" if has_token else "wants a token, and none is set")
+        seen = f"HTTP {status}: it " + (
+            "does not take the token" if has_token else "wants a token, and none is set"
+        )
         exam.find(PROBLEM, seen, "the right token in RECALL_RUN_TOKEN (or RECALL_RUN_TOKEN_FILE)")
     elif status == 407:
         exam.find(
-            PROBLEM, "HTTP 407: a proxy stands in between and wants a login", "the endpoint's own address in RECALL_RUN_URL"
+            PROBLEM,
+            "HTTP 407: a proxy stands in between and wants a login",
+            "the endpoint's own address in RECALL_RUN_URL",
         )
     elif 300 <= status < 400:
         to = str(answer.headers.get("Location", "nowhere"))[:200]
-        exam.find(PROBLEM, f"HTTP {status}, a redirect to {to}, which is not followed", "the final address in RECALL_RUN_URL")
+        exam.find(
+            PROBLEM,
+            f"HTTP {status}, a redirect to {to}, which is not followed",
+            "the final address in RECALL_RUN_URL",
+        )
     elif status >= 500:
-        exam.find(PROBLEM, f"HTTP {status}: it is in trouble", "its log; every recall is kept meanwhile")
+        exam.find(
+            PROBLEM, f"HTTP {status}: it is in trouble", "its log; every recall is kept meanwhile"
+        )
     else:
         return False
     return True
@@ -66,12 +88,24 @@ async def _token(exam: Examination, wanted: bool) -> None:
     if exam.settings.run_url is not None:
         parts = urlsplit(exam.settings.run_url)
         if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            exam.find(NOTE, "the token goes over the network unencrypted", "https:// in RECALL_RUN_URL")
+            exam.find(
+                NOTE, "the token goes over the network unencrypted", "https:// in RECALL_RUN_URL"
+            )
     last = await exam.ask("last_call") if exam.adopted else []
     if wanted:
         exam.find(OK, "takes the token, and refuses who has none")
-    elif last and (row := last[0])["outcome"] in ("answered", "accepted", "busy", "gone", "failed", "refused"):
-        exam.find(OK, f"the last call, {relative(row['ended_at'], row['now'])}, was let in with its token: {row['outcome']}")
+    elif last and (row := last[0])["outcome"] in (
+        "answered",
+        "accepted",
+        "busy",
+        "gone",
+        "failed",
+        "refused",
+    ):
+        exam.find(
+            OK,
+            f"the last call, {relative(row['ended_at'], row['now'])}, was let in with its token: {row['outcome']}",
+        )
     else:
         trouble = f" (the last call: {last[0]['outcome']}, {last[0]['reason']})" if last else ""
         todo = f"{command('check-endpoint')} --session ID, with a session that nobody is in"

@@ -101,7 +101,9 @@ class Examination:
         """A connection that lasts as long as the examination."""
         return await self._stack.enter_async_context(connected(dsn))
 
-    async def ask(self, name: str, conn: Connection | None = None, **values: Any) -> list[dict[str, Any]]:
+    async def ask(
+        self, name: str, conn: Connection | None = None, **values: Any
+    ) -> list[dict[str, Any]]:
         """The rows of a statement of sql/doctor.sql."""
         cursor = await (conn or self.conn).execute(self._sql[name].encode(), values or None)
         return await cursor.fetchall()
@@ -115,7 +117,9 @@ class Examination:
 @asynccontextmanager
 async def connected(dsn: str) -> AsyncIterator[Connection]:
     async with asyncio.timeout(CONNECT_DEADLINE + 1):
-        conn = await psycopg.AsyncConnection.connect(**connection_info(dsn, "recall-worker doctor"), row_factory=dict_row)
+        conn = await psycopg.AsyncConnection.connect(
+            **connection_info(dsn, "recall-worker doctor"), row_factory=dict_row
+        )
     try:
         conn.prepare_threshold = None
         load_whatever_stands_there(conn)

@@ -55,7 +55,9 @@ async def pooler(exam: Examination) -> None:
             )
         case mode:
             how = f"RECALL_DSN leads through a pooler in {mode} mode"
-            exam.find(OK, how + ("; LISTEN has its own way" if listens else ", which passes LISTEN"))
+            exam.find(
+                OK, how + ("; LISTEN has its own way" if listens else ", which passes LISTEN")
+            )
     exam.listen_pooling = exam.pooling
     if exam.settings.listen_dsn is not None:
         try:
@@ -113,7 +115,11 @@ async def bell(exam: Examination) -> None:
         )
         return
     if (await exam.ask("read_only", conn))[0]["standby"]:
-        exam.find(PROBLEM, "the bell's connection leads to a standby, which takes no LISTEN", FAILOVER_HINT)
+        exam.find(
+            PROBLEM,
+            "the bell's connection leads to a standby, which takes no LISTEN",
+            FAILOVER_HINT,
+        )
         return
     own = f"{CHANNEL}_{uuid4().hex[:16]}"
     for channel in (CHANNEL, own):
@@ -131,7 +137,10 @@ async def bell(exam: Examination) -> None:
             _unheard(exam)
             return
         times.append(time.monotonic() - began)
-    exam.find(OK, f"heard what was rung, {RINGS} of {RINGS} times, after {span(sorted(times)[RINGS // 2])}")
+    exam.find(
+        OK,
+        f"heard what was rung, {RINGS} of {RINGS} times, after {span(sorted(times)[RINGS // 2])}",
+    )
     if exam.server["queue"] > 0.5:
         todo = "end the transaction that a listener has open: see pg_stat_activity, state 'idle in transaction'"
         exam.find(
@@ -142,8 +151,16 @@ async def bell(exam: Examination) -> None:
 
 
 def _unheard(exam: Examination) -> None:
-    todo = "the same database on the same server in RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else POOLER_HINT
-    exam.find(PROBLEM, f"what was rung did not session_setup within {RING_PATIENCE:g} s: {_meanwhile(exam)}", todo)
+    todo = (
+        "the same database on the same server in RECALL_LISTEN_DSN"
+        if exam.settings.listen_dsn is not None
+        else POOLER_HINT
+    )
+    exam.find(
+        PROBLEM,
+        f"what was rung did not session_setup within {RING_PATIENCE:g} s: {_meanwhile(exam)}",
+        todo,
+    )
 
 
 def _meanwhile(exam: Examination) -> str:

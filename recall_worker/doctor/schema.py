@@ -28,14 +28,21 @@ async def schema(exam: Examination) -> None:
             return
     for row in await exam.ask("indexes", names=made("index")):
         wrong, todo = (
-            ("is invalid: it costs writes and serves nobody", f"reindex index concurrently {row['name']}")
+            (
+                "is invalid: it costs writes and serves nobody",
+                f"reindex index concurrently {row['name']}",
+            )
             if row["there"]
             else ("is missing", "create it again as sql/migrations has it (concurrently)")
         )
         if row["there"] or not left:
             exam.find(PROBLEM, f"index {row['name']} {wrong}", todo)
     for row in await exam.ask("constraints"):
-        old = "some old recalls belong to no session: delete them, then " if row["foreign_key"] else ""
+        old = (
+            "some old recalls belong to no session: delete them, then "
+            if row["foreign_key"]
+            else ""
+        )
         todo = f"{old}alter table {row['table']} validate constraint {row['name']}"
         exam.find(NOTE, f"constraint {row['name']} holds for new rows only", todo)
     if not left:
@@ -46,7 +53,11 @@ async def triggers(exam: Examination) -> None:
     wrong = await exam.ask("triggers", names=made("trigger"))
     for row in wrong:
         if row["enabled"] is None:
-            exam.find(PROBLEM, f"{row['name']} is missing: {_without(row['name'])}", "create it again as sql/migrations has it")
+            exam.find(
+                PROBLEM,
+                f"{row['name']} is missing: {_without(row['name'])}",
+                "create it again as sql/migrations has it",
+            )
         else:
             how = "is disabled" if row["enabled"] == "D" else "fires in replica sessions only"
             todo = f"alter table session_recalls enable trigger {row['name']}"
@@ -60,7 +71,11 @@ async def rights(exam: Examination) -> None:
     denied: dict[str, list[str]] = {}
     asked = 0
     # Only a worker that prunes deletes recalls.
-    pruning = {f"prune: {name}": text for name, text in statements.load("prune").items()} if exam.settings.keep else {}
+    pruning = (
+        {f"prune: {name}": text for name, text in statements.load("prune").items()}
+        if exam.settings.keep
+        else {}
+    )
     for name, statement in (statements.load("ledger") | pruning).items():
         values = dict.fromkeys(re.findall(r"%\((\w+)\)s", statement))
         try:

@@ -18,7 +18,9 @@ LONG_TRANSACTION = 300.0
 CLOCK_OFF, CLOCK_FAR_OFF = 2.0, 240.0
 """Seconds between two clocks that are worth a word, and that a receiver of signatures (Standard Webhooks: five minutes) may not take."""
 
-FAILOVER_HINT = "target_session_attrs=read-write in RECALL_DSN (and RECALL_LISTEN_DSN), with all hosts"
+FAILOVER_HINT = (
+    "target_session_attrs=read-write in RECALL_DSN (and RECALL_LISTEN_DSN), with all hosts"
+)
 
 
 async def database(exam: Examination) -> None:
@@ -35,19 +37,33 @@ async def database(exam: Examination) -> None:
         f"connected in {span(took)}",
     )
     if row["number"] < OLDEST:
-        exam.find(PROBLEM, f"PostgreSQL {row['version']} is older than the statements are written for", "PostgreSQL 14 or newer")
+        exam.find(
+            PROBLEM,
+            f"PostgreSQL {row['version']} is older than the statements are written for",
+            "PostgreSQL 14 or newer",
+        )
     given = conninfo_to_dict(exam.dsn)
     attrs = given.get("target_session_attrs")
     several = "," in str(given.get("host") or given.get("hostaddr") or "")
     if row["standby"]:
-        todo = FAILOVER_HINT if several else "the primary's address in RECALL_DSN, or both, with target_session_attrs=read-write"
+        todo = (
+            FAILOVER_HINT
+            if several
+            else "the primary's address in RECALL_DSN, or both, with target_session_attrs=read-write"
+        )
         exam.find(PROBLEM, "this is a standby: it takes no writes", todo)
     elif row["read_only"]:
         todo = "alter role or database … set default_transaction_read_only = off; or the primary's address in RECALL_DSN"
-        exam.find(PROBLEM, "transactions take no writes here: default_transaction_read_only is on", todo)
+        exam.find(
+            PROBLEM, "transactions take no writes here: default_transaction_read_only is on", todo
+        )
     # Where nothing is said, the worker means the one that takes writes.
     elif several and attrs not in (None, "read-write", "primary"):
-        exam.find(PROBLEM, f"target_session_attrs={attrs} may lead to a standby after a failover", FAILOVER_HINT)
+        exam.find(
+            PROBLEM,
+            f"target_session_attrs={attrs} may lead to a standby after a failover",
+            FAILOVER_HINT,
+        )
 
 
 async def clock(exam: Examination) -> None:
@@ -66,7 +82,11 @@ async def clock(exam: Examination) -> None:
             "chrony or another NTP client on this host",
         )
     elif abs(offset) > CLOCK_OFF:
-        exam.find(NOTE, f"{how}; escape_controls, as the database's alone decides", "chrony or another NTP client on both hosts")
+        exam.find(
+            NOTE,
+            f"{how}; escape_controls, as the database's alone decides",
+            "chrony or another NTP client on both hosts",
+        )
     else:
         exam.find(OK, how)
 
@@ -75,7 +95,11 @@ async def server(exam: Examination) -> None:
     row, before = exam.server, len(exam.findings)
     for name in ("fsync", "full_page_writes"):
         if row[name] == "off":
-            exam.find(NOTE, f"{name} is off: a crash of the server's host may cost the database", f"{name} = on")
+            exam.find(
+                NOTE,
+                f"{name} is off: a crash of the server's host may cost the database",
+                f"{name} = on",
+            )
     if row["synchronous_commit"] == "off":
         exam.find(
             NOTE,
@@ -83,13 +107,17 @@ async def server(exam: Examination) -> None:
             "synchronous_commit = on",
         )
     if row["autovacuum"] == "off":
-        exam.find(NOTE, "autovacuum is off: every settle leaves a dead row behind", "autovacuum = on")
+        exam.find(
+            NOTE, "autovacuum is off: every settle leaves a dead row behind", "autovacuum = on"
+        )
     if 0 < row["statement_timeout"] < 5:
         seen = f"statement_timeout is {span(row['statement_timeout'])} for {exam.role}: commands may be cut off (the worker sets its own)"
         exam.find(NOTE, seen, f"alter role {exam.role} set statement_timeout = '30s'")
     replicas = max(1, len(exam.alive))
     needed, limit = replicas * CONNECTIONS, row["places"]
-    which = next((name for name in ("role_limit", "database_limit") if row[name] == limit), "max_connections")
+    which = next(
+        (name for name in ("role_limit", "database_limit") if row[name] == limit), "max_connections"
+    )
     if exam.pooling == DIRECT and limit is not None and limit < needed:
         seen = f"{_workers(replicas)} may open {needed} connections, and {which.replace('_', ' ')} leaves {limit}"
         exam.find(PROBLEM, seen, f"at least {needed}, besides those of the application")
@@ -107,7 +135,10 @@ async def server(exam: Examination) -> None:
             f"select pg_terminate_backend({open['pid']}); idle_in_transaction_session_timeout ends such by itself",
         )
     if len(exam.findings) == before:
-        exam.find(OK, f"{row['connections']} of {row['max_connections']} connections are in use; nothing is set to our harm")
+        exam.find(
+            OK,
+            f"{row['connections']} of {row['max_connections']} connections are in use; nothing is set to our harm",
+        )
 
 
 def _workers(count: int) -> str:

@@ -9,7 +9,9 @@ from .examination import NOTE, OK, PROBLEM, Examination
 
 
 async def workers(exam: Examination) -> None:
-    cursor = await exam.conn.execute(statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER})
+    cursor = await exam.conn.execute(
+        statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}
+    )
     rows = await cursor.fetchall()
     exam.alive = alive = [row for row in rows if row["alive"]]
     if not alive:
@@ -23,7 +25,9 @@ async def workers(exam: Examination) -> None:
         name = row["worker"]
         if not row["alive"]:
             seen = f"{name} was last heard of {relative(row['seen_at'], row['now'])}, and took no leave"
-            exam.find(NOTE, seen, "its log, if it is not known why; its runs are taken up by others")
+            exam.find(
+                NOTE, seen, "its log, if it is not known why; its runs are taken up by others"
+            )
             continue
         if row["breaker"] != "closed":
             exam.find(
@@ -32,7 +36,11 @@ async def workers(exam: Examination) -> None:
                 "see the endpoint below",
             )
         if row.get("bell", "listening") != "listening":
-            how = "hears nothing of what is rung" if row["bell"] == "deaf" else "has no connection for LISTEN"
+            how = (
+                "hears nothing of what is rung"
+                if row["bell"] == "deaf"
+                else "has no connection for LISTEN"
+            )
             exam.find(
                 PROBLEM,
                 f"{name} {how}, and finds what is inserted by polls only",
@@ -42,9 +50,7 @@ async def workers(exam: Examination) -> None:
         others = await exam.one("settled_by_others", since=min(row["started_at"] for row in alive))
         if others["recalls"]:
             were = "recall was" if others["recalls"] == 1 else "recalls were"
-            seen = (
-                f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
-            )
+            seen = f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
             todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
             exam.find(NOTE, seen, todo)
     for what, values in differences(alive):
@@ -54,4 +60,8 @@ async def workers(exam: Examination) -> None:
             f"the same {settings.variable(what)} for all",
         )
     if len(versions := {row["version"] for row in alive}) > 1:
-        exam.find(NOTE, f"live workers differ in version: {', '.join(sorted(versions))}", "upgrade the others, too")
+        exam.find(
+            NOTE,
+            f"live workers differ in version: {', '.join(sorted(versions))}",
+            "upgrade the others, too",
+        )

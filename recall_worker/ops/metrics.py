@@ -34,7 +34,26 @@ from ..statements import generation
 from ..worker.run import ENDED
 from ..worker.worker import WorkerStatus
 
-WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+WAITS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+    300,
+    900,
+    3600,
+)
 RUNS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 TRIPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -59,21 +78,37 @@ class Metrics:
         """What was last seen due; None where that is not known."""
         self._vitals = status
         self._lag = self._histogram(
-            "lag_seconds", "From due to the request: what the worker answers for. Told when the run is settled.", WAITS
+            "lag_seconds",
+            "From due to the request: what the worker answers for. Told when the run is settled.",
+            WAITS,
         )
         self._lateness = self._histogram(
             "lateness_seconds", "From an occurrence's nominal time to its first request: what its owner feels. Told when the run is settled.", WAITS
         )  # fmt: skip
-        self._run = self._histogram("run_duration_seconds", "From the request to the end of the run.", RUNS)
+        self._run = self._histogram(
+            "run_duration_seconds", "From the request to the end of the run.", RUNS
+        )
         self._claim = self._histogram("claim_duration_seconds", "Round trips that claim.", TRIPS)
-        self._settle = self._histogram("settle_duration_seconds", "Round trips that settle, a batch each.", TRIPS)
-        self._batch = self._histogram("settle_batch_size", "Endings settled by one round trip.", SIZES)
-        self._outcomes = self._counter("outcomes", "How calls ended.", ["outcome"], [(o,) for o in OUTCOMES])
+        self._settle = self._histogram(
+            "settle_duration_seconds", "Round trips that settle, a batch each.", TRIPS
+        )
+        self._batch = self._histogram(
+            "settle_batch_size", "Endings settled by one round trip.", SIZES
+        )
+        self._outcomes = self._counter(
+            "outcomes", "How calls ended.", ["outcome"], [(o,) for o in OUTCOMES]
+        )
         self._settles = self._counter(
-            "settles", "Verdicts written, and the status that the recall has now.", ["verdict", "status"], VERDICTS
+            "settles",
+            "Verdicts written, and the status that the recall has now.",
+            ["verdict", "status"],
+            VERDICTS,
         )
         self._claims = self._counter(
-            "claims", "Looks at the table for what is due, by what was found.", ["found"], [("recalls",), ("nothing",)]
+            "claims",
+            "Looks at the table for what is due, by what was found.",
+            ["found"],
+            [("recalls",), ("nothing",)],
         )
         self._claimed = self._counter("recalls_claimed", "Recalls taken under a lease.")
         self._ended = self._counter(
@@ -84,30 +119,51 @@ class Metrics:
             "recalls_aborted", "Calls broken off, as the recall was ended by others or its lease lost.", ["because"],
             [(because,) for because in BECAUSE],
         )  # fmt: skip
-        self._stranded = self._counter("recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled.")
-        self._lost = self._counter("leases_lost", "Runs that could not be settled, as their lease had gone to another worker.")
+        self._stranded = self._counter(
+            "recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled."
+        )
+        self._lost = self._counter(
+            "leases_lost",
+            "Runs that could not be settled, as their lease had gone to another worker.",
+        )
         self._violated = self._counter(
             "leases_violated", "Runs in hand whose recall somebody else settled, by what became of it: another scheduler, or a hand.",
             ["status"], [(status,) for status in VIOLATED],
         )  # fmt: skip
-        self._taken = self._counter("leases_taken", "Expired leases of other workers that were taken up.")
+        self._taken = self._counter(
+            "leases_taken", "Expired leases of other workers that were taken up."
+        )
         self._opened = self._counter("breaker_opened", "Times that the breaker opened.")
-        self._probed = self._counter("breaker_probes_failed", "Probes of the endpoint that found it still in trouble.")
+        self._probed = self._counter(
+            "breaker_probes_failed", "Probes of the endpoint that found it still in trouble."
+        )
         self._bell_lost = self._counter("bell_lost", "Times that the bell lost its connection.")
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
         self._pruned = self._counter(
             "rows_pruned", "Rows deleted as RECALL_PRUNE says: recalls by status, and marks of calls.", ["kind"],
             [(kind,) for kind in KEPT],
         )  # fmt: skip
-        self._prune = self._histogram("prune_duration_seconds", "Walks through the tables to prune them, pauses included.", RUNS)
+        self._prune = self._histogram(
+            "prune_duration_seconds",
+            "Walks through the tables to prune them, pauses included.",
+            RUNS,
+        )
         self._stumbles = self._counter(
             "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"],
             [("claim",), ("call",), ("accept",), ("prune",)],
         )  # fmt: skip
         build = Info(
-            "recall_worker_build", "Version, Python, and the schema that this code was made for.", registry=self.registry
+            "recall_worker_build",
+            "Version, Python, and the schema that this code was made for.",
+            registry=self.registry,
         )
-        build.info({"version": version("recall-worker"), "python": platform.python_version(), "schema": str(generation())})
+        build.info(
+            {
+                "version": version("recall-worker"),
+                "python": platform.python_version(),
+                "schema": str(generation()),
+            }
+        )
         self.registry.register(_Now(self))
         _Process(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -167,15 +223,23 @@ class Metrics:
         """What is read off the worker at this moment."""
         status = self._vitals()
         yield self._gauge("slots", "Runs that this worker may have at once.", status.slots)
-        yield self._gauge("slots_in_use", "Runs in hand, from the claim until they end.", status.slots_in_use)
+        yield self._gauge(
+            "slots_in_use", "Runs in hand, from the claim until they end.", status.slots_in_use
+        )
         yield self._gauge(
             "breaker_open",
             "1 while the breaker is open: the endpoint is in trouble, only probes go out.",
             status.breaker == "open",
         )
-        yield self._gauge("database_up", "0 while PostgreSQL does not answer.", not status.database_is_lost)
-        yield self._gauge("draining", "1 from the first signal on: nothing more is claimed.", status.is_draining)
-        bell = GaugeMetricFamily("recall_worker_bell_state", "1 for what the bell does now.", labels=["state"])
+        yield self._gauge(
+            "database_up", "0 while PostgreSQL does not answer.", not status.database_is_lost
+        )
+        yield self._gauge(
+            "draining", "1 from the first signal on: nothing more is claimed.", status.is_draining
+        )
+        bell = GaugeMetricFamily(
+            "recall_worker_bell_state", "1 for what the bell does now.", labels=["state"]
+        )
         for state in BELLS:
             bell.add_metric([state], status.bell == state)
         yield bell
@@ -185,7 +249,11 @@ class Metrics:
                 "Recalls in the table that are due and in nobody's hand, at most 10000; absent while PostgreSQL does not answer.",
                 self.backlog.overdue,
             )
-            yield self._gauge("oldest_due_seconds", "For how long the oldest of them has been due.", self.backlog.oldest)
+            yield self._gauge(
+                "oldest_due_seconds",
+                "For how long the oldest of them has been due.",
+                self.backlog.oldest,
+            )
 
     def _call(self, facts: Mapping[str, Any]) -> None:
         if facts.get("outcome") is not None:
@@ -200,7 +268,9 @@ class Metrics:
     def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"recall_worker_{name}", says, buckets=buckets, registry=self.registry)
 
-    def _counter(self, name: str, says: str, labels: list[str] | None = None, known: Any = ()) -> Counter:
+    def _counter(
+        self, name: str, says: str, labels: list[str] | None = None, known: Any = ()
+    ) -> Counter:
         counter = Counter(f"recall_worker_{name}", says, labels or (), registry=self.registry)
         for values in known:
             counter.labels(*values)

@@ -60,12 +60,18 @@ class Question(Generic[T]):
 
     async def answer(self) -> T | str:
         """The newest answer, or why there is none."""
-        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_at >= self._every):
+        if self._asking is None or (
+            self._asking.done() and time.monotonic() - self._asked_at >= self._every
+        ):
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._answered())
         # Not broken off when it takes longer: that would cost the connection, which others use, too.
         await asyncio.wait((self._asking,), timeout=PATIENCE)
-        return self._asking.result() if self._asking.done() else f"PostgreSQL has not answered for {PATIENCE:g} s"
+        return (
+            self._asking.result()
+            if self._asking.done()
+            else f"PostgreSQL has not answered for {PATIENCE:g} s"
+        )
 
     async def _answered(self) -> T | str:
         try:
@@ -90,7 +96,10 @@ class Pages:
 
     async def livez(self, _: web.Request) -> web.Response:
         if standing_still(self._worker):
-            return said(f"the claim loop has not turned for {time.monotonic() - self._worker.turned_at:.0f} s", 503)
+            return said(
+                f"the claim loop has not turned for {time.monotonic() - self._worker.turned_at:.0f} s",
+                503,
+            )
         return said("alive")
 
     async def readyz(self, _: web.Request) -> web.Response:
@@ -106,7 +115,9 @@ class Pages:
         backlog = await self._backlog.answer()
         self._metrics.backlog = None if isinstance(backlog, str) else backlog
         page, content_type = self._metrics.page(request.headers.get("Accept", ""))
-        return web.Response(body=page, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+        return web.Response(
+            body=page, headers={"Content-Type": content_type, "Cache-Control": "no-store"}
+        )
 
     async def close(self) -> None:
         for question in (self._schema, self._backlog):
@@ -156,7 +167,9 @@ class Port:
                     self._give_way()
                     self._tell("ops.crowded", connections=self._most)
                     await self._closed.wait()
-                await loop.connect_accepted_socket(lambda: Connection(self, self._server()), accepted)
+                await loop.connect_accepted_socket(
+                    lambda: Connection(self, self._server()), accepted
+                )
             except OSError:
                 accepted.close()
             except asyncio.CancelledError:
@@ -240,11 +253,18 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
     answers = Pages(worker, metrics)
     app = web.Application(middlewares=[_head_was_read])
     app.on_response_prepare.append(_last_and_without_a_name)
-    app.add_routes([web.get(f"/{page.__name__}", page) for page in (answers.livez, answers.readyz, answers.metrics)])
+    app.add_routes(
+        [
+            web.get(f"/{page.__name__}", page)
+            for page in (answers.livez, answers.readyz, answers.metrics)
+        ]
+    )
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, logger=_logger())
     await runner.setup()
     assert runner.server is not None
-    connections = Port(runner.server, events, connections_most(spare_descriptors(worker.status.slots)))
+    connections = Port(
+        runner.server, events, connections_most(spare_descriptors(worker.status.slots))
+    )
     async with contextlib.AsyncExitStack() as around:
         around.push_async_callback(answers.close)
         around.push_async_callback(runner.cleanup)
@@ -253,12 +273,20 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
             listeners = await _listeners(host, port)
         except OSError as error:
             # Python's sentence names the address once more; those of name look-ups have numbers of their own, below zero.
-            reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or str(error)
+            reason = (
+                os.strerror(error.errno)
+                if error.errno is not None and error.errno > 0
+                else error.strerror or str(error)
+            )
             hint = f"another address in RECALL_OPS_LISTEN, or see what listens there: ss -ltnp 'sport = :{port}'"
-            raise Trouble(f"RECALL_OPS_LISTEN: nothing can listen on {host} port {port}: {reason}", hint) from None
+            raise Trouble(
+                f"RECALL_OPS_LISTEN: nothing can listen on {host} port {port}: {reason}", hint
+            ) from None
         for listener in listeners:
             around.callback(listener.close)
-        accepting = [asyncio.create_task(connections.accept(listener), name="ops") for listener in listeners]
+        accepting = [
+            asyncio.create_task(connections.accept(listener), name="ops") for listener in listeners
+        ]
         around.push_async_callback(_cancelled, accepting)
         address, bound = listeners[0].getsockname()[:2]
         events.tell("ops.listening", host=address, port=bound)
@@ -272,11 +300,15 @@ def connections_most(spare: int) -> int:
 
 async def _listeners(host: str, port: int) -> list[socket.socket]:
     """A listening socket for each address that the host's name stands for. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
     listeners: list[socket.socket] = []
     try:
         for family, _, _, _, address in dict.fromkeys(found):
-            listener = socket.create_server(cast("tuple[str, int]", address), family=cast("Any", family))
+            listener = socket.create_server(
+                cast("tuple[str, int]", address), family=cast("Any", family)
+            )
             listener.setblocking(False)
             listeners.append(listener)
     except OSError:
@@ -295,7 +327,11 @@ async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
 def _logger() -> logging.Logger:
     """For aiohttp: what is wrong with us, and not each request that is none."""
     logger = logging.getLogger("recall_worker.ops")
-    logger.addFilter(lambda record: record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError))
+    logger.addFilter(
+        lambda record: (
+            record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+        )
+    )
     return logger
 
 

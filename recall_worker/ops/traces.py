@@ -65,18 +65,27 @@ class Ids(IdGenerator):
 
 class Traces:
     def __init__(self, worker: str) -> None:
-        ours = {"service.name": "recall-worker", "service.version": version("recall-worker"), "service.instance.id": worker}
+        ours = {
+            "service.name": "recall-worker",
+            "service.version": version("recall-worker"),
+            "service.instance.id": worker,
+        }
         # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES wins.
         resource = Resource.create().merge(Resource(ours)).merge(OTELResourceDetector().detect())
         self._ids = Ids()
-        self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
+        self._provider = TracerProvider(
+            resource=resource, id_generator=self._ids, shutdown_on_exit=False
+        )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("recall_worker", version("recall-worker"))
 
     def traceparent(self) -> str:
         """A trace for a run: its ids, and whether it is sampled."""
         trace, span = secrets.randbits(128) or 1, secrets.randbits(64) or 1
-        sampled = self._provider.sampler.should_sample(None, trace, "recall").decision is Decision.RECORD_AND_SAMPLE
+        sampled = (
+            self._provider.sampler.should_sample(None, trace, "recall").decision
+            is Decision.RECORD_AND_SAMPLE
+        )
         return f"00-{trace:032x}-{span:016x}-{'01' if sampled else '00'}"
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
@@ -88,23 +97,37 @@ class Traces:
         ended = settled - _ns(facts["settled_ms"])
         began = settled - _ns(facts["held_ms"])
         called = ended - _ns(facts["duration_ms"]) if "duration_ms" in facts else None
-        said = {attribute: facts[fact] for fact, attribute in ATTRIBUTES.items() if facts.get(fact) is not None}
+        said = {
+            attribute: facts[fact]
+            for fact, attribute in ATTRIBUTES.items()
+            if facts.get(fact) is not None
+        }
         self._ids.trace = int(trace, 16)
         root = self._tracer.start_span("recall", start_time=began, attributes=said)
         if event != "recall.settled":
             root.add_event(event, timestamp=settled)
         if "reason" in facts:
             root.set_attribute("recall.reason", facts["reason"])
-        status = Status(StatusCode.ERROR, facts.get("reason")) if facts.get("outcome") not in GOOD else None
+        status = (
+            Status(StatusCode.ERROR, facts.get("reason"))
+            if facts.get("outcome") not in GOOD
+            else None
+        )
         if status is not None:
             root.set_status(status)
         within = set_span_in_context(root)
-        self._tracer.start_span("claim", within, start_time=began).end(ended if called is None else called)
+        self._tracer.start_span("claim", within, start_time=began).end(
+            ended if called is None else called
+        )
         if called is not None:
             self._ids.span = int(span, 16)
             code = said.get("http.response.status_code")
-            asked = {"http.request.method": "POST"} | ({} if code is None else {"http.response.status_code": code})
-            call = self._tracer.start_span("call", within, SpanKind.CLIENT, start_time=called, attributes=asked)
+            asked = {"http.request.method": "POST"} | (
+                {} if code is None else {"http.response.status_code": code}
+            )
+            call = self._tracer.start_span(
+                "call", within, SpanKind.CLIENT, start_time=called, attributes=asked
+            )
             if status is not None:
                 call.set_status(status)
             call.end(ended)

@@ -35,7 +35,17 @@ import re
 from typing import Any, TypeGuard
 from urllib.parse import quote, urlencode
 
-from ..recall import Accepted, Answered, Claim, Failed, Misconfigured, Outcome, Refused, Unavailable, Unknown
+from ..recall import (
+    Accepted,
+    Answered,
+    Claim,
+    Failed,
+    Misconfigured,
+    Outcome,
+    Refused,
+    Unavailable,
+    Unknown,
+)
 from ..settings import Settings
 from . import Call, contract
 from .http import Answer, HttpClient, NoAnswer
@@ -81,7 +91,11 @@ class Agno:
             if not isinstance(owner, str):
                 return owner
             answer = await self._post(call, whole, owner)
-        return read(answer, self._agent, call.claim.session_id) if isinstance(answer, Answer) else answer
+        return (
+            read(answer, self._agent, call.claim.session_id)
+            if isinstance(answer, Answer)
+            else answer
+        )
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
         known = _REFERENCE.fullmatch(reference)
@@ -93,7 +107,9 @@ class Agno:
             answer = await self._ask("GET", f"/queue/jobs/{known[1]}")
             if isinstance(answer, Answer) and answer.status in (403, 404):
                 answer = await self._ask("GET", f"{reference}?{session}")
-            return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            return (
+                StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            )
 
         return await follow(ask, within)
 
@@ -125,7 +141,9 @@ class Agno:
             return Accepted(place(*found), runs.status)
         whole = runs.status == 404 or (runs.status == 200 and contract.json_of(runs) is not None)
         if not whole and (claim.begun_age or 0.0) > KEYS_KEPT:
-            return Unknown("an earlier call may have run, and the session's runs can't be listed", runs.status)
+            return Unknown(
+                "an earlier call may have run, and the session's runs can't be listed", runs.status
+            )
         return None
 
     async def close(self) -> None:
@@ -141,7 +159,8 @@ class Agno:
         queue = members(config).get("queue")
         if not isinstance(queue, dict) or queue.get("durable") is not True:
             return Misconfigured(
-                "the server's queue is not durable, so it would ignore our keys: give AgentOS a QueueConfig(durable=True)", 200
+                "the server's queue is not durable, so it would ignore our keys: give AgentOS a QueueConfig(durable=True)",
+                200,
             )
         if queue.get("queue_per_session") is not True:
             return Misconfigured(
@@ -153,7 +172,8 @@ class Agno:
             return Unavailable(tickets.reason)
         if tickets.status == 503 and "detail" in members(tickets):
             return Misconfigured(
-                "the server's queue is durable, but nobody works it off: start AgentOS with its lifespan (HTTP 503)", 503
+                "the server's queue is durable, but nobody works it off: start AgentOS with its lifespan (HTTP 503)",
+                503,
             )
         if tickets.status >= 500:
             return _untold(tickets, "whether its queue is worked off")
@@ -164,7 +184,9 @@ class Agno:
         run = await self._ask("GET", f"{place(self._agent, 'recall-worker')}?{session}")
         if isinstance(run, NoAnswer):
             return Unavailable(run.reason)
-        return None if run.status in (200, 404) else _untold(run, "how runs end (scope agents:read)")
+        return (
+            None if run.status in (200, 404) else _untold(run, "how runs end (scope agents:read)")
+        )
 
     async def _owner(self, session_id: str) -> str | Outcome:
         """Whose the session is. Asked after a 404, which can mean this, or that there is no such agent."""
@@ -176,12 +198,21 @@ class Agno:
         owner = members(answer).get("user_id") if answer.status == 200 else None
         return owner if _is_name(owner) else _no_agent(self._agent, 404)
 
-    async def _post(self, call: Call, claim: Claim, owner: str | None) -> Answer | Unavailable | Unknown:
-        url, headers = self._base + place(self._agent), self._always | {"Content-Type": "application/x-www-form-urlencoded"}
+    async def _post(
+        self, call: Call, claim: Claim, owner: str | None
+    ) -> Answer | Unavailable | Unknown:
+        url, headers = (
+            self._base + place(self._agent),
+            self._always | {"Content-Type": "application/x-www-form-urlencoded"},
+        )
         content: list[bytes | memoryview] = [body(claim, owner)]
-        return await contract.post(self._http, url, call, content, headers, self._secret, self._timeout)
+        return await contract.post(
+            self._http, url, call, content, headers, self._secret, self._timeout
+        )
 
-    async def _ask(self, method: str, path: str, deadline: float = ASK_DEADLINE) -> Answer | NoAnswer:
+    async def _ask(
+        self, method: str, path: str, deadline: float = ASK_DEADLINE
+    ) -> Answer | NoAnswer:
         return await self._http.ask(method, self._base + path, self._always, deadline)
 
 
@@ -213,7 +244,10 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
         return _no_agent(agent, status)
     if status == 409:
         # Never a busy session: Agno says so where the key is another agent's.
-        return Unknown("the server knows the key as another agent's: was RECALL_AGNO_AGENT changed meanwhile? (HTTP 409)", status)
+        return Unknown(
+            "the server knows the key as another agent's: was RECALL_AGNO_AGENT changed meanwhile? (HTTP 409)",
+            status,
+        )
     if not 200 <= status < 300:
         return contract.read(answer)
     said = members(answer)
@@ -247,7 +281,11 @@ def polled(answer: Answer) -> Outcome | StillOn:
     word = said.get("status")
     if not isinstance(word, str):
         # Only what an agent has brought to its end is that long before it comes to its status.
-        return Answered(status) if answer.truncated else StillOn(later, "an answer that is none of Agno's")
+        return (
+            Answered(status)
+            if answer.truncated
+            else StillOn(later, "an answer that is none of Agno's")
+        )
     ended = _ended(word, said.get("error") or said.get("content"), status)
     if ended is not None:
         return ended
@@ -263,7 +301,10 @@ def listed(answer: Answer, key: str) -> tuple[str, str] | None:
             continue
         metadata = entry.get("metadata")
         named = metadata.get("recall_key") if isinstance(metadata, dict) else None
-        agent, run_id = entry.get("component_id") or entry.get("agent_id"), entry.get("id") or entry.get("run_id")
+        agent, run_id = (
+            entry.get("component_id") or entry.get("agent_id"),
+            entry.get("id") or entry.get("run_id"),
+        )
         ours = entry.get("idempotency_key") == contract.header_key(key) or named == key
         if ours and _is_name(agent) and _is_name(run_id):
             return agent, run_id
@@ -312,7 +353,8 @@ def _ended(word: str, why: object, status: int) -> Outcome | None:
 
 def _no_agent(agent: str, status: int) -> Outcome:
     return Misconfigured(
-        f"the server has no agent {agent[:100]!r}, or keeps the session from it: see RECALL_AGNO_AGENT (HTTP {status})", status
+        f"the server has no agent {agent[:100]!r}, or keeps the session from it: see RECALL_AGNO_AGENT (HTTP {status})",
+        status,
     )
 
 
@@ -320,7 +362,11 @@ def _untold(answer: Answer, what: str) -> Outcome:
     """The server did not say what has to be known before anything is posted."""
     status = answer.status
     if status >= 500 or status in contract.UNAVAILABLE:
-        return Unavailable(f"the server does not say {what} (HTTP {status})", status, contract.retry_after(answer.headers))
+        return Unavailable(
+            f"the server does not say {what} (HTTP {status})",
+            status,
+            contract.retry_after(answer.headers),
+        )
     hint = "RECALL_RUN_TOKEN" if status in (401, 403) else "RECALL_RUN_URL"
     return Misconfigured(f"the server does not say {what}: see {hint} (HTTP {status})", status)
 

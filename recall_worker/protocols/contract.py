@@ -75,7 +75,9 @@ async def post(
     def made() -> dict[str, str]:
         # An occurrence that an operator fired before its time is not late.
         lateness = max(0.0, claim.lateness + time.monotonic() - call.asked_at)
-        return headers(claim.key, claim.attempt, lateness, call.traceparent, content, always, secret)
+        return headers(
+            claim.key, claim.attempt, lateness, call.traceparent, content, always, secret
+        )
 
     answer = await http.post(
         url,
@@ -131,7 +133,11 @@ def signature(secret: str, key: str, timestamp: int, *content: bytes | memoryvie
     """A Standard Webhooks signature: `v1,` and the base64 of an HMAC-SHA256 over
     `id.timestamp.body`. `content`: the body's pieces.
     """
-    raw = base64.b64decode(secret.removeprefix("whsec_")) if secret.startswith("whsec_") else secret.encode()
+    raw = (
+        base64.b64decode(secret.removeprefix("whsec_"))
+        if secret.startswith("whsec_")
+        else secret.encode()
+    )
     signed = hmac.new(raw, f"{key}.{timestamp}.".encode(), hashlib.sha256)
     for piece in content:
         signed.update(piece)
@@ -163,7 +169,11 @@ def same_origin(base: str, location: str) -> str | None:
     except ValueError:
         return None
     stays = (here.scheme, here.hostname, ports[0]) == (there.scheme, there.hostname, ports[1])
-    return url.partition("#")[0] if stays and there.username is None and PRINTABLE.fullmatch(url) else None
+    return (
+        url.partition("#")[0]
+        if stays and there.username is None and PRINTABLE.fullmatch(url)
+        else None
+    )
 
 
 def nameable(name: str) -> bool:
@@ -201,14 +211,19 @@ def read(answer: Answer) -> Outcome:
     if status in (409, 423):
         return Busy(status, retry_after(answer.headers))
     if status in UNAVAILABLE:
-        return Unavailable(f"the API says later (HTTP {status})", status, retry_after(answer.headers))
+        return Unavailable(
+            f"the API says later (HTTP {status})", status, retry_after(answer.headers)
+        )
     if status in (404, 410) and _names_the_session(answer.body):
         return Gone(status)
     if status in MISCONFIGURED:
         return Misconfigured(_WHY_MISCONFIGURED.get(status, f"HTTP {status}"), status)
     if 300 <= status < 400:
         to = answer.headers.get("Location", "nowhere")
-        return Misconfigured(f"a redirect to {to[:200]}: set RECALL_RUN_URL to the final address (HTTP {status})", status)
+        return Misconfigured(
+            f"a redirect to {to[:200]}: set RECALL_RUN_URL to the final address (HTTP {status})",
+            status,
+        )
     if 400 <= status < 500:
         return Refused(f"the API refuses the request (HTTP {status}){_detail(answer.body)}", status)
     if 500 <= status < 600:
@@ -233,15 +248,24 @@ def _success(answer: Answer) -> Outcome:
     if answer.truncated:
         if said_json or text[:1] in (b"{", b"["):
             return Answered(answer.status)
-        return Misconfigured(f"something larger than 1 MiB that is no JSON (HTTP {answer.status})", answer.status)
+        return Misconfigured(
+            f"something larger than 1 MiB that is no JSON (HTTP {answer.status})", answer.status
+        )
     document = read_json(text)
     if document is NO_JSON:
         if said_json:
-            return Unknown(f"an answer that calls itself JSON and is none (HTTP {answer.status})", answer.status)
-        return Misconfigured(f"no JSON but {_kind(answer)}: see RECALL_RUN_URL (HTTP {answer.status})", answer.status)
+            return Unknown(
+                f"an answer that calls itself JSON and is none (HTTP {answer.status})",
+                answer.status,
+            )
+        return Misconfigured(
+            f"no JSON but {_kind(answer)}: see RECALL_RUN_URL (HTTP {answer.status})", answer.status
+        )
     word = document.get("status") if isinstance(document, dict) else None
     if isinstance(word, str) and word.lower() in FAILED_WORDS:
-        return Failed(f"the API says that the run ended as {word.lower()}{_detail(text)}", answer.status)
+        return Failed(
+            f"the API says that the run ended as {word.lower()}{_detail(text)}", answer.status
+        )
     return Answered(answer.status)
 
 
@@ -274,7 +298,11 @@ def _names_the_session(text: bytes) -> bool:
     if not isinstance(document, dict):
         return False
     detail = document.get("detail")
-    words = [document.get("code"), document.get("type"), detail.get("code") if isinstance(detail, dict) else None]
+    words = [
+        document.get("code"),
+        document.get("type"),
+        detail.get("code") if isinstance(detail, dict) else None,
+    ]
     return "session_not_found" in [w for w in words if isinstance(w, str)]
 
 

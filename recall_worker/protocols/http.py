@@ -64,7 +64,9 @@ def trust(settings: Settings) -> ssl.SSLContext:
         if settings.ca_file is not None or urlsplit(settings.run_url or "").scheme == "https":
             return ssl.create_default_context(cafile=settings.ca_file)
     except OSError:
-        raise SettingsError([f"RECALL_CA_FILE is {settings.ca_file!r}, which holds no certificate: give a PEM file"]) from None
+        raise SettingsError(
+            [f"RECALL_CA_FILE is {settings.ca_file!r}, which holds no certificate: give a PEM file"]
+        ) from None
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.
 
 
@@ -74,11 +76,17 @@ class HttpClient:
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError where RECALL_CA_FILE holds no certificate."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust(settings), socket_factory=_socket),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust(settings), socket_factory=_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "recall-worker"},
+            headers={
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": "recall-worker",
+            },
             timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_DEADLINE),
         )
 
@@ -103,7 +111,9 @@ class HttpClient:
         before the first byte leaves, so that it has been called also where the request is cancelled afterwards; `on_written()`
         after the last one. `before_sent()` is asked when a connection is there: False, and nothing is sent.
         """
-        witness = _Witness([body] if isinstance(body, bytes) else body, on_sent, before_sent, on_written)
+        witness = _Witness(
+            [body] if isinstance(body, bytes) else body, on_sent, before_sent, on_written
+        )
         failure: BaseException = _Stale()
         try:
             async with asyncio.timeout(timeout):
@@ -119,16 +129,22 @@ class HttpClient:
                             break
         except TimeoutError:
             return NoAnswer(witness.sent, f"no answer within {timeout:g} s")
-        except Exception as error:  # A header or an address that can't be sent: ValueError, TypeError and others.
+        except (
+            Exception
+        ) as error:  # A header or an address that can't be sent: ValueError, TypeError and others.
             failure = error
         return NoAnswer(witness.sent, _reason(failure, witness.sent))
 
-    async def ask(self, method: str, url: str, headers: Mapping[str, str], timeout: float = ASK_DEADLINE) -> Answer | NoAnswer:
+    async def ask(
+        self, method: str, url: str, headers: Mapping[str, str], timeout: float = ASK_DEADLINE
+    ) -> Answer | NoAnswer:
         """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never raises, but for cancellation."""
         try:
             async with (
                 asyncio.timeout(timeout),
-                self._session.request(method, URL(url, encoded=True), headers=headers, allow_redirects=False) as response,
+                self._session.request(
+                    method, URL(url, encoded=True), headers=headers, allow_redirects=False
+                ) as response,
             ):
                 return await self._read(response)
         except TimeoutError:
@@ -138,7 +154,9 @@ class HttpClient:
 
     async def _try(self, url: URL, headers: Mapping[str, str], witness: _Witness) -> Answer | None:
         """One request; None where what came was no answer to it, as it had not been sent."""
-        async with self._session.post(url, data=witness, headers=headers, allow_redirects=False) as response:
+        async with self._session.post(
+            url, data=witness, headers=headers, allow_redirects=False
+        ) as response:
             if not witness.sent:
                 # Bytes that waited on an idle connection, such as a proxy's 408.
                 response.close()
@@ -243,7 +261,9 @@ class _Witness(aiohttp.Payload):
             piece = self._value.pop()
             # A long one goes as fast as the server takes it, and is not copied whole into the buffers in between.
             for start in range(0, len(piece), PIECE):
-                await writer.write(piece if len(piece) <= PIECE else memoryview(piece)[start : start + PIECE])
+                await writer.write(
+                    piece if len(piece) <= PIECE else memoryview(piece)[start : start + PIECE]
+                )
         if self._on_written is not None:
             self._on_written()
 
@@ -264,4 +284,8 @@ def _reason(error: BaseException, sent: bool) -> str:
             return f"the answer is no HTTP: {error.message.splitlines()[0] if error.message else 'malformed'}"
         case _:
             said = str(error) or type(error).__name__
-            return f"the connection broke off after the request was sent: {said}" if sent else f"nothing was sent: {said}"
+            return (
+                f"the connection broke off after the request was sent: {said}"
+                if sent
+                else f"nothing was sent: {said}"
+            )

@@ -32,7 +32,18 @@ import re
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from ..recall import Accepted, Answered, Claim, Failed, Gone, Malformed, Misconfigured, Outcome, Unavailable, Unknown
+from ..recall import (
+    Accepted,
+    Answered,
+    Claim,
+    Failed,
+    Gone,
+    Malformed,
+    Misconfigured,
+    Outcome,
+    Unavailable,
+    Unknown,
+)
 from ..settings import Settings
 from . import Call
 from .contract import ABORT_DEADLINE, PROMPT, bearer, json_of, metadata, post, read, retry_after
@@ -70,10 +81,14 @@ class LangGraph:
         claim = call.claim
         thread = thread_of(claim)
         if thread is None:
-            return Malformed(f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs")
+            return Malformed(
+                f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs"
+            )
         deadline = min(self._timeout, POST_DEADLINE)
         content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
-        answer = await post(self._http, self._runs(thread), call, content, self._always, self._secret, deadline)
+        answer = await post(
+            self._http, self._runs(thread), call, content, self._always, self._secret, deadline
+        )
         if not isinstance(answer, Answer):
             return answer
         if 200 <= answer.status < 300:
@@ -87,14 +102,18 @@ class LangGraph:
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
         url, thread = self._run(claim, reference), thread_of(claim)
         if url is None or thread is None:
-            return Unknown("the reference of the accepted run is none that LangGraph could have given")
+            return Unknown(
+                "the reference of the accepted run is none that LangGraph could have given"
+            )
 
         async def ask() -> Outcome | StillOn:
             answer = await self._http.ask("GET", url, self._credentials)
             if isinstance(answer, Answer) and answer.truncated:
                 # A run is told with all that went into it; the list can leave that out.
                 answer = one_of(await self._listed(thread, PAGE, 0, "run_id", "status"), reference)
-            outcome = StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            outcome = (
+                StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            )
             return await self._explained(url, outcome) if isinstance(outcome, Failed) else outcome
 
         return await follow(ask, within)
@@ -116,7 +135,11 @@ class LangGraph:
             if not isinstance(runs, list):
                 return runs
             for run in runs:
-                if isinstance(run, dict) and _metadata(run).get("recall_key") == claim.key and _is_run_id(run.get("run_id")):
+                if (
+                    isinstance(run, dict)
+                    and _metadata(run).get("recall_key") == claim.key
+                    and _is_run_id(run.get("run_id"))
+                ):
                     # Also one that has failed: its poll will say so.
                     return Accepted(run["run_id"], 200)
             if len(runs) < PAGE:
@@ -134,18 +157,30 @@ class LangGraph:
     def _run(self, claim: Claim, reference: str) -> str | None:
         """A stored reference as an address, if it can be one: what a row holds is hostile."""
         thread = thread_of(claim)
-        return f"{self._runs(thread)}/{reference}" if thread is not None and _is_run_id(reference) else None
+        return (
+            f"{self._runs(thread)}/{reference}"
+            if thread is not None and _is_run_id(reference)
+            else None
+        )
 
     # --- questions -----------------------------------------------------------------------------------------------
 
-    async def _listed(self, thread: UUID, limit: int, offset: int, *fields: str) -> Answer | NoAnswer:
+    async def _listed(
+        self, thread: UUID, limit: int, offset: int, *fields: str
+    ) -> Answer | NoAnswer:
         """The thread's runs, newest first."""
-        query = "&".join([f"limit={limit}", f"offset={offset}", *(f"select={field}" for field in fields)])
-        return await self._http.ask("GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE)
+        query = "&".join(
+            [f"limit={limit}", f"offset={offset}", *(f"select={field}" for field in fields)]
+        )
+        return await self._http.ask(
+            "GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE
+        )
 
     async def _search(self, what: str, wanted: dict[str, Any]) -> Answer | NoAnswer:
         content = json.dumps(wanted | {"limit": 1}).encode()
-        return await self._http.post(f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None)
+        return await self._http.post(
+            f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None
+        )
 
     async def _missing(self, thread: UUID) -> Outcome:
         """What the 404 of a post is about."""
@@ -155,12 +190,18 @@ class LangGraph:
             return self._no_assistant(404) if isinstance(found, list) else found
         threads = await self._search("threads", {"ids": [str(thread)]})
         if isinstance(threads, Answer) and threads.status in (404, 405):
-            return Misconfigured("nothing at this address speaks as LangGraph does: see RECALL_RUN_URL (HTTP 404)", 404)
+            return Misconfigured(
+                "nothing at this address speaks as LangGraph does: see RECALL_RUN_URL (HTTP 404)",
+                404,
+            )
         found = listed(threads, "a 404, and whether the thread exists could not be asked")
         if not isinstance(found, list):
             return found
         if any(isinstance(one, dict) and one.get("thread_id") == str(thread) for one in found):
-            return Unavailable("the server knows the thread, and doesn't: it may have been created just now (HTTP 404)", 404)
+            return Unavailable(
+                "the server knows the thread, and doesn't: it may have been created just now (HTTP 404)",
+                404,
+            )
         return Gone(404)
 
     async def _refused(self, answer: Answer) -> Outcome:
@@ -189,7 +230,11 @@ class LangGraph:
         answer = await self._http.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
         document = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
         error = document.get("__error__") if isinstance(document, dict) else None
-        words = [str(error[name]) for name in ("error", "message") if error.get(name)] if isinstance(error, dict) else []
+        words = (
+            [str(error[name]) for name in ("error", "message") if error.get(name)]
+            if isinstance(error, dict)
+            else []
+        )
         said = " ".join(": ".join(words).split())[:200]
         return Failed(f"{failed.reason}: {said}", failed.http_status) if said else failed
 
@@ -231,14 +276,21 @@ def body(claim: Claim, assistant: str) -> bytes:
 def taken(answer: Answer) -> Outcome:
     """What a 2xx of a post means: Accepted, if it is LangGraph's."""
     document = json_of(answer)
-    if isinstance(document, dict) and _is_run_id(document.get("run_id")) and isinstance(document.get("status"), str):
+    if (
+        isinstance(document, dict)
+        and _is_run_id(document.get("run_id"))
+        and isinstance(document.get("status"), str)
+    ):
         return Accepted(document["run_id"], answer.status)
     if answer.truncated:
         # It repeats the message, and that was a long one. The header names the run, too.
         run = answer.headers.get("Content-Location", "").rpartition("/")[2]
         if _is_run_id(run):
             return Accepted(run, answer.status)
-        return Unknown(f"an answer larger than 1 MiB, from which no run can be told (HTTP {answer.status})", answer.status)
+        return Unknown(
+            f"an answer larger than 1 MiB, from which no run can be told (HTTP {answer.status})",
+            answer.status,
+        )
     return _no_langgraph(answer)
 
 
@@ -247,14 +299,18 @@ def one_of(answer: Answer | NoAnswer, reference: str) -> Answer | NoAnswer:
     runs = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
     if isinstance(answer, NoAnswer) or not isinstance(runs, list):
         return answer
-    run = next((run for run in runs if isinstance(run, dict) and run.get("run_id") == reference), {})
+    run = next(
+        (run for run in runs if isinstance(run, dict) and run.get("run_id") == reference), {}
+    )
     return Answer(answer.status, answer.headers, json.dumps(run).encode(), False)
 
 
 def polled(answer: Answer) -> Outcome | StillOn:
     """What a poll's answer says of a run."""
     if answer.status in (404, 410):
-        return Unknown(f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status)
+        return Unknown(
+            f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status
+        )
     document = json_of(answer) if answer.status == 200 else None
     word = document.get("status") if isinstance(document, dict) else None
     if word == "success":
@@ -279,7 +335,9 @@ def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
     outcome = read(answer)
     if isinstance(outcome, Misconfigured | Unavailable):
         return outcome
-    return Unavailable(f"{otherwise}: HTTP {answer.status}", answer.status, retry_after(answer.headers))
+    return Unavailable(
+        f"{otherwise}: HTTP {answer.status}", answer.status, retry_after(answer.headers)
+    )
 
 
 def _no_langgraph(answer: Answer) -> Outcome:

@@ -52,26 +52,37 @@ class Native:
     async def call(self, call: Call) -> Outcome:
         url = address(self._url, call.claim.session_id)
         content = pieces(call.whole())
-        answer = await post(self._http, url, call, content, self._always, self._secret, self._timeout)
+        answer = await post(
+            self._http, url, call, content, self._always, self._secret, self._timeout
+        )
         return accepted(answer, url) or read(answer) if isinstance(answer, Answer) else answer
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
         url = self._polled_at(claim, reference)
         if url is None:
-            return Unknown("the reference of the accepted run leads to another origin than RECALL_RUN_URL")
+            return Unknown(
+                "the reference of the accepted run leads to another origin than RECALL_RUN_URL"
+            )
         # One set of headers for all polls; the token is in it.
         headers = self._always | {"Idempotency-Key": header_key(claim.key)}
 
         async def ask() -> Outcome | StillOn:
             answer = await self._http.ask("GET", url, headers)
-            return StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            return (
+                StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
+            )
 
         return await follow(ask, within)
 
     async def abort(self, claim: Claim, reference: str) -> None:
         url = self._polled_at(claim, reference)
         if url is not None:
-            await self._http.ask("DELETE", url, self._always | {"Idempotency-Key": header_key(claim.key)}, ABORT_DEADLINE)
+            await self._http.ask(
+                "DELETE",
+                url,
+                self._always | {"Idempotency-Key": header_key(claim.key)},
+                ABORT_DEADLINE,
+            )
 
     async def find(self, claim: Claim) -> Outcome | None:
         return None
@@ -158,7 +169,10 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
     if answer.status == 202 and location is not None:
         where = same_origin(url, location)
         if where is None:
-            return Unknown(f"the run was accepted, but is to be polled elsewhere: {location[:200]} (HTTP 202)", 202)
+            return Unknown(
+                f"the run was accepted, but is to be polled elsewhere: {location[:200]} (HTTP 202)",
+                202,
+            )
         return Accepted(where, answer.status)
     run_id = said.get("run_id")
     if isinstance(run_id, str) and run_id and isinstance(word, str):
@@ -167,7 +181,10 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
         where += f"?{query}" if query and where else ""
         # A text that is none (half a surrogate pair), or without end: nothing of it is stored.
         if not PRINTABLE.fullmatch(where):
-            return Unknown(f"the run was accepted under a name that no address can hold (HTTP {answer.status})", answer.status)
+            return Unknown(
+                f"the run was accepted under a name that no address can hold (HTTP {answer.status})",
+                answer.status,
+            )
         return Accepted(where, answer.status)
     return None
 
@@ -176,7 +193,10 @@ def polled(answer: Answer) -> Outcome | StillOn:
     """What a poll's answer says of an accepted run."""
     later = retry_after(answer.headers)
     if answer.status in (404, 410):
-        return Unknown(f"the API no longer knows the run that it accepted (HTTP {answer.status})", answer.status)
+        return Unknown(
+            f"the API no longer knows the run that it accepted (HTTP {answer.status})",
+            answer.status,
+        )
     if answer.status == 202 or not 200 <= answer.status < 300:
         return StillOn(later, None if answer.status == 202 else f"HTTP {answer.status}")
     document = read_json(answer.body) if answer.body else {}
@@ -184,4 +204,8 @@ def polled(answer: Answer) -> Outcome | StillOn:
     if isinstance(word, str) and word.lower() not in FINAL_WORDS:
         return StillOn(later)
     outcome = read(answer)
-    return outcome if isinstance(outcome, Answered | Failed) else StillOn(later, "an answer that is no JSON")
+    return (
+        outcome
+        if isinstance(outcome, Answered | Failed)
+        else StillOn(later, "an answer that is no JSON")
+    )

@@ -42,4 +42,6 @@ async def follow(ask: Callable[[], Awaitable[Outcome | StillOn]], within: float)
                     await asyncio.sleep(pause * random.uniform(0.8, 1.0))
                     pause = min(MOST, pause * FACTOR)
     except TimeoutError:
-        return Unknown("the accepted run did not end in its time" + (f"; last: {trouble}" if trouble else ""))
+        return Unknown(
+            "the accepted run did not end in its time" + (f"; last: {trouble}" if trouble else "")
+        )

@@ -156,7 +156,9 @@ class Dispatcher:
             next_due = await self._ask_next_due(None)
             if not next_due.waiting:
                 return self._seen(0, next_due, tried=tried)
-        claimed = await self._ledger.claim(slots - taken, all_held=not self._database.may_take_expired)
+        claimed = await self._ledger.claim(
+            slots - taken, all_held=not self._database.may_take_expired
+        )
         self._tell_claimed(claimed)
         await self._start(claimed, probing=probing)
         taken += len(claimed.claims)
@@ -225,7 +227,9 @@ class Dispatcher:
         """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
         right distance."""
         moved = await self._ledger.moved()
-        for id, reason in await self._ledger.settle_moved([(claim, judging.planned(claim, random.random)) for claim in moved]):
+        for id, reason in await self._ledger.settle_moved(
+            [(claim, judging.planned(claim, random.random)) for claim in moved]
+        ):
             self._events.tell("recall.stranded", recall=id, error=reason)
 
     # --- taking up -----------------------------------------------------------------------------------------------
@@ -244,13 +248,16 @@ class Dispatcher:
         if probing:
             used = max(0, slots - self._runs.free_slots)
         if ended.unanswered and used < slots and not self._runs.any_unproven:
-            used += await self._take(ended.unanswered[:1], in_hand, probing=probing)
+            # One, and the next one where the oldest is locked.
+            used += await self._take(ended.unanswered, in_hand, probing=probing, most=1)
         return used
 
-    async def _take(self, ids: list[str], in_hand: list[str], *, probing: bool) -> int:
+    async def _take(
+        self, ids: list[str], in_hand: list[str], *, probing: bool, most: int | None = None
+    ) -> int:
         if not ids:
             return 0
-        claimed = await self._ledger.take_up(ids, in_hand)
+        claimed = await self._ledger.take_up(ids, in_hand, most=most)
         self._tell_claimed(claimed)
         await self._start(claimed, probing=probing)
         return len(claimed.claims)
@@ -265,17 +272,33 @@ class Dispatcher:
             self._events.tell("recall.stranded", recall=id, error=reason)
 
     async def _start(self, claimed: Claimed, *, probing: bool) -> None:
-        placements = [(claim, placement) for claim in claimed.claims if (placement := judging.resolve_move(claim)) is not None]
+        placements = [
+            (claim, placement)
+            for claim in claimed.claims
+            if (placement := judging.resolve_move(claim)) is not None
+        ]
         to_place = {claim.lease for claim, _ in placements}
         placed = await self._write_moves(placements) if placements else {}
         for claim in claimed.claims:
-            call = Call(placed.get(claim.lease, claim), claimed.asked_at, traceparent=self._traceparent())
+            call = Call(
+                placed.get(claim.lease, claim), claimed.asked_at, traceparent=self._traceparent()
+            )
             held_until = claimed.asked_at + self._settings.lease
             run = Run(call, held_until, held_until, reference=claim.reference)
-            self._events.tell("recall.claimed", recall=claim.id, session=claim.session_id, occurrence=call.claim.occurrence)
+            self._events.tell(
+                "recall.claimed",
+                recall=claim.id,
+                session=claim.session_id,
+                occurrence=call.claim.occurrence,
+            )
             if claim.taken_from is not None:
                 self._forget(claim)
-                self._events.tell("lease.taken", recall=claim.id, session=claim.session_id, worker_before=claim.taken_from)
+                self._events.tell(
+                    "lease.taken",
+                    recall=claim.id,
+                    session=claim.session_id,
+                    worker_before=claim.taken_from,
+                )
             self._runs.add(run)
             unsent = (
                 "moved by the application"
@@ -302,9 +325,16 @@ class Dispatcher:
     async def _write_moves(self, placements: list[tuple[Claim, Placement]]) -> dict[object, Claim]:
         """Those that are to run now, as they stand after it; the others go back as moved."""
         try:
-            placed = await self._ledger.write_moves([(claim, to) for claim, to in placements if judging.runs_now(claim, to)])
+            placed = await self._ledger.write_moves(
+                [(claim, to) for claim, to in placements if judging.runs_now(claim, to)]
+            )
         except (DatabaseUnavailable, StatementRejected):
             return {}  # Put back unsent: the settle honours the move.
         for claim in placed:
-            self._events.tell("recall.moved", recall=claim.id, session=claim.session_id, occurrence=claim.occurrence)
+            self._events.tell(
+                "recall.moved",
+                recall=claim.id,
+                session=claim.session_id,
+                occurrence=claim.occurrence,
+            )
         return {claim.lease: claim for claim in placed}

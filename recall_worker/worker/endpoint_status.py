@@ -24,7 +24,9 @@ ASK_AGAIN = 1.0
 
 
 class EndpointStatus:
-    def __init__(self, ledger: Ledger, endpoint: str, events: Events, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, endpoint: str, events: Events, on_change: Callable[[], None]
+    ) -> None:
         """`endpoint`: what replicas with the same endpoint know it by. `on_change()` is called when the breaker opened or closed."""
         self._ledger = ledger
         self._endpoint = endpoint
@@ -44,7 +46,9 @@ class EndpointStatus:
 
     async def allowance(self, free_slots: int) -> tuple[int, float | None]:
         """How many rows may be claimed now, at most `free_slots`; and seconds until that may change by itself, None: it does not."""
-        self._changed(self._breaker.be_patient(time.monotonic()), "the probe was taken and is being run")
+        self._changed(
+            self._breaker.be_patient(time.monotonic()), "the probe was taken and is being run"
+        )
         allowed, changes_in = self._breaker.allowance(time.monotonic())
         if allowed is None:
             return free_slots, None
@@ -56,10 +60,14 @@ class EndpointStatus:
         except (DatabaseUnavailable, StatementRejected):
             return 0, ASK_AGAIN
 
-    async def _shared(self, allowed: int, changes_in: float, free_slots: int) -> tuple[int, float | None]:
+    async def _shared(
+        self, allowed: int, changes_in: float, free_slots: int
+    ) -> tuple[int, float | None]:
         """What the fleet knows: whether the endpoint answers others, and whose the next probe is."""
         now = time.monotonic()
-        probe = await self._ledger.probe(self._endpoint, self._breaker.open_for(now), wanted=allowed > 0)
+        probe = await self._ledger.probe(
+            self._endpoint, self._breaker.open_for(now), wanted=allowed > 0
+        )
         if probe.answered:
             self._changed(self._breaker.close(), "another worker found the endpoint answering")
             return free_slots, None

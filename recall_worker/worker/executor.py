@@ -15,15 +15,24 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from psycopg import errors
-
 from .. import judge as judging
 from ..database.connection import DatabaseUnavailable, StatementRejected
 from ..database.ledger import Ledger
 from ..events import Events
 from ..judge import Policy
 from ..protocols import Protocol, redact
-from ..recall import Accepted, Answered, Capped, Ending, Locked, Malformed, Misconfigured, Outcome, Unknown, Unsent
+from ..recall import (
+    Accepted,
+    Answered,
+    Capped,
+    Ending,
+    Locked,
+    Malformed,
+    Misconfigured,
+    Outcome,
+    Unknown,
+    Unsent,
+)
 from ..settings import Settings
 from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
@@ -77,7 +86,13 @@ class Executor:
             if run.aborted in ENDED:
                 await self._end_there(run)
         except Exception as error:
-            self._events.tell("worker.error", doing="call", recall=run.claim.id, reason=type(error).__name__, exc_info=True)
+            self._events.tell(
+                "worker.error",
+                doing="call",
+                recall=run.claim.id,
+                reason=type(error).__name__,
+                exc_info=True,
+            )
             outcome = self._broken_off(run, f"a defect of the worker: {type(error).__name__}")
         self._finish(run, outcome)
 
@@ -89,18 +104,27 @@ class Executor:
 
     async def _outcome(self, run: Run) -> Outcome:
         if run.reference is None:
-            outcome = await self._checked(run) or await self._counted(run) or await self._called(run)
+            outcome = (
+                await self._checked(run) or await self._counted(run) or await self._called(run)
+            )
             if not isinstance(outcome, Accepted):
                 return outcome
             if not await self._accepted(run, outcome):
                 await self._end_there(run)
-                return Unknown("the recall was taken from this worker while the API accepted the run", outcome.http_status)
+                return Unknown(
+                    "the recall was taken from this worker while the API accepted the run",
+                    outcome.http_status,
+                )
         return await self._followed(run)
 
     async def _checked(self, run: Run) -> Outcome | None:
         """What already decides the run, so that nothing is sent; None where it is to be called."""
-        decided = judging.before_call(run.claim, self._policy.max_attempts, self._policy.message_limit)
-        if isinstance(decided, Unknown) and isinstance(found := await self._protocol.find(run.claim), Accepted):
+        decided = judging.before_call(
+            run.claim, self._policy.max_attempts, self._policy.message_limit
+        )
+        if isinstance(decided, Unknown) and isinstance(
+            found := await self._protocol.find(run.claim), Accepted
+        ):
             # No attempt is left, but the last one reached the server: it is followed there.
             return found
         return decided
@@ -137,11 +161,17 @@ class Executor:
                         return True
                     withheld.append("its lease is not ours any more")
                 except (DatabaseUnavailable, StatementRejected) as error:
-                    withheld.append(f"it could not be put on record that it is sent: {error.reason}")
+                    withheld.append(
+                        f"it could not be put on record that it is sent: {error.reason}"
+                    )
                 return False
 
             run.call.before_sent = put_on_record
-        outcome = await (self._protocol.call(run.call) if claim.message is not None else self._called_at_length(run))
+        outcome = await (
+            self._protocol.call(run.call)
+            if claim.message is not None
+            else self._called_at_length(run)
+        )
         return Unsent(withheld[0]) if withheld and run.call.sent_at is None else outcome
 
     async def _called_at_length(self, run: Run) -> Outcome:
@@ -164,7 +194,9 @@ class Executor:
             except StatementRejected as refusal:
                 return Malformed(f"its message can't be read: {refusal.reason}")
             if call.message is None:
-                return Unsent("its message was changed while it was read, or the lease is not ours any more")
+                return Unsent(
+                    "its message was changed while it was read, or the lease is not ours any more"
+                )
             before = call.on_sent
 
             def sent() -> None:
@@ -196,18 +228,26 @@ class Executor:
                 self._database.lost(outage.reason, outage.asked_at)
                 await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
             except StatementRejected as refusal:
-                if refusal.sqlstate == errors.LockNotAvailable.sqlstate:
+                if refusal.is_lock:
                     # Somebody holds the whole table, as DDL does.
                     await asyncio.sleep(pause)
                     continue
-                self._events.tell("worker.error", doing="accept", recall=run.claim.id, reason=refusal.reason)
+                self._events.tell(
+                    "worker.error", doing="accept", recall=run.claim.id, reason=refusal.reason
+                )
                 return False
 
     async def _followed(self, run: Run) -> Outcome:
         """Poll the run that the API accepted, for as long as its time goes."""
         assert run.reference is not None
-        age = run.claim.delivered_age or 0.0 if run.delivered_at is None else time.monotonic() - run.delivered_at
-        outcome = await self._protocol.follow(run.claim, run.reference, self._settings.run_timeout - age)
+        age = (
+            run.claim.delivered_age or 0.0
+            if run.delivered_at is None
+            else time.monotonic() - run.delivered_at
+        )
+        outcome = await self._protocol.follow(
+            run.claim, run.reference, self._settings.run_timeout - age
+        )
         if isinstance(outcome, Unknown) and outcome.http_status is None:
             await self._protocol.abort(run.claim, run.reference)
         return outcome
@@ -218,7 +258,9 @@ class Executor:
         """The application ended the recall: ask the API to end the run that it accepted, be its reference on record yet or not."""
         claim = run.claim
         with suppress(DatabaseUnavailable, StatementRejected):
-            if run.aborted is None and not set((await self._ledger.check_leases({claim.id: claim.lease})).values()) & set(ENDED):
+            if run.aborted is None and not set(
+                (await self._ledger.check_leases({claim.id: claim.lease})).values()
+            ) & set(ENDED):
                 return
             reference = run.reference
             if reference is None and run.call.sent_at is not None:
@@ -242,11 +284,15 @@ class Executor:
         breaker_closed = not self._endpoint.is_open
         self._endpoint.note(call, outcome)
         if isinstance(outcome, Misconfigured):
-            self._events.tell("endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status)
+            self._events.tell(
+                "endpoint.misconfigured", reason=outcome.reason, http_status=outcome.http_status
+            )
         if isinstance(outcome, Answered):
             self._runs.leave_slot(run)
         if isinstance(outcome, Answered) or run.claim.taken_from is not None:
             self._progressed()
         claim = run.claim._replace(reference=run.reference)
         called_after = None if call.sent_at is None else call.sent_at - call.asked_at
-        self._settler.put(run, Ending(claim, outcome, called_after, now - call.asked_at, now, breaker_closed))
+        self._settler.put(
+            run, Ending(claim, outcome, called_after, now - call.asked_at, now, breaker_closed)
+        )

@@ -56,7 +56,9 @@ class Heartbeat:
             try:
                 if self.check is not None:
                     await self.check()
-                self._replicas_ahead(await self._ledger.heartbeat(self._facts(), self._settings, self._in_hand()))
+                self._replicas_ahead(
+                    await self._ledger.heartbeat(self._facts(), self._settings, self._in_hand())
+                )
                 if time.monotonic() - began > SOON:
                     pause = self._every
             except (DatabaseUnavailable, StatementRejected):

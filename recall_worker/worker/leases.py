@@ -71,7 +71,11 @@ class LeaseRenewer:
                     asked_at = time.monotonic()
                     states = await self._ledger.renew(
                         {id: run.claim.lease for id, run in chunk.items()},
-                        {id: asked_at - run.call.sent_at for id, run in chunk.items() if run.call.sent_at is not None},
+                        {
+                            id: asked_at - run.call.sent_at
+                            for id, run in chunk.items()
+                            if run.call.sent_at is not None
+                        },
                     )
                     self._database.found()
                     if "locked" in states.values():
@@ -125,7 +129,12 @@ class LeaseRenewer:
                 continue
             began = time.monotonic()
             try:
-                self._part(runs, await self._ledger.check_leases({id: run.claim.lease for id, run in runs.items()}))
+                self._part(
+                    runs,
+                    await self._ledger.check_leases(
+                        {id: run.claim.lease for id, run in runs.items()}
+                    ),
+                )
             except (DatabaseUnavailable, StatementRejected):
                 continue  # The renewal says so, and looks itself.
             await asyncio.sleep(max(CHECK_PAUSE, 20 * (time.monotonic() - began)))

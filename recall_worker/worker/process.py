@@ -159,7 +159,9 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
     """Why a schema of this version, which works with code from `oldest_code` on, and this code can't work together; None where they can."""
     needed = generation()
     if version == 0:
-        return SchemaRefused("the database has no recall-worker schema yet", "recall-worker migrate")
+        return SchemaRefused(
+            "the database has no recall-worker schema yet", "recall-worker migrate"
+        )
     if oldest_code > needed:
         return SchemaRefused(
             f"the schema is at version {version} and works with code from generation {oldest_code} on; this is {needed}",
@@ -167,7 +169,9 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
             excludes_code=True,
         )
     if version < needed:
-        return SchemaRefused(f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate")
+        return SchemaRefused(
+            f"the schema is at version {version}, this code needs {needed}", "recall-worker migrate"
+        )
     return None
 
 

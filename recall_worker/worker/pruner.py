@@ -38,7 +38,12 @@ LOCKED = "55P03"
 
 class Pruner:
     def __init__(
-        self, ledger: Ledger, keep: Mapping[str, float], database: DatabaseStatus, events: Events, stopped: asyncio.Event
+        self,
+        ledger: Ledger,
+        keep: Mapping[str, float],
+        database: DatabaseStatus,
+        events: Events,
+        stopped: asyncio.Event,
     ) -> None:
         """`keep`: seconds, by what is kept. `stopped`: set when the worker begins to drain."""
         self._ledger = ledger
@@ -102,7 +107,11 @@ class Pruner:
             else:
                 whole = True
         finally:
-            facts: dict[str, Any] = {**sweep.deleted, "took_s": round(time.monotonic() - began, 3), "whole": whole}
+            facts: dict[str, Any] = {
+                **sweep.deleted,
+                "took_s": round(time.monotonic() - began, 3),
+                "whole": whole,
+            }
             self._events.tell("rows.pruned", **facts)
         await self._ledger.end_turn(self._every if whole else 0.0)
         return whole

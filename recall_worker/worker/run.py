@@ -49,7 +49,8 @@ class Run:
             self.claim.taken_from is not None
             and self.reference is None
             and self.call.sent_at is None
-            and (self.task is None or not self.task.done())
+            and self.task is not None
+            and not self.task.done()
         )
 
     def abort(self, reason: str) -> bool:
@@ -92,7 +93,9 @@ class Runs:
     @property
     def any_unproven(self) -> bool:
         """Whether one that was taken up from a dead worker has not proven to be escape_controls yet."""
-        return any(run.is_unproven for run in self._runs.values() if run.claim.taken_from is not None)
+        return any(
+            run.is_unproven for run in self._runs.values() if run.claim.taken_from is not None
+        )
 
     def by_id(self) -> dict[str, Run]:
         """By their recalls' ids."""

@@ -101,7 +101,9 @@ class Settler:
                 batch = self._next_batch()
                 if not batch:
                     break
-                judged = [(ending, judge(ending, self._policy, self._dice)) for _, ending, _ in batch]
+                judged = [
+                    (ending, judge(ending, self._policy, self._dice)) for _, ending, _ in batch
+                ]
                 began = time.monotonic()
                 try:
                     answers = await self._ledger.settle(judged)
@@ -117,8 +119,14 @@ class Settler:
                     continue
                 self._together = min(BATCH_MOST, self._together * 2)
                 self._database.found()
-                self._events.tell("batch.settled", endings=len(batch), took_ms=round((time.monotonic() - began) * 1000, 1))
-                for (run, ending, pause), (_, verdict), answer in zip(batch, judged, answers, strict=True):
+                self._events.tell(
+                    "batch.settled",
+                    endings=len(batch),
+                    took_ms=round((time.monotonic() - began) * 1000, 1),
+                )
+                for (run, ending, pause), (_, verdict), answer in zip(
+                    batch, judged, answers, strict=True
+                ):
                     self._conclude(run, ending, verdict, answer, pause)
 
     def _next_batch(self) -> list[tuple[Run, Ending, float]]:
@@ -134,7 +142,9 @@ class Settler:
         self._waiting = list(waiting)
         return batch
 
-    def _conclude(self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float) -> None:
+    def _conclude(
+        self, run: Run, ending: Ending, verdict: Verdict, answer: Settlement, pause: float
+    ) -> None:
         is_over = False
         match answer:
             case Moved(trigger, trigger_at, as_settled):
@@ -148,7 +158,13 @@ class Settler:
                 return
             case Settled(status):
                 is_over = status in FINAL
-                self._tell("recall.settled", run, ending, verdict=type(verdict).__name__.lower(), status=status)
+                self._tell(
+                    "recall.settled",
+                    run,
+                    ending,
+                    verdict=type(verdict).__name__.lower(),
+                    status=status,
+                )
             case Ended(status):
                 if status in ("fired", "failed"):
                     self._tell("lease.violated", run, ending, status=status, hint=VIOLATED)
@@ -169,7 +185,9 @@ class Settler:
         else:
             self._later(run, ending, pause)
 
-    async def _settle_waiting(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
+    async def _settle_waiting(
+        self, run: Run, ending: Ending, verdict: Verdict, pause: float
+    ) -> None:
         """Stand in the queue for a locked row: its owner should be the first to have it."""
         try:
             answer = await self._ledger.settle_waiting(ending, verdict)
@@ -185,7 +203,9 @@ class Settler:
 
     def _later(self, run: Run, ending: Ending, pause: float) -> None:
         """Ask for it again after a pause, and the next time after a longer one."""
-        asyncio.get_running_loop().call_later(pause, self._again, run, ending, min(self._locked_most, pause * 2))
+        asyncio.get_running_loop().call_later(
+            pause, self._again, run, ending, min(self._locked_most, pause * 2)
+        )
 
     def _again(self, run: Run, ending: Ending, pause: float) -> None:
         self._waiting.append((run, ending, pause))

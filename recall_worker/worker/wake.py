@@ -93,7 +93,9 @@ class Wake:
     @property
     def wake_delay(self) -> float:
         """Seconds for which other replicas come first."""
-        return min(WAKE_STAGGER_MOST, WAKE_STAGGER * max(0, self.replicas_ahead - EAGER_REPLICAS + 1))
+        return min(
+            WAKE_STAGGER_MOST, WAKE_STAGGER * max(0, self.replicas_ahead - EAGER_REPLICAS + 1)
+        )
 
     def seconds(self, now: float) -> float:
         """Until the next look; 0 where it is time."""

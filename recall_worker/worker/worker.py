@@ -73,7 +73,13 @@ class Worker:
             give_up=settings.give_up,
             message_limit=limit,
         )
-        self._ledger = Ledger(settings.dsn, name, settings.lease, fleet=settings.fleet_concurrency, message_limit=limit)
+        self._ledger = Ledger(
+            settings.dsn,
+            name,
+            settings.lease,
+            fleet=settings.fleet_concurrency,
+            message_limit=limit,
+        )
         endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -81,8 +87,17 @@ class Worker:
         self._wake = Wake(settings.poll_interval, time.monotonic())
         self._database = DatabaseStatus(events, settings.lease)
         deadlines = Deadlines.within(settings.lease)
-        self._listener = Listener(settings.listen_dsn or settings.dsn, name, self._notified, self._self_test, events, deadlines)
-        self._settler = Settler(self._ledger, self._policy, events, self._database, self._settled, settings.lease)
+        self._listener = Listener(
+            settings.listen_dsn or settings.dsn,
+            name,
+            self._notified,
+            self._self_test,
+            events,
+            deadlines,
+        )
+        self._settler = Settler(
+            self._ledger, self._policy, events, self._database, self._settled, settings.lease
+        )
         self._endpoint = EndpointStatus(self._ledger, endpoint, events, self._endpoint_changed)
         executor = Executor(
             settings, self._policy, protocol, self._ledger, self._runs, self._settler, self._endpoint, self._database, events,
@@ -92,7 +107,9 @@ class Worker:
             settings, self._ledger, self._runs, executor, self._endpoint, self._database, events, self._wake,
             lambda: self.traceparent(),
         )  # fmt: skip
-        self._leases = LeaseRenewer(self._ledger, settings.lease, self._database, self._runs.by_id, self._let_go)
+        self._leases = LeaseRenewer(
+            self._ledger, settings.lease, self._database, self._runs.by_id, self._let_go
+        )
         self._heartbeat = Heartbeat(
             self._ledger, settings.lease, settings.shown(), self._facts, lambda: self._runs.in_doubt(settings.lease),
             self._replicas_ahead,
@@ -102,10 +119,14 @@ class Worker:
         self.traceparent: Callable[[], str] = traceparent
         """What a call's header of that name is made by: whoever writes traces puts its own in here."""
         keep = settings.keep
-        self._pruner = Pruner(self._ledger, keep, self._database, events, self._stop) if keep else None
+        self._pruner = (
+            Pruner(self._ledger, keep, self._database, events, self._stop) if keep else None
+        )
         self._database.on_return(self._dispatcher.changed)
         self._database.on_return(self._listener.recheck)
-        events.listen(lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None)
+        events.listen(
+            lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None
+        )
 
     # --- from outside --------------------------------------------------------------------------------------------
 
@@ -116,7 +137,9 @@ class Worker:
                 self._events.tell("worker.hurried", runs=len(self._runs))
             self._hurry.set()
         else:
-            self._events.tell("worker.draining", runs=len(self._runs), timeout_s=self._settings.drain_timeout)
+            self._events.tell(
+                "worker.draining", runs=len(self._runs), timeout_s=self._settings.drain_timeout
+            )
             self._stop.set()
             self._dispatcher.stop()
 
@@ -171,7 +194,9 @@ class Worker:
     async def run(self) -> None:
         """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back, and what
         `refuse()` was given."""
-        self._events.tell("worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None})
+        self._events.tell(
+            "worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None}
+        )
         try:
             async with asyncio.TaskGroup() as loops:
                 helpers = [
@@ -185,7 +210,11 @@ class Worker:
                         ("heartbeat", self._heartbeat.run()),
                     )
                 ]
-                pruning = loops.create_task(self._pruner.run(), name="pruner") if self._pruner is not None else None
+                pruning = (
+                    loops.create_task(self._pruner.run(), name="pruner")
+                    if self._pruner is not None
+                    else None
+                )
                 await self._dispatcher.run()
                 await self._drain()
                 if pruning is not None:
@@ -224,7 +253,9 @@ class Worker:
 
     def _let_go(self, run: Run, state: str) -> None:
         if run in self._runs and run.abort(state):
-            self._events.tell("recall.aborted", recall=run.claim.id, session=run.claim.session_id, because=state)
+            self._events.tell(
+                "recall.aborted", recall=run.claim.id, session=run.claim.session_id, because=state
+            )
 
     def _replicas_ahead(self, number: int) -> None:
         self._wake.replicas_ahead = number
@@ -256,13 +287,19 @@ class Worker:
         idle = asyncio.create_task(self._runs.idle.wait())
         until = time.monotonic() + self._settings.drain_timeout
         while (left := until - time.monotonic()) > 0 and not (hurry.done() or idle.done()):
-            await asyncio.wait((hurry, idle), timeout=min(1.0, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (hurry, idle), timeout=min(1.0, left), return_when=asyncio.FIRST_COMPLETED
+            )
             self._drained_at = time.monotonic()
         if self._runs:
             released = sum(run.abort("the worker stopped in mid-run") for run in self._runs)
             self._events.tell("worker.released", runs=released)
             until = time.monotonic() + SETTLE_PATIENCE
-            while (left := until - time.monotonic()) > 0 and not idle.done() and not self._is_hurried_away:
+            while (
+                (left := until - time.monotonic()) > 0
+                and not idle.done()
+                and not self._is_hurried_away
+            ):
                 await asyncio.wait((idle,), timeout=min(0.2, left))
                 self._drained_at = time.monotonic()
         for task in (hurry, idle):

@@ -38,7 +38,13 @@ HOPELESS_MOST = 30.0
 
 
 async def audit(
-    seed: int, minutes: float, drawn: Drawn, *, site: Path, folder: Path, kinds: list[str] | None = None
+    seed: int,
+    minutes: float,
+    drawn: Drawn,
+    *,
+    site: Path,
+    folder: Path,
+    kinds: list[str] | None = None,
 ) -> tuple[Account, Schedule]:
     """One run of the audit: the account, and the faults."""
     async with AsyncExitStack() as stack:
@@ -66,7 +72,9 @@ async def audit(
             account.findings.append(
                 f"drain: {left} recalls had not ended {drawn.drain_most:.0f} s after the application fell silent"
             )
-        account.findings += [f"stop: exit status {status} after SIGTERM" for status in statuses if status != 0]
+        account.findings += [
+            f"stop: exit status {status} after SIGTERM" for status in statuses if status != 0
+        ]
         account.findings += [
             f"crash: {r.slot} ended with {status} unasked"
             for r in stage.replicas
@@ -92,7 +100,9 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
         return await cursor.fetchall()
 
     async def resume(conn: psycopg.AsyncConnection[Any]) -> None:
-        await conn.execute("update session_recalls set paused_at = null, updated_at = now() where paused_at is not null")
+        await conn.execute(
+            "update session_recalls set paused_at = null, updated_at = now() where paused_at is not null"
+        )
 
     async def end() -> None:
         for (id,) in await hand.settle_waiting(cancel):
@@ -124,7 +134,9 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     return left
 
 
-async def _tables(conn: psycopg.AsyncConnection[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+async def _tables(
+    conn: psycopg.AsyncConnection[Any],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     conn.adapters.register_loader("timestamptz", Dates)
     async with conn.cursor(row_factory=dict_row) as cursor:
         rows = await (await cursor.execute("select * from session_recalls")).fetchall()
@@ -144,7 +156,14 @@ def _evidence(account: Account, records: Records) -> str:
     return "\n".join([*lines, "", *map(str, records.faults), *map(str, records.calm)])
 
 
-def told(seed: int, minutes: float, drawn: Drawn, audited: str | None, account: Account, schedule: Schedule) -> dict[str, Any]:
+def told(
+    seed: int,
+    minutes: float,
+    drawn: Drawn,
+    audited: str | None,
+    account: Account,
+    schedule: Schedule,
+) -> dict[str, Any]:
     """The result as one document."""
     recovered: dict[str, list[float]] = defaultdict(list)
     for fault in schedule.faults:
@@ -157,7 +176,10 @@ def told(seed: int, minutes: float, drawn: Drawn, audited: str | None, account: 
         "settings": drawn.shown,
         **account.facts,
         "faults": dict(sorted(Counter(f.kind for f in schedule.faults).items())),
-        "seconds to recover": {kind: [round(seconds, 2) for seconds in found] for kind, found in sorted(recovered.items())},
+        "seconds to recover": {
+            kind: [round(seconds, 2) for seconds in found]
+            for kind, found in sorted(recovered.items())
+        },
         "kinds not reached": schedule.missed,
         "findings": account.findings,
     }
@@ -170,7 +192,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'FAULT':<24}{'TIMES':>6}   SECONDS TO RECOVER (median, most)")
     for kind, times in faults.items():
         found = recovery.get(kind)
-        median, most = (f"{statistics.median(found):.2f}", f"{max(found):.2f}") if found else ("", "")
+        median, most = (
+            (f"{statistics.median(found):.2f}", f"{max(found):.2f}") if found else ("", "")
+        )
         print(f"  {kind:<24}{times:>6}   {median:>6}  {most:>6}")
     for name, value in result.items():
         if name not in ("seed", "minutes", "commit", "faults", "seconds to recover", "findings"):
@@ -184,12 +208,19 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {name}: {said}")
     lags = result["lag in calm phases, ms (p50, p99, most)"]
     if lags and lags[0] > SLOW_MS:
-        print("  THE MACHINE IS TOO SLOW, or does too much else: what is found of times says little")
+        print(
+            "  THE MACHINE IS TOO SLOW, or does too much else: what is found of times says little"
+        )
     for finding in result["findings"][:40]:
         print(f"  FOUND  {finding}")
     if len(result["findings"]) > 40:
         print(f"  … and {len(result['findings']) - 40} more")
-    print("  the account is clean" if not result["findings"] else f"  {len(result['findings'])} findings", flush=True)
+    print(
+        "  the account is clean"
+        if not result["findings"]
+        else f"  {len(result['findings'])} findings",
+        flush=True,
+    )
 
 
 def report(results: list[dict[str, Any]], document: Path | None) -> None:
@@ -199,14 +230,22 @@ def report(results: list[dict[str, Any]], document: Path | None) -> None:
         return
     text = document.read_text(encoding="utf-8")
     before, after = text[: text.index(reporting.BEGIN)], text[text.index(reporting.END) :]
-    document.write_text(f"{before}{reporting.BEGIN}\n{reporting.written(results)}\n{after}", encoding="utf-8")
+    document.write_text(
+        f"{before}{reporting.BEGIN}\n{reporting.written(results)}\n{after}", encoding="utf-8"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", default="101", help="a number, or a range such as 101-103: one run each")
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long faults go on, each run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each with a PostgreSQL of its own")
+    parser.add_argument(
+        "--seed", default="101", help="a number, or a range such as 101-103: one run each"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1.0, help="how long faults go on, each run"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs side by side, each with a PostgreSQL of its own"
+    )
     parser.add_argument("--replicas", type=int, default=3)
     for name, what in (
         ("lease", "seconds"), ("slots", "a number"), ("fleet", "a number, or off"),
@@ -217,13 +256,26 @@ def main() -> int:
     parser.add_argument("--patch", type=Path, help="a patch to plant in the code that is audited")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
-        "--report", type=Path, nargs="+", metavar="FILE", help="run nothing: report these results, written by --json"
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="run nothing: report these results, written by --json",
     )
-    parser.add_argument("--docs", type=Path, help="with --report: the document whose marked part is written anew")
+    parser.add_argument(
+        "--docs", type=Path, help="with --report: the document whose marked part is written anew"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the workers' logs, and say where")
     given = parser.parse_args()
     if given.report:
-        report([result for file in given.report for result in json.loads(file.read_text(encoding="utf-8"))], given.docs)
+        report(
+            [
+                result
+                for file in given.report
+                for result in json.loads(file.read_text(encoding="utf-8"))
+            ],
+            given.docs,
+        )
         return 0
     first, _, last = given.seed.partition("-")
     seeds = list(range(int(first), int(last or first) + 1))
@@ -267,7 +319,9 @@ def _settings(seed: int, given: argparse.Namespace) -> Drawn:
     return dataclasses.replace(draw(seed, given.replicas), **more)
 
 
-def _one(seed: int, given: argparse.Namespace, drawn: Drawn, kinds: list[str] | None) -> dict[str, Any]:
+def _one(
+    seed: int, given: argparse.Namespace, drawn: Drawn, kinds: list[str] | None
+) -> dict[str, Any]:
     """One run, shown; its result."""
     folder = scratch()
     try:
@@ -275,7 +329,9 @@ def _one(seed: int, given: argparse.Namespace, drawn: Drawn, kinds: list[str] | 
         if audited is not None and given.patch is not None:
             audited += f" with {given.patch.name}"
         site = install(folder, given.patch and given.patch.resolve())
-        account, schedule = asyncio.run(audit(seed, given.minutes, drawn, site=site, folder=folder, kinds=kinds))
+        account, schedule = asyncio.run(
+            audit(seed, given.minutes, drawn, site=site, folder=folder, kinds=kinds)
+        )
         result = told(seed, given.minutes, drawn, audited, account, schedule)
         show(result)
     finally:
@@ -297,7 +353,12 @@ def side_by_side(seeds: list[int], jobs: int, words: list[str]) -> list[dict[str
         mine = [*words, "--seed", str(seed), "--jobs", "1", "--json", str(file)]
         async with turns:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.chaos", *mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                sys.executable,
+                "-m",
+                "tests.chaos",
+                *mine,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             said, _ = await process.communicate()
         print(said.decode(errors="replace"), end="", flush=True)

@@ -43,7 +43,13 @@ TROUBLED = 4.0
 """Seconds after a fault in which a worker may still be starting, or connecting."""
 
 WORKER_DIED = ("kill", "stop long", "term")
-CUT_OFF = ("database silent", "database half open", "database cut", "database cut for all", "database slow")
+CUT_OFF = (
+    "database silent",
+    "database half open",
+    "database cut",
+    "database cut for all",
+    "database slow",
+)
 API_WAY = ("api cut", "api slow", "api silent")
 STOPPED = ("stop short", "stop long")
 OUTAGES = (
@@ -100,7 +106,10 @@ class Records:
 
     def on(self, start: float, end: float, kinds: Collection[str]) -> bool:
         """Whether such a fault was on at any time between, whomever it struck."""
-        return any(f.kind in kinds and f.began <= end and (f.ended is None or f.ended >= start) for f in self.faults)
+        return any(
+            f.kind in kinds and f.began <= end and (f.ended is None or f.ended >= start)
+            for f in self.faults
+        )
 
     def in_calm(self, instant: float) -> float | None:
         """The end of the calm phase that this instant lies in."""
@@ -117,7 +126,9 @@ class Records:
 
     def held_back(self, promise: Promise, instant: float) -> bool:
         """Whether it was paused at that time, or may have been."""
-        acts = [a for a in promise.acts if a.what in ("pause", "resume", "retry") and a.asked < instant]
+        acts = [
+            a for a in promise.acts if a.what in ("pause", "resume", "retry") and a.asked < instant
+        ]
         return bool(acts) and (acts[-1].what == "pause" or acts[-1].done is None)
 
     def stood_or_slow(self, call: Call, since: float) -> bool:
@@ -128,7 +139,9 @@ class Records:
     def succeeded(self, call: Call) -> bool:
         """Whether this call told its worker that the run ended well."""
         run = self.api.runs.get(call.key)
-        return call.how in ("ok", "huge", "dribbled") or (call.how == "accepted" and run is not None and run.result == "ok")
+        return call.how in ("ok", "huge", "dribbled") or (
+            call.how == "accepted" and run is not None and run.result == "ok"
+        )
 
 
 def settle_up(records: Records) -> Account:
@@ -192,7 +205,9 @@ def replays(records: Records) -> Iterator[str]:
     for key, calls in records.by_key.items():
         for first, second in pairwise(calls):
             run = records.api.runs.get(key)
-            told = first.how in (*DEFINITE, "accepted") or (first.how == "failed" and run is not None)
+            told = first.how in (*DEFINITE, "accepted") or (
+                first.how == "failed" and run is not None
+            )
             if not told or first.hung_up or first.ended is None:
                 continue
             # Its worker died, or was stopped for longer than its lease, before it could settle.
@@ -200,14 +215,25 @@ def replays(records: Records) -> Iterator[str]:
                 continue
             # The second had claimed first, was stopped before it called, and went on where it
             # stood.
-            if second.attempt < first.attempt and records.struck(second.worker, first.at, second.at, STOPPED):
+            if second.attempt < first.attempt and records.struck(
+                second.worker, first.at, second.at, STOPPED
+            ):
                 continue
             # It was told to stop while PostgreSQL would not take its last settles.
-            if records.struck(first.worker, first.at, second.at, ("term",)) and records.on(first.at, second.at, OUTAGES):
+            if records.struck(first.worker, first.at, second.at, ("term",)) and records.on(
+                first.at, second.at, OUTAGES
+            ):
                 continue
             # It was cut off from the database, alone, for about as long as a lease: the others can't know that it lives.
-            cuts = [f for f in records.faults if f.kind in CUT_OFF and f.strikes(first.worker, first.at, second.at)]
-            if any(f.seconds > records.drawn.lease / 2 for f in cuts) and second.worker != first.worker:
+            cuts = [
+                f
+                for f in records.faults
+                if f.kind in CUT_OFF and f.strikes(first.worker, first.at, second.at)
+            ]
+            if (
+                any(f.seconds > records.drawn.lease / 2 for f in cuts)
+                and second.worker != first.worker
+            ):
                 continue
             # Accepted, but in an outage the reference could not be put on record before the lease ran out: through a proxy the worker can't tell
             # a PostgreSQL that is gone for all from one that is gone for it, and breaks off.
@@ -217,7 +243,9 @@ def replays(records: Records) -> Iterator[str]:
             if first.how == "accepted" and records.on(first.at, second.at, API_WAY):
                 continue
             # The answer may not have arrived. A connection that was forgotten while it was open stays so when the way is healed.
-            if records.on(first.ended - 1, first.ended + 1, API_WAY) or records.on(first.at, first.ended, ("api silent",)):
+            if records.on(first.ended - 1, first.ended + 1, API_WAY) or records.on(
+                first.at, first.ended, ("api silent",)
+            ):
                 continue
             yield f"{key}: answered {first.how} to {first.worker}, and asked again by {second.worker} {second.at - first.ended:.1f} s later"
 
@@ -258,7 +286,11 @@ def second_keys(records: Records) -> Iterator[str]:
 
 def endings(records: Records) -> Iterator[str]:
     """Every recall has come to an end that its calls, or its application, explain."""
-    deleted = {p.session for p in records.journal.promises.values() if p.ended == "deleted" or p.maybe_ended}
+    deleted = {
+        p.session
+        for p in records.journal.promises.values()
+        if p.ended == "deleted" or p.maybe_ended
+    }
     for promise in records.journal.promises.values():
         row, calls = records.rows.get(promise.id), records.by_recall[promise.id]
         if row is None:
@@ -277,7 +309,9 @@ def endings(records: Records) -> Iterator[str]:
         ):
             # Skips and moves may take the last of its numbers; which were never called, `numbers` counts.
             yield f"lost: {promise.id} ({promise.kind}) is fired, though no call of it was answered so"
-        elif status == "cancelled" and not (promise.ended or promise.maybe_ended or any(c.how == "gone" for c in calls)):
+        elif status == "cancelled" and not (
+            promise.ended or promise.maybe_ended or any(c.how == "gone" for c in calls)
+        ):
             yield f"lost: {promise.id} ({promise.kind}) is cancelled, and nobody did that"
         elif status == "failed":
             yield from _failed(promise, row, records)
@@ -288,7 +322,9 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
         yield f"{promise.id} failed without a reason"
     if any(c.how == "refused" for c in records.by_recall[promise.id]):
         return
-    if promise.moves and any(said in row["reason"] for said in ("it had all", "it had its one", "where it ends")):
+    if promise.moves and any(
+        said in row["reason"] for said in ("it had all", "it had its one", "where it ends")
+    ):
         # Skips and moves took the last of its numbers. It ends as its last call did.
         calls = records.by_recall[promise.id]
         if calls and records.succeeded(calls[-1]):
@@ -297,7 +333,11 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
     marks = records.marks_of[promise.id]
     spent = max(
         (
-            sum(m["calls"] for m in marks if m["occurrence"] == o and m["outcome"] in ("unknown", "failed"))
+            sum(
+                m["calls"]
+                for m in marks
+                if m["occurrence"] == o and m["outcome"] in ("unknown", "failed")
+            )
             for o in {m["occurrence"] for m in marks}
         ),
         default=0,
@@ -338,7 +378,9 @@ def settled_twice(records: Records) -> Iterator[str]:
         ):
             ended[mark["recall_id"], mark["occurrence"]] += 1
         if mark["outcome"] == "answered":
-            key = f"{mark['recall_id']}:{mark['occurrence']}" + (f".{mark['rekey']}" if mark["rekey"] else "")
+            key = f"{mark['recall_id']}:{mark['occurrence']}" + (
+                f".{mark['rekey']}" if mark["rekey"] else ""
+            )
             if not any(records.succeeded(c) for c in records.by_key.get(key, [])):
                 yield f"{key} is on record as answered, which no call of it was"
     for (recall, occurrence), times in ended.items():
@@ -367,7 +409,10 @@ def at_once(records: Records) -> Iterator[str]:
                 if first.ended is not None and first.ended <= second.at + SLACK:
                     continue
                 # A stopped process holds its connections open and can't know; its successor asks under the same key.
-                if records.struck(first.worker, first.at, second.at, STOPPED) and first.key == second.key:
+                if (
+                    records.struck(first.worker, first.at, second.at, STOPPED)
+                    and first.key == second.key
+                ):
                     continue
                 # What a slow or silent way to the API does to a connection, the API learns late.
                 if records.on(first.at, second.at + 1, API_WAY):
@@ -382,7 +427,11 @@ def after_the_end(records: Records) -> Iterator[str]:
         for ended, revived in promise.ends:
             for call in records.by_recall[promise.id]:
                 late = call.at - ended
-                if late > CANCEL_TAKES and call.at < revived and not records.stood_or_slow(call, ended):
+                if (
+                    late > CANCEL_TAKES
+                    and call.at < revived
+                    and not records.stood_or_slow(call, ended)
+                ):
                     yield f"{call.key} was called {late:.1f} s after it was {promise.ended or 'ended'}"
 
 
@@ -425,7 +474,11 @@ def edits(records: Records) -> Iterator[str]:
                 continue
             for call in records.by_recall[promise.id]:
                 was = act.done + CANCEL_TAKES < call.at < (NEVER if after is None else after.asked)
-                if was and call.message != act.message and not records.stood_or_slow(call, act.done):
+                if (
+                    was
+                    and call.message != act.message
+                    and not records.stood_or_slow(call, act.done)
+                ):
                     yield f"{call.key} said {call.message!r} {call.at - act.done:.1f} s after an edit to {act.message!r}"
 
 
@@ -435,10 +488,17 @@ def paused(records: Records) -> Iterator[str]:
         for n, act in enumerate(promise.acts):
             if act.what != "pause" or act.done is None:
                 continue
-            until = min((a.asked for a in promise.acts[n + 1 :] if a.what in ("resume", "retry")), default=NEVER)
+            until = min(
+                (a.asked for a in promise.acts[n + 1 :] if a.what in ("resume", "retry")),
+                default=NEVER,
+            )
             for call in records.by_recall[promise.id]:
                 late = call.at - act.done
-                if late > CANCEL_TAKES and call.at < until and not records.stood_or_slow(call, act.done):
+                if (
+                    late > CANCEL_TAKES
+                    and call.at < until
+                    and not records.stood_or_slow(call, act.done)
+                ):
                     yield f"{call.key} was called {late:.1f} s after it was paused"
 
 
@@ -466,7 +526,9 @@ def intervals(records: Records) -> Iterator[str]:
             # The API learns late of what such a way did to the connection; a process that stood
             # still read the answer late, and its last attempt may have been counted as unknown
             # before that.
-            if records.on(before.at, ended + 1, API_WAY) or records.struck(before.worker, before.at, after.at, STOPPED):
+            if records.on(before.at, ended + 1, API_WAY) or records.struck(
+                before.worker, before.at, after.at, STOPPED
+            ):
                 continue
             gap = after.at - ended
             if gap < promise.interval - GAP_SLACK:
@@ -490,7 +552,9 @@ def counts(records: Records) -> Iterator[str]:
     marks: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for mark in records.marks:
         if mark["outcome"] != "misfired":
-            key = f"{mark['recall_id']}:{mark['occurrence']}" + (f".{mark['rekey']}" if mark["rekey"] else "")
+            key = f"{mark['recall_id']}:{mark['occurrence']}" + (
+                f".{mark['rekey']}" if mark["rekey"] else ""
+            )
             marks[key, mark["attempt"]].append(mark)
     for key, attempt in {*asked, *marks}:
         promise = records.journal.promises.get(key.rpartition(":")[0])
@@ -503,7 +567,10 @@ def counts(records: Records) -> Iterator[str]:
             # Ended in mid-run, and its worker died: it is put down a minute later, and never where
             # the row is gone or was retried.
             over = promise is None or promise.ends or promise.maybe_ended or promise.did("retry")
-            if over and any(records.struck(c.worker, c.at, c.ended or NEVER, (*WORKER_DIED, *OUTAGES)) for c in calls):
+            if over and any(
+                records.struck(c.worker, c.at, c.ended or NEVER, (*WORKER_DIED, *OUTAGES))
+                for c in calls
+            ):
                 continue
             yield f"{key}, attempt {attempt}: {len(calls)} requests, and its marks count {most}"
         elif len(calls) < least:
@@ -533,12 +600,21 @@ def hung_up(records: Records) -> Iterator[str]:
                 if call.how == "accepted":
                     asked = records.api.deleted.get(call.key, NEVER)
                     # Its reference is on record before it can be asked to end.
-                    if call.ended is None or call.ended > ended - 1 or run is None or asked <= until:
+                    if (
+                        call.ended is None
+                        or call.ended > ended - 1
+                        or run is None
+                        or asked <= until
+                    ):
                         continue
                     if (run.ended or NEVER) > until and revived > until:
                         yield f"{call.key} was accepted, and not asked to end within {within:.1f} s of its recall's"
                 elif call.at < ended and (call.ended or NEVER) > until:
-                    over = f"{call.ended - ended:.1f} s later" if call.ended is not None else "to the end"
+                    over = (
+                        f"{call.ended - ended:.1f} s later"
+                        if call.ended is not None
+                        else "to the end"
+                    )
                     yield f"{call.key} was {promise.ended or 'ended'} in mid-run, and its call was open {over}"
 
 
@@ -550,7 +626,9 @@ def moved(records: Records) -> Iterator[str]:
             continue  # What a skip adds is another distance than cron's: a worker finds the moment.
         for n, act in enumerate(promise.acts):
             # What was done to it afterwards changes that again.
-            bounds = [a.asked for a in promise.acts[n + 1 :]] + [end for end, _ in promise.ends if end > act.asked]
+            bounds = [a.asked for a in promise.acts[n + 1 :]] + [
+                end for end, _ in promise.ends if end > act.asked
+            ]
             until = min(bounds, default=NEVER)
             if act.what in ("pause", "edit") or act.done is None or act.due is None:
                 continue
@@ -564,7 +642,9 @@ def _moved_waiting(promise: Promise, act: Act, until: float, records: Records) -
     assert act.done is not None and act.due is not None
     calls = records.by_recall[promise.id]
     for call in calls:
-        if act.done + CANCEL_TAKES < call.at < min(act.due - SLACK, until) and not records.stood_or_slow(call, act.done):
+        if act.done + CANCEL_TAKES < call.at < min(
+            act.due - SLACK, until
+        ) and not records.stood_or_slow(call, act.done):
             yield f"{call.key} was called {act.due - call.at:.1f} s before the time that a {act.what} gave it"
     if records.held_back(promise, act.done):
         return
@@ -585,7 +665,9 @@ def _moved_in_run(promise: Promise, act: Act, until: float, records: Records) ->
     yield from _late(promise, act, max(act.due, act.done, flight.ended), after, until, records)
 
 
-def _late(promise: Promise, act: Act, when: float, call: Call | None, until: float, records: Records) -> Iterator[str]:
+def _late(
+    promise: Promise, act: Act, when: float, call: Call | None, until: float, records: Records
+) -> Iterator[str]:
     calm = records.in_calm(when)
     if calm is None or promise.session in records.chains or records.is_capped(promise.session):
         return
@@ -633,7 +715,9 @@ def session_limit(records: Records) -> Iterator[str]:
     for session, calls in records.by_session.items():
         # What was under way when its worker died, or stood still, is put down later where its recall
         # was ended meanwhile, or never where the row is gone.
-        runs = [c for c in calls if c.how in RAN and not c.hung_up and not _put_down_late(c, records)]
+        runs = [
+            c for c in calls if c.how in RAN and not c.hung_up and not _put_down_late(c, records)
+        ]
         if len(runs) > limit:
             yield f"{session} had {len(runs)} runs, and may have {limit} in an hour"
 

@@ -104,7 +104,9 @@ class Api:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 22, backlog=512)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, limit=1 << 22, backlog=512
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -122,11 +124,19 @@ class Api:
     # --- the wire ----------------------------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+        with suppress(
+            ConnectionError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+            asyncio.CancelledError,
+        ):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 line, *fields = head.rstrip("\r\n").split("\r\n")
-                headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
+                headers = {
+                    name.lower(): value.strip()
+                    for name, _, value in (f.partition(":") for f in fields)
+                }
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
                 method, path, _ = line.split(" ", 2)
                 if method == "POST":
@@ -140,7 +150,12 @@ class Api:
         writer.close()
 
     async def _post(
-        self, path: str, headers: dict[str, str], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> bool:
         found = re.fullmatch(r"/(w\d+)/sessions/([^/]+)/run", path)
         assert found is not None, path
@@ -194,7 +209,12 @@ class Api:
         elif run.ended is None:
             writer.write(_http(200, {"run_id": run.key, "status": "running"}))
         else:
-            writer.write(_http(200, {"run_id": run.key, "status": "completed" if run.result == "ok" else "failed"}))
+            writer.write(
+                _http(
+                    200,
+                    {"run_id": run.key, "status": "completed" if run.result == "ok" else "failed"},
+                )
+            )
         await writer.drain()
         return True
 
@@ -219,7 +239,11 @@ class Api:
             run = self._begin(call)
         after = self._dice.random()
         if after < 0.03:
-            return "accepted", _http(202, {"run_id": call.key, "status": "running"}, location=f"/runs/{call.key}"), True
+            return (
+                "accepted",
+                _http(202, {"run_id": call.key, "status": "running"}, location=f"/runs/{call.key}"),
+                True,
+            )
         if after < 0.05:
             await asyncio.sleep(self._dice.random() * 0.2)
             return "reset", b"", False  # The run goes on.
@@ -242,9 +266,17 @@ class Api:
         """Answers with which no run begins."""
         dice = self._dice.random()
         if dice < 0.020:
-            return "busy", _http(self._dice.choice((409, 423)), {"code": "session_busy"}, retry_after=1), True
+            return (
+                "busy",
+                _http(self._dice.choice((409, 423)), {"code": "session_busy"}, retry_after=1),
+                True,
+            )
         if dice < 0.030:
-            return "unavailable", _http(self._dice.choice((408, 425, 429, 503)), {"error": "later"}, retry_after=1), True
+            return (
+                "unavailable",
+                _http(self._dice.choice((408, 425, 429, 503)), {"error": "later"}, retry_after=1),
+                True,
+            )
         if dice < 0.040:
             return "unknown", _http(self._dice.choice((500, 502, 504)), {"error": "?"}), True
         if dice < 0.043:
@@ -252,7 +284,11 @@ class Api:
         if dice < 0.046:
             return "gone", _http(404, {"code": "session_not_found"}), True
         if dice < 0.048:
-            return "misconfigured", _http(self._dice.choice((404, 405, 301)), {"error": "nothing here"}), True
+            return (
+                "misconfigured",
+                _http(self._dice.choice((404, 405, 301)), {"error": "nothing here"}),
+                True,
+            )
         return None
 
     def _begin(self, call: Call) -> Run:
@@ -282,9 +318,19 @@ class Api:
             run.done.set()
 
 
-def _http(status: int, document: dict[str, Any], *, retry_after: int | None = None, location: str | None = None) -> bytes:
+def _http(
+    status: int,
+    document: dict[str, Any],
+    *,
+    retry_after: int | None = None,
+    location: str | None = None,
+) -> bytes:
     content = json.dumps(document).encode()
-    lines = [f"HTTP/1.1 {status} Status", "content-type: application/json", f"content-length: {len(content)}"]
+    lines = [
+        f"HTTP/1.1 {status} Status",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+    ]
     if retry_after is not None:
         lines.append(f"retry-after: {retry_after}")
     if location is not None:

@@ -40,7 +40,9 @@ class Fault:
 
     def strikes(self, slot: str, start: float, end: float) -> bool:
         """Whether it was on, for this slot, at any time between."""
-        return slot in self.slots and self.began <= end and (self.ended is None or self.ended >= start)
+        return (
+            slot in self.slots and self.began <= end and (self.ended is None or self.ended >= start)
+        )
 
     @property
     def seconds(self) -> float:
@@ -74,7 +76,10 @@ class Scene:
 
     def victims(self, most: int = 1) -> list[Replica]:
         """Some replicas, never all of them; they are on record."""
-        chosen = self.dice.sample(self.stage.replicas, k=min(self.dice.randint(1, most), max(1, len(self.stage.replicas) - 1)))
+        chosen = self.dice.sample(
+            self.stage.replicas,
+            k=min(self.dice.randint(1, most), max(1, len(self.stage.replicas) - 1)),
+        )
         self.fault.slots = frozenset(r.slot for r in chosen)
         return chosen
 
@@ -91,9 +96,12 @@ class Scene:
 
     async def terminate(self, name: str) -> None:
         with suppress(psycopg.Error):
-            async with await psycopg.AsyncConnection.connect(self.stage.dsn, autocommit=True, connect_timeout=3) as conn:
+            async with await psycopg.AsyncConnection.connect(
+                self.stage.dsn, autocommit=True, connect_timeout=3
+            ) as conn:
                 await conn.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name like %s", [name]
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name like %s",
+                    [name],
                 )
 
 
@@ -141,7 +149,9 @@ async def stop_long(scene: Scene) -> None:
 async def clock(scene: Scene) -> None:
     """The host's clock jumps by hours, or by a second; it stays so."""
     for replica in scene.victims(2):
-        replica.clock.write_text(scene.dice.choice(("+0", "+3h", "-7h", "+1", "-1", "+40d", "-40d")))
+        replica.clock.write_text(
+            scene.dice.choice(("+0", "+3h", "-7h", "+1", "-1", "+40d", "-40d"))
+        )
     await scene.lasts(0.5, 1)
 
 
@@ -184,7 +194,9 @@ async def lone_ring(scene: Scene) -> None:
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(scene.drawn.quiet_within), _asking(scene.stage.dsn) as conn:
-                while conn is not None and (await (await conn.execute(STIRRING.encode())).fetchone()) != (0,):  # noqa: ASYNC110 - a table
+                while conn is not None and (
+                    await (await conn.execute(STIRRING.encode())).fetchone()
+                ) != (0,):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
                 await scene.terminate("recall-worker bell%")
                 scene.fault.lone = await scene.hand.promise("immediate", 0)
@@ -201,7 +213,11 @@ async def full_house(scene: Scene) -> None:
         until = time.monotonic() + scene.dice.uniform(3, 6)
         while time.monotonic() < until:
             try:
-                taken.append(await psycopg.AsyncConnection.connect(scene.stage.dsn, autocommit=True, connect_timeout=3))
+                taken.append(
+                    await psycopg.AsyncConnection.connect(
+                        scene.stage.dsn, autocommit=True, connect_timeout=3
+                    )
+                )
             except psycopg.OperationalError:
                 await asyncio.sleep(0.02)
     finally:
@@ -225,7 +241,9 @@ async def locks(scene: Scene) -> None:
 
     async def hold(how: str, end: str) -> None:
         with suppress(psycopg.Error):
-            async with await psycopg.AsyncConnection.connect(scene.stage.dsn, connect_timeout=3) as conn:
+            async with await psycopg.AsyncConnection.connect(
+                scene.stage.dsn, connect_timeout=3
+            ) as conn:
                 await conn.execute("set lock_timeout = '2s'")
                 await conn.execute(
                     how.replace(
@@ -238,8 +256,12 @@ async def locks(scene: Scene) -> None:
 
     await asyncio.gather(
         hold("select from session_recalls where id in SOME for update skip locked", "commit"),
-        hold("update session_recalls set internal_comment = 'looked at' where id in SOME", "commit"),
-        hold("update session_recalls set internal_comment = 'looked at' where id in SOME", "rollback"),
+        hold(
+            "update session_recalls set internal_comment = 'looked at' where id in SOME", "commit"
+        ),
+        hold(
+            "update session_recalls set internal_comment = 'looked at' where id in SOME", "rollback"
+        ),
     )
 
 
@@ -389,7 +411,11 @@ class Schedule:
     def __init__(self, stage: Stage, hand: Hand, seed: int, kinds: list[str]) -> None:
         self._stage, self._hand, self._drawn = stage, hand, stage.drawn
         self._dice = random.Random(f"faults {seed}")
-        self._kinds = [kind for kind in kinds if (kind != "full disk" or stage.has_room) and (kind != "clock" or FAKETIME)]
+        self._kinds = [
+            kind
+            for kind in kinds
+            if (kind != "full disk" or stage.has_room) and (kind != "clock" or FAKETIME)
+        ]
         self._deck = first_deck(seed, self._kinds, self._dice)
         self.faults: list[Fault] = []
         self.calm: list[tuple[float, float]] = []
@@ -415,7 +441,10 @@ class Schedule:
             two = self._dice.random() < 0.3 and len(self._kinds) > 2
             chosen = [self._next() for _ in range(2 if two else 1)]
             faults = await asyncio.gather(
-                *(self._strike(kind, alone=not two, after=n * self._dice.uniform(0, 2)) for n, kind in enumerate(chosen))
+                *(
+                    self._strike(kind, alone=not two, after=n * self._dice.uniform(0, 2))
+                    for n, kind in enumerate(chosen)
+                )
             )
             healed = time.time()
             if await self._recovered():

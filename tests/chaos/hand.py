@@ -175,7 +175,9 @@ class Hand:
             if self.rate > 0 and len(self._busy) < 80:
                 self._spawn(self._act())
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._dice.expovariate(self.rate) if self.rate > 0 else 0.2):
+                async with asyncio.timeout(
+                    self._dice.expovariate(self.rate) if self.rate > 0 else 0.2
+                ):
                     await until.wait()
         await asyncio.gather(*self._busy, return_exceptions=True)
 
@@ -194,11 +196,20 @@ class Hand:
             await self.promise("immediate", 0, chain=self._dice.randint(1, 4))
         elif dice < 0.74:
             await self.promise(
-                "recurring", self._dice.uniform(0, 2), interval=self._dice.randint(1, 3), times=self._dice.randint(2, 6)
+                "recurring",
+                self._dice.uniform(0, 2),
+                interval=self._dice.randint(1, 3),
+                times=self._dice.randint(2, 6),
             )
         elif dice < 0.79:
             grid: dict[str, Any] = {"cadence": "grid"}
-            await self.promise("recurring", self._dice.uniform(0, 2), interval=2, times=self._dice.randint(2, 6), **grid)
+            await self.promise(
+                "recurring",
+                self._dice.uniform(0, 2),
+                interval=2,
+                times=self._dice.randint(2, 6),
+                **grid,
+            )
         elif dice < 0.80:
             cron: dict[str, Any] = {
                 "cadence": "cron",
@@ -213,7 +224,9 @@ class Hand:
         """Do something to a recall of the last minute that nothing was done to yet, as people do: whatever it is doing just now."""
         now = time.time()
         young = [
-            p for p in list(self.journal.promises.values())[-600:] if p.ended is None and not p.maybe_ended and p.due > now - 60
+            p
+            for p in list(self.journal.promises.values())[-600:]
+            if p.ended is None and not p.maybe_ended and p.due > now - 60
         ]
         if not young:
             return
@@ -278,7 +291,13 @@ class Hand:
         """The message changes, now and then that of a recall that waits between two calls."""
         asked = time.time()
         if self._dice.random() < 0.3:
-            self._note("edit", promise, asked, await self._ask("edit", EDIT, (message, promise.id)), message)
+            self._note(
+                "edit",
+                promise,
+                asked,
+                await self._ask("edit", EDIT, (message, promise.id)),
+                message,
+            )
             return
         found = await self._ask("edit", EDIT_BETWEEN, (message,))
         if found is None:
@@ -292,7 +311,11 @@ class Hand:
     async def _retry(self) -> None:
         """Once more, what failed or was cancelled lately."""
         over = await self._ask("look", OVER, ())
-        ids = [row["id"] for row in over if row["id"] in self.journal.promises] if isinstance(over, list) else []
+        ids = (
+            [row["id"] for row in over if row["id"] in self.journal.promises]
+            if isinstance(over, list)
+            else []
+        )
         if not ids:
             return
         promise = self.journal.promises[self._dice.choice(ids)]
@@ -342,7 +365,9 @@ class Hand:
             return 0
         if process.returncode != 3:
             said = err.decode(errors="replace").strip().splitlines()[-1:]
-            self.journal.strange.append(f"{' '.join(words)}: exit status {process.returncode}: {said}")
+            self.journal.strange.append(
+                f"{' '.join(words)}: exit status {process.returncode}: {said}"
+            )
         return None
 
     async def _cancel(self, promise: Promise) -> None:
@@ -378,17 +403,25 @@ class Hand:
             more.get("cadence", "interval"), certain=False,
         )  # fmt: skip
         extra = {k: v for k, v in {"times": times, **more}.items() if v is not None}
-        insert = INSERT.format(columns="".join(f", {name}" for name in extra), values=", %s" * len(extra))
+        insert = INSERT.format(
+            columns="".join(f", {name}" for name in extra), values=", %s" * len(extra)
+        )
         self.journal.promises[promise.id] = promise
         self._by_session[session].append(promise)
         if (
             fresh
-            and await self._do("session", "insert into sessions (id, user_id) values (%s, 'ann') on conflict do nothing", session)
+            and await self._do(
+                "session",
+                "insert into sessions (id, user_id) values (%s, 'ann') on conflict do nothing",
+                session,
+            )
             is None
         ):
             del self.journal.promises[promise.id]  # The insert was never tried.
             return None
-        done = await self._do(kind, insert, promise.id, session, kind, at, interval, "look again", *extra.values())
+        done = await self._do(
+            kind, insert, promise.id, session, kind, at, interval, "look again", *extra.values()
+        )
         if done == -1:
             del self.journal.promises[promise.id]
             self.journal.refused += 1
@@ -421,7 +454,12 @@ class Hand:
     async def leaving(self, recall: str) -> None:
         """What an agent does last in its run: now and then it cancels what called it, in a race with the answer."""
         promise = self.journal.promises.get(recall)
-        if promise is not None and promise.ended is None and not promise.maybe_ended and self._dice.random() < 0.03:
+        if (
+            promise is not None
+            and promise.ended is None
+            and not promise.maybe_ended
+            and self._dice.random() < 0.03
+        ):
             await self._cancel(promise)
 
     # --- its connections ---------------------------------------------------------------------------------------------
@@ -431,7 +469,9 @@ class Hand:
         found = await self._ask(what, statement, values)
         return len(found) if isinstance(found, list) else found
 
-    async def _ask(self, what: str, statement: str, values: Sequence[Any] | Mapping[str, Any]) -> list[Row] | int | None:
+    async def _ask(
+        self, what: str, statement: str, values: Sequence[Any] | Mapping[str, Any]
+    ) -> list[Row] | int | None:
         """The rows that a statement returned, empty ones where it returns none; -1 where it was
         refused as not unique, None where nobody knows."""
         self.journal.did[what] += 1
@@ -440,10 +480,14 @@ class Hand:
             async with asyncio.timeout(20):
                 conn = self._pool.pop() if self._pool else None
                 if conn is None or conn.closed:
-                    conn = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=3)
+                    conn = await psycopg.AsyncConnection.connect(
+                        self._dsn, autocommit=True, connect_timeout=3
+                    )
                 async with conn.cursor(row_factory=dict_row) as cursor:
                     await cursor.execute(statement.encode(), values, prepare=False)
-                    rows: list[Row] = await cursor.fetchall() if cursor.description else [{}] * cursor.rowcount
+                    rows: list[Row] = (
+                        await cursor.fetchall() if cursor.description else [{}] * cursor.rowcount
+                    )
         except (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation):
             # The latter: its session was deleted meanwhile.
             assert conn is not None
@@ -454,7 +498,9 @@ class Hand:
                 conn.pgconn.finish()
             return None
         except psycopg.Error as error:
-            self.journal.strange.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            self.journal.strange.append(
+                f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            )
             conn.pgconn.finish() if conn is not None else None
             return None
         except BaseException:
@@ -464,12 +510,16 @@ class Hand:
         self._pool.append(conn)
         return rows
 
-    async def settle_waiting(self, ask: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Any]], within: float = 60) -> Any:
+    async def settle_waiting(
+        self, ask: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Any]], within: float = 60
+    ) -> Any:
         """Run `ask(connection)` until it is answered."""
         end = time.monotonic() + within
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True, connect_timeout=3) as conn:
+                async with await psycopg.AsyncConnection.connect(
+                    self._dsn, autocommit=True, connect_timeout=3
+                ) as conn:
                     return await ask(conn)
             except (psycopg.OperationalError, OSError):
                 if time.monotonic() > end:

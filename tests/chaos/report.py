@@ -9,7 +9,16 @@ from typing import Any
 
 BEGIN = "<!-- measured: written by `python -m tests.chaos --report docs/reliability.json --docs docs/reliability.md` -->\n"
 END = "<!-- /measured -->\n"
-SUMS = ("recalls", "occurrences", "requests", "runs", "replays under the same key", "keys after a failed run", "lost", "doubled")
+SUMS = (
+    "recalls",
+    "occurrences",
+    "requests",
+    "runs",
+    "replays under the same key",
+    "keys after a failed run",
+    "lost",
+    "doubled",
+)
 WHAT = {
     "kill": "SIGKILL of one or two workers",
     "term": "SIGTERM of a worker with runs open",
@@ -46,12 +55,19 @@ def not_reached(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def audited(results: Sequence[Mapping[str, Any]]) -> str:
     """Which code these runs audited, in a sentence."""
-    named = sorted({f"`{result['commit']}`" if result.get("commit") else "not recorded" for result in results})
+    named = sorted(
+        {f"`{result['commit']}`" if result.get("commit") else "not recorded" for result in results}
+    )
     return f"Audited commit: {', '.join(named)}."
 
 
 def _settings(result: Mapping[str, Any]) -> str:
-    drawn = result.get("settings") or {"slots": 20, "fleet": None, "lease": result.get("lease"), "session_limit": None}
+    drawn = result.get("settings") or {
+        "slots": 20,
+        "fleet": None,
+        "lease": result.get("lease"),
+        "session_limit": None,
+    }
     cells = [drawn["slots"], drawn["fleet"] or "off", f"{drawn['lease']:g} s"]
     limit = drawn["session_limit"]
     return " | ".join(map(str, [result["seed"], *cells, f"{limit}/h" if limit else "off"]))
@@ -71,22 +87,39 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [audited(results), ""]
     missed = not_reached(results)
     lines += [f"Kinds of faults that were not reached: {', '.join(missed) or 'none'}.", ""]
-    lines += ["| seed | slots a worker | fleet's cap | lease | session limit |", "| ---: | ---: | ---: | ---: | ---: |"]
+    lines += [
+        "| seed | slots a worker | fleet's cap | lease | session limit |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
     lines += [f"| {_settings(result)} |" for result in results]
     lines += [""]
-    lines.append("| seed | minutes | " + " | ".join(SUMS) + " | findings | lag in calm phases, ms: p50, p99, most |")
+    lines.append(
+        "| seed | minutes | "
+        + " | ".join(SUMS)
+        + " | findings | lag in calm phases, ms: p50, p99, most |"
+    )
     lines.append("| ---: " * (len(SUMS) + 3) + "| --- |")
     for result in results:
         cells = [f"{result[name]:,}" for name in SUMS]
         lag = ", ".join(f"{ms:g}" for ms in result["lag in calm phases, ms (p50, p99, most)"])
-        lines.append(f"| {result['seed']} | {result['minutes']:g} | {' | '.join(cells)} | {len(result['findings'])} | {lag} |")
+        lines.append(
+            f"| {result['seed']} | {result['minutes']:g} | {' | '.join(cells)} | {len(result['findings'])} | {lag} |"
+        )
     total = " | ".join(f"**{sums[name]:,}**" for name in SUMS)
-    minutes, found = sum(result["minutes"] for result in results), sum(len(result["findings"]) for result in results)
+    minutes, found = (
+        sum(result["minutes"] for result in results),
+        sum(len(result["findings"]) for result in results),
+    )
     lines += [f"| all | **{minutes:g}** | {total} | **{found}** | |", ""]
-    lines += ["| fault | what was done | times | seconds to recover: median | most |", "| --- | --- | ---: | ---: | ---: |"]
+    lines += [
+        "| fault | what was done | times | seconds to recover: median | most |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
     for kind, count in sorted(times.items(), key=lambda item: list(WHAT).index(item[0])):
         seconds = recoveries.get(kind, [])
-        middle, most = (f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}") if seconds else ("", "")
+        middle, most = (
+            (f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}") if seconds else ("", "")
+        )
         lines.append(f"| {kind} | {WHAT[kind]} | {count} | {middle} | {most} |")
     lines += [f"| all | | **{sum(times.values())}** | | |", ""]
     lines += ["| how the API ended a request | times |", "| --- | ---: |"]

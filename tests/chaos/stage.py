@@ -32,7 +32,12 @@ from .api import Api
 from .drawn import Drawn
 
 ROOT = Path(__file__).parents[2]
-POSTGRES = {"max_connections": "60", "max_wal_size": "128MB", "min_wal_size": "32MB", "wal_recycle": "off"}
+POSTGRES = {
+    "max_connections": "60",
+    "max_wal_size": "128MB",
+    "min_wal_size": "32MB",
+    "wal_recycle": "off",
+}
 ROOM_MB = 700
 FAKETIME = next((str(p) for p in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 RESTART_AFTER = 0.5
@@ -49,7 +54,9 @@ def commit() -> str | None:
     differs from it; None where git does not know this tree."""
 
     def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     try:
         changed = ask("status", "--porcelain", "--", *AUDITED, "tests/chaos")
@@ -65,7 +72,9 @@ def install(folder: Path, patch: Path | None = None) -> Path:
         source = folder / "source"
         for name in AUDITED:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(ROOT / name, source)
         subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(patch)], cwd=source, check=True)
@@ -77,10 +86,28 @@ def install(folder: Path, patch: Path | None = None) -> Path:
         capture_output=True,
     )
     (wheel,) = wheels.glob("*.whl")
-    words = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(words, check=True, capture_output=True)
     where = [sys.executable, "-c", "import recall_worker; print(recall_worker.__file__)"]
-    seen = subprocess.run(where, cwd="/", env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True)
+    seen = subprocess.run(
+        where,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert seen.stdout.startswith(str(site)), "not the wheel would run"
     return site
 
@@ -151,7 +178,9 @@ class Stage:
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             conn.execute(CREATE_TABLES.encode())
         await asyncio.to_thread(schema.migrate, self.dsn)
-        self.way = await self._stack.enter_async_context(Proxy(f"host=127.0.0.1 port={self.api.port}"))
+        self.way = await self._stack.enter_async_context(
+            Proxy(f"host=127.0.0.1 port={self.api.port}")
+        )
         for n in range(self.drawn.replicas):
             proxy = await self._stack.enter_async_context(Proxy(self.dsn))
             replica = Replica(f"w{n}", proxy, self.folder / f"clock{n}", self.folder / f"w{n}.log")
@@ -175,11 +204,15 @@ class Stage:
         await self._stack.aclose()
         await asyncio.to_thread(self.server.stop)
         if self._mounted is not None:
-            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self._mounted)], check=False)
+            await asyncio.to_thread(
+                subprocess.run, ["umount", "-l", str(self._mounted)], check=False
+            )
 
     async def _keep(self, replica: Replica) -> None:
         """The service manager of one slot."""
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")} | self.drawn.environment
+        environ = {
+            k: v for k, v in os.environ.items() if not k.startswith("RECALL_")
+        } | self.drawn.environment
         environ |= {
             "PYTHONPATH": str(self.site), "RECALL_DSN": replica.proxy.dsn,
             "RECALL_RUN_URL": f"http://127.0.0.1:{self.way.port}/{replica.slot}/sessions/{{session_id}}/run",
@@ -216,7 +249,11 @@ class Stage:
         while True:
             for replica in self.replicas:
                 process = replica.process
-                used = _used(process.pid) if process is not None and process.returncode is None else None
+                used = (
+                    _used(process.pid)
+                    if process is not None and process.returncode is None
+                    else None
+                )
                 if process is None or used is None:
                     continue
                 pid, now = process.pid, time.monotonic()
@@ -224,7 +261,9 @@ class Stage:
                 before[pid] = now, *used
                 # On a machine that does much else it gets less than it would take. While it starts
                 # it only computes.
-                spins = used[0] - seconds > SPINS_SHARE * (now - then) or (used[1] == rests and used[0] > seconds)
+                spins = used[0] - seconds > SPINS_SHARE * (now - then) or (
+                    used[1] == rests and used[0] > seconds
+                )
                 if now == then or not spins or rests < STARTED_RESTS:
                     since.pop(pid, None)
                 elif now - since.setdefault(pid, then) >= SPINS_FOR and pid not in told:
@@ -237,7 +276,9 @@ class Stage:
     async def up(self) -> None:
         """Wait until every replica is at work."""
         async with asyncio.timeout(60):
-            while not all(replica.log.exists() and replica.events("worker.ready") for replica in self.replicas):  # noqa: ASYNC110 - a log
+            while not all(
+                replica.log.exists() and replica.events("worker.ready") for replica in self.replicas
+            ):  # noqa: ASYNC110 - a log
                 await asyncio.sleep(0.05)
 
     async def kill_postgres(self) -> None:
@@ -297,7 +338,10 @@ def _used(pid: int) -> tuple[float, int] | None:
 def _mount(base: Path) -> bool:
     """A file system of its own for the database, so that it can be filled up; whether there is one now."""
     words = ["mount", "-t", "tmpfs", "-o", f"size={ROOM_MB}m,mode=755", "tmpfs", str(base)]
-    return os.geteuid() == 0 and subprocess.run(words, capture_output=True, check=False).returncode == 0
+    return (
+        os.geteuid() == 0
+        and subprocess.run(words, capture_output=True, check=False).returncode == 0
+    )
 
 
 def scratch() -> Path:

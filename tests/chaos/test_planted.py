@@ -39,7 +39,11 @@ def test_every_patch_is_for_a_rule() -> None:
 @pytest.mark.parametrize("patch", PATCHES, ids=[patch.stem for patch in PATCHES])
 def test_it_applies_to_what_is_shipped(patch: Path) -> None:
     done = subprocess.run(
-        ["patch", "-p1", "--fuzz=0", "--dry-run", "-i", str(patch)], cwd=ROOT, capture_output=True, text=True, check=False
+        ["patch", "-p1", "--fuzz=0", "--dry-run", "-i", str(patch)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -53,7 +57,15 @@ def test_a_planted_defect_is_found(patch: Path, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     words = ["--seed", "11", "--minutes", str(minutes), "--only", only, *PLAIN, *more]
     words += ["--patch", str(patch), "--json", str(result)]
-    done = subprocess.run([sys.executable, "-m", "tests.chaos", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and result.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     (told,) = json.loads(result.read_text(encoding="utf-8"))
-    assert any(found.split(":")[0] in rules.split("|") for found in told["findings"]), told["findings"]
+    assert any(found.split(":")[0] in rules.split("|") for found in told["findings"]), told[
+        "findings"
+    ]

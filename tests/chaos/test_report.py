@@ -35,10 +35,14 @@ def test_the_results_published_name_their_commit_and_reached_every_kind() -> Non
     """A result ages: it says what it was made of, and that is what was committed."""
     results = json.loads((DOCS / "reliability.json").read_text(encoding="utf-8"))
     if not any("commit" in result for result in results):
-        pytest.skip("docs/reliability.json was made before results named their commit: make it again")
+        pytest.skip(
+            "docs/reliability.json was made before results named their commit: make it again"
+        )
     assert not_reached(results) == []
     for result in results:
-        assert len(result["commit"]) == 40 and set(result["commit"]) <= set("0123456789abcdef"), result["commit"]
+        assert len(result["commit"]) == 40 and set(result["commit"]) <= set("0123456789abcdef"), (
+            result["commit"]
+        )
         assert not result["findings"]
 
 
@@ -53,7 +57,9 @@ def test_a_report_names_the_commit_the_settings_and_what_was_not_reached() -> No
     drawn = draw(7)
     assert f"| 7 | {drawn.slots} | {drawn.fleet or 'off'} | {drawn.lease:g} s | " in text
     some = {kind: 1 for kind in KINDS if kind not in ("kill", "term")}
-    assert "Kinds of faults that were not reached: kill, term." in written([RESULT | {"faults": some}])
+    assert "Kinds of faults that were not reached: kill, term." in written(
+        [RESULT | {"faults": some}]
+    )
 
 
 @pytest.mark.parametrize("first", range(100, 112))

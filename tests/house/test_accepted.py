@@ -107,7 +107,9 @@ async def test_a_stopping_worker_hands_an_accepted_run_over(
     assert len(endpoint.of("acc")) == 1
 
 
-async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The application cancels while the run is polled: polling stops, and the API is asked to end the run."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
@@ -134,11 +136,15 @@ async def test_a_run_past_its_time_is_ended_at_the_api(
     assert endpoint.of("r1", "DELETE")
 
 
-async def test_a_reference_elsewhere_is_never_asked(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_reference_elsewhere_is_never_asked(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A Location on another origin is not followed, as the token would leak; the run may have been made, so the outcome is unknown."""
     await app.create_session("acc", "ann")
     async with Endpoint() as elsewhere:
-        endpoint.script("acc", reply(202, {}, {"location": f"http://127.0.0.1:{elsewhere.port}/runs/r1"}))
+        endpoint.script(
+            "acc", reply(202, {}, {"location": f"http://127.0.0.1:{elsewhere.port}/runs/r1"})
+        )
         daemon = await daemons.start(max_attempts=1)
         await app.schedule("acc", "immediate", soon(0), "work")
         await daemon.hears("recall.settled", outcome="unknown", status="failed")
@@ -162,7 +168,9 @@ async def test_a_skip_in_mid_run_of_an_accepted_run(
     assert (await row(db, "acc"))["occurrence"] == 3
 
 
-async def test_a_second_signal_hands_over_at_once(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_second_signal_hands_over_at_once(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """SIGTERM twice while an accepted run is polled: the worker is gone within moments, the run stays on record."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
@@ -175,4 +183,8 @@ async def test_a_second_signal_hands_over_at_once(app: Application, db: Connecti
     daemon.signal(signal.SIGTERM)
     assert await daemon.exit() == 0
     held = await row(db, "acc")
-    assert (held["status"], held["run_reference"] is not None, held["attempt"]) == ("pending", True, 1)
+    assert (held["status"], held["run_reference"] is not None, held["attempt"]) == (
+        "pending",
+        True,
+        1,
+    )

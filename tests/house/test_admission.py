@@ -22,7 +22,9 @@ LEASE = 2.0
 
 
 @pytest.mark.full
-async def test_shutting_down(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:  # noqa: F811
+async def test_shutting_down(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:  # noqa: F811
     """It lets nobody in for three leases: so nobody takes leases either. The run goes on, and is settled when it is up again."""
     gate = Gate()
     endpoint.script("open", gate)
@@ -34,12 +36,19 @@ async def test_shutting_down(own_server: EmbeddedServer, replicas: Daemons, endp
     async with connected(own_server.dsn()) as holder:
         # A smart shutdown: as long as somebody is in PostgreSQL stays up, and takes nobody else.
         os.kill(own_server.pid, signal.SIGTERM)
-        await eventually(holder, "select 1 where now() > %s", [(await rows(holder, "select now() as at"))[0]["at"]])
+        await eventually(
+            holder,
+            "select 1 where now() > %s",
+            [(await rows(holder, "select now() as at"))[0]["at"]],
+        )
         await terminate(holder, "recall-worker")
         for daemon in (one, two):
             await daemon.hears("database.lost")
         await eventually(
-            holder, "select 1 from session_recalls where lease_until < now() - %s * interval '1 second'", [2 * LEASE], within=30
+            holder,
+            "select 1 from session_recalls where lease_until < now() - %s * interval '1 second'",
+            [2 * LEASE],
+            within=30,
         )
     own_server.shutdown()
     own_server.start()
@@ -49,7 +58,12 @@ async def test_shutting_down(own_server: EmbeddedServer, replicas: Daemons, endp
     await one.hears("recall.settled", recall=recall, attempt=1, status="fired")
     assert len(endpoint.requests) == 1
     for daemon in (one, two):
-        assert daemon.told("recall.aborted") == daemon.told("lease.taken") == daemon.told("lease.lost") == []
+        assert (
+            daemon.told("recall.aborted")
+            == daemon.told("lease.taken")
+            == daemon.told("lease.lost")
+            == []
+        )
         assert [len(daemon.told(f"database.{what}")) for what in ("lost", "found")] == [1, 1]
         assert await daemon.stop() == 0
 
@@ -74,10 +88,14 @@ async def test_too_many_clients(long: bool, own_server: EmbeddedServer, endpoint
         await gate.entered.wait()
         stays = await workers.start(lease=3, concurrency=1, dsn=own_server.dsn())
         await db.execute("alter role limited connection limit 0")
-        await rows(db, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'limited'")
+        await rows(
+            db, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'limited'"
+        )
         await out.hears("database.lost")
         if long:
-            await out.hears("recall.aborted", recall=recall, because="its lease could not be renewed")
+            await out.hears(
+                "recall.aborted", recall=recall, because="its lease could not be renewed"
+            )
             await stays.hears("recall.settled", recall=recall, attempt=2, status="fired")
             first, second = endpoint.requests
             assert first.key == second.key
@@ -86,11 +104,16 @@ async def test_too_many_clients(long: bool, own_server: EmbeddedServer, endpoint
         await db.execute("alter role limited connection limit 6")
         await out.hears("database.found")
         if not long:
-            await eventually(db, "select 1 from session_recalls where lease_until > leased_at + interval '6 seconds'")
+            await eventually(
+                db,
+                "select 1 from session_recalls where lease_until > leased_at + interval '6 seconds'",
+            )
             gate.open()
             await out.hears("recall.settled", recall=recall, attempt=1, status="fired")
             assert len(endpoint.requests) == 1
             assert out.told("recall.aborted") == []
         assert (await row(db, "open"))["status"] == "fired"
         [lost] = out.told("database.lost")
-        assert "too many connections" in lost["reason"] or "terminating connection" in lost["reason"]
+        assert (
+            "too many connections" in lost["reason"] or "terminating connection" in lost["reason"]
+        )

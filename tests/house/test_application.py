@@ -52,7 +52,13 @@ ENDINGS: dict[str, tuple[Act, str]] = {
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize(("act", "status"), ENDINGS.values(), ids=ENDINGS.keys())
 async def test_a_recall_that_is_ended_in_mid_run(
-    act: Act, status: str, call_type: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    act: Act,
+    status: str,
+    call_type: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Its call is broken off at once and nothing of it fires again; the session takes a new recall in the same moment, which runs."""
     gate = Gate()
@@ -96,7 +102,9 @@ async def test_a_session_that_is_deleted_in_mid_run(
     assert [(c["outcome"], c["settled"]) for c in await calls(db, id)] == [("unknown", "deleted")]
 
 
-async def test_a_cancel_acts_on_the_newer_recall(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_cancel_acts_on_the_newer_recall(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """After an agent has scheduled from inside its run, the application's cancel means that one: the run goes on to its end."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -130,7 +138,9 @@ async def test_a_skip_in_mid_run_is_one_occurrence_less(
     gate.open()
 
     first, second, third = await endpoint.count(3)
-    assert [r.key for r in (first, second, third)] == [f"{id}:{n}" for n in (1, 2 + skips, 3 + skips)]
+    assert [r.key for r in (first, second, third)] == [
+        f"{id}:{n}" for n in (1, 2 + skips, 3 + skips)
+    ]
     assert first.ended_at is not None and second.ended_at is not None
     assert skips + 0.9 < second.at - first.ended_at
     assert third.at - second.ended_at > 0.9
@@ -142,7 +152,12 @@ async def test_a_skip_in_mid_run_is_one_occurrence_less(
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize("later", [0.7, -3600.0], ids=["later", "into the past"])
 async def test_a_reschedule_in_mid_run_stands(
-    later: float, call_type: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    later: float,
+    call_type: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """The time that the application names while a recall runs is the recall's next one, a one-shot's too; it has its own key."""
     gate = Gate()
@@ -156,11 +171,17 @@ async def test_a_reschedule_in_mid_run_stands(
 
     first, second = await endpoint.count(2)
     assert (first.key, second.key) == (f"{id}:1", f"{id}:2")
-    assert second.document["recall"]["scheduled_for"] == then.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    assert second.document["recall"]["scheduled_for"] == then.isoformat(
+        timespec="microseconds"
+    ).replace("+00:00", "Z")
     assert float(second.headers["recall-lateness"]) > (3500 if later < 0 else -0.001)
-    await daemon.hears("recall.settled", occurrence=2, status="fired" if call_type == "once" else "pending")
+    await daemon.hears(
+        "recall.settled", occurrence=2, status="fired" if call_type == "once" else "pending"
+    )
     after = await by_id(db, id)
-    assert (after["status"], after["occurrence"]) == (("fired", 2) if call_type == "once" else ("pending", 3))
+    assert (after["status"], after["occurrence"]) == (
+        ("fired", 2) if call_type == "once" else ("pending", 3)
+    )
 
 
 async def test_a_cancel_of_a_recall_that_is_deferred(
@@ -172,7 +193,9 @@ async def test_a_cancel_of_a_recall_that_is_deferred(
     id = await promise(app, "s")
     await daemon.hears("recall.settled", recall=id, outcome="busy")
     assert await app.cancel_session("s") == 1
-    newer = await app.schedule("s", "once", soon(0.6), "later than the deferred one would have been")
+    newer = await app.schedule(
+        "s", "once", soon(0.6), "later than the deferred one would have been"
+    )
     await daemon.hears("recall.settled", recall=newer, status="fired")
     assert [r.key for r in endpoint.requests] == [f"{id}:1", f"{newer}:1"]
 
@@ -201,7 +224,9 @@ async def test_an_agent_schedules_its_next_recall_in_a_transaction(
     assert [r.key for r in endpoint.requests] == [f"{first}:1", "next:1"]
 
 
-async def test_an_agent_commits_after_its_answer(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_an_agent_commits_after_its_answer(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Its open transaction holds the row that ran: the settle waits until then, past its lease, and the next link follows."""
     transaction = app.connection.transaction()
 
@@ -254,7 +279,9 @@ async def test_a_run_of_a_recurring_recall_keeps_its_slot(
     assert len(endpoint.requests) == 1
 
 
-async def test_a_deferred_recall_keeps_its_slot(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_deferred_recall_keeps_its_slot(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A one-shot that met a busy session has not run: the session has a recall, and the application is told so."""
     endpoint.script("s", reply(409))
     daemon = await daemons.start(busy_delay=60)
@@ -265,7 +292,9 @@ async def test_a_deferred_recall_keeps_its_slot(app: Application, db: Connection
     assert "unique" in str(refused.value.__cause__)
 
 
-async def test_an_unknown_outcome_frees_the_slot(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_an_unknown_outcome_frees_the_slot(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The run behind a broken answer may still go on, and schedule: its insert is taken, and both recalls come to their end."""
     endpoint.script("s", reply(500), reply())
     daemon = await daemons.start()
@@ -274,7 +303,9 @@ async def test_an_unknown_outcome_frees_the_slot(app: Application, db: Connectio
     newer = await app.schedule("s", "once", soon(0.1), "scheduled by a run that nobody heard of")
     await daemon.hears("recall.settled", recall=newer, status="fired")
     await daemon.hears("recall.settled", recall=older, status="fired")
-    assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted([(f"{older}:1", 2), (f"{newer}:1", 1)])
+    assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted(
+        [(f"{older}:1", 2), (f"{newer}:1", 1)]
+    )
 
 
 async def test_an_unknown_run_that_is_found_on_frees_the_slot(
@@ -288,7 +319,9 @@ async def test_an_unknown_run_that_is_found_on_frees_the_slot(
     newer = await app.schedule("s", "once", soon(0.1), "scheduled by the run that was found on")
     await daemon.hears("recall.settled", recall=newer, status="fired")
     await daemon.hears("recall.settled", recall=older, status="fired")
-    assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted([(f"{older}:1", 3), (f"{newer}:1", 1)])
+    assert sorted(Counter(r.key for r in endpoint.requests).items()) == sorted(
+        [(f"{older}:1", 3), (f"{newer}:1", 1)]
+    )
 
 
 async def test_a_failed_run_that_waits_keeps_its_slot(
@@ -323,7 +356,9 @@ async def test_two_replicas_on_one_table(
     replicas = [await daemons.start(lease=30) for _ in range(2)]
     for session in sessions:
         await promise(app, session)
-    await eventually(db, "select 1 from session_recalls where status = 'fired' having count(*) = 60")
+    await eventually(
+        db, "select 1 from session_recalls where status = 'fired' having count(*) = 60"
+    )
 
     assert len(endpoint.requests) == 60 and max(Counter(endpoint.keys).values()) == 1
     for session in sessions:
@@ -383,7 +418,9 @@ async def test_what_the_application_reads_is_still_right(
     await daemon.hears("recall.settled", recall=chatty, status="fired")
 
 
-async def test_a_run_is_due_and_pending_to_the_application(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_run_is_due_and_pending_to_the_application(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A recall in its run is still the session's pending one: the application finds it, and finds it gone when it is over."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -425,7 +462,9 @@ async def test_the_application_changes_its_table_in_mid_run(
     id = await promise(app, "s")
     await gate.entered.wait()
     async with app.connection.transaction():
-        await app.connection.execute("create index by_comment on session_recalls (internal_comment)")
+        await app.connection.execute(
+            "create index by_comment on session_recalls (internal_comment)"
+        )
         gate.open()
         await eventually(db, EXPIRED, ["s"])
     await daemon.hears("recall.settled", recall=id, status="fired")

@@ -73,9 +73,13 @@ class House:
         names = sql.SQL(", ").join(map(sql.Identifier, row))
         values = sql.SQL(", ").join(sql.Placeholder() * len(row))
         async with self.db.transaction():
-            await self.db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", [row["session_id"]])
             await self.db.execute(
-                sql.SQL("insert into session_recalls ({}) values ({})").format(names, values), list(row.values())
+                "insert into sessions values (%s, 'ann') on conflict do nothing",
+                [row["session_id"]],
+            )
+            await self.db.execute(
+                sql.SQL("insert into session_recalls ({}) values ({})").format(names, values),
+                list(row.values()),
             )
         return str(row["id"])
 
@@ -84,7 +88,9 @@ class House:
         return await eventually(self.db, STATE + DONE + FREE, [id, self.daemon.name])
 
     def calls(self, id: str) -> list[Request]:
-        return [request for request in self.endpoint.requests if request.document["recall"]["id"] == id]
+        return [
+            request for request in self.endpoint.requests if request.document["recall"]["id"] == id
+        ]
 
     async def goes_on(self) -> None:
         """The same process calls a good recall on time, has told of no trouble, and then asks for next to nothing."""
@@ -99,7 +105,12 @@ class House:
         [settled] = await self.daemon.hears("recall.settled", recall=session, status="fired")
         assert settled["lag_ms"] < 3000
         assert self.daemon.process.returncode is None
-        assert self.daemon.told("worker.error") == self.daemon.told("recall.stranded") == self.daemon.told("breaker.opened") == []
+        assert (
+            self.daemon.told("worker.error")
+            == self.daemon.told("recall.stranded")
+            == self.daemon.told("breaker.opened")
+            == []
+        )
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -109,10 +120,23 @@ async def one_house(server: str, template: str) -> AsyncIterator[House]:
         async with connected(dsn) as db, Endpoint() as endpoint, Proxy(dsn) as proxy:
             await db.execute("alter table session_recalls disable trigger recall_before_insert")
             # Which rings, too.
-            await db.execute("create trigger rings after insert on session_recalls for each row execute function recall_ring()")
-            await db.execute("alter table session_recalls drop constraint session_recalls_call_type_check")
-            async with Daemons({"RECALL_DSN": proxy.dsn, "RECALL_RUN_URL": endpoint.url}) as daemons:
-                yield House(dsn, db, endpoint, proxy, await daemons.start(poll_interval=5, lease=3), itertools.count(1))
+            await db.execute(
+                "create trigger rings after insert on session_recalls for each row execute function recall_ring()"
+            )
+            await db.execute(
+                "alter table session_recalls drop constraint session_recalls_call_type_check"
+            )
+            async with Daemons(
+                {"RECALL_DSN": proxy.dsn, "RECALL_RUN_URL": endpoint.url}
+            ) as daemons:
+                yield House(
+                    dsn,
+                    db,
+                    endpoint,
+                    proxy,
+                    await daemons.start(poll_interval=5, lease=3),
+                    itertools.count(1),
+                )
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -175,9 +199,17 @@ async def test_rows_that_can_not_be_run(house: House, columns: dict[str, Any], r
     ids=["unknown type", "no interval", "id too long"],
 )
 @shared
-async def test_rows_that_can_not_be_run_and_whose_worker_died(house: House, columns: dict[str, Any]) -> None:
+async def test_rows_that_can_not_be_run_and_whose_worker_died(
+    house: House, columns: dict[str, Any]
+) -> None:
     """Also where somebody claimed such a row and was not heard of again, it is failed at the end of that lease, not called."""
-    lease = {"lease": uuid.uuid4(), "lease_until": soon(-1), "leased_by": "gone", "leased_at": soon(-10), "attempt": 1}
+    lease = {
+        "lease": uuid.uuid4(),
+        "lease_until": soon(-1),
+        "leased_by": "gone",
+        "leased_at": soon(-10),
+        "attempt": 1,
+    }
     id = await house.insert(**columns, **lease, trigger_at=soon(-20))
     row = await house.done(id)
     assert row["status"] == "failed" and row["reason"]
@@ -216,7 +248,9 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
     }  # fmt: skip
     async with connected(empty_database) as db:
         await db.execute(CREATE_TABLES.encode())
-        await db.execute("alter table session_recalls drop constraint session_recalls_call_type_check")
+        await db.execute(
+            "alter table session_recalls drop constraint session_recalls_call_type_check"
+        )
         for id, (type, interval, trigger) in (bad | good).items():
             await db.execute("insert into sessions values (%s, 'ann')", [id])
             await db.execute(
@@ -224,7 +258,9 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
                 [id, id, type, trigger, interval],
             )
         await asyncio.to_thread(schema.migrate, empty_database)
-        async with Daemons({"RECALL_DSN": empty_database, "RECALL_RUN_URL": endpoint.url}) as daemons:
+        async with Daemons(
+            {"RECALL_DSN": empty_database, "RECALL_RUN_URL": endpoint.url}
+        ) as daemons:
             daemon = await daemons.start()
             await daemon.hears("recall.settled", times=len(bad) + 3)
             found = {row["id"]: row for row in await rows(db, STATE.replace("where id = %s", ""))}
@@ -234,7 +270,11 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
                 "far": "pending", "old": "fired", "bc": "fired", "again": "pending", "later": "pending"
             }  # fmt: skip
             assert found["again"]["occurrence"] == 2
-            assert sorted(request.session for request in endpoint.requests) == ["again", "bc", "old"]
+            assert sorted(request.session for request in endpoint.requests) == [
+                "again",
+                "bc",
+                "old",
+            ]
             assert await daemon.stop() == 0
 
 
@@ -254,7 +294,11 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("text", ["", "m" * 5_000_000, "🙂" * 1_000_000, *TEXTS.values()], ids=["empty", "5 MB", "4 MB", *TEXTS])
+@pytest.mark.parametrize(
+    "text",
+    ["", "m" * 5_000_000, "🙂" * 1_000_000, *TEXTS.values()],
+    ids=["empty", "5 MB", "4 MB", *TEXTS],
+)
 @shared
 async def test_messages_arrive_as_they_are(house: House, text: str) -> None:
     """A message of any size and any characters reaches the agent as it stands in the row, and the comment does not."""
@@ -273,16 +317,26 @@ async def test_many_large_messages_at_once(house: House) -> None:
     """A dozen messages of 5 MB that are due in the same instant are all called, and the recall among them too."""
     due = soon(1)
     ids = [
-        await house.insert(session_id=f"s{n}", additional_context_message=str(n) * 5_000_000, trigger_at=due) for n in range(9)
+        await house.insert(
+            session_id=f"s{n}", additional_context_message=str(n) * 5_000_000, trigger_at=due
+        )
+        for n in range(9)
     ]
     ids += [await house.insert(session_id="small", trigger_at=due)]
     for id in ids:
-        await eventually(house.db, "select from session_recalls where id = %s and status = 'fired'", [id], within=60)
+        await eventually(
+            house.db,
+            "select from session_recalls where id = %s and status = 'fired'",
+            [id],
+            within=60,
+        )
     assert [len(house.calls(id)) for id in ids] == [1] * len(ids)
     await house.goes_on()
 
 
-@pytest.mark.parametrize("text", [*TEXTS.values(), "a/b?c#d&e=f", "%2e%2e%2f%00", "r:1", "r:1.1", "x" * 2000], ids=ascii)
+@pytest.mark.parametrize(
+    "text", [*TEXTS.values(), "a/b?c#d&e=f", "%2e%2e%2f%00", "r:1", "r:1.1", "x" * 2000], ids=ascii
+)
 @shared
 async def test_ids_become_keys(house: House, text: str) -> None:
     """An id of any characters makes a header of plain ASCII without blanks, from which the id can be told, and no second header."""
@@ -300,7 +354,19 @@ async def test_ids_become_keys(house: House, text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [*TEXTS.values(), "a/b", "/", "../..", "...", "%2e%2e", "a?b#c", "http://elsewhere/", "\\\\host\\share", "@", "a:b"],
+    [
+        *TEXTS.values(),
+        "a/b",
+        "/",
+        "../..",
+        "...",
+        "%2e%2e",
+        "a?b#c",
+        "http://elsewhere/",
+        "\\\\host\\share",
+        "@",
+        "a:b",
+    ],
     ids=ascii,
 )
 @shared
@@ -319,7 +385,11 @@ async def test_sessions_keep_their_place_in_the_address(house: House, text: str)
 
 @pytest.mark.parametrize(
     ("answer", "outcome"),
-    [(reply(414, {"error": "too long"}), "refused"), (reply(431, {"error": "too large"}), "refused"), (reply(), "answered")],
+    [
+        (reply(414, {"error": "too long"}), "refused"),
+        (reply(431, {"error": "too large"}), "refused"),
+        (reply(), "answered"),
+    ],
     ids=["414", "431", "200"],
 )
 @shared
@@ -350,8 +420,22 @@ async def test_nul_can_not_be_stored(house: House) -> None:
 
 # --- dates -----------------------------------------------------------------------------------------------------------
 
-PAST = ["-infinity", "4713-01-01 00:00:00 BC", "0001-12-31 23:59:59 BC", "0001-01-01", "1582-10-10", "1969-12-31 23:59:59.999999"]
-FAR = ["9998-01-02", "9999-12-31 23:59:59.999999", "10000-01-01", "20000-01-01", "294276-12-31 23:59:59.999999", "infinity"]
+PAST = [
+    "-infinity",
+    "4713-01-01 00:00:00 BC",
+    "0001-12-31 23:59:59 BC",
+    "0001-01-01",
+    "1582-10-10",
+    "1969-12-31 23:59:59.999999",
+]
+FAR = [
+    "9998-01-02",
+    "9999-12-31 23:59:59.999999",
+    "10000-01-01",
+    "20000-01-01",
+    "294276-12-31 23:59:59.999999",
+    "infinity",
+]
 
 
 @pytest.mark.parametrize("type", ["once", "immediate", "recurring"])
@@ -359,12 +443,21 @@ FAR = ["9998-01-02", "9999-12-31 23:59:59.999999", "10000-01-01", "20000-01-01",
 async def test_past_dates_are_due(house: House, type: str) -> None:
     """However long ago a recall was due: it is called once, with a date that JSON readers know, and what it missed is one number."""
     interval = 3600 if type == "recurring" else None
-    for id in [await house.insert(session_id=when, trigger_at=when, call_type=type, interval_seconds=interval) for when in PAST]:
+    for id in [
+        await house.insert(
+            session_id=when, trigger_at=when, call_type=type, interval_seconds=interval
+        )
+        for when in PAST
+    ]:
         row = await house.done(id)
         assert (row["status"], row["occurrence"]) == (("pending", 2) if interval else ("fired", 1))
         [call] = house.calls(id)
         told = call.document["recall"]
-        assert datetime(1, 1, 1, tzinfo=UTC) <= datetime.fromisoformat(told["scheduled_for"]) < datetime(1970, 1, 1, tzinfo=UTC)
+        assert (
+            datetime(1, 1, 1, tzinfo=UTC)
+            <= datetime.fromisoformat(told["scheduled_for"])
+            < datetime(1970, 1, 1, tzinfo=UTC)
+        )
         assert (told["missed"] > 0) is bool(interval)
         assert float(call.headers["recall-lateness"]) > 0
     await house.goes_on()
@@ -374,11 +467,19 @@ async def test_past_dates_are_due(house: House, type: str) -> None:
 @shared
 async def test_far_dates_wait(house: House, type: str) -> None:
     """However far off a recall is: it waits, untouched, and nobody wakes for it; brought near, it is called."""
-    ids = [await house.insert(session_id=when, trigger_at=when, call_type=type, interval_seconds=3600) for when in FAR]
+    ids = [
+        await house.insert(session_id=when, trigger_at=when, call_type=type, interval_seconds=3600)
+        for when in FAR
+    ]
     await house.goes_on()
     for id in ids:
         [row] = await rows(house.db, STATE, [id])
-        assert (row["status"], row["leased"], row["attempt"], row["reason"]) == ("pending", False, 0, None)
+        assert (row["status"], row["leased"], row["attempt"], row["reason"]) == (
+            "pending",
+            False,
+            0,
+            None,
+        )
         assert house.calls(id) == []
     await house.db.execute("update session_recalls set trigger_at = now() where trigger_at > now()")
     for id in ids:
@@ -386,7 +487,17 @@ async def test_far_dates_wait(house: House, type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "column", ["created_at", "updated_at", "scheduled_for", "planned_at", "begun_at", "leased_at", "ended_at", "delivered_at"]
+    "column",
+    [
+        "created_at",
+        "updated_at",
+        "scheduled_for",
+        "planned_at",
+        "begun_at",
+        "leased_at",
+        "ended_at",
+        "delivered_at",
+    ],
 )
 @shared
 async def test_dates_beside_the_trigger(house: House, column: str) -> None:
@@ -402,13 +513,17 @@ async def test_dates_beside_the_trigger(house: House, column: str) -> None:
 async def test_a_busy_session_and_a_strange_first_call(house: House) -> None:
     """From whenever an occurrence is said to have begun, its deferrals end: at once where that is long ago, else after RECALL_GIVE_UP."""
     house.endpoint.default = reply(409, headers={"retry-after": "60"})
-    for id, when in [(await house.insert(session_id=when, begun_at=when), when) for when in [*PAST, *FAR]]:
+    for id, when in [
+        (await house.insert(session_id=when, begun_at=when), when) for when in [*PAST, *FAR]
+    ]:
         row = await house.done(id)
         if when in PAST:
             assert row["status"] == "failed" and "given up" in row["reason"]
         else:
             assert (row["status"], row["deferrals"]) == ("pending", 1)
-            assert await rows(house.db, "select from session_recalls where id = %s and begun_at <= now()", [id]), "from now on"
+            assert await rows(
+                house.db, "select from session_recalls where id = %s and begun_at <= now()", [id]
+            ), "from now on"
     house.endpoint.default = reply()
     await house.goes_on()
 
@@ -429,10 +544,16 @@ ANSWERS: Mapping[str, Answer] = {
 async def test_counters_at_their_ends(house: House, outcome: str) -> None:
     """No counter, however the call ends, overflows: the row is settled, in order or with a reason, and is not claimed again and again."""
     house.endpoint.default = ANSWERS[outcome]
-    ends = list(itertools.product(["occurrence", "rekey", "attempt", "deferrals", "missed"], [LAST, -(2**31), -1]))
+    ends = list(
+        itertools.product(
+            ["occurrence", "rekey", "attempt", "deferrals", "missed"], [LAST, -(2**31), -1]
+        )
+    )
     for column, number in ends:
         id = f"{column} {number} {outcome}"
-        await house.insert(id=id, session_id=id, call_type="recurring", interval_seconds=1000, **{column: number})
+        await house.insert(
+            id=id, session_id=id, call_type="recurring", interval_seconds=1000, **{column: number}
+        )
         await house.daemon.hears("recall.settled", recall=id, outcome=outcome)
     over = await rows(house.db, "select id, reason from session_recalls where status = 'failed'")
     if outcome in ("answered", "refused"):
@@ -462,18 +583,23 @@ async def test_the_longest_interval(house: House) -> None:
     row = await house.done(id)
     assert (row["status"], row["occurrence"]) == ("pending", 2)
     [left] = await rows(
-        house.db, "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where id = %s", [id]
+        house.db,
+        "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where id = %s",
+        [id],
     )
     assert LAST - 60 < left["s"] <= LAST
     await house.goes_on()
 
 
 @pytest.mark.parametrize(
-    ("planned", "trigger"), [("-infinity", "now"), ("1000-01-01", "2000-01-01"), ("2000-01-01", "-infinity")]
+    ("planned", "trigger"),
+    [("-infinity", "now"), ("1000-01-01", "2000-01-01"), ("2000-01-01", "-infinity")],
 )
 @pytest.mark.parametrize("occurrence", [1, LAST - 1, LAST])
 @shared
-async def test_moves_by_more_than_can_be_counted(house: House, planned: str, trigger: str, occurrence: int) -> None:
+async def test_moves_by_more_than_can_be_counted(
+    house: House, planned: str, trigger: str, occurrence: int
+) -> None:
     """A trigger that was moved by more intervals than there are numbers is called under the last number, and once."""
     id = await house.insert(
         call_type="recurring",
@@ -490,7 +616,9 @@ async def test_moves_by_more_than_can_be_counted(house: House, planned: str, tri
     await house.goes_on()
 
 
-async def test_a_wider_interval_column(database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_wider_interval_column(
+    database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """In a table that the application made with a wider column, an interval beyond all dates fails with its reason."""
     await db.execute("alter table session_recalls alter interval_seconds type bigint")
     await db.execute("insert into sessions values ('s', 'ann')")
@@ -499,7 +627,9 @@ async def test_a_wider_interval_column(database: str, db: Connection, endpoint: 
         "insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, created_at, "
         "updated_at, planned_at) values ('wide', 's', 'recurring', now(), 9223372036854775807, 'm', now(), now(), now())"
     )
-    await db.execute("update session_recalls set trigger_at = trigger_at - interval '1 day', status = 'pending'")
+    await db.execute(
+        "update session_recalls set trigger_at = trigger_at - interval '1 day', status = 'pending'"
+    )
     await daemon.hears("recall.settled", recall="wide", status="failed")
     [row] = await rows(db, STATE, ["wide"])
     assert "at most 2147483647" in row["reason"]
@@ -510,18 +640,27 @@ async def test_a_wider_interval_column(database: str, db: Connection, endpoint: 
 # --- leases ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("worker", [None, "", "somebody\x1b[2J\u202e" * 100], ids=["nobody", "no name", "a strange name"])
+@pytest.mark.parametrize(
+    "worker", [None, "", "somebody\x1b[2J\u202e" * 100], ids=["nobody", "no name", "a strange name"]
+)
 @shared
 async def test_leases_that_are_over(house: House, worker: str | None) -> None:
     """A lease without an end, or one that ended ages ago, of whomever, is taken up, and its call is on record."""
     for until in [None, *PAST]:
-        id = await house.insert(lease=uuid.uuid4(), lease_until=until, leased_by=worker, leased_at=until)
+        id = await house.insert(
+            lease=uuid.uuid4(), lease_until=until, leased_by=worker, leased_at=until
+        )
         assert (await house.done(id))["status"] == "fired"
         assert len(house.calls(id)) == 1
         marks = await rows(
-            house.db, "select worker, settled, outcome from recall_attempts where recall_id = %s order by attempt", [id]
+            house.db,
+            "select worker, settled, outcome from recall_attempts where recall_id = %s order by attempt",
+            [id],
         )
-        assert [(mark["outcome"], mark["settled"]) for mark in marks] == [("unknown", "taken"), ("answered", "fired")]
+        assert [(mark["outcome"], mark["settled"]) for mark in marks] == [
+            ("unknown", "taken"),
+            ("answered", "fired"),
+        ]
         assert marks[1]["worker"] == house.daemon.name
     await house.goes_on()
 
@@ -540,7 +679,9 @@ async def test_dates_that_are_further_apart_than_an_interval_holds(house: House)
 @shared
 async def test_a_lease_of_ours_that_is_over(house: House) -> None:
     """A row that says that this very worker holds it, which it does not, is called after two leases at most, or when the lease is another's."""
-    id = await house.insert(lease=uuid.uuid4(), lease_until="-infinity", leased_by=house.daemon.name)
+    id = await house.insert(
+        lease=uuid.uuid4(), lease_until="-infinity", leased_by=house.daemon.name
+    )
     await house.daemon.hears("recall.settled", recall=id, status="fired")
     await house.goes_on()
 
@@ -548,17 +689,28 @@ async def test_a_lease_of_ours_that_is_over(house: House) -> None:
 @pytest.mark.parametrize("until", ["infinity", "294276-12-31", "9999-12-31"])
 @pytest.mark.parametrize("status", ["cancelled", "fired", "failed"])
 @shared
-async def test_an_endless_lease_on_a_recall_that_is_over(house: House, until: str, status: str) -> None:
+async def test_an_endless_lease_on_a_recall_that_is_over(
+    house: House, until: str, status: str
+) -> None:
     """A final row whose lease will never end does not keep its session's next recall waiting."""
-    await house.insert(session_id="s", status=status, lease=uuid.uuid4(), lease_until=until, leased_by="gone")
+    await house.insert(
+        session_id="s", status=status, lease=uuid.uuid4(), lease_until=until, leased_by="gone"
+    )
     id = await house.insert(session_id="s")
     assert (await house.done(id))["status"] == "fired"
     await house.goes_on()
 
 
-@pytest.mark.parametrize(("until", "trigger"), [("infinity", "now"), ("294276-12-31", "now"), (None, "infinity")])
+@pytest.mark.parametrize(
+    ("until", "trigger"), [("infinity", "now"), ("294276-12-31", "now"), (None, "infinity")]
+)
 async def test_an_endless_lease_on_a_live_recall(
-    until: str | None, trigger: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    until: str | None,
+    trigger: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A lease that no worker can have taken holds its session until the next beat of any worker; then the row is taken up."""
     await app.create_session("s", "ann")
@@ -601,7 +753,9 @@ async def crowd(db: Connection, bad: bool = True) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [(UNTOUCHABLE, "nobody touches this"), (NOT_VALID, "mine")], ids=["trigger", "constraint"]
+    ("how", "said"),
+    [(UNTOUCHABLE, "nobody touches this"), (NOT_VALID, "mine")],
+    ids=["trigger", "constraint"],
 )
 @pytest.mark.parametrize("slots", [3, 100])
 async def test_one_row_that_can_not_be_claimed_among_fifty(
@@ -635,7 +789,12 @@ async def test_a_row_that_is_put_aside_is_tried_again(
         assert [claim.session_id for claim in claimed.claims] == ["good"]
         assert [reason for _, reason in claimed.stranded] == ["nobody touches this !!!"]
         claimed = await look(ledger, 5)
-        assert not claimed.claims and not claimed.stranded and not claimed.waiting and claimed.next_in is not None
+        assert (
+            not claimed.claims
+            and not claimed.stranded
+            and not claimed.waiting
+            and claimed.next_in is not None
+        )
         await db.execute("drop trigger untouchable on session_recalls")
         await db.execute("select pg_sleep(0.4)")
         claimed = await look(ledger, 5)
@@ -644,11 +803,15 @@ async def test_a_row_that_is_put_aside_is_tried_again(
         await ledger.close()
 
 
-async def test_one_row_that_can_not_be_settled_among_fifty(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_one_row_that_can_not_be_settled_among_fifty(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A row whose end is refused strands alone, and is not called again for ever: after its attempts nothing is sent any more."""
     daemon = await daemons.start(concurrency=100, lease=1, max_attempts=1)
     good = await crowd(db)
-    await db.execute("alter table session_recalls add constraint mine check (id <> 'bad' or status = 'pending')")
+    await db.execute(
+        "alter table session_recalls add constraint mine check (id <> 'bad' or status = 'pending')"
+    )
     await daemon.hears("recall.settled", times=50, status="fired")
     await daemon.hears("recall.stranded", times=2, recall="bad")
     assert sorted(r.session for r in endpoint.requests) == sorted([*good, "bad"])
@@ -657,7 +820,9 @@ async def test_one_row_that_can_not_be_settled_among_fifty(db: Connection, endpo
     assert await daemon.stop() == 0
 
 
-async def test_one_row_that_can_not_be_renewed(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_one_row_that_can_not_be_renewed(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A row whose renewal is refused costs the others nothing: they keep their leases, and end as they end."""
     gates = {session: Gate() for session in ("a", "bad", "c")}
     for session, gate in gates.items():
@@ -668,7 +833,10 @@ async def test_one_row_that_can_not_be_renewed(app: Application, db: Connection,
     for gate in gates.values():
         await gate.entered.wait()
     await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())
-    await eventually(db, "select from session_recalls where lease_until > leased_at + interval '3 seconds' having count(*) = 2")
+    await eventually(
+        db,
+        "select from session_recalls where lease_until > leased_at + interval '3 seconds' having count(*) = 2",
+    )
     await db.execute("drop trigger untouchable on session_recalls")
     for gate in gates.values():
         gate.open()
@@ -680,11 +848,15 @@ async def test_one_row_that_can_not_be_renewed(app: Application, db: Connection,
 
 # --- anything at all -------------------------------------------------------------------------------------------------
 
-INTEGERS = st.one_of(st.sampled_from([0, 1, -1, 2, LAST, LAST - 1, -(2**31)]), st.integers(-(2**31), LAST))
+INTEGERS = st.one_of(
+    st.sampled_from([0, 1, -1, 2, LAST, LAST - 1, -(2**31)]), st.integers(-(2**31), LAST)
+)
 DATES = st.one_of(
     st.sampled_from([*PAST, *FAR]),
     st.floats(-3, 0.5).map(lambda s: soon(s).isoformat()),
-    st.datetimes(datetime(1, 1, 2), datetime(9998, 12, 31)).map(lambda d: d.replace(tzinfo=UTC).isoformat()),
+    st.datetimes(datetime(1, 1, 2), datetime(9998, 12, 31)).map(
+        lambda d: d.replace(tzinfo=UTC).isoformat()
+    ),
 )
 WORDS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40),
@@ -750,7 +922,9 @@ async def test_any_row_at_all(house: House, row: dict[str, Any], outcome: str) -
 @shared
 async def test_all_rows_at_once(house: House) -> None:
     """What makes trouble alone makes none together: a table full of it, and the good ones fire."""
-    strange = itertools.product([*PAST, *FAR], [LAST, -(2**31), None], ["once", "recurring", "weekly"])
+    strange = itertools.product(
+        [*PAST, *FAR], [LAST, -(2**31), None], ["once", "recurring", "weekly"]
+    )
     for n, (date, number, type) in enumerate(strange):
         lease = {"lease": uuid.uuid4(), "lease_until": date} if n % 2 else {}
         await house.insert(
@@ -764,7 +938,9 @@ async def test_all_rows_at_once(house: House) -> None:
         within=60,
     )
     await house.goes_on()
-    assert not await rows(house.db, "select from session_recalls where status = 'failed' and reason is null")
+    assert not await rows(
+        house.db, "select from session_recalls where status = 'failed' and reason is null"
+    )
 
 
 def test_texts_are_as_bad_as_they_look() -> None:

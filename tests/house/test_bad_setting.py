@@ -64,10 +64,15 @@ async def refused(daemons: Daemons, **settings: Any) -> tuple[int, str, list[str
 
 def problem(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Trouble:
     """What `run` says of settings that it does not start with, in this process."""
-    for name in [name for name in os.environ if name.startswith("RECALL_") or name == "CREDENTIALS_DIRECTORY"]:
+    for name in [
+        name for name in os.environ if name.startswith("RECALL_") or name == "CREDENTIALS_DIRECTORY"
+    ]:
         monkeypatch.delenv(name)
     environ = {"RECALL_DSN": "postgresql://localhost:9/nowhere", "RECALL_RUN_URL": URL}
-    environ |= {name if name.isupper() else f"RECALL_{name.upper()}": str(value) for name, value in settings.items()}
+    environ |= {
+        name if name.isupper() else f"RECALL_{name.upper()}": str(value)
+        for name, value in settings.items()
+    }
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
@@ -108,7 +113,9 @@ async def test_an_old_schema(database: str, db: Connection, anywhere: Daemons) -
 
 async def test_a_newer_schema(database: str, db: Connection, anywhere: Daemons) -> None:
     """A schema that asks for newer code is refused, with the hint to upgrade; nothing is done to its rows."""
-    await db.execute("insert into recall_schema (version, name, oldest_code) values (999, 'future', 998)")
+    await db.execute(
+        "insert into recall_schema (version, name, oldest_code) values (999, 'future', 998)"
+    )
     await db.execute("insert into sessions values ('s', 'ann')")
     await db.execute(
         "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
@@ -120,9 +127,13 @@ async def test_a_newer_schema(database: str, db: Connection, anywhere: Daemons) 
     assert (await row(db, "s"))["attempt"] == 0
 
 
-async def test_a_newer_schema_that_still_takes_us(app: Application, db: Connection, daemons: Daemons) -> None:
+async def test_a_newer_schema_that_still_takes_us(
+    app: Application, db: Connection, daemons: Daemons
+) -> None:
     """A newer schema that names this code as one that can work with it is worked with: replicas are upgraded one by one."""
-    await db.execute("insert into recall_schema (version, name, oldest_code) values (999, 'future', 1)")
+    await db.execute(
+        "insert into recall_schema (version, name, oldest_code) values (999, 'future', 1)"
+    )
     daemon = await daemons.start()
     recall = await promise(app, "s")
     await daemon.hears("recall.settled", recall=recall, status="fired")
@@ -154,11 +165,15 @@ def test_a_dsn_that_can_not_be_read(dsn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "dsn", [f"postgresql://ann:pass/{HUSH}@db/app", f"postgresql://ann:pass@{HUSH}@db/app"], ids=["a slash", "an @"]
+    "dsn",
+    [f"postgresql://ann:pass/{HUSH}@db/app", f"postgresql://ann:pass@{HUSH}@db/app"],
+    ids=["a slash", "an @"],
 )
 def test_a_password_that_libpq_takes_for_a_host(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A password whose marks are not percent-encoded would come out in a host or a port, so it is refused before that."""
-    assert problem(monkeypatch, dsn=dsn).what.startswith("RECALL_DSN holds @ or / in its user or password")
+    assert problem(monkeypatch, dsn=dsn).what.startswith(
+        "RECALL_DSN holds @ or / in its user or password"
+    )
 
 
 LEADS_NOWHERE = {
@@ -197,14 +212,18 @@ async def test_a_daemon_with_such_a_dsn(anywhere: Daemons) -> None:
 def primary() -> Iterator[EmbeddedServer]:
     """A server that takes passwords and replicas."""
     bindir = os.environ.get("RECALL_TEST_PG_BINDIR") or None
-    with EmbeddedServer(bindir=bindir, tcp=True, settings={"wal_level": "replica", "max_wal_senders": "4"}) as server:
+    with EmbeddedServer(
+        bindir=bindir, tcp=True, settings={"wal_level": "replica", "max_wal_senders": "4"}
+    ) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as conn:
             conn.execute(CREATE_TABLES.encode())
         schema.migrate(server.dsn())
         yield server
 
 
-async def test_a_wrong_password(primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint) -> None:
+async def test_a_wrong_password(
+    primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
+) -> None:
     """A password that PostgreSQL refuses is said to be refused, not what it is; the daemon works as soon as it is the right one."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("create role ann superuser login password 'another'")
@@ -252,7 +271,9 @@ async def caught_up(standby: Connection, recall: str) -> None:
     await eventually(standby, "select from session_recalls where id = %s", [recall])
 
 
-async def test_a_dsn_to_a_standby(primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint) -> None:
+async def test_a_dsn_to_a_standby(
+    primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
+) -> None:
     """On a standby the daemon stays up and says that nothing can be written there; promoted, it is worked with, by the same process."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("delete from sessions")
@@ -261,12 +282,16 @@ async def test_a_dsn_to_a_standby(primary: EmbeddedServer, anywhere: Daemons, en
             async with await Application.connect(primary.dsn()) as app:
                 recall = await promise(app, "s")
             await caught_up(db, recall)
-            daemon = await anywhere.start(ready=False, dsn=standby.dsn(), run_url=endpoint.url, lease=1)
+            daemon = await anywhere.start(
+                ready=False, dsn=standby.dsn(), run_url=endpoint.url, lease=1
+            )
             [lost] = await daemon.hears("database.lost")
             assert "takes no writes, as a standby does" in lost["reason"]
             await daemon.hears("listener.lost")
             assert endpoint.requests == []
-            assert await (await db.execute("select pg_promote()")).fetchone() == {"pg_promote": True}
+            assert await (await db.execute("select pg_promote()")).fetchone() == {
+                "pg_promote": True
+            }
             await daemon.hears("database.found")
             await daemon.hears("recall.settled", recall=recall, status="fired")
             await daemon.hears("listener.listening")
@@ -274,7 +299,9 @@ async def test_a_dsn_to_a_standby(primary: EmbeddedServer, anywhere: Daemons, en
             assert len(endpoint.requests) == 1
 
 
-async def test_a_failover_under_a_running_daemon(primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint) -> None:
+async def test_a_failover_under_a_running_daemon(
+    primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
+) -> None:
     """The primary dies, its standby is promoted: a daemon whose DSN names both goes on with the run that it had in hand, and with the next."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("delete from sessions")
@@ -293,7 +320,9 @@ async def test_a_failover_under_a_running_daemon(primary: EmbeddedServer, anywhe
                 before = await promise(app, "before")
             await gate.entered.wait()
             async with connected(standby.dsn()) as db:
-                await eventually(db, "select from session_recalls where id = %s and lease is not null", [before])
+                await eventually(
+                    db, "select from session_recalls where id = %s and lease is not null", [before]
+                )
                 primary.kill()
                 gate.open()
                 await daemon.hears("database.lost")
@@ -325,14 +354,22 @@ async def test_a_failover_under_a_running_daemon(primary: EmbeddedServer, anywhe
     ids=["one", "another"],
 )  # fmt: skip
 async def test_what_the_database_sets_for_others(
-    all_of: list[str], server: str, database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    all_of: list[str],
+    server: str,
+    database: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Settings that a database has for its other guests change nothing for us: claims, moves, deferrals and odd answers are as ever."""
     name = sql.Identifier(str(conninfo_to_dict(database)["dbname"]))
     with psycopg.connect(server, autocommit=True) as conn:
         for one in all_of:
             conn.execute(sql.SQL("alter database {} set {}").format(name, sql.SQL(one)))
-    endpoint.script("s", reply(409, headers={"retry-after": "0"}), reply(400, {"error": "no – 🙂 é \x1b[2J"}))
+    endpoint.script(
+        "s", reply(409, headers={"retry-after": "0"}), reply(400, {"error": "no – 🙂 é \x1b[2J"})
+    )
     daemon = await daemons.start(lease=1)
     recall = await promise(app, "s", "recurring", interval=3600)
     await daemon.hears("recall.settled", recall=recall, outcome="busy", verdict="defer")
@@ -342,24 +379,37 @@ async def test_what_the_database_sets_for_others(
     left = await row(db, "s")
     assert (left["occurrence"], left["status"]) == (3, "pending")
     assert "🙂 é \\x1b[2J" in str(left["reason"])
-    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert (
+        daemon.told("worker.error")
+        == daemon.told("recall.stranded")
+        == daemon.told("database.lost")
+        == []
+    )
     assert await daemon.stop() == 0
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-async def test_a_database_in_another_encoding(encoding: str, server: str, endpoint: Endpoint) -> None:
+async def test_a_database_in_another_encoding(
+    encoding: str, server: str, endpoint: Endpoint
+) -> None:
     """Where not every character can be stored, one that a server sent is kept in ASCII, and nothing is stranded by it."""
     dsn = postgres.create_database(server)
     name = sql.Identifier(str(conninfo_to_dict(dsn)["dbname"]))
     with psycopg.connect(server, autocommit=True) as conn:
         conn.execute(sql.SQL("drop database {}").format(name))
-        conn.execute(sql.SQL("create database {} template template0 encoding {} locale 'C'").format(name, sql.Literal(encoding)))
+        conn.execute(
+            sql.SQL("create database {} template template0 encoding {} locale 'C'").format(
+                name, sql.Literal(encoding)
+            )
+        )
     try:
         await asyncio.to_thread(schema.migrate, dsn)
         endpoint.script("s", reply(400, {"error": "no – 🙂"}))
         async with Daemons({"RECALL_DSN": dsn, "RECALL_RUN_URL": endpoint.url}) as daemons:
             daemon = await daemons.start()
-            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, client_encoding="utf8") as conn:
+            async with await psycopg.AsyncConnection.connect(
+                dsn, autocommit=True, client_encoding="utf8"
+            ) as conn:
                 await conn.execute(
                     "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, "
                     "updated_at) values ('é', 's', 'once', now(), 'für Zoë', now(), now())"
@@ -400,10 +450,21 @@ async def test_workers_with_different_settings_share_a_table(
     """Other endpoint, lease, slots and attempts: of forty recalls each is called once, by one of the two, and both work."""
     async with Endpoint() as other:
         one = await daemons.start(lease=1, concurrency=2, max_attempts=1, poll_interval=1)
-        two = await daemons.start(lease=5, concurrency=5, max_attempts=5, run_url=other.url, poll_interval=0.5, busy_delay=1)
+        two = await daemons.start(
+            lease=5,
+            concurrency=5,
+            max_attempts=5,
+            run_url=other.url,
+            poll_interval=0.5,
+            busy_delay=1,
+        )
         recalls = [await promise(app, f"s{n}", "once", seconds=0.5) for n in range(40)]
-        await eventually(db, "select from session_recalls where status = 'fired' having count(*) = 40")
-        called = [request.document["recall"]["id"] for request in [*endpoint.requests, *other.requests]]
+        await eventually(
+            db, "select from session_recalls where status = 'fired' having count(*) = 40"
+        )
+        called = [
+            request.document["recall"]["id"] for request in [*endpoint.requests, *other.requests]
+        ]
         assert sorted(called) == sorted(recalls)
         assert endpoint.requests and other.requests
         assert one.told("lease.taken") == two.told("lease.taken") == []
@@ -412,7 +473,12 @@ async def test_workers_with_different_settings_share_a_table(
 
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 3), (3, 1)])
 async def test_a_lease_is_as_long_as_its_owner_says(
-    mine: float, theirs: float, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    mine: float,
+    theirs: float,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A worker with another lease neither takes a run that is being renewed, nor, its owner dead, before the lease that this one took ends."""
     gate = Gate()
@@ -421,13 +487,19 @@ async def test_a_lease_is_as_long_as_its_owner_says(
     recall = await promise(app, "s")
     await gate.entered.wait()
     other = await daemons.start(lease=theirs, max_attempts=5)
-    await eventually(db, "select from session_recalls where lease_until > leased_at + (%s + 1) * interval '1 second'", [mine])
+    await eventually(
+        db,
+        "select from session_recalls where lease_until > leased_at + (%s + 1) * interval '1 second'",
+        [mine],
+    )
     assert len(endpoint.requests) == 1
     await owner.kill()
     [held] = await rows(db, "select lease_until from session_recalls where id = %s", [recall])
     await other.hears("lease.taken", recall=recall)
     await other.hears("recall.settled", recall=recall, status="fired", attempt=2)
-    [mark] = await rows(db, "select called_at from recall_attempts where recall_id = %s and attempt = 2", [recall])
+    [mark] = await rows(
+        db, "select called_at from recall_attempts where recall_id = %s and attempt = 2", [recall]
+    )
     assert mark["called_at"] >= held["lease_until"]
 
 
@@ -471,8 +543,14 @@ def test_a_wrong_address(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -
     assert error.startswith("RECALL_RUN_URL ") and says in error
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage\n", b"\0\xff", b"-----BEGIN CERTIFICATE-----\n", Path()], ids=repr)
-def test_a_wrong_certificate_authority(content: bytes | Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"garbage\n", b"\0\xff", b"-----BEGIN CERTIFICATE-----\n", Path()],
+    ids=repr,
+)
+def test_a_wrong_certificate_authority(
+    content: bytes | Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """RECALL_CA_FILE that is missing, empty, a directory, or holds no certificate is named, and what it should be."""
     file = tmp_path / "ca.pem"
     if isinstance(content, bytes):
@@ -494,10 +572,17 @@ async def test_a_daemon_with_a_wrong_certificate_authority(anywhere: Daemons) ->
     assert status == USAGE and error.startswith("RECALL_CA_FILE is ")
 
 
-NUMBERS = [f.name.upper() for f in dataclasses.fields(Settings) if "int" in str(f.type) or "float" in str(f.type)]
+NUMBERS = [
+    f.name.upper()
+    for f in dataclasses.fields(Settings)
+    if "int" in str(f.type) or "float" in str(f.type)
+]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1 fortnight", "٣x"])
+@pytest.mark.parametrize(
+    "value",
+    ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1 fortnight", "٣x"],
+)
 def test_wrong_numbers(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number, not finite, negative, or longer than a life is refused for every setting, all of them in one error."""
     error = problem(monkeypatch, **{name.lower(): value for name in NUMBERS}).what
@@ -526,7 +611,10 @@ async def test_a_misspelt_setting_is_named(database: str, daemons: Daemons) -> N
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
-SECRETS: Mapping[str, str] = {"RECALL_RUN_TOKEN": f"{HUSH}-token", "RECALL_SIGNING_SECRET": f"{HUSH}-signing"}
+SECRETS: Mapping[str, str] = {
+    "RECALL_RUN_TOKEN": f"{HUSH}-token",
+    "RECALL_SIGNING_SECRET": f"{HUSH}-signing",
+}
 
 
 def secret_dsn(database: str) -> str:
@@ -534,7 +622,9 @@ def secret_dsn(database: str) -> str:
     return make_conninfo(database, password=f"{HUSH}-dsn")
 
 
-async def test_secrets_stay_secret(app: Application, database: str, db: Connection, endpoint: Endpoint) -> None:
+async def test_secrets_stay_secret(
+    app: Application, database: str, db: Connection, endpoint: Endpoint
+) -> None:
     """In every log line at level debug, in the process's own command line, in every table and in PostgreSQL's list of queries: no secret."""
     for session, answer in {
         "fine": reply(), "redirect": reply(302, headers={"location": "http://elsewhere/"}), "refused": reply(400), "unknown": reply(500),
@@ -552,16 +642,21 @@ async def test_secrets_stay_secret(app: Application, database: str, db: Connecti
         for session in endpoint.scripts:
             await promise(app, session)
             await daemon.hears("recall.settled", session=session)
-        assert all(HUSH in str(request.headers) for request in endpoint.requests), "the endpoint has them"
+        assert all(HUSH in str(request.headers) for request in endpoint.requests), (
+            "the endpoint has them"
+        )
         await eventually(db, "select from recall_workers")
         for table in ("recall_workers", "session_recalls", "recall_attempts"):
             assert HUSH not in str(await rows(db, f"select t::text from {table} t"))
         settings = (await rows(db, "select settings from recall_workers"))[0]["settings"]
-        assert {name: settings[name] for name in ("dsn", "listen_dsn", "run_token", "signing_secret")} == dict.fromkeys(
-            ("dsn", "listen_dsn", "run_token", "signing_secret"), "set"
-        )
+        assert {
+            name: settings[name] for name in ("dsn", "listen_dsn", "run_token", "signing_secret")
+        } == dict.fromkeys(("dsn", "listen_dsn", "run_token", "signing_secret"), "set")
         assert HUSH not in str(
-            await rows(db, "select query, application_name from pg_stat_activity where pid <> pg_backend_pid()")
+            await rows(
+                db,
+                "select query, application_name from pg_stat_activity where pid <> pg_backend_pid()",
+            )
         )
         cmdline = await asyncio.to_thread(Path(f"/proc/{daemon.pid}/cmdline").read_bytes)
         assert b"recall_worker" in cmdline and HUSH.encode() not in cmdline
@@ -580,7 +675,9 @@ def give(how: str, place: Path, secrets: Mapping[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["files", "credentials"])
-async def test_secrets_from_elsewhere(how: str, app: Application, database: str, endpoint: Endpoint, tmp_path: Path) -> None:
+async def test_secrets_from_elsewhere(
+    how: str, app: Application, database: str, endpoint: Endpoint, tmp_path: Path
+) -> None:
     """DSN, token and signing secret come from files or from systemd's credentials, without the line break at their ends."""
     secrets = {"RECALL_DSN": secret_dsn(database), **SECRETS}
     async with Daemons({"RECALL_RUN_URL": endpoint.url} | give(how, tmp_path, secrets)) as daemons:
@@ -589,8 +686,13 @@ async def test_secrets_from_elsewhere(how: str, app: Application, database: str,
         await daemon.hears("recall.settled", recall=recall, status="fired")
         [request] = endpoint.requests
         assert request.headers["authorization"] == f"Bearer {SECRETS['RECALL_RUN_TOKEN']}"
-        signed = f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.".encode() + request.body
-        digest = hmac.new(SECRETS["RECALL_SIGNING_SECRET"].encode(), signed, hashlib.sha256).digest()
+        signed = (
+            f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.".encode()
+            + request.body
+        )
+        digest = hmac.new(
+            SECRETS["RECALL_SIGNING_SECRET"].encode(), signed, hashlib.sha256
+        ).digest()
         assert request.headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
         assert await daemon.stop() == 0
         assert HUSH not in heard(daemon)
@@ -598,7 +700,9 @@ async def test_secrets_from_elsewhere(how: str, app: Application, database: str,
 
 @pytest.mark.parametrize("how", ["files", "credentials"])
 @pytest.mark.parametrize("what", ["directory", "empty", "blank", "binary", "two lines"])
-def test_a_secret_that_can_not_be_read(what: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_that_can_not_be_read(
+    what: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file for a secret that holds none is an error that names it; a daemon never starts without the token that it was to have."""
     given = give(how, tmp_path, {"RECALL_RUN_TOKEN": HUSH})
     file = tmp_path / "RECALL_RUN_TOKEN"
@@ -623,7 +727,9 @@ def test_a_credential_that_nobody_gave(place: str, tmp_path: Path) -> None:
     assert read({"CREDENTIALS_DIRECTORY": str(tmp_path / place)}).run_token is None
 
 
-async def test_a_log_that_nobody_reads(app: Application, db: Connection, database: str, endpoint: Endpoint) -> None:
+async def test_a_log_that_nobody_reads(
+    app: Application, db: Connection, database: str, endpoint: Endpoint
+) -> None:
     """The reader of the daemon's log goes away: the daemon goes on without a word."""
     daemon = await Daemon.start({"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url})
     try:
@@ -633,7 +739,9 @@ async def test_a_log_that_nobody_reads(app: Application, db: Connection, databas
         for n in range(3):
             await promise(app, f"s{n}")
             await endpoint.count(n + 1)
-        await eventually(db, "select from session_recalls where status = 'fired' having count(*) = 3")
+        await eventually(
+            db, "select from session_recalls where status = 'fired' having count(*) = 3"
+        )
         assert daemon.process.returncode is None
         daemon.signal(signal.SIGTERM)
         async with asyncio.timeout(20):

@@ -16,7 +16,9 @@ LATER = reply(503, {"error": "starting"}, {"retry-after": "0"})
 """Unavailable, and due again as soon as may be: what holds the call back is the breaker."""
 
 
-async def test_opens_and_closes(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_opens_and_closes(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Two sessions in a row are told "later": claims stop but for probes, which go round; an answer closes it, and all recalls fire."""
     sessions = [f"s{n}" for n in range(12)]
     for session in sessions:
@@ -45,7 +47,9 @@ async def test_opens_and_closes(app: Application, db: Connection, endpoint: Endp
 
 
 @pytest.mark.full
-async def test_no_connection(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_no_connection(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The endpoint's process is gone and comes back: nothing is claimed but probes, nothing is lost, no attempt is spent."""
     sessions = [f"s{n}" for n in range(6)]
     daemon = await daemons.start(concurrency=2, poll_interval=30)
@@ -67,7 +71,9 @@ async def test_no_connection(app: Application, db: Connection, endpoint: Endpoin
     assert sorted(r.session for r in endpoint.requests) == ["first", *sessions]
 
 
-async def test_one_sessions_trouble(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_one_sessions_trouble(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A session that is told "later" for ever does not open it, among others that are answered or alone."""
     endpoint.script("ill", reply(503, {}, {"retry-after": "0"}))
     daemon = await daemons.start(concurrency=1, poll_interval=30)
@@ -92,12 +98,19 @@ async def test_one_sessions_trouble(app: Application, db: Connection, endpoint: 
         (reply(401, {"error": "who are you"}), 401),
         pytest.param(reply(404, text=b"<html>nothing here</html>"), 404, marks=pytest.mark.full),
         (reply(200, text=b"<html>welcome</html>", headers={"content-type": "text/html"}), 200),
-        pytest.param(reply(307, headers={"location": "http://127.0.0.1:1/"}), 307, marks=pytest.mark.full),
+        pytest.param(
+            reply(307, headers={"location": "http://127.0.0.1:1/"}), 307, marks=pytest.mark.full
+        ),
     ],
     ids=["a wrong token", "a wrong path", "a web page", "a redirect"],
 )
 async def test_misconfigured(
-    answer: object, status: int, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    answer: object,
+    status: int,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Our own fault is told loudly, opens the breaker, and costs no recall an attempt."""
     endpoint.default = answer  # type: ignore[assignment]
@@ -109,9 +122,15 @@ async def test_misconfigured(
     [opened] = await daemon.hears("breaker.opened")
     assert opened["level"] == "error"
     for session in ("a", "b"):
-        await daemon.hears("recall.settled", session=session, outcome="misconfigured", verdict="defer")
+        await daemon.hears(
+            "recall.settled", session=session, outcome="misconfigured", verdict="defer"
+        )
         left = await row(db, session)
-        assert (left["status"], left["attempt"], left["last_outcome"]) == ("pending", 0, "misconfigured")
+        assert (left["status"], left["attempt"], left["last_outcome"]) == (
+            "pending",
+            0,
+            "misconfigured",
+        )
 
 
 @pytest.mark.full
@@ -124,7 +143,9 @@ async def test_nothing_is_given_up_while_it_is_open(
     for session in ("a", "b"):
         await promise(app, session, "once")
     await daemon.hears("breaker.opened")
-    await eventually(db, "select 1 from session_recalls having min(begun_at) < now() - interval '1 second'")
+    await eventually(
+        db, "select 1 from session_recalls having min(begun_at) < now() - interval '1 second'"
+    )
     seen = len(endpoint.requests)
     await endpoint.count(seen + 1)
     await daemon.hears("breaker.probed", times=2)
@@ -140,7 +161,9 @@ async def test_nothing_is_given_up_while_it_is_open(
     assert "given up" in str((await row(db, "alone"))["reason"])
 
 
-async def test_a_probe_that_runs_closes_it(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_probe_that_runs_closes_it(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A probe that is taken and goes on for a while has shown enough: claims go on long before its run has ended."""
     gate = Gate()
     for session in ("a", "b"):
@@ -159,7 +182,9 @@ async def test_a_probe_that_runs_closes_it(app: Application, endpoint: Endpoint,
         await daemon.hears("recall.settled", session=session, status="fired")
 
 
-async def test_accepted_runs_of_a_dead_worker_take_no_probe(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_accepted_runs_of_a_dead_worker_take_no_probe(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Twelve of them are taken up while the breaker is open: the next probe still finds out."""
     runs = [f"r{n}" for n in range(12)]
     first = await daemons.start(lease=3, concurrency=12)

@@ -71,14 +71,20 @@ async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons
     assert (last["status"], last["reason"]) == ("fired", "it had all of its 4 occurrences")
 
 
-async def test_what_falls_due_during_a_run_is_told_to_the_next(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_what_falls_due_during_a_run_is_told_to_the_next(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A run over several intervals: its successor is due at once, stands for the first of them, and says how many more there were."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
     id = await put(db, "s", interval_seconds=1, times=2)
     await gate.entered.wait()
-    await eventually(db, "select 1 as ok from session_recalls where id = %s and now() > trigger_at + interval '2.2 s'", [id])
+    await eventually(
+        db,
+        "select 1 as ok from session_recalls where id = %s and now() > trigger_at + interval '2.2 s'",
+        [id],
+    )
     gate.open()
     await daemon.hears("recall.settled", recall=id, status="fired")
     first, second = told(endpoint, "s")
@@ -90,26 +96,40 @@ async def test_what_falls_due_during_a_run_is_told_to_the_next(db: Connection, e
 # --- cron ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_late_cron_recall_says_how_many_it_missed(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_late_cron_recall_says_how_many_it_missed(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Two hours of every tenth minute, missed: one run that stands for the first and counts the others; the next is on the next tick."""
     daemon = await daemons.start()
     id = await put(
-        db, "s", "date_trunc('hour', now()) - interval '2 hours'", cadence="cron", cron="*/10 * * * *", interval_seconds=600
+        db,
+        "s",
+        "date_trunc('hour', now()) - interval '2 hours'",
+        cadence="cron",
+        cron="*/10 * * * *",
+        interval_seconds=600,
     )
     await daemon.hears("recall.settled", recall=id)
     (found,) = told(endpoint, "s")
     row = await one(db, "s")
     moments = (row["trigger_at"] - nominal(found)).total_seconds() / 600
     assert (found["occurrence"], found["missed"]) == (1, moments - 1) and found["missed"] >= 12
-    assert row["trigger_at"] > datetime.now(UTC) - timedelta(seconds=30) and row["trigger_at"].minute % 10 == 0
+    assert (
+        row["trigger_at"] > datetime.now(UTC) - timedelta(seconds=30)
+        and row["trigger_at"].minute % 10 == 0
+    )
     assert (row["occurrence"], row["interval_seconds"], row["missed"]) == (2, 600, 0)
 
 
-async def test_plain_sql_leaves_the_first_moment_to_the_worker(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_plain_sql_leaves_the_first_moment_to_the_worker(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A cron recall inserted without a distance is put on its first moment within moments, and nothing is called before that."""
     await daemons.start()
     await put(db, "s", cadence="cron", cron="0 9 * * *", time_zone="America/New_York")
-    row = await eventually(db, "select * from session_recalls where session_id = 's' and interval_seconds is not null")
+    row = await eventually(
+        db, "select * from session_recalls where session_id = 's' and interval_seconds is not null"
+    )
     assert row["trigger_at"] == row["planned_at"] == row["scheduled_for"] > datetime.now(UTC)
     assert row["trigger_at"].minute == 0 and row["trigger_at"].hour in (13, 14)
     assert row["interval_seconds"] in (23 * 3600, 24 * 3600, 25 * 3600)
@@ -119,7 +139,10 @@ async def test_plain_sql_leaves_the_first_moment_to_the_worker(db: Connection, e
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"cron": "0 9 * * *", "time_zone": "Mars/Olympus"}, "there is no time zone 'Mars/Olympus'"),
+        (
+            {"cron": "0 9 * * *", "time_zone": "Mars/Olympus"},
+            "there is no time zone 'Mars/Olympus'",
+        ),
         ({"cron": "0 9 30 2 *"}, "'0 9 30 2 *' never comes"),
         ({"cron": "0 0 9 * * *"}, "it takes five fields"),
         ({"cron": "@daily"}, "it takes five fields"),
@@ -129,12 +152,19 @@ async def test_plain_sql_leaves_the_first_moment_to_the_worker(db: Connection, e
 )
 @pytest.mark.parametrize("distance", [None, 86_400], ids=["unplanned", "planned"])
 async def test_what_nobody_can_keep_fails_with_its_reason(
-    columns: dict[str, Any], said: str, distance: int | None, db: Connection, endpoint: Endpoint, daemons: Daemons
+    columns: dict[str, Any],
+    said: str,
+    distance: int | None,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Written by plain SQL, a cadence that makes no sense ends as failed, and says why; nothing is called."""
     await daemons.start()
     await put(db, "s", cadence="cron", interval_seconds=distance, **columns)
-    row = await eventually(db, "select * from session_recalls where session_id = 's' and status = 'failed'")
+    row = await eventually(
+        db, "select * from session_recalls where session_id = 's' and status = 'failed'"
+    )
     assert said in row["reason"] and row["ended_at"] is not None
     assert endpoint.requests == []
 
@@ -143,7 +173,9 @@ async def test_what_nobody_can_keep_fails_with_its_reason(
 
 
 @pytest.mark.full
-async def test_after_downtime_thousands_start_oldest_first_and_once(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_after_downtime_thousands_start_oldest_first_and_once(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """3,000 overdue recalls of all cadences, two workers: each runs once, oldest due first; those past their grace are recorded, not run."""
     await db.execute("insert into sessions select 's' || n, 'ann' from generate_series(1, 3000) n")
     await db.execute(
@@ -159,26 +191,44 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(db: Connecti
     started = [await daemons.start(concurrency=50) for _ in range(2)]
     await endpoint.count(3000 - len(misfired), within=60)
     await eventually(
-        db, "select 1 as ok where not exists (select from session_recalls where trigger_at <= now() and status = 'pending')"
+        db,
+        "select 1 as ok where not exists (select from session_recalls where trigger_at <= now() and status = 'pending')",
     )
     keys = Counter(endpoint.keys)
-    assert set(keys.values()) == {1} and {key.partition(":")[0] for key in keys} == {f"r{n}" for n in range(1, 3001)} - misfired
+    assert (
+        set(keys.values()) == {1}
+        and {key.partition(":")[0] for key in keys} == {f"r{n}" for n in range(1, 3001)} - misfired
+    )
     order = [int(key.partition(":")[0][1:]) for key in endpoint.keys]
     # Two workers with fifty slots each, so that nobody is further from his place than what they may hold and start at once.
-    assert max(abs(place - order.index(n)) for place, n in enumerate(sorted(order, reverse=True))) <= 400
-    marks = await rows(db, "select recall_id, reason from recall_attempts where outcome = 'misfired'")
-    assert {mark["recall_id"] for mark in marks} == misfired and all("past its grace of 60 s" in mark["reason"] for mark in marks)
+    assert (
+        max(abs(place - order.index(n)) for place, n in enumerate(sorted(order, reverse=True)))
+        <= 400
+    )
+    marks = await rows(
+        db, "select recall_id, reason from recall_attempts where outcome = 'misfired'"
+    )
+    assert {mark["recall_id"] for mark in marks} == misfired and all(
+        "past its grace of 60 s" in mark["reason"] for mark in marks
+    )
     for daemon in started:
         assert await daemon.stop() == 0
 
 
-async def test_a_successor_says_the_same(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_successor_says_the_same(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A worker is killed in the run of a late occurrence: its successor calls with the same key and byte for byte the same body."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     dead = await daemons.start(lease=2)
     id = await put(
-        db, "s", "date_trunc('minute', now()) - interval '5 min'", cadence="cron", cron="* * * * *", interval_seconds=60
+        db,
+        "s",
+        "date_trunc('minute', now()) - interval '5 min'",
+        cadence="cron",
+        cron="* * * * *",
+        interval_seconds=60,
     )
     await gate.entered.wait()
     await dead.kill()
@@ -192,8 +242,23 @@ async def test_a_successor_says_the_same(db: Connection, endpoint: Endpoint, dae
 async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """What fell due while a recall was paused is coalesced when it goes on, or, past the grace, recorded and passed over."""
     daemon = await daemons.start()
-    await put(db, "s", "now() - interval '95 s'", interval_seconds=10, paused_at=datetime.now(UTC), times=1)
-    await put(db, "t", "now() - interval '95 s'", interval_seconds=10, paused_at=datetime.now(UTC), grace_seconds=12, times=2)
+    await put(
+        db,
+        "s",
+        "now() - interval '95 s'",
+        interval_seconds=10,
+        paused_at=datetime.now(UTC),
+        times=1,
+    )
+    await put(
+        db,
+        "t",
+        "now() - interval '95 s'",
+        interval_seconds=10,
+        paused_at=datetime.now(UTC),
+        grace_seconds=12,
+        times=2,
+    )
     await db.execute("update session_recalls set paused_at = null")
     await daemon.hears("recall.settled", recall="r-s", status="fired")
     await daemon.hears("recall.settled", recall="r-t", status="fired")
@@ -204,13 +269,17 @@ async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: D
     misfired, answered = await calls(db, "r-t")
     assert (misfired["outcome"], answered["outcome"]) == ("misfired", "answered")
     # Every moment up to now is accounted for: the one that misfired and what was passed over with it, the one that ran and what it missed.
-    assert nominal(within) - misfired["scheduled_for"] == timedelta(seconds=10) * (1 + misfired["missed"])
+    assert nominal(within) - misfired["scheduled_for"] == timedelta(seconds=10) * (
+        1 + misfired["missed"]
+    )
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 
-async def test_failures_in_a_row_end_it(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_failures_in_a_row_end_it(
+    db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """One failure, a success, then two failures: with two in a row it has failed and says so; the success in between began anew."""
     endpoint.script("s", reply(422), reply(), reply(422), reply(422))
     daemon = await daemons.start()
@@ -224,7 +293,9 @@ async def test_failures_in_a_row_end_it(db: Connection, endpoint: Endpoint, daem
 async def test_until(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """No occurrence after a date: the last before it runs, and then the recall has fired, saying why."""
     daemon = await daemons.start()
-    id = await put(db, "s", interval_seconds=3600, until_at=datetime.now(UTC) + timedelta(minutes=30))
+    id = await put(
+        db, "s", interval_seconds=3600, until_at=datetime.now(UTC) + timedelta(minutes=30)
+    )
     await daemon.hears("recall.settled", recall=id, status="fired")
     row = await one(db, "s")
     assert "where it ends" in row["reason"] and len(endpoint.requests) == 1
@@ -246,25 +317,39 @@ async def test_jitter(db: Connection, endpoint: Endpoint, daemons: Daemons) -> N
 # --- the application's own hand --------------------------------------------------------------------------------------
 
 
-async def test_skips_of_a_waiting_cron_recall(app: Application, db: Connection, daemons: Daemons) -> None:
+async def test_skips_of_a_waiting_cron_recall(
+    app: Application, db: Connection, daemons: Daemons
+) -> None:
     """Two skips in quick succession from a Friday: two working days less, each consuming its number, and the distance follows."""
     await daemons.start()
     friday = "date_trunc('week', now()) + interval '4 weeks 4 days 9 hours'"
-    id = await put(db, "s", friday, cadence="cron", cron="0 9 * * mon-fri", interval_seconds=3 * 86_400)
+    id = await put(
+        db, "s", friday, cadence="cron", cron="0 9 * * mon-fri", interval_seconds=3 * 86_400
+    )
     assert await app.skip_next("s") and await app.skip_next("s")
-    row = await eventually(db, "select * from session_recalls where id = %s and occurrence = 3", [id])
-    assert (row["trigger_at"].isoweekday(), row["trigger_at"].hour, row["interval_seconds"]) == (2, 9, 86_400)
+    row = await eventually(
+        db, "select * from session_recalls where id = %s and occurrence = 3", [id]
+    )
+    assert (row["trigger_at"].isoweekday(), row["trigger_at"].hour, row["interval_seconds"]) == (
+        2,
+        9,
+        86_400,
+    )
     assert row["trigger_at"] == row["planned_at"] == row["scheduled_for"]
 
 
 @pytest.mark.parametrize("cadence", ["grid", "cron"])
-async def test_a_skip_in_mid_run(cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_skip_in_mid_run(
+    cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Exactly one occurrence less: the one after the run."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
     cron = {"cron": "0 * * * *"} if cadence == "cron" else {}
-    id = await put(db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron)
+    id = await put(
+        db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron
+    )
     first = (await one(db, "s"))["trigger_at"]
     await gate.entered.wait()
     assert await app.skip_next("s")
@@ -284,7 +369,9 @@ async def test_rescheduled_in_mid_run(
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
     cron = {"cron": "0 * * * *"} if cadence == "cron" else {}
-    id = await put(db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron)
+    id = await put(
+        db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron
+    )
     await gate.entered.wait()
     named = datetime.now(UTC).replace(microsecond=0) + timedelta(days=3, seconds=7)
     assert await app.reschedule(id, named)
@@ -293,7 +380,9 @@ async def test_rescheduled_in_mid_run(
     row = await one(db, "s")
     assert (row["occurrence"], row["trigger_at"]) == (2, named)
     hour = named.replace(minute=0, second=0) + timedelta(hours=1)
-    assert row["interval_seconds"] == (3600 if cadence == "grid" else (hour - named).total_seconds())
+    assert row["interval_seconds"] == (
+        3600 if cadence == "grid" else (hour - named).total_seconds()
+    )
 
 
 @pytest.mark.parametrize("what", ["skip", "reschedule"])
@@ -305,7 +394,9 @@ async def test_moved_between_two_calls(
     endpoint.script("s", reply(409, headers={"Retry-After": "3600"}), reply())
     daemon = await daemons.start()
     cron = {"cron": "0 * * * *"} if cadence == "cron" else {}
-    id = await put(db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron)
+    id = await put(
+        db, "s", "date_trunc('hour', now())", cadence=cadence, interval_seconds=3600, **cron
+    )
     nominal_first = (await one(db, "s"))["trigger_at"]
     await daemon.hears("recall.settled", recall=id, outcome="busy")
     if what == "reschedule":
@@ -320,7 +411,10 @@ async def test_moved_between_two_calls(
     else:
         assert await app.skip_next("s")
         # Skipped from where it waited, it stands for the moment after its own; on cron the worker is rung, and puts it there.
-        ahead = {"cron": "occurrence = 2 and trigger_at = planned_at", "grid": "trigger_at > planned_at"}[cadence]
+        ahead = {
+            "cron": "occurrence = 2 and trigger_at = planned_at",
+            "grid": "trigger_at > planned_at",
+        }[cadence]
         row = await eventually(db, f"select * from session_recalls where id = %s and {ahead}", [id])
         found = await Recalls().preview(id, count=2, conn=db)
         assert found == [nominal_first + timedelta(hours=n) for n in (1, 2)]

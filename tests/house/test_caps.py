@@ -30,7 +30,9 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     other = await daemons.start(session_limit="5/h,100/d")
     await app.schedule("loop", "immediate", soon(0), "start")
     await endpoint.count(5, "loop")
-    told = [asyncio.ensure_future(w.hears("recall.settled", outcome="capped")) for w in (worker, other)]
+    told = [
+        asyncio.ensure_future(w.hears("recall.settled", outcome="capped")) for w in (worker, other)
+    ]
     _, waiting = await asyncio.wait(told, timeout=20, return_when=asyncio.FIRST_COMPLETED)
     for one in waiting:
         one.cancel()
@@ -38,7 +40,9 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     assert (held[0]["status"], held[0]["attempt"]) == ("pending", 0)
     assert "had 5 runs within an hour, and may have 5" in held[0]["reason"]
     wait = await (
-        await db.execute("select extract(epoch from trigger_at - now())::float8 as s from session_recalls where deferrals > 0")
+        await db.execute(
+            "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where deferrals > 0"
+        )
     ).fetchone()
     assert wait is not None and 3500 < wait["s"] <= 3600
     await app.schedule("calm", "immediate", soon(0), "not in a loop")
@@ -72,9 +76,13 @@ async def test_the_fleet_never_runs_more_than_it_may(
     assert len(set(endpoint.keys)) == 30
 
 
-async def test_claims_under_a_fleet_cap_race_without_overshooting(database: str, db: Connection) -> None:
+async def test_claims_under_a_fleet_cap_race_without_overshooting(
+    database: str, db: Connection
+) -> None:
     """Eight claimers, a connection each, many rounds at once under a cap of five: never more than five leased."""
-    await db.execute("insert into sessions (id, user_id) select 's' || n, 'ann' from generate_series(1, 40) n")
+    await db.execute(
+        "insert into sessions (id, user_id) select 's' || n, 'ann' from generate_series(1, 40) n"
+    )
     await db.execute(
         "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
         "select 'r' || n, 's' || n, 'once', now(), 'work', now(), now() from generate_series(1, 40) n"

@@ -129,9 +129,13 @@ class Sandbox:
         """A document's text with what stands in it for something put in its place."""
         if re.search(r"\bSESSION\b", text):
             with psycopg.connect(self.dsn, autocommit=True) as conn:
-                conn.execute(b"insert into sessions values ('SESSION', 'ann') on conflict do nothing")
+                conn.execute(
+                    b"insert into sessions values ('SESSION', 'ann') on conflict do nothing"
+                )
         if re.search(r"\bID\b", text):
-            text = re.sub(r"\bID\b", self.recall("failed" if " retry " in text else "pending"), text)
+            text = re.sub(
+                r"\bID\b", self.recall("failed" if " retry " in text else "pending"), text
+            )
         for word, instead in {
             "postgresql://recall@db/app": f"'{self.dsn}'",
             "https://agent.example/sessions/{session_id}/run": self.url,
@@ -146,7 +150,11 @@ class Sandbox:
 
     @property
     def environ(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_") or k.startswith("RECALL_TEST_")}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("RECALL_") or k.startswith("RECALL_TEST_")
+        }
         return kept | {
             "PATH": f"{BIN}:{os.environ['PATH']}", "RECALL_DSN": self.dsn, "RECALL_RUN_URL": self.url, "RECALL_RUN_TOKEN": TOKEN,
         }  # fmt: skip
@@ -176,12 +184,21 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def sandbox(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(
+    server: str, template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sandbox]:
     folder = tmp_path_factory.mktemp("sandbox")
-    left_out = shutil.ignore_patterns(".git", ".venv", ".mirror", ".*_cache", "__pycache__", "dist", "node_modules")
+    left_out = shutil.ignore_patterns(
+        ".git", ".venv", ".mirror", ".*_cache", "__pycache__", "dist", "node_modules"
+    )
     shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
     # Each command stands alone, whatever was executed before it.
-    for name in ("etc/systemd/system", "etc/recall-worker/credentials", "etc/recall-worker/owner-credentials", "opt"):
+    for name in (
+        "etc/systemd/system",
+        "etc/recall-worker/credentials",
+        "etc/recall-worker/owner-credentials",
+        "opt",
+    ):
         (folder / name).mkdir(parents=True)
     with postgres.database(server, template) as dsn, ExitStack() as stack:
         port = free_port()
@@ -203,12 +220,20 @@ def sandbox(server: str, template: str, tmp_path_factory: pytest.TempPathFactory
 def test_a_command(command: Command, sandbox: Sandbox) -> None:
     """It ends well (or, where it is to go on for ever, begins well, and ends well at SIGTERM)."""
     program = command.text.split()[0]
-    known = shutil.which(program.replace(".venv/bin/", f"{BIN}/"), path=f"{BIN}:{os.environ['PATH']}")
+    known = shutil.which(
+        program.replace(".venv/bin/", f"{BIN}/"), path=f"{BIN}:{os.environ['PATH']}"
+    )
     assert known or "=" in program, "a command that nobody knows: neither executed nor listed"
-    if missing := [word for word in ("jq",) if re.search(rf"\b{word}\b", command.text) and shutil.which(word) is None]:
+    if missing := [
+        word
+        for word in ("jq",)
+        if re.search(rf"\b{word}\b", command.text) and shutil.which(word) is None
+    ]:
         pytest.skip(f"not installed: {missing[0]}")
     environ = {}
-    if any("RECALL_RUN_TOKEN_FILE=" in export for export in command.before) or command.text.startswith("RECALL_RUN_TOKEN="):
+    if any(
+        "RECALL_RUN_TOKEN_FILE=" in export for export in command.before
+    ) or command.text.startswith("RECALL_RUN_TOKEN="):
         environ["RECALL_RUN_TOKEN"] = ""
     script = "\n".join(sandbox.told(line) for line in command.before) + "\n"
     if command.text in UNTIL:
@@ -229,7 +254,11 @@ def test_what_is_done_elsewhere_is_done_there() -> None:
     """Each entry of the list is of use, and the place that it names is there and does it."""
     used = {command.elsewhere for command in COMMANDS} - {None}
     assert used == set(ELSEWHERE)
-    assert [place for place, text, _ in ELSEWHERE.values() if text not in (ROOT / place).read_text(encoding="utf-8")] == []
+    assert [
+        place
+        for place, text, _ in ELSEWHERE.values()
+        if text not in (ROOT / place).read_text(encoding="utf-8")
+    ] == []
 
 
 def settings_blocks() -> list[tuple[str, dict[str, str]]]:
@@ -243,7 +272,11 @@ def settings_blocks() -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize(("document", "given"), settings_blocks(), ids=[f"{d} {' '.join(g)}" for d, g in settings_blocks()])
+@pytest.mark.parametrize(
+    ("document", "given"),
+    settings_blocks(),
+    ids=[f"{d} {' '.join(g)}" for d, g in settings_blocks()],
+)
 def test_settings(document: str, given: dict[str, str]) -> None:
     """A block of settings is taken by the worker as it stands; what is OpenTelemetry's is not ours to judge."""
     assert all(name.startswith(("RECALL_", "OTEL_")) for name in given), document
@@ -258,7 +291,9 @@ def test_no_shell_hides() -> None:
         for block in BLOCK.finditer(document.read_text(encoding="utf-8")):
             if block[1] not in ("sh", "bash", "shell", "console"):
                 hidden += re.findall(
-                    r"^\s*(?:\$ )?(?:recall-worker|systemctl|docker|kubectl|pip|python3?) \S.*$", block[2], re.MULTILINE
+                    r"^\s*(?:\$ )?(?:recall-worker|systemctl|docker|kubectl|pip|python3?) \S.*$",
+                    block[2],
+                    re.MULTILINE,
                 )
     assert hidden == []
     assert len(HERE) > 30
@@ -275,7 +310,9 @@ def spans() -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("document", "words"), spans(), ids=[f"{d} {' '.join(w)}" for d, w in spans()])
+@pytest.mark.parametrize(
+    ("document", "words"), spans(), ids=[f"{d} {' '.join(w)}" for d, w in spans()]
+)
 def test_in_passing(document: str, words: list[str]) -> None:
     """What the text mentions in passing is a command, with options that it takes."""
     name, *rest = words

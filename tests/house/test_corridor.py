@@ -16,12 +16,16 @@ def soon(seconds: float) -> datetime:
 
 
 async def row(db: Connection, session: str) -> dict[str, object]:
-    found = await (await db.execute("select * from session_recalls where session_id = %s", (session,))).fetchone()
+    found = await (
+        await db.execute("select * from session_recalls where session_id = %s", (session,))
+    ).fetchone()
     assert found is not None
     return found
 
 
-async def test_one_of_each_type(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_one_of_each_type(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """An immediate, a one-shot and a recurring recall, inserted by the application, each fire on time and once."""
     daemon = await daemons.start()
     for session in ("now", "once", "again"):
@@ -32,7 +36,9 @@ async def test_one_of_each_type(app: Application, db: Connection, endpoint: Endp
 
     await daemon.hears("recall.settled", session="again", times=2)
     await daemon.hears("recall.settled", session="once")
-    assert [r.key for r in endpoint.of("again")] == [f"{endpoint.of('again')[0].document['recall']['id']}:{n}" for n in (1, 2)]
+    assert [r.key for r in endpoint.of("again")] == [
+        f"{endpoint.of('again')[0].document['recall']['id']}:{n}" for n in (1, 2)
+    ]
     assert len(endpoint.of("now")) == len(endpoint.of("once")) == 1
     assert (await row(db, "now"))["status"] == "fired"
     assert (await row(db, "once"))["status"] == "fired"
@@ -60,5 +66,7 @@ async def test_a_chain_scheduled_from_inside_its_runs(
     assert len(runs) == len({r.key for r in runs}) == 10
     for earlier, later in pairwise(runs):
         assert earlier.ended_at is not None and later.at > earlier.ended_at
-    left = await (await db.execute("select status, count(*) as n from session_recalls group by 1")).fetchall()
+    left = await (
+        await db.execute("select status, count(*) as n from session_recalls group by 1")
+    ).fetchall()
     assert left == [{"status": "fired", "n": 10}]

@@ -35,7 +35,11 @@ from .test_ops import scrape, value
 
 MIGRATION = Path(__file__).parent.parent.parent / "docs" / "migration.md"
 SQL: dict[str, str] = dict(
-    re.findall(r"^<!-- (\w+) -->\n```sql\n(.*?)^```$", MIGRATION.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    re.findall(
+        r"^<!-- (\w+) -->\n```sql\n(.*?)^```$",
+        MIGRATION.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
 )
 """The document's statements, by the names that stand above them."""
 
@@ -91,10 +95,15 @@ class Agents:
         """Wait until so many more recalls of each type have been run to their ends."""
 
         def ended() -> list[int]:
-            return [sum(r.ended is not None for r in self.of(by, kind)) for kind in ("once", "immediate", "recurring")]
+            return [
+                sum(r.ended is not None for r in self.of(by, kind))
+                for kind in ("once", "immediate", "recurring")
+            ]
 
         before = ended()
-        await self.until(lambda: all(now >= was + times for was, now in zip(before, ended(), strict=True)))
+        await self.until(
+            lambda: all(now >= was + times for was, now in zip(before, ended(), strict=True))
+        )
 
     async def _run(self, session: str, message: str, by: str) -> None:
         row = await self._pool.fetchrow(
@@ -121,7 +130,9 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
 
 
 @contextlib.asynccontextmanager
-async def falling_due(application: Application, recurring: int = 6) -> AsyncIterator[asyncio.Task[None]]:
+async def falling_due(
+    application: Application, recurring: int = 6
+) -> AsyncIterator[asyncio.Task[None]]:
     """Meanwhile recalls of all three types fall due all the time; recurring ones, every second, in so many sessions."""
     feeding = asyncio.create_task(_feed(application, recurring))
     try:
@@ -136,7 +147,9 @@ async def _feed(application: Application, recurring: int) -> None:
         kind = "recurring" if n < recurring else ("once", "immediate")[n % 2]
         await application.create_session(f"s{n}", "ann")
         due = soon(0 if kind == "immediate" else 0.3)
-        await application.schedule(f"s{n}", kind, due, f"come back {n}", 1 if kind == "recurring" else None)
+        await application.schedule(
+            f"s{n}", kind, due, f"come back {n}", 1 if kind == "recurring" else None
+        )
         await asyncio.sleep(0.1)
 
 
@@ -144,7 +157,9 @@ async def _feed(application: Application, recurring: int) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_there_and_back_while_recalls_fall_due(empty_database: str, endpoint: Endpoint) -> None:
+async def test_there_and_back_while_recalls_fall_due(
+    empty_database: str, endpoint: Endpoint
+) -> None:
     """Migrated under the old scheduler, then the daemon, then the old one, then the daemon: each occurrence was run exactly once, no
     two runs met in a session, nothing was forgotten, and the daemon had nothing to complain of."""
     dsn = empty_database
@@ -185,7 +200,12 @@ async def test_there_and_back_while_recalls_fall_due(empty_database: str, endpoi
             )
             assert await second.stop(within=70) == 0
 
-            complaints = [e for daemon in (first, second) for e in daemon.events if e["level"] in ("warning", "error")]
+            complaints = [
+                e
+                for daemon in (first, second)
+                for e in daemon.events
+                if e["level"] in ("warning", "error")
+            ]
             assert complaints == []
         assert agents.met == []
         times = Counter((run.recall, run.due) for run in agents.runs)
@@ -197,7 +217,10 @@ async def test_there_and_back_while_recalls_fall_due(empty_database: str, endpoi
                 assert {run.by for run in runs} == {"old", "daemon"}
                 ends = [run.ended for run in runs[:-1]]
                 # An interval after the run before has ended, however it was called.
-                assert all(e is not None and run.began > e + 0.9 for run, e in zip(runs[1:], ends, strict=True))
+                assert all(
+                    e is not None and run.began > e + 0.9
+                    for run, e in zip(runs[1:], ends, strict=True)
+                )
             else:
                 assert (row["status"], len(runs)) == ("fired", 1), row
 
@@ -206,7 +229,12 @@ LIVE = "select id, status, paused_at is not null as paused from session_recalls 
 
 
 async def test_what_the_daemon_leaves(
-    app: Application, db: Connection, database: str, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
+    app: Application,
+    db: Connection,
+    database: str,
+    pool: asyncpg.Pool[asyncpg.Record],
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Put off, moved out of their slots, cut off in mid-run, failed, paused, on cron, on a grid, with an end: each is run once by the old
     scheduler, or not at all where it might have been run before, or kept, and run by the daemon when that is back."""
@@ -220,13 +248,18 @@ async def test_what_the_daemon_leaves(
     endpoint.script("refused", reply(422))
     endpoint.default = agents.answer
     daemon = await daemons.start(concurrency=10, drain_timeout=0.1)
-    ids = {session: await promise(app, session, "once") for session in ("busy", "refused", "cut", "moved", "beside")}
+    ids = {
+        session: await promise(app, session, "once")
+        for session in ("busy", "refused", "cut", "moved", "beside")
+    }
     ids["cut again"] = await promise(app, "cut again", "recurring", interval=3600)
     for gate in gates.values():
         await gate.entered.wait()
     # Scheduled from inside the runs, which then find the session busy: the older ones wait outside of their slots.
     ids["moved on"] = await app.schedule("moved", "once", soon(3600), "and then")
-    ids["beside on"] = await app.schedule("beside", "recurring", soon(3600), "and then, again and again", 3600)
+    ids["beside on"] = await app.schedule(
+        "beside", "recurring", soon(3600), "and then, again and again", 3600
+    )
     gates["moved"].open()
     gates["beside"].open()
     for session in ("busy", "refused", "moved", "beside"):
@@ -239,7 +272,9 @@ async def test_what_the_daemon_leaves(
         "once paused": ("--in", "1h"),
     }.items():
         await app.create_session(name, "ann")
-        said = await asyncio.to_thread(operate, database, "schedule", name, f"come back to {name}", *words, "--json")
+        said = await asyncio.to_thread(
+            operate, database, "schedule", name, f"come back to {name}", *words, "--json"
+        )
         ids[name] = said.document["id"]
     for name in ("paused", "once paused"):
         assert (await asyncio.to_thread(operate, database, "pause", ids[name])).status == 0
@@ -259,7 +294,9 @@ async def test_what_the_daemon_leaves(
     old = Scheduler(Application(pool), agents.old)
     async with old:
         async with asyncio.timeout(30):
-            while {run.recall for run in agents.runs if run.ended} != ran or (await rows(db, SQL["left"]))[0]["count"]:
+            while {run.recall for run in agents.runs if run.ended} != ran or (
+                await rows(db, SQL["left"])
+            )[0]["count"]:
                 await execute(db, "slots")
                 await asyncio.sleep(0.05)
         await old.stop()
@@ -278,12 +315,19 @@ async def test_what_the_daemon_leaves(
         await again.hears("recall.settled", session=name, outcome="answered")
     assert await again.stop() == 0
     assert Counter(run.recall for run in agents.of("daemon")) == dict.fromkeys(goes_on, 1)
-    assert {row["id"] for row in await rows(db, LIVE) if row["paused"]} == {ids["paused"], ids["once paused"]}
+    assert {row["id"] for row in await rows(db, LIVE) if row["paused"]} == {
+        ids["paused"],
+        ids["once paused"],
+    }
     assert agents.met == [] and again.told("lease.violated") == []
 
 
 async def test_keys_that_were_used_are_not_used_again(
-    app: Application, db: Connection, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
+    app: Application,
+    db: Connection,
+    pool: asyncpg.Pool[asyncpg.Record],
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A recurring recall that the daemon had called before, and that the old scheduler ran since, is called under another key."""
     agents = Agents(pool)
@@ -306,7 +350,12 @@ async def test_keys_that_were_used_are_not_used_again(
 
 @pytest.mark.parametrize("accepted", [False, True], ids=["answered", "accepted"])
 async def test_a_worker_that_was_killed_before_the_way_back(
-    accepted: bool, app: Application, db: Connection, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
+    accepted: bool,
+    app: Application,
+    db: Connection,
+    pool: asyncpg.Pool[asyncpg.Record],
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Its row is seen to be held; another worker takes it up under the same key, and then nothing is left that the old one would run."""
     agents = Agents(pool)
@@ -321,7 +370,11 @@ async def test_a_worker_that_was_killed_before_the_way_back(
     await gate.entered.wait()
     await worker.kill()
     [held] = await rows(db, SQL["held"])
-    assert (held["id"], held["leased_by"], held["run_reference"] is not None) == (recall, worker.name, accepted)
+    assert (held["id"], held["leased_by"], held["run_reference"] is not None) == (
+        recall,
+        worker.name,
+        accepted,
+    )
 
     worker = await daemons.start(lease=2, drain_timeout=60)
     await worker.hears("lease.taken", recall=recall)
@@ -344,7 +397,9 @@ async def test_a_recall_that_is_made_plain(
     """A recall on a grid, with an end, that is to go on under the old scheduler, does so by its interval."""
     agents = Agents(pool)
     await app.create_session("s", "ann")
-    said = await asyncio.to_thread(operate, database, "schedule", "s", "come back", "--grid", "1s", "--times", "9", "--json")
+    said = await asyncio.to_thread(
+        operate, database, "schedule", "s", "come back", "--grid", "1s", "--times", "9", "--json"
+    )
     id = said.document["id"]
     await execute(db, "order")
     async with db.transaction():
@@ -378,14 +433,21 @@ class Slow:
 
 @pytest.mark.parametrize(("call_type", "status"), [("once", "fired"), ("recurring", "pending")])
 async def test_side_by_side_the_daemon_notices(
-    call_type: str, status: str, app: Application, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
+    call_type: str,
+    status: str,
+    app: Application,
+    pool: asyncpg.Pool[asyncpg.Record],
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Both on: the recall runs twice. Where the old one settles what the daemon holds, that is told, counted, and once."""
     agent = Slow()
     endpoint.default = agent.answer
     daemon = await daemons.start(ops_listen=0)
     async with Scheduler(Application(pool), agent.old) as old:
-        recall = await promise(app, "s", call_type, interval=3600 if call_type == "recurring" else None)
+        recall = await promise(
+            app, "s", call_type, interval=3600 if call_type == "recurring" else None
+        )
         for gate in agent.gates.values():
             await gate.entered.wait()
         assert agent.began["s"] == 2, "it is really dangerous"
@@ -400,7 +462,12 @@ async def test_side_by_side_the_daemon_notices(
 
 
 async def test_side_by_side_the_doctor_notices(
-    app: Application, db: Connection, database: str, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
+    app: Application,
+    db: Connection,
+    database: str,
+    pool: asyncpg.Pool[asyncpg.Record],
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Where the daemon ends first it holds nothing any more that could be violated: the recall ran twice all the same, and the mark that
     came after the worker's own is seen."""
@@ -418,9 +485,9 @@ async def test_side_by_side_the_doctor_notices(
         await old.stop()
     assert agent.began["s"] == 2 and daemon.told("lease.violated") == []
     said = await asyncio.to_thread(operate, database, "doctor", "--json")
-    assert [row["seen"] for row in said.document["checks"] if "marked fired by others" in row["seen"]] == [
-        f"1 recall was marked fired by others than the workers within an hour, such as {recall}"
-    ]
+    assert [
+        row["seen"] for row in said.document["checks"] if "marked fired by others" in row["seen"]
+    ] == [f"1 recall was marked fired by others than the workers within an hour, such as {recall}"]
 
 
 async def test_an_old_run_that_was_not_let_end(
@@ -462,19 +529,29 @@ async def test_rows_that_were_not_put_in_order(
     """Left as the daemon leaves them, a paused recall and one on cron are run by the old scheduler, and one in `running` is not."""
     agents = Agents(pool)
     ids = {}
-    for name, words in {"paused": ("--in", "1h"), "cron": ("--cron", "0 * * * *"), "running": ("--in", "1h")}.items():
+    for name, words in {
+        "paused": ("--in", "1h"),
+        "cron": ("--cron", "0 * * * *"),
+        "running": ("--in", "1h"),
+    }.items():
         await app.create_session(name, "ann")
-        said = await asyncio.to_thread(operate, database, "schedule", name, f"come back to {name}", *words, "--json")
+        said = await asyncio.to_thread(
+            operate, database, "schedule", name, f"come back to {name}", *words, "--json"
+        )
         ids[name] = said.document["id"]
     await asyncio.to_thread(operate, database, "pause", ids["paused"])
     await db.execute("update session_recalls set status = 'running' where session_id = 'running'")
     await db.execute("update session_recalls set trigger_at = now()")
     async with Scheduler(Application(pool), agents.old) as old:
-        await agents.until(lambda: {run.recall for run in agents.runs if run.ended} == {ids["paused"], ids["cron"]})
+        await agents.until(
+            lambda: {run.recall for run in agents.runs if run.ended} == {ids["paused"], ids["cron"]}
+        )
         await old.stop()
 
 
-async def test_the_old_scheduler_is_as_it_was(app: Application, db: Connection, pool: asyncpg.Pool[asyncpg.Record]) -> None:
+async def test_the_old_scheduler_is_as_it_was(
+    app: Application, db: Connection, pool: asyncpg.Pool[asyncpg.Record]
+) -> None:
     """The emulation: one of each type, a failure, a refusal of what is scheduled from inside a run, a cancel that is overwritten."""
     refused: list[str] = []
 
@@ -489,13 +566,21 @@ async def test_the_old_scheduler_is_as_it_was(app: Application, db: Connection, 
             assert await Application(pool).cancel_session("once") == 1
 
     async with Scheduler(Application(pool), agent) as old:
-        for session, kind in {"once": "once", "now": "immediate", "failing": "recurring", "again": "recurring"}.items():
+        for session, kind in {
+            "once": "once",
+            "now": "immediate",
+            "failing": "recurring",
+            "again": "recurring",
+        }.items():
             await promise(app, session, kind, interval=3600 if kind == "recurring" else None)
         due = "select from session_recalls where status = 'pending' and trigger_at <= now()"
         await eventually(db, f"select 1 where not exists ({due})")
         await old.stop()
     [again] = await app.list_by_session("again")
-    status = {session: (await app.list_by_session(session))[0]["status"] for session in ("once", "now", "failing", "again")}
+    status = {
+        session: (await app.list_by_session(session))[0]["status"]
+        for session in ("once", "now", "failing", "again")
+    }
     assert status == {"once": "fired", "now": "fired", "failing": "cancelled", "again": "pending"}
     assert refused == ["once"] and again["trigger_at"] > soon(3500)
 

@@ -456,7 +456,9 @@ async def test_a_cron_recall_that_can_not_be_put_on_its_moment(
         " 'frozen', 'recurring', now() + interval '1 day', 'pending', now(), now(), 'x', 'cron',"
         " '0 0 * * *', 'UTC')"
     )
-    await db.execute("create function refuse() returns trigger language plpgsql as $$ begin raise exception 'frozen'; end $$")
+    await db.execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'frozen'; end $$"
+    )
     await db.execute(
         "create trigger zz before update on session_recalls for each row when (old.id = 'frozen') execute function refuse()"
     )

@@ -82,7 +82,9 @@ class Demo:
             async with asyncio.timeout(DEADLINE / 3):
                 while any(map(alive, processes)) or any(self.temporary.iterdir()):  # noqa: ASYNC110 -- they tell nobody
                     await asyncio.sleep(0.05)
-        return [pid for pid in processes if alive(pid)], [entry.name for entry in self.temporary.iterdir()]
+        return [pid for pid in processes if alive(pid)], [
+            entry.name for entry in self.temporary.iterdir()
+        ]
 
 
 @pytest.fixture
@@ -106,7 +108,12 @@ async def demo(place: Path) -> AsyncIterator[Demo]:
 
 def stat(pid: int) -> list[str] | None:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return None
 
@@ -117,7 +124,11 @@ def alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    above = {int(e.name): found[1] for e in Path("/proc").iterdir() if e.name.isdigit() and (found := stat(int(e.name)))}
+    above = {
+        int(e.name): found[1]
+        for e in Path("/proc").iterdir()
+        if e.name.isdigit() and (found := stat(int(e.name)))
+    }
     family: list[int] = []
     fresh = [pid]
     while fresh:
@@ -151,12 +162,19 @@ async def test_says_when_a_promise_was_broken(demo: Demo) -> None:
     status, said = await demo.end()
     text = "".join(demo.lines)
     assert status == 1, text
-    assert [line.split()[1] for line in demo.lines if line.startswith("BROKEN")] == ["report", "all"]
+    assert [line.split()[1] for line in demo.lines if line.startswith("BROKEN")] == [
+        "report",
+        "all",
+    ]
     assert re.search(r"^BROKEN report .* 1 run, on time +[23] runs", text, re.MULTILINE)
-    assert said.startswith("Error: 2 of 11 promises were broken: report (in 1.5 s, by SQL), all (rows at the end)\nTry: ")
+    assert said.startswith(
+        "Error: 2 of 11 promises were broken: report (in 1.5 s, by SQL), all (rows at the end)\nTry: "
+    )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name
+)
 async def test_interrupted(demo: Demo, number: signal.Signals) -> None:
     """Interrupted in mid-play, even with SIGKILL: the daemon, PostgreSQL and all files go with it."""
     await demo.start()
@@ -166,7 +184,9 @@ async def test_interrupted(demo: Demo, number: signal.Signals) -> None:
     demo.process.send_signal(number)
     status, said = await demo.end()
     killed = number == signal.SIGKILL
-    assert (status, said) == ((-9, "") if killed else (130, "Interrupted: all that was started has been stopped.\n"))
+    assert (status, said) == (
+        (-9, "") if killed else (130, "Interrupted: all that was started has been stopped.\n")
+    )
     assert await demo.left(processes) == ([], [])
 
 
@@ -216,7 +236,14 @@ def at(seconds: float) -> datetime:
     return BEGAN + timedelta(seconds=seconds)
 
 
-def run(session: str, due: float, occurrence: int = 1, message: str = "work", id: str = "", **changes: Any) -> Visit:
+def run(
+    session: str,
+    due: float,
+    occurrence: int = 1,
+    message: str = "work",
+    id: str = "",
+    **changes: Any,
+) -> Visit:
     """One answered run that came 3 ms late and took 200 ms."""
     late = changes.pop("late", 0.003)
     plain = Visit(
@@ -299,35 +326,83 @@ INBOX, MEETING, CHAIN, DRAFT = (
         pytest.param(changed("hello", lambda _: None), ["hello: at once"], id="never called"),
         pytest.param(added(run("build", 4, 2)), ["build: in 3 s"], id="fired twice"),
         pytest.param(added(run("build", 4)), ["build: in 3 s", EACH_ONCE], id="the same key twice"),
-        pytest.param(added(Visit("inbox", "inbox:2", at(7.5), 200)), [EACH_ONCE], id="a key replayed"),
-        pytest.param(changed("report", lambda v: dataclasses.replace(v, at=at(4.5))), ["report: in 1.5 s, by SQL"], id="late"),
-        pytest.param(changed("build", lambda v: dataclasses.replace(v, at=at(3.9))), ["build: in 3 s"], id="early"),
+        pytest.param(
+            added(Visit("inbox", "inbox:2", at(7.5), 200)), [EACH_ONCE], id="a key replayed"
+        ),
+        pytest.param(
+            changed("report", lambda v: dataclasses.replace(v, at=at(4.5))),
+            ["report: in 1.5 s, by SQL"],
+            id="late",
+        ),
+        pytest.param(
+            changed("build", lambda v: dataclasses.replace(v, at=at(3.9))),
+            ["build: in 3 s"],
+            id="early",
+        ),
         pytest.param(changed("inbox", lambda _: None), [INBOX], id="recurring, too few"),
         pytest.param(changed("inbox", lambda _: None, 1), [INBOX], id="recurring, one left out"),
-        pytest.param(changed("inbox", lambda v: dataclasses.replace(v, at=at(8.3)), 1), [INBOX], id="recurring, late"),
         pytest.param(
-            changed("inbox", lambda v: dataclasses.replace(v, at=at(9.1), scheduled_for=at(9.1))), [INBOX], id="recurring, early"
+            changed("inbox", lambda v: dataclasses.replace(v, at=at(8.3)), 1),
+            [INBOX],
+            id="recurring, late",
+        ),
+        pytest.param(
+            changed("inbox", lambda v: dataclasses.replace(v, at=at(9.1), scheduled_for=at(9.1))),
+            [INBOX],
+            id="recurring, early",
         ),
         pytest.param(added(run("inbox", 11.6, 4)), [INBOX], id="recurring, after its cancel"),
-        pytest.param(dataclasses.replace(kept(), cancelled={"draft": at(13)}), [INBOX], id="recurring, not cancelled"),
+        pytest.param(
+            dataclasses.replace(kept(), cancelled={"draft": at(13)}),
+            [INBOX],
+            id="recurring, not cancelled",
+        ),
         pytest.param(dataclasses.replace(kept(), person_left=at(8)), [MEETING], id="burst in"),
         pytest.param(dataclasses.replace(kept(), person_left=None), [MEETING], id="nobody was in"),
-        pytest.param(changed("meeting", lambda _: None), [MEETING, EACH_ONCE], id="never ran after all"),
+        pytest.param(
+            changed("meeting", lambda _: None), [MEETING, EACH_ONCE], id="never ran after all"
+        ),
         pytest.param(changed("chain", lambda _: None), [CHAIN], id="chain, cut"),
         pytest.param(
-            changed("chain", lambda v: dataclasses.replace(v, message="link 5 of 5"), -2), [CHAIN], id="chain, out of order"
+            changed("chain", lambda v: dataclasses.replace(v, message="link 5 of 5"), -2),
+            [CHAIN],
+            id="chain, out of order",
         ),
-        pytest.param(changed("chain", lambda v: dataclasses.replace(v, ended_at=at(11.6)), -2), [CHAIN], id="chain, two at once"),
-        pytest.param(added(Visit("chain", "chain9:1", at(12), 409)), [CHAIN, EACH_ONCE], id="chain, into a run"),
-        pytest.param(changed("draft", lambda v: dataclasses.replace(v, left_at=None)), [DRAFT], id="not aborted"),
-        pytest.param(changed("draft", lambda v: dataclasses.replace(v, left_at=at(15))), [DRAFT], id="aborted late"),
+        pytest.param(
+            changed("chain", lambda v: dataclasses.replace(v, ended_at=at(11.6)), -2),
+            [CHAIN],
+            id="chain, two at once",
+        ),
+        pytest.param(
+            added(Visit("chain", "chain9:1", at(12), 409)),
+            [CHAIN, EACH_ONCE],
+            id="chain, into a run",
+        ),
+        pytest.param(
+            changed("draft", lambda v: dataclasses.replace(v, left_at=None)),
+            [DRAFT],
+            id="not aborted",
+        ),
+        pytest.param(
+            changed("draft", lambda v: dataclasses.replace(v, left_at=at(15))),
+            [DRAFT],
+            id="aborted late",
+        ),
         pytest.param(added(run("draft", 14, 2)), [DRAFT], id="fired after its cancel"),
-        pytest.param(dataclasses.replace(kept(), recorded=14), [RECORD], id="a call without a mark"),
+        pytest.param(
+            dataclasses.replace(kept(), recorded=14), [RECORD], id="a call without a mark"
+        ),
         pytest.param(rows("hello", "pending"), [ROWS], id="a row left over"),
         pytest.param(rows("draft", "fired"), [ROWS], id="a cancel undone"),
         pytest.param(rows("chain", None), [ROWS], id="a row lost"),
-        pytest.param(dataclasses.replace(kept(), daemon_status=-9), ["daemon: ends on SIGTERM"], id="killed"),
-        pytest.param(dataclasses.replace(kept(), daemon_status=None), ["daemon: ends on SIGTERM"], id="did not end"),
+        pytest.param(
+            dataclasses.replace(kept(), daemon_status=-9), ["daemon: ends on SIGTERM"], id="killed"
+        ),
+        pytest.param(
+            dataclasses.replace(kept(), daemon_status=None),
+            ["daemon: ends on SIGTERM"],
+            id="did not end",
+        ),
     ],
 )
 def test_broken(evidence: Evidence, breaks: list[str]) -> None:

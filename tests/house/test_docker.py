@@ -28,7 +28,11 @@ from ..endpoint import Endpoint, Gate
 from .test_lease import eventually, promise
 
 TOOLS = ("dockerd", "docker", "docker-compose", "debootstrap")
-lacking = "an engine needs root" if os.geteuid() else ", ".join(tool for tool in TOOLS if shutil.which(tool) is None)
+lacking = (
+    "an engine needs root"
+    if os.geteuid()
+    else ", ".join(tool for tool in TOOLS if shutil.which(tool) is None)
+)
 pytestmark = [
     pytest.mark.full,
     pytest.mark.timeout(900),
@@ -58,18 +62,31 @@ class Engine:
         self.host = f"unix://{folder}/sock"
 
     def docker(
-        self, *words: str, check: bool = True, timeout: float = 600, tool: str = "docker", cwd: Path = machine.HERE, **env: str
+        self,
+        *words: str,
+        check: bool = True,
+        timeout: float = 600,
+        tool: str = "docker",
+        cwd: Path = machine.HERE,
+        **env: str,
     ) -> str:
         """stdout of a docker command. Where it fails: AssertionError with what it said, unless `check` is False."""
         done = subprocess.run(
             [tool, *words], env=os.environ | {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", **env}, cwd=cwd,
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
-        assert not check or done.returncode == 0, f"{tool} {' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert not check or done.returncode == 0, (
+            f"{tool} {' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
         return done.stdout.strip()
 
     def answers(self) -> bool:
-        return subprocess.run(["docker", "-H", self.host, "version"], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                ["docker", "-H", self.host, "version"], capture_output=True, check=False
+            ).returncode
+            == 0
+        )
 
     def inspect(self, name: str) -> dict[str, Any]:
         (found,) = json.loads(self.docker("inspect", name))
@@ -96,7 +113,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         end = time.monotonic() + 60
         while not engine.answers():
             if process.poll() is not None or time.monotonic() > end:
-                pytest.skip("no Docker engine runs here: " + (folder / "log").read_text(errors="replace").strip()[-300:])
+                pytest.skip(
+                    "no Docker engine runs here: "
+                    + (folder / "log").read_text(errors="replace").strip()[-300:]
+                )
             time.sleep(0.2)
         root = machine.debian("ca-certificates")
         words = ["import"]
@@ -106,7 +126,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
                 root = stack.enter_context(_copied(root, folder / "base"))
                 shutil.copy(CERTIFICATES, root / "usr/local/share/trusted.pem")
                 words += ["--change", "ENV PIP_CERT=/usr/local/share/trusted.pem"]
-            with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
+            with subprocess.Popen(
+                ["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE
+            ) as tar:
                 imported = ["docker", "-H", engine.host, *words, "-", BASE]
                 subprocess.run(imported, stdin=tar.stdout, check=True, capture_output=True)
         yield engine
@@ -120,7 +142,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 def _unmount(folder: Path) -> None:
     """What an engine mounted below a folder and left there: its overlays outlive it, and nobody could tidy the folder up."""
-    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+    mounts = [
+        line.split()[4]
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    ]
     for mount in reversed([mount for mount in mounts if mount.startswith(f"{folder}/")]):
         subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
 
@@ -161,9 +186,16 @@ def test_what_is_in_it(engine: Engine, image: str) -> None:
     print(f"{added:.0f} MB upon the base")
     assert added < ADDED_MOST_MB
     assert found["Config"]["User"] == "65532:65532"
-    assert re.fullmatch(r"recall-worker \d+\.\d+\.\d+", engine.docker("run", "--rm", image, "--version"))
+    assert re.fullmatch(
+        r"recall-worker \d+\.\d+\.\d+", engine.docker("run", "--rm", image, "--version")
+    )
     tools = "for t in pip pip3 gcc cc make git curl; do command -v $t; done; python3 -m pip --version; ls -d /src /tools"
-    assert engine.docker("run", "--rm", "--entrypoint", "sh", image, "-c", tools + " 2>/dev/null; true") == ""
+    assert (
+        engine.docker(
+            "run", "--rm", "--entrypoint", "sh", image, "-c", tools + " 2>/dev/null; true"
+        )
+        == ""
+    )
     # Nobody can change what it runs.
     owned = "find /opt/recall-worker ! -user root -o -perm /o+w ! -type l | head -3"
     assert engine.docker("run", "--rm", "--entrypoint", "sh", image, "-c", owned) == ""
@@ -186,11 +218,15 @@ async def test_it_works_and_drains(engine: Engine, container: Callable[..., str]
             assert check[0] == "CMD"
             engine.docker("exec", name, *check[1:])
 
-            stopping = asyncio.create_task(asyncio.to_thread(engine.docker, "stop", "-t", "30", name))
+            stopping = asyncio.create_task(
+                asyncio.to_thread(engine.docker, "stop", "-t", "30", name)
+            )
             await asyncio.to_thread(engine.until, lambda: "worker.draining" in _log(engine, name))
             assert not stopping.done()
             gate.open()
-            await eventually(db, "select 1 from session_recalls where id = %s and status = 'fired'", [id])
+            await eventually(
+                db, "select 1 from session_recalls where id = %s and status = 'fired'", [id]
+            )
             await stopping
             assert engine.inspect(name)["State"]["ExitCode"] == 0
             assert len(endpoint.requests) == 1
@@ -198,7 +234,9 @@ async def test_it_works_and_drains(engine: Engine, container: Callable[..., str]
 
 
 def _log(engine: Engine, name: str) -> str:
-    done = subprocess.run(["docker", "-H", engine.host, "logs", name], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["docker", "-H", engine.host, "logs", name], capture_output=True, text=True, check=True
+    )
     return done.stdout + done.stderr
 
 
@@ -217,7 +255,16 @@ def test_compose(engine: Engine, image: str, tmp_path: Path) -> None:
         assert len(workers) == 3
         for worker in workers:
             engine.until(lambda worker=worker: "worker.ready" in _log(engine, worker))  # type: ignore[misc]
-        said = compose("exec", "-T", "worker", "recall-worker", "schedule", "my-session", "Look at the build again.", "--json")
+        said = compose(
+            "exec",
+            "-T",
+            "worker",
+            "recall-worker",
+            "schedule",
+            "my-session",
+            "Look at the build again.",
+            "--json",
+        )
         id = json.loads(said)["id"]
         shown = ("exec", "-T", "worker", "recall-worker", "show", id, "--json")
         engine.until(lambda: json.loads(compose(*shown))["recall"]["status"] == "fired")

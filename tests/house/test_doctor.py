@@ -16,7 +16,9 @@ from .test_lease import eventually, promise
 
 async def examined(dsn: str, endpoint: Endpoint) -> tuple[int, list[dict[str, Any]]]:
     """The exit status of `doctor --json`, and what it found."""
-    said = await asyncio.to_thread(operate, dsn, "doctor", "--json", environ={"RECALL_RUN_URL": endpoint.url})
+    said = await asyncio.to_thread(
+        operate, dsn, "doctor", "--json", environ={"RECALL_RUN_URL": endpoint.url}
+    )
     return said.status, said.document["checks"]
 
 
@@ -42,14 +44,18 @@ async def test_beside_a_daemon_at_work(
     await eventually(db, "select 1 from recall_workers")
     status, findings = await examined(database, endpoint)
     assert (status, problems(findings)) == (0, [])
-    assert ("workers", "1 alive, 1 of 3 slots in a run") in [(row["check"], row["seen"]) for row in findings]
+    assert ("workers", "1 alive, 1 of 3 slots in a run") in [
+        (row["check"], row["seen"]) for row in findings
+    ]
     gate.open()
     await daemon.hears("recall.settled", session="s", outcome="answered")
     assert [r.session for r in endpoint.requests if r.method == "POST"] == ["s"]
     assert daemon.told("worker.error") == daemon.told("listener.lost") == []
 
 
-async def test_beside_a_daemon_that_is_not_rung(database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_beside_a_daemon_that_is_not_rung(
+    database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Asked from a host with a direct connection, it still says that a worker elsewhere hears nothing behind its pooler."""
     endpoint.default = by_method
     with pooler(database) as bouncer:
@@ -59,7 +65,10 @@ async def test_beside_a_daemon_that_is_not_rung(database: str, db: Connection, e
         status, findings = await examined(database, endpoint)
     assert status == 1
     assert problems(findings) == [
-        ("workers", f"{daemon.name} hears nothing of what is rung, and finds what is inserted by polls only")
+        (
+            "workers",
+            f"{daemon.name} hears nothing of what is rung, and finds what is inserted by polls only",
+        )
     ]
 
 
@@ -73,4 +82,8 @@ async def test_beside_a_daemon_whose_endpoint_is_down(
         await promise(app, session)
     await eventually(db, "select 1 from recall_workers where breaker = 'open'")
     status, findings = await examined(database, endpoint)
-    assert status == 1 and {check for check, _ in problems(findings)} == {"workers", "held", "endpoint"}, problems(findings)
+    assert status == 1 and {check for check, _ in problems(findings)} == {
+        "workers",
+        "held",
+        "endpoint",
+    }, problems(findings)

@@ -46,17 +46,29 @@ async def application(empty_database: str) -> AsyncIterator[str]:
 
 async def _messages(base: str, session: str) -> list[tuple[str, str]]:
     async with httpx.AsyncClient() as http:
-        return [(m["role"], m["text"]) for m in (await http.get(f"{base}/sessions/{session}/messages")).json()]
+        return [
+            (m["role"], m["text"])
+            for m in (await http.get(f"{base}/sessions/{session}/messages")).json()
+        ]
 
 
-async def test_a_recall_waits_for_the_person_to_leave(application: str, empty_database: str) -> None:
+async def test_a_recall_waits_for_the_person_to_leave(
+    application: str, empty_database: str
+) -> None:
     """The agent is asked for a reminder; it falls due while the person still chats (409, deferred); they leave; it fires, once."""
     schema.migrate(empty_database)
     run_url = application + "/sessions/{session_id}/run"
-    settings = {"RECALL_DSN": empty_database, "RECALL_RUN_URL": run_url, "RECALL_RUN_TOKEN": "s3cret"}
+    settings = {
+        "RECALL_DSN": empty_database,
+        "RECALL_RUN_URL": run_url,
+        "RECALL_RUN_TOKEN": "s3cret",
+    }
     async with Daemons(settings) as daemons:
         daemon = await daemons.start()
-        async with aiohttp.ClientSession() as http, http.ws_connect(f"{application}/sessions/one/chat") as person:
+        async with (
+            aiohttp.ClientSession() as http,
+            http.ws_connect(f"{application}/sessions/one/chat") as person,
+        ):
             await person.send_str("remind me in 1s: look at the build")
             assert await person.receive_str() == "I will come back in 1 s."
             await daemon.hears("recall.settled", outcome="busy", times=2)
@@ -76,25 +88,41 @@ async def test_a_recall_waits_for_the_person_to_leave(application: str, empty_da
 
 async def test_the_endpoint_keeps_the_contract(application: str, empty_database: str) -> None:
     """Two calls at once: one runs, the other is told 409; the same key is replayed; another body under it refused; a stranger unknown."""
-    async with aiohttp.ClientSession() as web, web.ws_connect(f"{application}/sessions/two/chat") as person:
+    async with (
+        aiohttp.ClientSession() as web,
+        web.ws_connect(f"{application}/sessions/two/chat") as person,
+    ):
         await person.send_str("hello")
         await person.receive_str()
-    body = {"session_id": "two", "user_message": "work", "system_message": "[Scheduled recall] work", "recall": {}}
+    body = {
+        "session_id": "two",
+        "user_message": "work",
+        "system_message": "[Scheduled recall] work",
+        "recall": {},
+    }
     async with httpx.AsyncClient(headers={"Authorization": "Bearer s3cret"}) as http:
 
         async def call(key: str, session: str = "two", **more: str) -> httpx.Response:
-            return await http.post(f"{application}/sessions/{session}/run", json=body | more, headers={"Idempotency-Key": key})
+            return await http.post(
+                f"{application}/sessions/{session}/run",
+                json=body | more,
+                headers={"Idempotency-Key": key},
+            )
 
         answers = await asyncio.gather(call("a:1"), call("b:1"))
         assert sorted(a.status_code for a in answers) == [200, 409]
         ran = next(a for a in answers if a.status_code == 200)
         again = await call(ran.request.headers["idempotency-key"])
         assert (again.status_code, again.json()) == (200, ran.json())
-        assert (await call(ran.request.headers["idempotency-key"], user_message="other")).status_code == 422
+        assert (
+            await call(ran.request.headers["idempotency-key"], user_message="other")
+        ).status_code == 422
         gone = await call("c:1", session="nobody")
         assert (gone.status_code, gone.json()["code"]) == (404, "session_not_found")
         http.headers.pop("Authorization")
         assert (await call("d:1")).status_code == 401
     async with await psycopg.AsyncConnection.connect(empty_database) as conn:
-        found = await (await conn.execute("select count(*) from messages where role = 'system'")).fetchone()
+        found = await (
+            await conn.execute("select count(*) from messages where role = 'system'")
+        ).fetchone()
         assert found == (1,)

@@ -22,7 +22,9 @@ ADMIT = "delete from recall_schema where version = 9999"
 EXCLUDED = 4
 
 
-async def test_a_running_worker_drains_and_ends(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_running_worker_drains_and_ends(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """At its next heartbeat it says so, claims no more, lets the open run end, settles it, and ends with 4."""
     gate = Gate()
     endpoint.script("open", gate)
@@ -35,19 +37,28 @@ async def test_a_running_worker_drains_and_ends(app: Application, db: Connection
     assert told["hint"] == "upgrade recall-worker on this host"
     await daemon.hears("worker.draining")
     await promise(app, "later", "once")
-    await eventually(db, "select 1 from session_recalls where session_id = 'later' and trigger_at < now()")
+    await eventually(
+        db, "select 1 from session_recalls where session_id = 'later' and trigger_at < now()"
+    )
     gate.open()
     assert await daemon.exit() == EXCLUDED
     assert len(daemon.told("schema.refused")) == 1
     assert [line.partition(":")[0] for line in daemon.talk] == ["Error", "Try"]
     assert "works with code from generation 9999 on" in daemon.talk[0]
-    found = await rows(db, "select session_id, status, lease from session_recalls order by session_id")
-    assert [(row["session_id"], row["status"]) for row in found] == [("later", "pending"), ("open", "fired")]
+    found = await rows(
+        db, "select session_id, status, lease from session_recalls order by session_id"
+    )
+    assert [(row["session_id"], row["status"]) for row in found] == [
+        ("later", "pending"),
+        ("open", "fired"),
+    ]
     assert [row["lease"] for row in found] == [None, None] and len(endpoint.of("later")) == 0
     assert await rows(db, "select 1 from recall_workers") == []
 
 
-async def test_the_drain_has_its_time(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_drain_has_its_time(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A run that outlasts RECALL_DRAIN_TIMEOUT is given back, for a worker that the schema admits."""
     gate = Gate()
     endpoint.script("open", gate)
@@ -57,7 +68,9 @@ async def test_the_drain_has_its_time(app: Application, db: Connection, endpoint
     await db.execute(EXCLUDE.encode())
     await daemon.hears("worker.released", within=15, runs=1)
     assert await daemon.exit() == EXCLUDED
-    assert await rows(db, "select 1 from session_recalls where status = 'pending' and lease is null")
+    assert await rows(
+        db, "select 1 from session_recalls where status = 'pending' and lease is null"
+    )
 
 
 async def test_a_signal_in_that_drain_does_not_cut_it_short(
@@ -85,19 +98,29 @@ async def test_a_worker_that_starts(db: Connection, daemons: Daemons) -> None:
     daemon = await daemons.start(ready=False)
     assert await daemon.exit() == EXCLUDED
     assert [event["event"] for event in daemon.events] == ["schema.refused"]
-    [listed] = re.findall(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(encoding="utf-8"), re.M)
+    [listed] = re.findall(
+        r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(encoding="utf-8"), re.M
+    )
     assert str(EXCLUDED) in listed.split()
 
 
 @pytest.mark.parametrize(
     ("away", "back"),
     [
-        ("alter table recall_schema rename to elsewhere", "alter table elsewhere rename to recall_schema"),
-        ("update recall_schema set version = -version", "update recall_schema set version = -version"),
+        (
+            "alter table recall_schema rename to elsewhere",
+            "alter table elsewhere rename to recall_schema",
+        ),
+        (
+            "update recall_schema set version = -version",
+            "update recall_schema set version = -version",
+        ),
     ],
     ids=["missing", "older"],
 )
-async def test_a_schema_that_is_being_restored(away: str, back: str, app: Application, db: Connection, daemons: Daemons) -> None:
+async def test_a_schema_that_is_being_restored(
+    away: str, back: str, app: Application, db: Connection, daemons: Daemons
+) -> None:
     """A schema that is missing, or older, at a heartbeat ends nobody: somebody restores it, and the work goes on."""
     daemon = await daemons.start(lease=5)
     await db.execute(away.encode())
@@ -109,12 +132,16 @@ async def test_a_schema_that_is_being_restored(away: str, back: str, app: Applic
     assert await daemon.stop() == 0
 
 
-async def test_what_an_outage_hid_is_seen_at_its_end(db: Connection, database: str, daemons: Daemons) -> None:
+async def test_what_an_outage_hid_is_seen_at_its_end(
+    db: Connection, database: str, daemons: Daemons
+) -> None:
     """After an outage the schema is looked at at once, and not at the next heartbeat a minute later."""
     daemon = await daemons.start(lease=60)
     await db.execute("update recall_workers set started_at = now()")
     # Past the first beats, which come sooner.
-    await eventually(db, "select 1 from recall_workers where now() > started_at + interval '6 seconds'")
+    await eventually(
+        db, "select 1 from recall_workers where now() > started_at + interval '6 seconds'"
+    )
     await db.execute(EXCLUDE.encode())
     await db.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"

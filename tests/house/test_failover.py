@@ -36,7 +36,12 @@ from .test_outage import same_process
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
-SETTINGS = {"wal_level": "replica", "max_wal_senders": "4", "fsync": "off", "max_connections": "100"}
+SETTINGS = {
+    "wal_level": "replica",
+    "max_wal_senders": "4",
+    "fsync": "off",
+    "max_connections": "100",
+}
 STREAMING = "select 1 from pg_stat_replication where state = 'streaming' and sync_state = %s"
 
 
@@ -55,7 +60,9 @@ class Pair:
         """One DSN with the hosts of several; which of them is meant is left to the worker."""
         parts = [conninfo_to_dict(dsn) for dsn in dsns]
         hosts = {name: ",".join(str(part[name]) for part in parts) for name in ("host", "port")}
-        return make_conninfo(user="postgres", dbname="postgres", sslmode="disable", gssencmode="disable", **hosts)
+        return make_conninfo(
+            user="postgres", dbname="postgres", sslmode="disable", gssencmode="disable", **hosts
+        )
 
     async def synchronous(self) -> None:
         """From now on the primary answers for a commit when the replica has it, too."""
@@ -68,7 +75,9 @@ class Pair:
         """Wait until the replica has, and shows, all that the primary has."""
         async with connected(self.primary.dsn()) as db, connected(self.standby.dsn()) as behind:
             [now] = await rows(db, "select pg_current_wal_lsn()::text as lsn")
-            await eventually(behind, "select 1 where pg_last_wal_replay_lsn() >= %s::pg_lsn", [now["lsn"]])
+            await eventually(
+                behind, "select 1 where pg_last_wal_replay_lsn() >= %s::pg_lsn", [now["lsn"]]
+            )
 
     async def part(self) -> None:
         """The replica receives nothing any more, and neither side minds: as when the network between them is gone."""
@@ -115,18 +124,28 @@ def soon(seconds: float) -> datetime:
     return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
-async def scheduling(dsn: Callable[[], str], kinds: dict[str, str], acknowledged: dict[str, str]) -> None:
+async def scheduling(
+    dsn: Callable[[], str], kinds: dict[str, str], acknowledged: dict[str, str]
+) -> None:
     """The application: one recall for each session, going on where it was when its database comes back; ids of what was acknowledged."""
     left = list(kinds)
     while left:
-        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError):
+        with suppress(
+            OSError,
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+            asyncpg.InternalClientError,
+            TimeoutError,
+        ):
             async with asyncio.timeout(5), await Application.connect(dsn()) as app:
                 while left:
                     session = left[0]
                     with suppress(asyncpg.UniqueViolationError):
                         await app.create_session(session, "ann")
                     try:
-                        acknowledged[session] = await app.schedule(session, kinds[session], soon(0.2), "go", 1)
+                        acknowledged[session] = await app.schedule(
+                            session, kinds[session], soon(0.2), "go", 1
+                        )
                     except AlreadyScheduled:
                         pass  # Written before, by an insert whose answer was lost.
                     left.pop(0)
@@ -134,7 +153,9 @@ async def scheduling(dsn: Callable[[], str], kinds: dict[str, str], acknowledged
         await asyncio.sleep(0.05)
 
 
-async def test_a_synchronous_replica_under_load(pair: Pair, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_a_synchronous_replica_under_load(
+    pair: Pair, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """Killed under load with runs open, two daemons and 80 recalls of all kinds: nothing is lost, nothing called twice, same processes."""
     await pair.synchronous()
     sessions = [f"s{n}" for n in range(80)]
@@ -190,12 +211,17 @@ async def test_a_synchronous_replica_under_load(pair: Pair, replicas: Daemons, e
         assert await daemon.stop() == 0
 
 
-async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_what_an_asynchronous_replica_lost(
+    pair: Pair, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """Lost settles: their occurrences are called again, under the same key. Lost inserts: the promises are gone, called or not."""
     open_run = Gate()
     endpoint.script("open", open_run)
     daemon = await replicas.start(lease=2, concurrency=20)
-    async with await Application.connect(pair.primary.dsn()) as app, connected(pair.primary.dsn()) as db:
+    async with (
+        await Application.connect(pair.primary.dsn()) as app,
+        connected(pair.primary.dsn()) as db,
+    ):
         kept = [await promise(app, f"kept{n}") for n in range(5)]
         for recall in kept:
             await daemon.hears("recall.settled", recall=recall)
@@ -203,7 +229,9 @@ async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, 
         again = await promise(app, "again", "recurring", 4.0, interval=3600)
         running = await promise(app, "open")
         await open_run.entered.wait()
-        await eventually(db, "select 1 from session_recalls where session_id = 'open' and lease is not null")
+        await eventually(
+            db, "select 1 from session_recalls where session_id = 'open' and lease is not null"
+        )
         await pair.level()
         await pair.part()
         # From here on the replica knows nothing.
@@ -222,14 +250,25 @@ async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, 
         for recall in (*waiting, again, running):
             await daemon.hears("recall.settled", times=2, recall=recall, within=60)
         left = {row["id"]: row for row in await rows(db, "select * from session_recalls")}
-        assert set(left) == {*kept, *waiting, again, running}, "what was inserted and not received is gone"
+        assert set(left) == {*kept, *waiting, again, running}, (
+            "what was inserted and not received is gone"
+        )
         assert {left[recall]["status"] for recall in (*kept, *waiting, running)} == {"fired"}
         assert (left[again]["status"], left[again]["occurrence"]) == ("pending", 2)
-        marks = {recall: [(c["occurrence"], c["attempt"], c["outcome"]) for c in await calls(db, recall)] for recall in left}
-        assert all(marks[recall] == [(1, 1, "answered")] for recall in (*waiting, again)), "as if for the first time"
-        assert marks[running] == [(1, 1, "unknown"), (1, 2, "answered")], "known to have been claimed, so called a second time"
+        marks = {
+            recall: [(c["occurrence"], c["attempt"], c["outcome"]) for c in await calls(db, recall)]
+            for recall in left
+        }
+        assert all(marks[recall] == [(1, 1, "answered")] for recall in (*waiting, again)), (
+            "as if for the first time"
+        )
+        assert marks[running] == [(1, 1, "unknown"), (1, 2, "answered")], (
+            "known to have been claimed, so called a second time"
+        )
     times = Counter(endpoint.keys)
-    assert {times[f"{recall}:1"] for recall in (*waiting, again, running)} == {2}, "again, under the same key"
+    assert {times[f"{recall}:1"] for recall in (*waiting, again, running)} == {2}, (
+        "again, under the same key"
+    )
     assert {times[f"{recall}:1"] for recall in (*kept, *done)} == {1}
     assert {times[f"{recall}:1"] for recall in promised} == {0}
     bodies = {(r.key, r.body) for r in endpoint.requests}
@@ -242,7 +281,9 @@ async def test_what_an_asynchronous_replica_lost(pair: Pair, replicas: Daemons, 
     assert await daemon.stop() == 0
 
 
-async def test_the_old_primary_comes_back_as_a_standby(pair: Pair, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_the_old_primary_comes_back_as_a_standby(
+    pair: Pair, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """Named first in the DSN, and up again, but taking no writes: it is passed over at each reconnection, by the bell, too."""
     daemon = await replicas.start(lease=2)
     pair.primary.kill()
@@ -261,7 +302,10 @@ async def test_the_old_primary_comes_back_as_a_standby(pair: Pair, replicas: Dae
             async with await Application.connect(pair.standby.dsn()) as app:
                 recall = await promise(app, f"s{n}")
             await daemon.hears("recall.settled", recall=recall)
-        ours = await rows(old, "select pid from pg_stat_activity where application_name like 'recall-worker%' and state = 'idle'")
+        ours = await rows(
+            old,
+            "select pid from pg_stat_activity where application_name like 'recall-worker%' and state = 'idle'",
+        )
         assert ours == [], "nothing of ours stays with the old one"
     said = await asyncio.to_thread(operate, pair.primary.dsn(), "doctor", "--json")
     assert said.status == 1
@@ -274,7 +318,9 @@ async def test_the_old_primary_comes_back_as_a_standby(pair: Pair, replicas: Dae
 
 
 @pytest.mark.parametrize("attrs", ["", " target_session_attrs=any"], ids=["one host", "any of two"])
-async def test_a_standby_is_named_and_not_spun_upon(attrs: str, pair: Pair, endpoint: Endpoint) -> None:
+async def test_a_standby_is_named_and_not_spun_upon(
+    attrs: str, pair: Pair, endpoint: Endpoint
+) -> None:
     """Led to a standby for good, the daemon says so once, asks a few times a second at most, and works as soon as it is promoted."""
     async with await Application.connect(pair.primary.dsn()) as app:
         recall = await promise(app, "s")
@@ -303,7 +349,9 @@ async def test_a_standby_is_named_and_not_spun_upon(attrs: str, pair: Pair, endp
             assert same_process(daemon) and await daemon.stop() == 0
 
 
-async def test_a_primary_that_falls_silent(pair: Pair, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_a_primary_that_falls_silent(
+    pair: Pair, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """Not dead but stopped, so that no connection breaks: ledger and bell find out by their deadlines, and both move to the replica."""
     gate = Gate()
     endpoint.script("open", gate, reply())
@@ -325,7 +373,9 @@ async def test_a_primary_that_falls_silent(pair: Pair, replicas: Daemons, endpoi
         await daemon.hears("recall.settled", recall=recall, attempt=1, within=60)
         await daemon.hears("listener.lost", within=90, reason="no answer to the probe")
         await daemon.hears("listener.listening", times=2, within=90)
-        print(f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after {time.monotonic() - fell:.1f} s")
+        print(
+            f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after {time.monotonic() - fell:.1f} s"
+        )
         async with await Application.connect(pair.standby.dsn()) as app:
             asked = time.monotonic()
             heard = await promise(app, "heard")

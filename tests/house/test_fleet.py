@@ -15,7 +15,9 @@ from .test_corridor import soon
 from .test_lease import promise
 
 
-async def _outage(app: Application, endpoint: Endpoint, daemons: Daemons, replicas: int, seconds: float) -> list[float]:
+async def _outage(
+    app: Application, endpoint: Endpoint, daemons: Daemons, replicas: int, seconds: float
+) -> list[float]:
     """Instants of the probes while `replicas` workers meet an endpoint that answers 503, in `seconds` after all breakers are open."""
     workers = [await daemons.start(log_level="info") for _ in range(replicas)]
     endpoint.default = reply(503)
@@ -48,7 +50,9 @@ async def test_replicas_share_their_probes_and_what_they_find(
         await worker.hears("breaker.closed", within=30)
     told = [worker.told("breaker.closed")[0].get("reason") for worker in workers]
     assert "another worker found the endpoint answering" in told
-    await endpoint.until(lambda: len({r.session for r in endpoint.requests if r.ended_at}) == 40, within=30)
+    await endpoint.until(
+        lambda: len({r.session for r in endpoint.requests if r.ended_at}) == 40, within=30
+    )
 
 
 @pytest.mark.full

@@ -45,7 +45,11 @@ GROWTH_MOST = 64 << 20
 
 
 def seeds(*ours: int) -> list[int]:
-    return [int(seed) for seed in os.environ["RECALL_TEST_SEEDS"].split(",")] if "RECALL_TEST_SEEDS" in os.environ else list(ours)
+    return (
+        [int(seed) for seed in os.environ["RECALL_TEST_SEEDS"].split(",")]
+        if "RECALL_TEST_SEEDS" in os.environ
+        else list(ours)
+    )
 
 
 # --- a server that lies ----------------------------------------------------------------------------------------------
@@ -125,7 +129,9 @@ class Liar:
                     await reader.read(1)
                     return
                 if lie.then == "reset":
-                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    writer.get_extra_info("socket").setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
                     writer.transport.abort()
                 if lie.then != "keep":
                     return
@@ -172,7 +178,19 @@ WORDS = [
     *STORABLE, TOKEN, f"Bearer {TOKEN}", "\ud800", "\udfff\ud800", "\x00", "a\x00b", "x" * 300, "é" * 300, "％", "%0d%0aX-Evil:%201", "%s%n%(x)s{x}",
     "\r\nX-Evil: 1\r\n\r\n", "\nrecall.settled", '{"event": "recall.settled"}', "..", "../../x", "．．", "‥", "%2e%2e", "", " ", "0", "-1", "null",
 ]  # fmt: skip
-STATUS_WORDS = ["failed", "error", "success", "completed", "running", "queued", "cancelled", "FAILED", "\x1b[2Jon", "", "timeout"]
+STATUS_WORDS = [
+    "failed",
+    "error",
+    "success",
+    "completed",
+    "running",
+    "queued",
+    "cancelled",
+    "FAILED",
+    "\x1b[2Jon",
+    "",
+    "timeout",
+]
 LOCATIONS = [
     "/runs/1", "runs/1", "?poll=1", "#x", "", "//elsewhere/x", "http://elsewhere/x", "https://127.0.0.1:{port}/x", "http://127.0.0.1:1/x",
     "http://user:pw@127.0.0.1:{port}/x", "http://127.0.0.1:{port}@elsewhere/x", "http://127.0.0.1:{port}/x#y", "HTTP://127.0.0.1:{port}/X",
@@ -215,8 +233,20 @@ def document(dice: random.Random) -> bytes:
     """A body: JSON that is hostile, JSON that is none, and other things."""
     word = dice.choice(WORDS)
     plain: dict[str, Any] = {
-        dice.choice(["status", "run_id", "error", "message", "detail", "title", "code", "type", word]): dice.choice(
-            [word, dice.choice(STATUS_WORDS), {"message": word, "code": word}, [word], None, 1, 1.5, True, "session_not_found"]
+        dice.choice(
+            ["status", "run_id", "error", "message", "detail", "title", "code", "type", word]
+        ): dice.choice(
+            [
+                word,
+                dice.choice(STATUS_WORDS),
+                {"message": word, "code": word},
+                [word],
+                None,
+                1,
+                1.5,
+                True,
+                "session_not_found",
+            ]
         )
         for _ in range(dice.randrange(5))
     }
@@ -251,12 +281,12 @@ def document(dice: random.Random) -> bytes:
         case 13:
             return b'{"error": "' + b"e" * (2 << 20) + b'"}'
         case 14:
-            return (
-                b'{"error": {"message": {"message": "x"}}, "detail": [{"msg": "\\u0000"}], "message": "\\u001b[2J\\r\\n\\u202e"}'
-            )
+            return b'{"error": {"message": {"message": "x"}}, "detail": [{"msg": "\\u0000"}], "message": "\\u001b[2J\\r\\n\\u202e"}'
         case 15:
             # Few of these: each is polled for a while.
-            return json.dumps({"run_id": dice.choice([*WORDS, "r" * 5_000, "é" * 200_000]), "status": "running"}).encode()
+            return json.dumps(
+                {"run_id": dice.choice([*WORDS, "r" * 5_000, "é" * 200_000]), "status": "running"}
+            ).encode()
         case 16 | 17:
             return b""
         case _:
@@ -275,21 +305,44 @@ def framed(dice: random.Random, body: bytes) -> tuple[bytes, bytes]:
             return b"Content-Length: %d\r\n" % (len(body) // 2), body
         case 3:
             chunk = dice.choice(
-                [b"zz", b"-1", b"F" * 16, b"F" * 400, b"", size + b";" + b"x" * 9_000, b"0x" + size, size + b" \x00", b" " + size]
+                [
+                    b"zz",
+                    b"-1",
+                    b"F" * 16,
+                    b"F" * 400,
+                    b"",
+                    size + b";" + b"x" * 9_000,
+                    b"0x" + size,
+                    size + b" \x00",
+                    b" " + size,
+                ]
             )
             return b"Transfer-Encoding: chunked\r\n", chunk + b"\r\n" + body + b"\r\n0\r\n\r\n"
         case 4:
             trailer = dice.choice(
-                [b"X: 1", b"Content-Length: 5", b"no colon", b"X: " + b"y" * 20_000, b"Y: 1\r\n" * 300 + b"Z: 1"]
+                [
+                    b"X: 1",
+                    b"Content-Length: 5",
+                    b"no colon",
+                    b"X: " + b"y" * 20_000,
+                    b"Y: 1\r\n" * 300 + b"Z: 1",
+                ]
             )
-            return b"Transfer-Encoding: chunked\r\n", size + b"\r\n" + body + b"\r\n0\r\n" + trailer + b"\r\n\r\n"
+            return (
+                b"Transfer-Encoding: chunked\r\n",
+                size + b"\r\n" + body + b"\r\n0\r\n" + trailer + b"\r\n\r\n",
+            )
         case 5:
-            pieces = b"".join(b"1\r\n" + body[n : n + 1] + b"\r\n" for n in range(min(len(body), 2_000)))
+            pieces = b"".join(
+                b"1\r\n" + body[n : n + 1] + b"\r\n" for n in range(min(len(body), 2_000))
+            )
             return b"Transfer-Encoding: chunked\r\n", pieces + b"0\r\n\r\n"
         case 6:
             return b"Transfer-Encoding: chunked\r\n", size + b"\r\n" + body
         case 7 | 8:
-            return b"Transfer-Encoding: chunked\r\n", (size + b"\r\n" + body + b"\r\n" if body else b"") + b"0\r\n\r\n"
+            return b"Transfer-Encoding: chunked\r\n", (
+                size + b"\r\n" + body + b"\r\n" if body else b""
+            ) + b"0\r\n\r\n"
         case _:
             return b"Content-Length: %d\r\n" % len(body), body
 
@@ -298,15 +351,31 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
     """An answer, whole or broken, of which any part may be wrong. Most have few wrong parts, to get far."""
     if dice.random() < 0.04:
         return Lie(
-            dice.choice([b"", b"\r\n", b"\x00" * 100, dice.randbytes(500), b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\nContent-Le"]),
+            dice.choice(
+                [
+                    b"",
+                    b"\r\n",
+                    b"\x00" * 100,
+                    dice.randbytes(500),
+                    b"HTTP/1.1 ",
+                    b"HTTP/1.1 200 OK\r\nContent-Le",
+                ]
+            ),
             dice.choice(["close", "reset"]),
         )
     if dice.random() < 0.05:
         # A run that is accepted as it should be, but for its name or place: it is polled there, or not at all.
         named = json.dumps(
-            {"run_id": dice.choice([*WORDS, "r" * 5_000, "é" * 200_000]), "status": dice.choice(["running", "x", "\x1b[2J"])}
+            {
+                "run_id": dice.choice([*WORDS, "r" * 5_000, "é" * 200_000]),
+                "status": dice.choice(["running", "x", "\x1b[2J"]),
+            }
         ).encode()
-        place = dice.choice(LOCATIONS[:4] if dice.random() < 0.5 else LOCATIONS).format(port=port).encode()
+        place = (
+            dice.choice(LOCATIONS[:4] if dice.random() < 0.5 else LOCATIONS)
+            .format(port=port)
+            .encode()
+        )
         head = b"HTTP/1.1 202 OK\r\nContent-Length: %d\r\n" % len(named) + (
             b"Location: %s\r\n" % place if dice.random() < 0.5 else b""
         )
@@ -316,15 +385,30 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
     if status in (404, 410) and dice.random() < 0.5:
         body = b'{"code": "session_not_found"}'
     length, sent = framed(dice, body)
-    line = dice.choice(STATUS_LINES) if dice.random() < 0.08 else b"HTTP/1.1 %d %s" % (status, dice.choice([b"OK", b"", b"\xe9"]))
+    line = (
+        dice.choice(STATUS_LINES)
+        if dice.random() < 0.08
+        else b"HTTP/1.1 %d %s" % (status, dice.choice([b"OK", b"", b"\xe9"]))
+    )
     fields = []
     if dice.random() < 0.8:
         fields.append(
             b"Content-Type: "
-            + dice.choice([b"application/json", b"text/html", b"application/json; charset=utf-16", b"json\x7f", b"\xff" * 100])
+            + dice.choice(
+                [
+                    b"application/json",
+                    b"text/html",
+                    b"application/json; charset=utf-16",
+                    b"json\x7f",
+                    b"\xff" * 100,
+                ]
+            )
         )
     if status == 202 or dice.random() < 0.05:
-        fields.append(b"Location: " + dice.choice(LOCATIONS).format(port=port).encode("utf-8", "surrogatepass"))
+        fields.append(
+            b"Location: "
+            + dice.choice(LOCATIONS).format(port=port).encode("utf-8", "surrogatepass")
+        )
     if status in (409, 423, 429, 503) or dice.random() < 0.1:
         fields.append(b"Retry-After: " + dice.choice(AFTERS).encode())
     while dice.random() < 0.2:
@@ -333,7 +417,16 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
     before = b"" if dice.random() < 0.93 else dice.choice(INTERIM)
     # A second answer behind the first must not become that of the next request.
     behind = b"" if dice.random() < 0.9 else b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-    data = before + line + b"\r\n" + b"".join(one + b"\r\n" for one in fields) + length + b"\r\n" + sent + behind
+    data = (
+        before
+        + line
+        + b"\r\n"
+        + b"".join(one + b"\r\n" for one in fields)
+        + length
+        + b"\r\n"
+        + sent
+        + behind
+    )
     # Where the length lies, the daemon waits for the rest until its time is up: seldom, as that takes a second each.
     ways = ["close", "close", "reset", "keep", "keep"]
     true = length == b"Content-Length: %d\r\n" % len(sent)
@@ -345,7 +438,11 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
 
 def memory(daemon: Daemon) -> int:
     """Bytes of memory that the daemon had at its highest."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{daemon.pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+    found = re.search(
+        r"^VmHWM:\s+(\d+) kB$",
+        Path(f"/proc/{daemon.pid}/status").read_text(encoding="ascii"),
+        re.MULTILINE,
+    )
     assert found is not None
     return int(found[1]) * 1024
 
@@ -353,17 +450,27 @@ def memory(daemon: Daemon) -> int:
 def said_nothing_wrong(daemon: Daemon) -> None:
     """Every line of the log is one JSON document, no call broke the worker, no row could not be written, the token is nowhere."""
     assert daemon.talk == []
-    assert daemon.told("worker.error") == daemon.told("recall.stranded") == daemon.told("database.lost") == []
+    assert (
+        daemon.told("worker.error")
+        == daemon.told("recall.stranded")
+        == daemon.told("database.lost")
+        == []
+    )
     assert daemon.process.returncode is None
     assert TOKEN not in str(daemon.events)
 
 
 async def insert(db: Connection, **columns: Any) -> None:
     row = {"call_type": "once", "additional_context_message": "m", "status": "pending"} | columns
-    await db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", [row["session_id"]])
     await db.execute(
-        sql.SQL("insert into session_recalls ({}, trigger_at, created_at, updated_at) values ({}, now(), now(), now())").format(
-            sql.SQL(", ").join(map(sql.Identifier, row)), sql.SQL(", ").join(sql.Placeholder() * len(row))
+        "insert into sessions values (%s, 'ann') on conflict do nothing", [row["session_id"]]
+    )
+    await db.execute(
+        sql.SQL(
+            "insert into session_recalls ({}, trigger_at, created_at, updated_at) values ({}, now(), now(), now())"
+        ).format(
+            sql.SQL(", ").join(map(sql.Identifier, row)),
+            sql.SQL(", ").join(sql.Placeholder() * len(row)),
         ),
         list(row.values()),
     )
@@ -384,7 +491,11 @@ GOOD = "00000000-0000-4000-8000-00000000900d"
 
 def ok(**members: Any) -> Lie:
     body = json.dumps(members).encode()
-    return Lie(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body), "keep")
+    return Lie(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(body), body),
+        "keep",
+    )
 
 
 def honest(protocol: str, request: Heard) -> Lie:
@@ -397,7 +508,9 @@ def honest(protocol: str, request: Heard) -> Lie:
         case "agno", "POST":
             return ok(run_id="4f", status="PENDING")
         case "agno", _:
-            return ok(status="COMPLETED", data=[], queue={"durable": True, "queue_per_session": True})
+            return ok(
+                status="COMPLETED", data=[], queue={"durable": True, "queue_per_session": True}
+            )
         case _:
             return ok()
 
@@ -411,12 +524,23 @@ async def lied_to(protocol: str, seed: int, recalls: int, database: str, db: Con
 
     def answer(request: Heard) -> Lie:
         # Agno is asked for its settings before each post: a server that lies about these is never called.
-        others = GOOD in request.path or GOOD.encode() in request.body or request.path == "/config" or "limit=1" in request.path
-        return honest(protocol, request) if others else lie(dice, liar.port, polled=request.method != "POST")
+        others = (
+            GOOD in request.path
+            or GOOD.encode() in request.body
+            or request.path == "/config"
+            or "limit=1" in request.path
+        )
+        return (
+            honest(protocol, request)
+            if others
+            else lie(dice, liar.port, polled=request.method != "POST")
+        )
 
     async with Liar(answer) as liar:
         url = liar.url if protocol == "native" else f"http://127.0.0.1:{liar.port}"
-        async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": url, "RECALL_PROTOCOL": protocol}) as daemons:
+        async with Daemons(
+            {"RECALL_DSN": database, "RECALL_RUN_URL": url, "RECALL_PROTOCOL": protocol}
+        ) as daemons:
             daemon = await daemons.start(**SETTINGS, run_timeout=1)
             before = memory(daemon)
             for n in range(recalls):
@@ -448,12 +572,23 @@ where not (status = 'fired' or reason is not null or lease is not null) or reaso
 async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> None:
     """Every request is on record and every recall has ended, or waits, with a reason; what waits is cancelled."""
     assert await rows(db, ODD) == []
-    await db.execute("update session_recalls set status = 'cancelled', reason = 'enough' where status in ('pending', 'running')")
-    await eventually(db, "select where not exists (select from session_recalls where lease is not null)")
+    await db.execute(
+        "update session_recalls set status = 'cancelled', reason = 'enough' where status in ('pending', 'running')"
+    )
+    await eventually(
+        db, "select where not exists (select from session_recalls where lease is not null)"
+    )
     assert liar.wrong == []
-    calls = [request for request in liar.heard if "idempotency-key" in request.headers and request.method == "POST"]
+    calls = [
+        request
+        for request in liar.heard
+        if "idempotency-key" in request.headers and request.method == "POST"
+    ]
     posted = Counter(request.headers["idempotency-key"].partition(":")[0] for request in calls)
-    marks = await rows(db, "select recall_id, sum(calls) as n from recall_attempts where called_at is not null group by 1")
+    marks = await rows(
+        db,
+        "select recall_id, sum(calls) as n from recall_attempts where called_at is not null group by 1",
+    )
     marked = {mark["recall_id"]: mark["n"] for mark in marks}
     if protocol == "agno":
         # A session that turns out to be somebody's is posted to again, with its owner's name: one call, two requests.
@@ -466,13 +601,21 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
             db,
             "select recall_id, sum(calls) as n from recall_attempts where outcome = 'unknown' and reason ~ 'broke off' group by 1",
         )
-        assert unread <= Counter({mark["recall_id"]: mark["n"] for mark in lost}) and unread.total() <= 3
+        assert (
+            unread <= Counter({mark["recall_id"]: mark["n"] for mark in lost})
+            and unread.total() <= 3
+        )
         bodies: dict[str, bytes] = {}
         for request in calls:
-            assert bodies.setdefault(request.headers["idempotency-key"], request.body) == request.body
+            assert (
+                bodies.setdefault(request.headers["idempotency-key"], request.body) == request.body
+            )
     assert await rows(db, ODD) == []
     assert TOKEN not in str(
-        await rows(db, "select r::text from session_recalls r union all select a::text from recall_attempts a")
+        await rows(
+            db,
+            "select r::text from session_recalls r union all select a::text from recall_attempts a",
+        )
     )
 
 
@@ -485,7 +628,9 @@ async def test_hostile_answers(seed: int, database: str, db: Connection) -> None
 @pytest.mark.full
 @pytest.mark.parametrize("seed", seeds(2, 3))
 @pytest.mark.parametrize("protocol", ["native", "langgraph", "agno"])
-async def test_many_hostile_answers(protocol: str, seed: int, database: str, db: Connection) -> None:
+async def test_many_hostile_answers(
+    protocol: str, seed: int, database: str, db: Connection
+) -> None:
     """The same with more of them, and for the other protocols, whose servers are no better."""
     await lied_to(protocol, seed, 300 if protocol == "native" else 150, database, db)
 
@@ -504,11 +649,15 @@ ENDLESS = {
     "empty lines": Lie(endless=b"\r\n" * 32768),
     "a body": Lie(START + b"Content-Type: application/json\r\n\r\n[", endless=b"1," * 32768),
     "a body of a terabyte": Lie(START + b"Content-Length: 1000000000000\r\n\r\n", endless=KIB * 64),
-    "chunks": Lie(START + b"Transfer-Encoding: chunked\r\n\r\n", endless=(b"400\r\n" + KIB + b"\r\n") * 64),
+    "chunks": Lie(
+        START + b"Transfer-Encoding: chunked\r\n\r\n", endless=(b"400\r\n" + KIB + b"\r\n") * 64
+    ),
     "tiny chunks": Lie(START + b"Transfer-Encoding: chunked\r\n\r\n", endless=b"1\r\nx\r\n" * 8192),
     "a chunk's size": Lie(START + b"Transfer-Encoding: chunked\r\n\r\n", endless=b"0" * 65536),
     "a chunk's extension": Lie(START + b"Transfer-Encoding: chunked\r\n\r\n1;", endless=KIB * 64),
-    "trailers": Lie(START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", endless=b"X-Trailer: y\r\n" * 4096),
+    "trailers": Lie(
+        START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", endless=b"X-Trailer: y\r\n" * 4096
+    ),
     "silence": Lie(then="stall"),
     "silence in a body": Lie(START + b"Content-Length: 5\r\n\r\n[", then="stall"),
 }
@@ -525,7 +674,9 @@ async def test_answers_without_end(database: str, db: Connection) -> None:
 
     async with Liar(answer) as liar:
         async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": liar.url}) as daemons:
-            daemon = await daemons.start(**SETTINGS | {"max_attempts": 1}, run_timeout=4, concurrency=40)
+            daemon = await daemons.start(
+                **SETTINGS | {"max_attempts": 1}, run_timeout=4, concurrency=40
+            )
             await insert(db, id="warm", session_id="warm")
             await daemon.hears("recall.settled", recall="warm")
             before = memory(daemon)
@@ -535,7 +686,9 @@ async def test_answers_without_end(database: str, db: Connection) -> None:
             for name in ENDLESS:
                 settled = (await daemon.hears("recall.settled", recall=name, within=60))[0]
                 # As much of a body as counts may be read in time; all else has no end that could be an answer.
-                assert settled["outcome"] in {"unknown"} | ({"answered", "misconfigured"} if name in BODIES else set()), settled
+                assert settled["outcome"] in {"unknown"} | (
+                    {"answered", "misconfigured"} if name in BODIES else set()
+                ), settled
             [settled] = await daemon.hears("recall.settled", recall="good", outcome="answered")
             assert memory(daemon) - before < GROWTH_MOST, memory(daemon) - before
             assert liar.wrong == [] and len(liar.posts) >= len(ENDLESS) + 2
@@ -586,7 +739,9 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
         sessions = {other["session_id"] for other in made.values()}
         if row["session_id"] not in sessions | {".", ".."} and row["id"] not in made:
             made[row["id"]] = row
-    async with Liar(lambda request: ok(status="completed") if request.method == "GET" else ok()) as liar:
+    async with Liar(
+        lambda request: ok(status="completed") if request.method == "GET" else ok()
+    ) as liar:
         settings = SETTINGS | {"max_attempts": 1, "run_timeout": 2}
         async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": liar.url}) as daemons:
             over = "select where (select count(*) from session_recalls where status in ('fired', 'failed')) = %s"
@@ -597,7 +752,9 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
             await eventually(db, over, [count // 2], within=60)
             said_nothing_wrong(daemon)
             assert await daemon.stop() == 0 and daemon.talk == []
-            plain = await daemons.start(**settings, concurrency=10, log_format="console", ready=False)
+            plain = await daemons.start(
+                **settings, concurrency=10, log_format="console", ready=False
+            )
             for row in [*made.values()][count // 2 :]:
                 await insert(db, **row)
             await eventually(db, over, [count], within=60)
@@ -610,8 +767,15 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
         for request in liar.posts:
             recall = made[request.document["recall"]["id"]]
             key, path = request.headers["idempotency-key"], request.path.split("/")
-            assert unquote(key).rpartition(":")[0] == recall["id"] or key.rpartition(":")[0] == recall["id"]
-            assert path[:2] == ["", "sessions"] and path[3:] == ["run"] and unquote(path[2]) == recall["session_id"]
+            assert (
+                unquote(key).rpartition(":")[0] == recall["id"]
+                or key.rpartition(":")[0] == recall["id"]
+            )
+            assert (
+                path[:2] == ["", "sessions"]
+                and path[3:] == ["run"]
+                and unquote(path[2]) == recall["session_id"]
+            )
             assert request.document["session_id"] == recall["session_id"]
             assert request.document["user_message"] == recall["additional_context_message"]
             assert b"hush" not in request.body
@@ -622,7 +786,9 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
     await asyncio.to_thread(commands_are_not_led_astray, database, made, dice)
 
 
-def commands_are_not_led_astray(database: str, made: Mapping[str, Mapping[str, Any]], dice: random.Random) -> None:
+def commands_are_not_led_astray(
+    database: str, made: Mapping[str, Mapping[str, Any]], dice: random.Random
+) -> None:
     """list, show, why: in a pipe and on a terminal, of these rows; each prints text that can be read, and JSON holds what the rows hold."""
 
     def printable(text: str) -> bool:
@@ -634,10 +800,21 @@ def commands_are_not_led_astray(database: str, made: Mapping[str, Mapping[str, A
     }
     for columns in (None, 80):
         said = operate(database, "list", "--limit", "1000", columns=columns)
-        assert said.status == 0 and printable(said.out) and printable(said.err) and len(said.out.splitlines()) == len(made) + 1
+        assert (
+            said.status == 0
+            and printable(said.out)
+            and printable(said.err)
+            and len(said.out.splitlines()) == len(made) + 1
+        )
         for id in dice.sample(sorted(made), 6):
             for command in ("show", "why", "cancel"):
                 said = operate(database, command, "--", id, columns=columns)
-                assert said.status in (0, 1) and printable(said.out) and printable(said.err), (command, id, said)
+                assert said.status in (0, 1) and printable(said.out) and printable(said.err), (
+                    command,
+                    id,
+                    said,
+                )
                 assert "Traceback" not in said.err
-            assert printable(operate(database, "list", "--session", made[id]["session_id"], columns=columns).out)
+            assert printable(
+                operate(database, "list", "--session", made[id]["session_id"], columns=columns).out
+            )

@@ -39,19 +39,37 @@ async def test_a_line_of_the_ledger(
         await promise(app, "meanwhile")
         await daemon.hears("recall.settled", session="meanwhile", within=LEASE)
         await eventually(
-            db, "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'", [3 * LEASE]
+            db,
+            "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
+            [3 * LEASE],
         )
         gate.open()
         await daemon.hears("recall.settled", recall=recall, attempt=1)
         # What a look at a ring found dead was replaced before anybody else asked: then there was nothing to tell.
-        assert [len(daemon.told(f"database.{what}")) for what in ("lost", "found")] in ([1, 1], [0, 0])
-        assert [(call["outcome"], call["settled"]) for call in await calls(db, recall)] == [("answered", "fired")]
-    assert sorted(request.session for request in endpoint.requests) == ["before", "meanwhile", "open"]
-    assert daemon.told("recall.aborted") == daemon.told("lease.taken") == daemon.told("lease.lost") == []
+        assert [len(daemon.told(f"database.{what}")) for what in ("lost", "found")] in (
+            [1, 1],
+            [0, 0],
+        )
+        assert [(call["outcome"], call["settled"]) for call in await calls(db, recall)] == [
+            ("answered", "fired")
+        ]
+    assert sorted(request.session for request in endpoint.requests) == [
+        "before",
+        "meanwhile",
+        "open",
+    ]
+    assert (
+        daemon.told("recall.aborted")
+        == daemon.told("lease.taken")
+        == daemon.told("lease.lost")
+        == []
+    )
 
 
 @pytest.mark.full
-async def test_the_bell(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_bell(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """It rings itself every other second, gives that five, and a question five more: then it connects anew, and hears what is rung."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(lease=LEASE, listen_dsn=proxy.dsn, poll_interval=30)
@@ -77,7 +95,9 @@ async def test_postgresql_has_bounds_for_a_silence_too(database: str) -> None:
     await conn.execute("begin")
     await conn.execute("select pg_advisory_xact_lock(1)")
     async with connected(database) as other:
-        await eventually(other, "select 1 from (select pg_try_advisory_lock(1) as had) l where had", within=LEASE)
+        await eventually(
+            other, "select 1 from (select pg_try_advisory_lock(1) as had) l where had", within=LEASE
+        )
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
         await conn.execute("commit")
     await conn.close()

@@ -59,7 +59,9 @@ class Hosts:
     daemons: AsyncExitStack
 
     async def start(self, host: str, concurrency: int) -> Daemon:
-        started = await self.daemons.enter_async_context(Daemons(self.environ, before=self.net[host].words))
+        started = await self.daemons.enter_async_context(
+            Daemons(self.environ, before=self.net[host].words)
+        )
         return await started.start(lease=LEASE, concurrency=concurrency, poll_interval=30)
 
     async def held(self, kinds: dict[str, str]) -> dict[str, Gate]:
@@ -117,12 +119,16 @@ async def account(hosts: Hosts, *, again: set[str] = frozenset()) -> None:  # ty
     for session, calls in by_session.items():
         for before, after in itertools.pairwise(calls):
             assert before.ended_at is not None, session
-            assert before.ended_at <= after.at, f"two runs at once in {session}: by {after.at - before.ended_at:.3f} s"
+            assert before.ended_at <= after.at, (
+                f"two runs at once in {session}: by {after.at - before.ended_at:.3f} s"
+            )
     for recall in await rows(hosts.db, "select * from session_recalls"):
         runs = [r.key for r in by_session[recall["session_id"]] if r.answered]
         done = recall["occurrence"] - (recall["call_type"] == "recurring")
         assert sorted(runs) == sorted(f"{recall['id']}:{n}" for n in range(1, done + 1)), recall
-        assert recall["status"] == ("pending" if recall["call_type"] == "recurring" else "fired"), recall
+        assert recall["status"] == ("pending" if recall["call_type"] == "recurring" else "fired"), (
+            recall
+        )
         assert recall["lease"] is None, recall
 
 
@@ -142,7 +148,10 @@ async def end(hosts: Hosts, gates: dict[str, Gate], *daemons: Daemon) -> None:
         assert daemon.told("worker.error") == []
 
 
-@pytest.mark.parametrize(("cut_off", "how"), [("one", "silent"), ("two", "silent"), ("one", "answers vanish"), ("one", "barred")])
+@pytest.mark.parametrize(
+    ("cut_off", "how"),
+    [("one", "silent"), ("two", "silent"), ("one", "answers vanish"), ("one", "barred")],
+)
 async def test_a_worker_and_the_database(hosts: Hosts, cut_off: str, how: str) -> None:
     """The cut-off worker breaks its calls off before its leases end, the other takes them up when they do, and both work again soon."""
     await part(hosts, cut_off, how)
@@ -150,9 +159,14 @@ async def test_a_worker_and_the_database(hosts: Hosts, cut_off: str, how: str) -
 
 @pytest.mark.parametrize(
     ("defect", "seen"),
-    [("no_break_off", "two runs at once"), ("one_deadline_for_all", "the silence was not noticed within the lease")],
+    [
+        ("no_break_off", "two runs at once"),
+        ("one_deadline_for_all", "the silence was not noticed within the lease"),
+    ],
 )
-async def test_a_planted_defect_is_found(hosts: Hosts, defect: str, seen: str, tmp_path: Path) -> None:
+async def test_a_planted_defect_is_found(
+    hosts: Hosts, defect: str, seen: str, tmp_path: Path
+) -> None:
     """The same check on a copy of the code with a defect in it fails, and says why."""
     plant(defect, tmp_path)
     hosts.environ |= {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
@@ -166,7 +180,12 @@ def plant(defect: str, folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     # Not of the repository that the folder may happen to be in.
     environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(["git", "apply", str(ROOT / f"tests/house/planted/{defect}.patch")], cwd=folder, check=True, env=environ)
+    subprocess.run(
+        ["git", "apply", str(ROOT / f"tests/house/planted/{defect}.patch")],
+        cwd=folder,
+        check=True,
+        env=environ,
+    )
 
 
 async def part(hosts: Hosts, cut_off: str, how: str) -> None:
@@ -194,7 +213,9 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
         first, second = await hosts.api.count(2, session)
         assert first.key == second.key
         assert second.at - parted_at < bound
-        assert first.ended_at is not None and first.ended_at < second.at, f"two runs at once in {session}"
+        assert first.ended_at is not None and first.ended_at < second.at, (
+            f"two runs at once in {session}"
+        )
     assert len(lost.told("recall.aborted", because="its lease could not be renewed")) == 2
     assert lost.told("database.lost"), "the silence was not noticed within the lease"
     await promise(hosts.app, "meanwhile")
@@ -239,7 +260,11 @@ async def test_both_workers_and_the_database(hosts: Hosts) -> None:
         hosts.net.cut(worker, "db")
     await one.hears("recall.aborted", times=2)
     await two.hears("recall.aborted", times=1)
-    await eventually(hosts.db, "select 1 from session_recalls having max(lease_until) < now() - interval '8 seconds'", within=30)
+    await eventually(
+        hosts.db,
+        "select 1 from session_recalls having max(lease_until) < now() - interval '8 seconds'",
+        within=30,
+    )
     await promise(hosts.app, "meanwhile")
     assert len(hosts.api.requests) == 3
     hosts.net.heal()
@@ -269,7 +294,10 @@ async def test_a_worker_and_the_api(hosts: Hosts) -> None:
     await end(hosts, gates, one, two)
     await account(hosts)
     for daemon in (one, two):
-        assert [daemon.told(event) for event in ("database.lost", "lease.lost", "lease.taken", "recall.aborted")] == [[]] * 4
+        assert [
+            daemon.told(event)
+            for event in ("database.lost", "lease.lost", "lease.taken", "recall.aborted")
+        ] == [[]] * 4
 
 
 async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
@@ -287,9 +315,16 @@ async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
     await end(hosts, gates, one, two)
     await account(hosts)
     for daemon in (one, two):
-        assert [daemon.told(e) for e in ("database.lost", "listener.lost", "lease.lost", "lease.taken", "recall.aborted")] == [
-            []
-        ] * 5
+        assert [
+            daemon.told(e)
+            for e in (
+                "database.lost",
+                "listener.lost",
+                "lease.lost",
+                "lease.taken",
+                "recall.aborted",
+            )
+        ] == [[]] * 5
 
 
 async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +340,12 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
             with net["one"].entered():
                 return made(address)
 
-        for name, value in (("_socket", there), ("PROBE_AFTER", 1), ("PROBE_EVERY", 1), ("PROBES", 2)):
+        for name, value in (
+            ("_socket", there),
+            ("PROBE_AFTER", 1),
+            ("PROBE_EVERY", 1),
+            ("PROBES", 2),
+        ):
             monkeypatch.setattr(http, name, value)
         caller = http.HttpClient(Settings())
         stack.push_async_callback(caller.close)
@@ -314,7 +354,11 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
         sent = asyncio.Event()
         call = asyncio.create_task(
             caller.post(
-                api.url.replace("{session_id}", "s"), lambda: {"Idempotency-Key": "k:1"}, b'{"session_id":"s"}', 100.0, sent.set
+                api.url.replace("{session_id}", "s"),
+                lambda: {"Idempotency-Key": "k:1"},
+                b'{"session_id":"s"}',
+                100.0,
+                sent.set,
             )
         )
         await gate.entered.wait()

@@ -21,7 +21,9 @@ async def rows(db: Connection, query: str, values: Sequence[Any] = ()) -> list[d
     return await (await db.execute(query.encode(), values or None)).fetchall()
 
 
-async def eventually(db: Connection, query: str, values: Sequence[Any] = (), within: float = 20.0) -> dict[str, Any]:
+async def eventually(
+    db: Connection, query: str, values: Sequence[Any] = (), within: float = 20.0
+) -> dict[str, Any]:
     """Ask until the query answers with a row, and return that. Raises TimeoutError with the table as it stands."""
     try:
         async with asyncio.timeout(within):
@@ -30,21 +32,31 @@ async def eventually(db: Connection, query: str, values: Sequence[Any] = (), wit
                     return found[0]
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise TimeoutError(f"not within {within} s: {query}\n{await rows(db, 'select * from session_recalls')}") from None
+        raise TimeoutError(
+            f"not within {within} s: {query}\n{await rows(db, 'select * from session_recalls')}"
+        ) from None
 
 
 async def promise(
-    app: Application, session: str, call_type: str = "immediate", seconds: float = 0.0, interval: int | None = None
+    app: Application,
+    session: str,
+    call_type: str = "immediate",
+    seconds: float = 0.0,
+    interval: int | None = None,
 ) -> str:
     """A session with one recall, due in so many seconds; the recall's id."""
     await app.create_session(session, "ann")
-    return await app.schedule(session, call_type, soon(seconds), f"come back to {session}", interval)
+    return await app.schedule(
+        session, call_type, soon(seconds), f"come back to {session}", interval
+    )
 
 
 async def calls(db: Connection, recall: str) -> list[dict[str, Any]]:
     """The marks that the recall's calls left, in order."""
     return await rows(
-        db, "select * from recall_attempts where recall_id = %s order by occurrence, rekey, attempt, outcome", [recall]
+        db,
+        "select * from recall_attempts where recall_id = %s order by occurrence, rekey, attempt, outcome",
+        [recall],
     )
 
 
@@ -52,7 +64,9 @@ EXPIRED = "select 1 from session_recalls where session_id = %s and lease_until <
 HELD = "select 1 from session_recalls where session_id = %s and lease_until > now()"
 
 
-async def test_a_dead_workers_run_is_taken_up(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_dead_workers_run_is_taken_up(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """SIGKILL in mid-run: another worker calls again when the lease ends, under the same key with the same body, as attempt 2."""
     gate = Gate()
     endpoint.script("s", gate, reply())
@@ -70,11 +84,23 @@ async def test_a_dead_workers_run_is_taken_up(app: Application, db: Connection, 
     assert two.at - one.at < 2 + 8, "taken up when the lease ended, not by a poll"
     assert (await row(db, "s"))["status"] == "fired"
     lost, kept = await calls(db, recall)
-    assert (lost["attempt"], lost["outcome"], lost["settled"], lost["worker"]) == (1, "unknown", "taken", first.name)
-    assert (kept["attempt"], kept["outcome"], kept["settled"], kept["worker"]) == (2, "answered", "fired", second.name)
+    assert (lost["attempt"], lost["outcome"], lost["settled"], lost["worker"]) == (
+        1,
+        "unknown",
+        "taken",
+        first.name,
+    )
+    assert (kept["attempt"], kept["outcome"], kept["settled"], kept["worker"]) == (
+        2,
+        "answered",
+        "fired",
+        second.name,
+    )
 
 
-async def test_a_long_run_is_renewed(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_long_run_is_renewed(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A run of more than three leases, with another worker about, stays its owner's and is called once."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -82,7 +108,9 @@ async def test_a_long_run_is_renewed(app: Application, db: Connection, endpoint:
     recall = await promise(app, "s")
     await gate.entered.wait()
     other = await daemons.start(lease=1.5)
-    await eventually(db, "select 1 from session_recalls where lease_until > leased_at + interval '6 seconds'")
+    await eventually(
+        db, "select 1 from session_recalls where lease_until > leased_at + interval '6 seconds'"
+    )
     gate.open()
     await owner.hears("recall.settled", recall=recall, attempt=1)
     assert len(endpoint.requests) == 1
@@ -90,7 +118,9 @@ async def test_a_long_run_is_renewed(app: Application, db: Connection, endpoint:
     assert [call["attempt"] for call in await calls(db, recall)] == [1]
 
 
-async def test_a_stopped_worker_settles_nothing(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_stopped_worker_settles_nothing(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """SIGSTOP for longer than the lease: another takes the run, and what the first one brings after SIGCONT changes nothing."""
     gate = Gate()
     endpoint.script("s", gate, reply())
@@ -132,7 +162,9 @@ async def test_a_stalled_worker_does_not_take_its_own_run_up(
     await daemon.hears("recall.settled", recall=recall)
     assert daemon.told("lease.taken") == []
     assert len(endpoint.requests) == 1
-    assert [(call["attempt"], call["outcome"]) for call in await calls(db, recall)] == [(1, "answered")]
+    assert [(call["attempt"], call["outcome"]) for call in await calls(db, recall)] == [
+        (1, "answered")
+    ]
 
 
 @pytest.mark.full
@@ -146,7 +178,9 @@ async def test_a_recall_that_kills_its_worker_is_buried(
     async def murder(request: Request) -> Raw:
         assert victim is not None
         # Both are in their workers' hands by now, so both die with each of them.
-        await eventually(db, "select 1 from session_recalls where lease_until > now() having count(*) = 2")
+        await eventually(
+            db, "select 1 from session_recalls where lease_until > now() having count(*) = 2"
+        )
         victim.signal(signal.SIGKILL)
         return Raw()
 
@@ -186,7 +220,9 @@ async def test_a_row_that_the_application_holds_locked(
     await gate.entered.wait()
     async with connected(database) as holder:
         async with holder.transaction():
-            await holder.execute("select from session_recalls where session_id = 'locked' for update")
+            await holder.execute(
+                "select from session_recalls where session_id = 'locked' for update"
+            )
             gate.open()
             await endpoint.until(lambda: endpoint.requests[0].ended_at is not None)
             free = await promise(app, "free", "once")
@@ -213,13 +249,18 @@ async def test_a_run_whose_row_is_held_locked(
     other = await daemons.start(lease=2)
     async with connected(database) as holder, holder.transaction():
         await holder.execute("select from session_recalls where session_id = 'locked' for update")
-        await eventually(db, "select 1 from session_recalls where lease_until < now() - interval '2 seconds'")
+        await eventually(
+            db, "select 1 from session_recalls where lease_until < now() - interval '2 seconds'"
+        )
     await eventually(db, HELD, ["locked"])
     gate.open()
     await owner.hears("recall.settled", recall=recall, attempt=1, status="fired")
     assert len(endpoint.requests) == 1
     for daemon in (owner, other):
-        assert [daemon.told(event) for event in ("recall.aborted", "lease.taken", "lease.lost", "database.lost")] == [[]] * 4
+        assert [
+            daemon.told(event)
+            for event in ("recall.aborted", "lease.taken", "lease.lost", "database.lost")
+        ] == [[]] * 4
 
 
 async def test_a_cancel_in_mid_run_aborts_by_the_bell(
@@ -274,7 +315,9 @@ async def test_marked_in_mid_run_by_the_application(
     assert await getattr(app, how)(recall)
     await gate.hung_up.wait()
     await daemon.hears("recall.ended", recall=recall)
-    assert (await row(db, "s"))["status"] == {"mark_fired": "fired", "mark_cancelled": "cancelled"}[how]
+    assert (await row(db, "s"))["status"] == {"mark_fired": "fired", "mark_cancelled": "cancelled"}[
+        how
+    ]
     assert len(endpoint.requests) == 1
 
 
@@ -284,7 +327,9 @@ AS_AFTER_A_RUN = """
 update session_recalls set trigger_at = now() + interval_seconds * interval '1 second', updated_at = now() where id = $1
 """
 BY_FIVE_MINUTES = "update session_recalls set trigger_at = now() + interval '5 minutes', updated_at = now() where id = $1"
-LONG_AGO = "update session_recalls set trigger_at = '-infinity', updated_at = '-infinity' where id = $1"
+LONG_AGO = (
+    "update session_recalls set trigger_at = '-infinity', updated_at = '-infinity' where id = $1"
+)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +344,16 @@ LONG_AGO = "update session_recalls set trigger_at = '-infinity', updated_at = '-
         (BY_FIVE_MINUTES, []),
         (LONG_AGO, []),
     ],
-    ids=["fired", "failed", "put off as after a run", "cancelled", "deleted", "skipped", "moved", "moved to no date"],
+    ids=[
+        "fired",
+        "failed",
+        "put off as after a run",
+        "cancelled",
+        "deleted",
+        "skipped",
+        "moved",
+        "moved to no date",
+    ],
 )
 async def test_a_lease_that_somebody_violates(
     statement: str, told: list[str], app: Application, endpoint: Endpoint, daemons: Daemons
@@ -314,5 +368,7 @@ async def test_a_lease_that_somebody_violates(
     gate.open()
     await daemon.until(lambda: daemon.told("recall.settled") + daemon.told("recall.ended"))
     violated = daemon.told("lease.violated")
-    assert [(event["recall"], event["status"], event["level"]) for event in violated] == [(recall, s, "warning") for s in told]
+    assert [(event["recall"], event["status"], event["level"]) for event in violated] == [
+        (recall, s, "warning") for s in told
+    ]
     assert all("another scheduler" in event["hint"] for event in violated)

@@ -357,3 +357,32 @@ async def test_a_resume_of_a_dead_workers_run_notifies(
     assert endpoint.of("s")[1].at - expected < 1
     await idle.hears("recall.settled", recall=recall, status="fired")
     assert [r.key for r in endpoint.of("s")] == [f"{recall}:1"] * 2
+
+
+# --- one row that is locked does not stand before the others -------------------------------------
+
+
+@pytest.mark.parametrize("cap", [{}, {"fleet_concurrency": 10}], ids=["no cap", "under a cap"])
+async def test_a_locked_row_of_a_dead_worker_holds_up_no_other(
+    cap: dict[str, Any],
+    app: Application,
+    database: str,
+    endpoint: Endpoint,
+    daemons: Daemons,
+) -> None:
+    """The application holds the oldest of two ended leases locked: the other is taken up."""
+    gates = [Gate(), Gate()]
+    first = await daemons.start(lease=3, **cap)
+    for n, gate in enumerate(gates):
+        endpoint.script(f"s{n}", gate, reply())
+        await promise(app, f"s{n}", "once")
+        await gate.entered.wait()
+    await first.kill()
+    async with await Application.connect(database) as holder:
+        async with holder.connection.transaction():
+            await holder.connection.execute(
+                "select 1 from session_recalls order by lease_until, id limit 1 for update"
+            )
+            second = await daemons.start(lease=3, **cap)
+            await second.hears("recall.settled", status="fired", within=12)
+    await second.hears("recall.settled", times=2, status="fired")

@@ -46,7 +46,9 @@ async def listening(conn: Connection) -> Rings:
     return Rings(conn)
 
 
-async def test_an_insert_wakes_a_sleeping_worker(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_an_insert_wakes_a_sleeping_worker(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """From the application's insert to the request it takes no poll: the bell rang."""
     daemon = await daemons.start(poll_interval=30)
     seconds = []
@@ -79,7 +81,9 @@ async def test_an_insert_while_the_bell_is_away(
         await daemon.hears("recall.settled", session="meanwhile")
 
 
-async def test_the_bells_backend_is_terminated(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_bells_backend_is_terminated(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Inserted in the instant after the bell's backend was ended, a recall is called within moments all the same."""
     daemon = await daemons.start(poll_interval=30)
     for n in range(3):
@@ -91,12 +95,16 @@ async def test_the_bells_backend_is_terminated(app: Application, db: Connection,
 
 
 @pytest.mark.full
-async def test_a_silent_host_before_the_right_one(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_silent_host_before_the_right_one(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Of two hosts in the DSN the first takes connections and says nothing: the second is asked in time, by bell and ledger."""
     async with Proxy(database) as silent, Proxy(database) as right:
         silent.blackhole()
         parts = psycopg.conninfo.conninfo_to_dict(right.dsn)
-        both = psycopg.conninfo.make_conninfo(right.dsn, host="127.0.0.1,127.0.0.1", port=f"{silent.port},{parts['port']}")
+        both = psycopg.conninfo.make_conninfo(
+            right.dsn, host="127.0.0.1,127.0.0.1", port=f"{silent.port},{parts['port']}"
+        )
         daemon = await daemons.start(ready=False, dsn=both)
         await daemon.hears("listener.listening", within=60)
         recall = await promise(app, "s")
@@ -107,7 +115,12 @@ async def test_a_silent_host_before_the_right_one(app: Application, database: st
 
 
 async def test_an_idle_bell_is_not_ended(
-    server: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+    server: str,
+    app: Application,
+    database: str,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A database that ends idle sessions does not end the bell's, which is idle by its nature."""
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
@@ -121,7 +134,9 @@ async def test_an_idle_bell_is_not_ended(
     assert len(daemon.told("listener.listening")) == 1
 
 
-async def test_an_insert_that_is_committed_late(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_an_insert_that_is_committed_late(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A recall whose transaction stays open past its due time is called at the commit."""
     await daemons.start(poll_interval=30)
     await app.create_session("s", "ann")
@@ -138,7 +153,9 @@ async def test_an_insert_that_is_committed_late(app: Application, database: str,
 
 
 @pytest.mark.parametrize("seconds", [50, 3600], ids=["within the horizon", "far beyond it"])
-async def test_rescheduled_to_earlier(seconds: float, app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_rescheduled_to_earlier(
+    seconds: float, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The application moves a recall to now: it is called at once."""
     await daemons.start(poll_interval=30)
     recall = await promise(app, "s", "once", seconds)
@@ -148,7 +165,9 @@ async def test_rescheduled_to_earlier(seconds: float, app: Application, endpoint
     assert request.at - moved < 5
 
 
-async def test_rescheduled_to_later(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_rescheduled_to_later(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A timer that was armed for a recall that is then moved away does nothing, and the new time is kept."""
     await daemons.start(poll_interval=30)
     recall = await promise(app, "s", "once", 1.0)
@@ -181,7 +200,9 @@ async def test_what_rings(app: Application, database: str, db: Connection) -> No
         assert await rings.until_now() == 0
 
 
-async def test_the_workers_own_writing_is_silent(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_workers_own_writing_is_silent(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Claims, renewals, settles and next occurrences ring nobody; only the application's inserts did."""
     daemon = await daemons.start(lease=1)
     async with connected(database) as conn:
@@ -194,7 +215,9 @@ async def test_the_workers_own_writing_is_silent(app: Application, database: str
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_beyond_the_horizon(app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_beyond_the_horizon(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A recall inserted beyond the horizon does not ring, and is called on time all the same."""
     await daemons.start(poll_interval=30)
     async with connected(database) as conn:
@@ -253,7 +276,9 @@ async def test_due_behind_a_run_is_no_busy_loop(
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_an_idle_worker_asks_little(server: str, app: Application, database: str, daemons: Daemons) -> None:
+async def test_an_idle_worker_asks_little(
+    server: str, app: Application, database: str, daemons: Daemons
+) -> None:
     """A worker with nothing due, and a recall due tomorrow, makes at most ten transactions a minute."""
     await promise(app, "s", "once", 86_400)
     await daemons.start()

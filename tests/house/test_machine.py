@@ -52,12 +52,23 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
     wheel = machine.build_wheel(folder / "this")
     machine.fetch_wheels(folder / "needed", wheel)
     source = folder / "source"
-    shutil.copytree(machine.HERE, source, ignore=shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__"))
+    shutil.copytree(
+        machine.HERE,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__"),
+    )
     project = source / "pyproject.toml"
-    project.write_text(re.sub(r'(?m)^version = ".*"$', f'version = "{NEXT_VERSION}"', project.read_text(encoding="utf-8")))
+    project.write_text(
+        re.sub(
+            r'(?m)^version = ".*"$',
+            f'version = "{NEXT_VERSION}"',
+            project.read_text(encoding="utf-8"),
+        )
+    )
     number = statements.generation() + 1
     (source / "sql" / "migrations" / f"{number:04d}_next.sql").write_text(
-        "-- works with code from: 1\nalter table recall_workers add column next_version_was_here boolean;\n", encoding="utf-8"
+        "-- works with code from: 1\nalter table recall_workers add column next_version_was_here boolean;\n",
+        encoding="utf-8",
     )
     yield wheel, machine.build_wheel(folder / "next", source), folder / "needed"
 
@@ -97,7 +108,9 @@ class Load:
     async def dies(self, worker: str) -> None:
         """Note what a worker that can't go on has in hand: those runs are taken up by others, under the same keys."""
         found = await rows(
-            self.db, "select id from session_recalls where leased_by = %s and status in ('pending', 'running')", [worker]
+            self.db,
+            "select id from session_recalls where leased_by = %s and status in ('pending', 'running')",
+            [worker],
         )
         self.died_in_hand |= {row["id"] for row in found}
 
@@ -105,14 +118,25 @@ class Load:
         """Stop, wait for the rest, and hold what was requested against what was promised."""
         self._stop.set()
         await eventually(
-            self.db, "select 1 from session_recalls where status = 'fired' having count(*) = %s", [len(self.due)], 40
+            self.db,
+            "select 1 from session_recalls where status = 'fired' having count(*) = %s",
+            [len(self.due)],
+            40,
         )
-        assert set(self.asked) == {f"{id}:1" for id in self.due}, "lost, or called though nobody asked"
+        assert set(self.asked) == {f"{id}:1" for id in self.due}, (
+            "lost, or called though nobody asked"
+        )
         again = {key.rpartition(":")[0] for key, (times, _) in self.asked.items() if times > 1}
         assert again <= self.died_in_hand, "called twice though its worker lived"
-        lateness = {id: (self.asked[f"{id}:1"][1] - at).total_seconds() for id, at in self.due.items()}
-        assert max(lateness.values()) <= LATE_MOST, sorted(lateness.items(), key=lambda item: -item[1])[:10]
-        print(f"{len(self.due)} recalls, {len(again)} again, late by {max(lateness.values()):.3f} s at most")
+        lateness = {
+            id: (self.asked[f"{id}:1"][1] - at).total_seconds() for id, at in self.due.items()
+        }
+        assert max(lateness.values()) <= LATE_MOST, sorted(
+            lateness.items(), key=lambda item: -item[1]
+        )[:10]
+        print(
+            f"{len(self.due)} recalls, {len(again)} again, late by {max(lateness.values()):.3f} s at most"
+        )
 
 
 @pytest.fixture
@@ -156,7 +180,9 @@ def box(tmp_path: Path, wheels: tuple[Path, Path, Path], load: Load) -> Iterator
 async def flowing(load: Load) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
         flow = group.create_task(load.flow())
-        await eventually(load.db, "select 1 from session_recalls where status = 'fired' having count(*) >= 5")
+        await eventually(
+            load.db, "select 1 from session_recalls where status = 'fired' having count(*) >= 5"
+        )
         yield
         await load.account()
         await flow
@@ -165,7 +191,9 @@ async def flowing(load: Load) -> AsyncIterator[None]:
 async def worker_of(box: Machine, unit: str, db: Connection, within: float = 30) -> str:
     """The name of the worker that a unit runs now, once that has said so in the database."""
     pid = await asyncio.to_thread(box.show, unit, "MainPID")
-    found = await eventually(db, "select worker from recall_workers where pid = %s", [int(pid)], within)
+    found = await eventually(
+        db, "select worker from recall_workers where pid = %s", [int(pid)], within
+    )
     return str(found["worker"])
 
 
@@ -180,7 +208,14 @@ async def until(box: Machine, unit: str, name: str, wanted: str, within: float =
 async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path, Path]) -> None:
     """Installed, started, hung, killed, stopped in mid-run, upgraded: none lost, none doubled, none late."""
     await asyncio.to_thread(box.systemctl, "start", "recall-worker-migrate.service")
-    await asyncio.to_thread(box.systemctl, "enable", "--now", *REPLICAS, "recall-worker.target", "recall-worker-prune.timer")
+    await asyncio.to_thread(
+        box.systemctl,
+        "enable",
+        "--now",
+        *REPLICAS,
+        "recall-worker.target",
+        "recall-worker-prune.timer",
+    )
     for unit in REPLICAS:
         assert await asyncio.to_thread(box.show, unit, "ActiveState") == "active"
 
@@ -214,20 +249,26 @@ async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path
             load.endpoint.script(session, gate)
             id = await promise(load.app, session)
             holder = await eventually(
-                load.db, "select leased_by, id from session_recalls where id = %s and leased_by is not null", [id]
+                load.db,
+                "select leased_by, id from session_recalls where id = %s and leased_by is not null",
+                [id],
             )
             if holder["leased_by"] == name:
                 long = gate
                 break
             gate.open()
-            await eventually(load.db, "select 1 from session_recalls where id = %s and status = 'fired'", [id])
+            await eventually(
+                load.db, "select 1 from session_recalls where id = %s and status = 'fired'", [id]
+            )
         stopping = asyncio.create_task(asyncio.to_thread(box.systemctl, "stop", drained))
         await until(box, drained, "ActiveState", "deactivating")
         assert not stopping.done()
         long.open()
         await stopping
         assert await asyncio.to_thread(box.show, drained, "Result") == "success"
-        ended = await rows(load.db, "select outcome, calls from recall_attempts where session_id like 'long%'")
+        ended = await rows(
+            load.db, "select outcome, calls from recall_attempts where session_id like 'long%'"
+        )
         assert {(row["outcome"], row["calls"]) for row in ended} == {("answered", 1)}
         await load.db.execute("delete from sessions where id like 'long%'")
         for key in [key for key in load.asked if key.rpartition(":")[0] not in load.due]:
@@ -243,7 +284,11 @@ async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path
         for unit in REPLICAS:
             await asyncio.to_thread(box.systemctl, "restart", unit)
             assert await asyncio.to_thread(box.show, unit, "ActiveState") == "active"
-        await eventually(load.db, "select 1 from recall_workers where version = %s having count(*) = 3", [NEXT_VERSION])
+        await eventually(
+            load.db,
+            "select 1 from recall_workers where version = %s having count(*) = 3",
+            [NEXT_VERSION],
+        )
 
     # Nothing that systemd or the programs said tells a secret, and what runs is nobody on this machine.
     said = await asyncio.to_thread(box.log)
@@ -256,7 +301,9 @@ async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path
 
 async def test_a_setting_that_is_wrong(box: Machine) -> None:
     """Said in the log once; systemd does not start it again and again."""
-    await asyncio.to_thread(box.write, "/etc/recall-worker/recall-worker.env", "RECALL_RUN_URL=nowhere\n")
+    await asyncio.to_thread(
+        box.write, "/etc/recall-worker/recall-worker.env", "RECALL_RUN_URL=nowhere\n"
+    )
     await asyncio.to_thread(box.systemctl, "start", REPLICAS[0], check=False)
     await until(box, REPLICAS[0], "ActiveState", "failed")
     assert await asyncio.to_thread(box.show, REPLICAS[0], "NRestarts") == "0"

@@ -41,11 +41,17 @@ async def address(daemon: Daemon) -> str:
     return f"http://{host}:{told['port']}"
 
 
-async def read(daemon: Daemon, path: str, method: str = "GET", within: float = 10.0, **headers: str) -> Page:
+async def read(
+    daemon: Daemon, path: str, method: str = "GET", within: float = 10.0, **headers: str
+) -> Page:
     timeout = aiohttp.ClientTimeout(total=within)
     async with aiohttp.ClientSession(timeout=timeout) as client:
         async with client.request(method, await address(daemon) + path, headers=headers) as answer:
-            return Page(answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.text())
+            return Page(
+                answer.status,
+                {k.lower(): v for k, v in answer.headers.items()},
+                await answer.text(),
+            )
 
 
 Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -75,7 +81,9 @@ async def until(daemon: Daemon, path: str, status: int, within: float = 30.0) ->
             await asyncio.sleep(0.1)
 
 
-async def test_the_counts_are_the_endpoints_own(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_counts_are_the_endpoints_own(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Outcomes, verdicts, runs and durations on /metrics are as many as the requests that the endpoint has read and how it answered them."""
     endpoint.script("busy", reply(409, headers={"retry-after": "1"}), reply())
     endpoint.script("refused", reply(422))
@@ -87,7 +95,9 @@ async def test_the_counts_are_the_endpoints_own(app: Application, endpoint: Endp
     await daemon.hears("recall.settled", times=len(sessions) + 1)
     await endpoint.until(lambda: len(endpoint.requests) == len(sessions) + 1)
     found = await scrape(daemon)
-    answered = sum(1 for request in endpoint.requests if request.session not in ("refused", "gone")) - 1
+    answered = (
+        sum(1 for request in endpoint.requests if request.session not in ("refused", "gone")) - 1
+    )
     assert {o: value(found, "outcomes_total", outcome=o) for o in ("answered", "busy", "refused", "gone", "unknown")} == {
         "answered": answered, "busy": 1, "refused": 1, "gone": 1, "unknown": 0,
     }  # fmt: skip
@@ -96,7 +106,11 @@ async def test_the_counts_are_the_endpoints_own(app: Application, endpoint: Endp
     assert value(found, "settles_total", verdict="finish", status="cancelled") == 1
     assert value(found, "settles_total", verdict="defer", status="pending") == 1
     assert value(found, "recalls_claimed_total") == len(endpoint.requests)
-    assert value(found, "lag_seconds_count") == value(found, "run_duration_seconds_count") == len(endpoint.requests)
+    assert (
+        value(found, "lag_seconds_count")
+        == value(found, "run_duration_seconds_count")
+        == len(endpoint.requests)
+    )
     # The busy session's second call is not the first of its occurrence.
     assert value(found, "lateness_seconds_count") == len(sessions)
     assert value(found, "settle_batch_size_sum") == len(endpoint.requests)
@@ -105,10 +119,17 @@ async def test_the_counts_are_the_endpoints_own(app: Application, endpoint: Endp
     assert (value(found, "slots"), value(found, "slots_in_use")) == (5, 0)
     assert (value(found, "recalls_overdue"), value(found, "oldest_due_seconds")) == (0, 0)
     assert value(found, "bell_state", state="listening") == value(found, "database_up") == 1
-    assert value(found, "breaker_open") == value(found, "draining") == value(found, "leases_lost_total") == 0
+    assert (
+        value(found, "breaker_open")
+        == value(found, "draining")
+        == value(found, "leases_lost_total")
+        == 0
+    )
 
 
-async def test_a_fleets_counts_add_up(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_fleets_counts_add_up(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Three workers share two hundred recalls that end in all kinds of ways: together they count what the endpoint read and the marks say."""
     for n in range(0, 200, 5):
         endpoint.script(f"s{n}", reply(409, headers={"retry-after": "1"}), reply())
@@ -118,28 +139,50 @@ async def test_a_fleets_counts_add_up(app: Application, db: Connection, endpoint
     for n in range(200):
         await promise(app, f"s{n}")
     await eventually(
-        db, "select 1 from session_recalls having count(*) filter (where status in ('pending', 'running')) = 0", within=60
+        db,
+        "select 1 from session_recalls having count(*) filter (where status in ('pending', 'running')) = 0",
+        within=60,
     )
     for worker in workers:
-        await worker.until(lambda worker=worker: len(worker.told("recall.settled")) == len(worker.told("recall.claimed")))  # type: ignore[misc]
+        await worker.until(
+            lambda worker=worker: (
+                len(worker.told("recall.settled")) == len(worker.told("recall.claimed"))
+            )
+        )  # type: ignore[misc]
     pages = [await scrape(worker) for worker in workers]
     counted = {
         outcome: sum(value(page, "outcomes_total", outcome=outcome) or 0 for page in pages)
         for outcome in ("answered", "busy", "failed", "refused", "unknown", "unavailable")
     }
-    assert counted == {"answered": 120, "busy": 40, "failed": 40, "refused": 40, "unknown": 0, "unavailable": 0}
+    assert counted == {
+        "answered": 120,
+        "busy": 40,
+        "failed": 40,
+        "refused": 40,
+        "unknown": 0,
+        "unavailable": 0,
+    }
     assert sum(counted.values()) == len(endpoint.requests) == 240
     marks = {
         row["outcome"]: row["n"]
-        for row in await rows(db, "select outcome, sum(calls)::int as n from recall_attempts group by outcome")
+        for row in await rows(
+            db, "select outcome, sum(calls)::int as n from recall_attempts group by outcome"
+        )
     }
     assert marks == {outcome: n for outcome, n in counted.items() if n}
-    for name in ("lag_seconds_count", "run_duration_seconds_count", "settle_batch_size_sum", "recalls_claimed_total"):
+    for name in (
+        "lag_seconds_count",
+        "run_duration_seconds_count",
+        "settle_batch_size_sum",
+        "recalls_claimed_total",
+    ):
         assert sum(value(page, name) or 0 for page in pages) == 240, name
     assert sum(value(page, "lateness_seconds_count") or 0 for page in pages) == 200
 
 
-async def test_what_is_due_and_in_nobodys_hand(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_what_is_due_and_in_nobodys_hand(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """With the one slot taken, what is due is overdue; what waits for its own session's run, is paused or lies ahead is not."""
     gate = Gate()
     endpoint.script("first", gate)
@@ -158,7 +201,9 @@ async def test_what_is_due_and_in_nobodys_hand(app: Application, db: Connection,
     gate.open()
 
 
-async def test_the_breaker_and_what_it_meets(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_the_breaker_and_what_it_meets(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """An endpoint that wants another token opens the breaker, and is counted as misconfigured."""
     endpoint.default = reply(401)
     daemon = await daemons.start(ops_listen=0)
@@ -172,7 +217,9 @@ async def test_the_breaker_and_what_it_meets(app: Application, endpoint: Endpoin
     assert misconfigured is not None and 2 <= misconfigured <= len(endpoint.requests)
 
 
-async def test_taken_and_lost_leases(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_taken_and_lost_leases(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A worker that stood still lost its lease and counts that; the one that took it up counts that."""
     gate = Gate()
     endpoint.script("s", gate, reply())
@@ -189,7 +236,9 @@ async def test_taken_and_lost_leases(app: Application, db: Connection, endpoint:
     assert value(await scrape(second), "leases_taken_total") == 1
 
 
-async def test_a_cancelled_run_is_counted(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_cancelled_run_is_counted(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A recall that the application cancels in mid-run is aborted and ended, by the reason."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -211,7 +260,10 @@ async def test_who_asks_for_what(daemons: Daemons) -> None:
         whole, head = await read(daemon, path), await read(daemon, path, "HEAD")
         assert whole.status == head.status == 200 and whole.text and not head.text
         assert head.headers["content-type"] == whole.headers["content-type"]
-        assert whole.headers["server"] == "recall-worker" and whole.headers["cache-control"] == "no-store"
+        assert (
+            whole.headers["server"] == "recall-worker"
+            and whole.headers["cache-control"] == "no-store"
+        )
         for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"):
             refused = await read(daemon, path, method)
             assert (refused.status, refused.headers["allow"]) == (405, "GET,HEAD"), method
@@ -220,17 +272,25 @@ async def test_who_asks_for_what(daemons: Daemons) -> None:
     plain = await read(daemon, "/metrics", Accept="*/*")
     assert plain.headers["content-type"].startswith("text/plain; version=")
     modern = await read(daemon, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
-    assert modern.headers["content-type"].startswith("application/openmetrics-text") and modern.text.endswith("# EOF\n")
+    assert modern.headers["content-type"].startswith(
+        "application/openmetrics-text"
+    ) and modern.text.endswith("# EOF\n")
     assert await daemon.stop() == 0
 
 
-async def test_a_daemon_that_says_nothing_it_was_not_asked(app: Application, daemons: Daemons, database: str) -> None:
+async def test_a_daemon_that_says_nothing_it_was_not_asked(
+    app: Application, daemons: Daemons, database: str
+) -> None:
     """No session, recall, worker's secret or message is on the page, whatever was run."""
     daemon = await daemons.start(ops_listen=0, run_token="hush-token")
     recall = await promise(app, "session-of-ann")
     await daemon.hears("recall.settled", recall=recall)
     page = (await read(daemon, "/metrics")).text
-    assert not [word for word in (recall, "session-of-ann", "come back", "hush-token", database) if word in page]
+    assert not [
+        word
+        for word in (recall, "session-of-ann", "come back", "hush-token", database)
+        if word in page
+    ]
 
 
 async def test_an_address_that_is_taken(daemons: Daemons) -> None:
@@ -244,7 +304,10 @@ async def test_an_address_that_is_taken(daemons: Daemons) -> None:
             daemon = await daemons.start(ready=False, ops_listen=where)
             assert await daemon.exit() == 1
             assert len(daemon.talk) == 2 and daemon.told("worker.started") == []
-            assert daemon.talk[0].startswith("Error: RECALL_OPS_LISTEN: nothing can listen on ") and says in daemon.talk[0]
+            assert (
+                daemon.talk[0].startswith("Error: RECALL_OPS_LISTEN: nothing can listen on ")
+                and says in daemon.talk[0]
+            )
             assert daemon.talk[1].startswith("Try: another address in RECALL_OPS_LISTEN")
 
 
@@ -266,7 +329,9 @@ async def test_a_worker_that_stands_still_is_not_alive(daemons: Daemons) -> None
     assert (await until(daemon, "/livez", 200)).text == "alive\n"
 
 
-async def test_without_postgresql_alive_but_not_ready(own_server: EmbeddedServer, replicas: Daemons) -> None:
+async def test_without_postgresql_alive_but_not_ready(
+    own_server: EmbeddedServer, replicas: Daemons
+) -> None:
     """PostgreSQL killed: /readyz says so, /livez goes on, /metrics has what needs no database; all of it comes back."""
     daemon = await replicas.start(ops_listen=0)
     assert (await read(daemon, "/readyz")).text == "ready\n"
@@ -305,9 +370,14 @@ async def test_a_schema_that_asks_for_newer_code(db: Connection, daemons: Daemon
     """An upgrade that leaves this code behind makes it not ready, with what to do."""
     daemon = await daemons.start(ops_listen=0)
     await until(daemon, "/readyz", 200)
-    await db.execute("update recall_schema set oldest_code = 9999 where version = (select max(version) from recall_schema)")
+    await db.execute(
+        "update recall_schema set oldest_code = 9999 where version = (select max(version) from recall_schema)"
+    )
     page = await until(daemon, "/readyz", 503)
-    assert "works with code from generation 9999 on" in page.text and "upgrade recall-worker" in page.text
+    assert (
+        "works with code from generation 9999 on" in page.text
+        and "upgrade recall-worker" in page.text
+    )
 
 
 async def test_a_drain_is_not_ready(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
@@ -344,7 +414,9 @@ async def test_readers_that_hang_on_hold_up_no_stop(daemons: Daemons) -> None:
             await writer.wait_closed()
 
 
-async def test_scrapes_cost_one_question(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_scrapes_cost_one_question(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """However often it is scraped, PostgreSQL is asked at most every five seconds: rows that fall due in between are seen by the next one."""
     gate = Gate()
     endpoint.script("first", gate)
@@ -367,11 +439,15 @@ def bare_proc() -> list[str]:
     program = 'mount -t proc -o subset=pid proc /proc && [ ! -e /proc/stat ] && exec "$@"'
     words = ["unshare", "--mount", "sh", "-c", program, "sh"]
     if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("a mount namespace with a /proc of its own needs root, and a kernel from 5.8 on")
+        pytest.skip(
+            "a mount namespace with a /proc of its own needs root, and a kernel from 5.8 on"
+        )
     return words
 
 
-async def test_the_process_is_told_of_where_proc_is_bare(bare_proc: list[str], daemons: Daemons) -> None:
+async def test_the_process_is_told_of_where_proc_is_bare(
+    bare_proc: list[str], daemons: Daemons
+) -> None:
     """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the process are on the page all the same."""
     async with Daemons(daemons.environ, before=bare_proc) as elsewhere:
         daemon = await elsewhere.start(ops_listen=0)

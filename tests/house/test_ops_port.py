@@ -81,7 +81,9 @@ async def ends(stream: Stream, within: float) -> float:
     return time.monotonic() - began
 
 
-async def test_half_open_connections_stop_nothing(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_half_open_connections_stop_nothing(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """370 connections without a request, at 256 descriptors: recalls are fired, /livez answers, the log stays small."""
     async with Daemons(daemons.environ, before=FEW_FILES) as elsewhere:
         daemon = await elsewhere.start(ops_listen=0)
@@ -160,7 +162,11 @@ async def test_garbage_is_not_logged(daemons: Daemons) -> None:
     """What is no HTTP is answered with 400, and fills no log."""
     daemon = await daemons.start(ops_listen=0)
     at = await port(daemon)
-    for garbage in (b"\x16\x03\x01\x02\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"GET /" + b"x" * 9000):
+    for garbage in (
+        b"\x16\x03\x01\x02\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /" + b"x" * 9000,
+    ):
         for _ in range(20):
             reader, writer = await connect(at, garbage)
             with suppress(ConnectionError):

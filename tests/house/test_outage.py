@@ -64,7 +64,9 @@ async def terminate(db: Connection, name: str) -> int:
 
 
 @pytest.mark.full
-async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_killed_for_three_leases_under_load(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """PostgreSQL is killed under load with runs open, for three leases: both daemons go on, nothing is lost, nothing is called twice."""
     lease, sessions = 2.0, [f"s{n}" for n in range(36)]
     kinds = dict(zip(sessions, ("once", "recurring", "immediate") * 12, strict=True))
@@ -82,7 +84,9 @@ async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, re
         for session in sessions:
             await app.create_session(session, "ann")
         for session in gates:
-            await app.schedule(session, kinds[session], datetime.now(UTC), "open when it happens", 1)
+            await app.schedule(
+                session, kinds[session], datetime.now(UTC), "open when it happens", 1
+            )
         for gate in gates.values():
             await gate.entered.wait()
     told = asyncio.Event()
@@ -91,11 +95,19 @@ async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, re
         """The application: it goes on scheduling, and comes back when its database does."""
         left = [s for s in sessions if s not in gates]
         while left:
-            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+            with suppress(
+                OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+            ):
                 async with await Application.connect(own_server.dsn()) as app:
                     while left:
                         with suppress(AlreadyScheduled):
-                            await app.schedule(left[0], kinds[left[0]], datetime.now(UTC) + timedelta(seconds=0.2), "go", 1)
+                            await app.schedule(
+                                left[0],
+                                kinds[left[0]],
+                                datetime.now(UTC) + timedelta(seconds=0.2),
+                                "go",
+                                1,
+                            )
                         left.pop(0)
                         if len(left) == 15:
                             told.set()
@@ -130,7 +142,8 @@ async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, re
         assert all(map(same_process, (one, two)))
         twice = {key: n for key, n in Counter(endpoint.keys).items() if n > 1}
         unknown = await rows(
-            db, "select recall_id, occurrence from recall_attempts where outcome = 'unknown' and called_at is not null"
+            db,
+            "select recall_id, occurrence from recall_attempts where outcome = 'unknown' and called_at is not null",
         )
         assert twice == {}, f"called again, and not because of {unknown}"
         # What was claimed by a statement whose answer was lost had no run; all others stay their owners'.
@@ -143,7 +156,9 @@ async def test_killed_for_three_leases_under_load(own_server: EmbeddedServer, re
         assert await daemon.stop() == 0
 
 
-async def test_started_while_it_is_away(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_started_while_it_is_away(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """A daemon that starts without PostgreSQL is ready, stays up, and works when it comes."""
     async with await Application.connect(own_server.dsn()) as app:
         await promise(app, "s")
@@ -162,7 +177,9 @@ async def test_started_while_it_is_away(own_server: EmbeddedServer, replicas: Da
 
 
 @pytest.mark.parametrize("name", ["recall-worker bell", "recall-worker ledger"])
-async def test_connections_terminated(name: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_connections_terminated(
+    name: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Each of its connections ended by pg_terminate_backend, again and again with a run open: it recovers and misses nothing."""
     gate = Gate()
     endpoint.script("open", gate)
@@ -191,11 +208,16 @@ async def test_every_connection_is_named(database: str, db: Connection, daemons:
         "select application_name from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
     )
     names = Counter(str(f["application_name"]) for f in found)
-    assert set(names) == {f"recall-worker bell {daemon.name}"[:63], f"recall-worker ledger {daemon.name}"[:63]}
+    assert set(names) == {
+        f"recall-worker bell {daemon.name}"[:63],
+        f"recall-worker ledger {daemon.name}"[:63],
+    }
     assert sum(names.values()) <= 4
 
 
-async def test_cut_in_mid_run(app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_cut_in_mid_run(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """The network to PostgreSQL is away for longer than the lease while a run ends: nobody else about, it is settled, called once."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -212,13 +234,17 @@ async def test_cut_in_mid_run(app: Application, database: str, db: Connection, e
         await daemon.hears("recall.settled", recall=recall, attempt=1)
         assert daemon.told("lease.taken") == []
         assert len(endpoint.requests) == 1
-        assert [(c["attempt"], c["outcome"], c["settled"]) for c in await calls(db, recall)] == [(1, "answered", "fired")]
+        assert [(c["attempt"], c["outcome"], c["settled"]) for c in await calls(db, recall)] == [
+            (1, "answered", "fired")
+        ]
         await daemon.hears("listener.listening", times=2)
         assert await daemon.stop() == 0
 
 
 @pytest.mark.full
-async def test_slow_network(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_slow_network(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """With every round trip to PostgreSQL taking a third of a second runs are renewed, settled and called once."""
     gate = Gate()
     endpoint.script("slow", gate)
@@ -265,7 +291,9 @@ async def test_half_open_connections(
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_half_open_bell(app: Application, database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_half_open_bell(
+    app: Application, database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Only the bell is half-open: claims go on by the poll, and the bell comes back by itself."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(listen_dsn=proxy.dsn, poll_interval=1)
@@ -283,7 +311,10 @@ async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: End
     """The account has no connection left: a daemon that is up loses its own and goes on when there are some again; so does a new one."""
     parts = urlsplit(own_server.dsn())
     dsn = urlunsplit(parts._replace(netloc="limited@"))
-    async with connected(own_server.dsn()) as db, await Application.connect(own_server.dsn()) as app:
+    async with (
+        connected(own_server.dsn()) as db,
+        await Application.connect(own_server.dsn()) as app,
+    ):
         await db.execute("create role limited login connection limit 6")
         await db.execute("grant all on all tables in schema public to limited")
         async with Daemons({"RECALL_DSN": dsn, "RECALL_RUN_URL": endpoint.url}) as replicas:
@@ -304,12 +335,17 @@ async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: End
             # Fewer than two replicas would like: what can't be had is done without.
             await db.execute("alter role limited connection limit 6")
             await endpoint.count(1, "meanwhile")
-            await eventually(db, "select 1 from session_recalls where session_id = 'meanwhile' and status = 'fired'")
+            await eventually(
+                db,
+                "select 1 from session_recalls where session_id = 'meanwhile' and status = 'fired'",
+            )
             assert len(endpoint.of("meanwhile")) == 1
             assert all(map(same_process, (up, late)))
 
 
-async def test_restarted_read_only(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_restarted_read_only(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """PostgreSQL comes back taking no writes, and takes them later: nothing is called meanwhile, and the open run is settled."""
     gate = Gate()
     endpoint.script("open", gate)
@@ -322,11 +358,16 @@ async def test_restarted_read_only(own_server: EmbeddedServer, replicas: Daemons
     await daemon.hears("database.lost")
     own_server.start()
     gate.open()
-    async with await Application.connect(own_server.dsn()) as app, connected(own_server.dsn()) as db:
+    async with (
+        await Application.connect(own_server.dsn()) as app,
+        connected(own_server.dsn()) as db,
+    ):
         await app.connection.execute("set default_transaction_read_only = off")
         await promise(app, "meanwhile")
         await daemon.hears("listener.listening", times=2)
-        await eventually(db, "select 1 from session_recalls where session_id = 'open' and lease_until < now()")
+        await eventually(
+            db, "select 1 from session_recalls where session_id = 'open' and lease_until < now()"
+        )
         assert endpoint.of("meanwhile") == []
         await app.connection.execute("alter system reset default_transaction_read_only")
         await app.connection.execute("select pg_reload_conf()")

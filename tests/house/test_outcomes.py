@@ -116,13 +116,17 @@ class Table:
         """A recall that is due now; returns its id."""
         await self.app.create_session(session, "ann")
         interval = INTERVAL if call_type == "recurring" else None
-        return await self.app.schedule(session, call_type, soon(0), "look again", interval, COMMENT, id)
+        return await self.app.schedule(
+            session, call_type, soon(0), "look again", interval, COMMENT, id
+        )
 
     async def settles(self, session: str, n: int) -> list[Settle]:
         """Wait for the session's nth settle; returns all so far."""
         await self.daemon.hears("recall.settled", times=n, session=session)
         columns = ", ".join(Settle.__annotations__)
-        found = await self.db.execute(f"select {columns} from settles where session_id = %s order by n".encode(), (session,))
+        found = await self.db.execute(
+            f"select {columns} from settles where session_id = %s order by n".encode(), (session,)
+        )
         return [Settle(**row) for row in await found.fetchall()]
 
     async def hasten(self, session: str) -> None:
@@ -130,7 +134,10 @@ class Table:
         await self.db.execute(HASTEN.encode(), (session,))
 
     async def marks(self, session: str) -> list[Mark]:
-        return [Mark(**row) for row in await (await self.db.execute(MARKS.encode(), (session,))).fetchall()]
+        return [
+            Mark(**row)
+            for row in await (await self.db.execute(MARKS.encode(), (session,))).fetchall()
+        ]
 
     async def plays(self, session: str, call_type: str, *answers: Answer) -> list[Settle]:
         """A recall from its first call until so many answers were given; each settle."""
@@ -169,7 +176,9 @@ async def shared(server: str, template: str) -> AsyncIterator[Table]:
         await db.execute(NOTE_SETTLES.encode())
         app = await stack.enter_async_context(await Application.connect(dsn))
         api = await stack.enter_async_context(Api())
-        daemons = await stack.enter_async_context(Daemons({"RECALL_DSN": dsn, "RECALL_RUN_URL": api.url}))
+        daemons = await stack.enter_async_context(
+            Daemons({"RECALL_DSN": dsn, "RECALL_RUN_URL": api.url})
+        )
         yield Table(app, db, api, await daemons.start())
 
 
@@ -211,7 +220,9 @@ ANSWERED: dict[str, Raw] = {
     "200 empty page": reply(text=b"", headers={"content-type": "text/html"}),
     "200 of 1 MiB": reply(text=large(1 << 20)),
     "200 of more than 1 MiB": reply(text=large((1 << 20) + 1)),
-    "200 of 5 MiB whose status is failed at its end": reply(text=large(5 << 20)[:-1] + b', "status": "failed"}'),
+    "200 of 5 MiB whose status is failed at its end": reply(
+        text=large(5 << 20)[:-1] + b', "status": "failed"}'
+    ),
 }
 
 
@@ -223,23 +234,44 @@ async def test_answered(table: Table, answer: Raw, call_type: str) -> None:
     [settle] = await table.plays("s", call_type, answer)
     assert (settle.last_outcome, settle.reason) == ("answered", None)
     if call_type == "recurring":
-        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == ("pending", 2, 0, False)
+        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == (
+            "pending",
+            2,
+            0,
+            False,
+        )
         assert INTERVAL - 10 < settle.wait <= INTERVAL
     else:
-        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == ("fired", 1, 1, True)
+        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == (
+            "fired",
+            1,
+            1,
+            True,
+        )
     [request] = table.api.of("s")
     assert request.key == f"{await id_of(table, 's')}:1"
     assert request.headers["recall-attempt"] == "1"
     [mark] = await table.marks("s")
-    assert (mark.occurrence, mark.attempt, mark.outcome, mark.calls, mark.sent) == (1, 1, "answered", 1, True)
+    assert (mark.occurrence, mark.attempt, mark.outcome, mark.calls, mark.sent) == (
+        1,
+        1,
+        "answered",
+        1,
+        True,
+    )
     [event] = table.daemon.told("recall.settled", session="s", recall=await id_of(table, "s"))
-    assert (event["outcome"], event["verdict"]) == ("answered", "next" if call_type == "recurring" else "finish")
+    assert (event["outcome"], event["verdict"]) == (
+        "answered",
+        "next" if call_type == "recurring" else "finish",
+    )
 
 
 # --- Busy, Unavailable, Misconfigured: deferred ---------------------------------------------------------------------
 
 
-WEB_PAGE = reply(text=b"<!doctype html><title>Welcome to nginx</title>", headers={"content-type": "text/html"})
+WEB_PAGE = reply(
+    text=b"<!doctype html><title>Welcome to nginx</title>", headers={"content-type": "text/html"}
+)
 BARE_404 = reply(404, {"detail": "Not Found"})
 SHORT, MINUTE = (5.0, 20.0), (60.0, 60.0)
 """The longest wait after the first call and after the second: backoff, and RECALL_BUSY_DELAY."""
@@ -261,14 +293,22 @@ DEFERRED: dict[str, Deferral] = {
     "423": Deferral(reply(423), "busy", "the session is busy (HTTP 423)", MINUTE),
     **{str(s): Deferral(reply(s), "unavailable", f"HTTP {s}") for s in (408, 425, 429, 503)},
     **{str(s): Deferral(reply(s), "misconfigured", f"HTTP {s}") for s in (401, 403, 405, 407)},
-    "401 that names the session": Deferral(reply(401, {"code": "session_not_found"}), "misconfigured", "RECALL_RUN_TOKEN"),
+    "401 that names the session": Deferral(
+        reply(401, {"code": "session_not_found"}), "misconfigured", "RECALL_RUN_TOKEN"
+    ),
     "404": Deferral(BARE_404, "misconfigured", "RECALL_RUN_URL"),
     "404 empty": Deferral(reply(404, text=b""), "misconfigured", "RECALL_RUN_URL"),
-    "404 that says it in words": Deferral(reply(404, {"detail": "session_not_found"}), "misconfigured", "RECALL_RUN_URL"),
+    "404 that says it in words": Deferral(
+        reply(404, {"detail": "session_not_found"}), "misconfigured", "RECALL_RUN_URL"
+    ),
     "200 web page": Deferral(WEB_PAGE, "misconfigured", "text/html"),
-    "200 plain text": Deferral(reply(text=b"pong", headers={"content-type": "text/plain"}), "misconfigured", "text/plain"),
+    "200 plain text": Deferral(
+        reply(text=b"pong", headers={"content-type": "text/plain"}), "misconfigured", "text/plain"
+    ),
     "200 web page of 2 MiB": Deferral(
-        reply(text=b"<html>" + b" " * (2 << 20), headers={"content-type": "text/html"}), "misconfigured", "no JSON"
+        reply(text=b"<html>" + b" " * (2 << 20), headers={"content-type": "text/html"}),
+        "misconfigured",
+        "no JSON",
     ),
     "304": Deferral(reply(304, text=b""), "misconfigured", "HTTP 304"),
 }
@@ -281,20 +321,34 @@ async def test_deferred(table: Table, row: Deferral, call_type: str) -> None:
     """The occurrence waits, its attempt given back, and is called again under the same key; deferrals fold into one mark."""
     first, second, last = await table.plays("s", call_type, row.answer, row.answer, reply())
     for n, settle in enumerate((first, second)):
-        assert (settle.status, settle.occurrence, settle.rekey, settle.attempt, settle.ended) == ("pending", 1, 0, 0, False)
+        assert (settle.status, settle.occurrence, settle.rekey, settle.attempt, settle.ended) == (
+            "pending",
+            1,
+            0,
+            0,
+            False,
+        )
         assert (settle.last_outcome, settle.deferrals) == (row.outcome, n + 1)
         assert settle.reason is not None and row.says in settle.reason
         assert (40 if row.most == MINUTE else -20) < settle.wait <= row.most[n]
-    assert (last.status, last.last_outcome) == ("pending" if call_type == "recurring" else "fired", "answered")
+    assert (last.status, last.last_outcome) == (
+        "pending" if call_type == "recurring" else "fired",
+        "answered",
+    )
     assert last.occurrence == (2 if call_type == "recurring" else 1)
     requests = table.api.of("s")
     assert len(requests) == 3
     counted_under_one_key(requests, await id_of(table, "s"))
     assert [request.headers["recall-attempt"] for request in requests] == ["1", "1", "1"]
     status = int(row.answer.data.split()[1])
-    assert await table.marks("s") == [Mark(1, 0, 1, row.outcome, 2, status, True), Mark(1, 0, 1, "answered", 1, 200, True)]
+    assert await table.marks("s") == [
+        Mark(1, 0, 1, row.outcome, 2, status, True),
+        Mark(1, 0, 1, "answered", 1, 200, True),
+    ]
     loud = table.daemon.told("endpoint.misconfigured", http_status=status)
-    assert bool(loud) is (row.outcome == "misconfigured") and all(event["level"] == "error" for event in loud)
+    assert bool(loud) is (row.outcome == "misconfigured") and all(
+        event["level"] == "error" for event in loud
+    )
 
 
 @a_case
@@ -306,7 +360,11 @@ async def test_redirects(table: Table, status: int, call_type: str) -> None:
         moved = reply(status, headers={"location": target.url})
         deferred, _ = await table.plays("s", call_type, moved, reply())
         assert (target.connections, target.requests) == (0, [])
-        assert (deferred.status, deferred.attempt, deferred.last_outcome) == ("pending", 0, "misconfigured")
+        assert (deferred.status, deferred.attempt, deferred.last_outcome) == (
+            "pending",
+            0,
+            "misconfigured",
+        )
         assert deferred.reason is not None and target.url in deferred.reason
     requests = table.api.of("s")
     assert len(requests) == 2
@@ -327,20 +385,40 @@ async def test_no_connection(table: Table, call_type: str) -> None:
     await table.hasten("s")
     last = (await table.settles("s", 3))[2]
     for n, settle in enumerate((first, second)):
-        assert (settle.status, settle.occurrence, settle.attempt, settle.deferrals) == ("pending", 1, 0, n + 1)
+        assert (settle.status, settle.occurrence, settle.attempt, settle.deferrals) == (
+            "pending",
+            1,
+            0,
+            n + 1,
+        )
         assert (settle.last_outcome, -20 < settle.wait <= SHORT[n]) == ("unavailable", True)
         assert settle.reason is not None and "no connection" in settle.reason
     assert last.last_outcome == "answered"
     assert len(table.api.of("s")) == 1
     counted_under_one_key(table.api.of("s"), id)
-    assert await table.marks("s") == [Mark(1, 0, 1, "unavailable", 2, None, False), Mark(1, 0, 1, "answered", 1, 200, True)]
+    assert await table.marks("s") == [
+        Mark(1, 0, 1, "unavailable", 2, None, False),
+        Mark(1, 0, 1, "answered", 1, 200, True),
+    ]
 
 
 RETRY_AFTER = {
     "seconds": ({"retry-after": "1800"}, 1800.0),
-    "a date": ({"retry-after": formatdate(1_000_000_900, usegmt=True), "date": formatdate(1_000_000_000, usegmt=True)}, 900.0),
+    "a date": (
+        {
+            "retry-after": formatdate(1_000_000_900, usegmt=True),
+            "date": formatdate(1_000_000_000, usegmt=True),
+        },
+        900.0,
+    ),
     "more than a day": ({"retry-after": "9999999"}, 86_400.0),
-    "a date in years": ({"retry-after": formatdate(2_000_000_000, usegmt=True), "date": formatdate(1e9, usegmt=True)}, 86_400.0),
+    "a date in years": (
+        {
+            "retry-after": formatdate(2_000_000_000, usegmt=True),
+            "date": formatdate(1e9, usegmt=True),
+        },
+        86_400.0,
+    ),
 }
 
 
@@ -348,7 +426,9 @@ RETRY_AFTER = {
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize("status", [409, 429, 503])
 @pytest.mark.parametrize(("headers", "wait"), RETRY_AFTER.values(), ids=list(RETRY_AFTER))
-async def test_retry_after(table: Table, headers: dict[str, str], wait: float, status: int, call_type: str) -> None:
+async def test_retry_after(
+    table: Table, headers: dict[str, str], wait: float, status: int, call_type: str
+) -> None:
     """The API says when to come back, in seconds or as a date by its own clock: that is when, at most a day on."""
     [settle] = await table.plays("s", call_type, reply(status, headers=headers))
     assert (settle.status, settle.attempt) == ("pending", 0)
@@ -356,7 +436,9 @@ async def test_retry_after(table: Table, headers: dict[str, str], wait: float, s
 
 
 @a_case
-@pytest.mark.parametrize("value", ["soon", "-5", "1.5", "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"])
+@pytest.mark.parametrize(
+    "value", ["soon", "-5", "1.5", "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"]
+)
 async def test_a_retry_after_that_can_not_be_read(table: Table, value: str) -> None:
     """It counts as not said."""
     [settle] = await table.plays("s", "once", reply(409, headers={"retry-after": value}))
@@ -374,11 +456,25 @@ async def test_what_is_kept_of_folded_calls(table: Table) -> None:
             from recall_attempts a join session_recalls r on r.id = a.recall_id order by a.ended_at"""
     )
     busy, answered = await found.fetchall()
-    assert (busy["outcome"], busy["calls"], busy["http_status"], busy["settled"]) == ("busy", 3, 409, "pending")
-    assert (answered["outcome"], answered["calls"], answered["http_status"], answered["settled"]) == ("answered", 1, 200, "fired")
+    assert (busy["outcome"], busy["calls"], busy["http_status"], busy["settled"]) == (
+        "busy",
+        3,
+        409,
+        "pending",
+    )
+    assert (
+        answered["outcome"],
+        answered["calls"],
+        answered["http_status"],
+        answered["settled"],
+    ) == ("answered", 1, 200, "fired")
     assert busy["reason"] == "the session is busy (HTTP 409)" and answered["reason"] is None
     for mark in (busy, answered):
-        assert (mark["worker"], mark["session_id"], mark["of_this_occurrence"]) == (table.daemon.name, "s", True)
+        assert (mark["worker"], mark["session_id"], mark["of_this_occurrence"]) == (
+            table.daemon.name,
+            "s",
+            True,
+        )
         assert mark["called_before_it_ended"]
     assert busy["in_order"] and busy["begun_with_it"]
     assert answered["called_at"] == answered["last_called_at"] > busy["last_called_at"]
@@ -405,7 +501,12 @@ GONE: dict[str, Raw] = {
 async def test_gone(table: Table, answer: Raw, call_type: str) -> None:
     """The API names the session as one that does not exist: cancelled, whatever the call type, after one request."""
     [settle] = await table.plays("s", call_type, answer)
-    assert (settle.status, settle.occurrence, settle.last_outcome, settle.ended) == ("cancelled", 1, "gone", True)
+    assert (settle.status, settle.occurrence, settle.last_outcome, settle.ended) == (
+        "cancelled",
+        1,
+        "gone",
+        True,
+    )
     assert settle.reason is not None and "does not exist" in settle.reason
     assert len(table.api.of("s")) == 1
     assert [(mark.outcome, mark.calls) for mark in await table.marks("s")] == [("gone", 1)]
@@ -416,16 +517,29 @@ async def test_gone(table: Table, answer: Raw, call_type: str) -> None:
 @pytest.mark.parametrize("status", [400, 402, 410, 413, 415, 422, 431, 451])
 async def test_refused(table: Table, status: int, call_type: str) -> None:
     """The API will never take this request: a one-shot has failed, a recurring recall waits for the next; one request, and its words."""
-    [settle] = await table.plays("s", call_type, reply(status, {"error": {"message": "the message is too rude"}}))
+    [settle] = await table.plays(
+        "s", call_type, reply(status, {"error": {"message": "the message is too rude"}})
+    )
     assert settle.last_outcome == "refused"
-    assert settle.reason is not None and f"HTTP {status}" in settle.reason and "too rude" in settle.reason
+    assert (
+        settle.reason is not None
+        and f"HTTP {status}" in settle.reason
+        and "too rude" in settle.reason
+    )
     if call_type == "recurring":
         assert (settle.status, settle.occurrence, settle.attempt) == ("pending", 2, 0)
         assert INTERVAL - 10 < settle.wait <= INTERVAL
     else:
-        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == ("failed", 1, 1, True)
+        assert (settle.status, settle.occurrence, settle.attempt, settle.ended) == (
+            "failed",
+            1,
+            1,
+            True,
+        )
     assert len(table.api.of("s")) == 1
-    assert [(mark.outcome, mark.calls, mark.http_status) for mark in await table.marks("s")] == [("refused", 1, status)]
+    assert [(mark.outcome, mark.calls, mark.http_status) for mark in await table.marks("s")] == [
+        ("refused", 1, status)
+    ]
 
 
 # --- Unknown: retried under the same key ----------------------------------------------------------------------------
@@ -435,7 +549,9 @@ HALF = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10
 
 UNKNOWN: dict[str, Raw] = {
     **{str(status): reply(status) for status in (500, 501, 502, 504, 505, 520)},
-    "502 web page": reply(502, text=b"<html>Bad Gateway</html>", headers={"content-type": "text/html"}),
+    "502 web page": reply(
+        502, text=b"<html>Bad Gateway</html>", headers={"content-type": "text/html"}
+    ),
     "broken off, by FIN": Raw(),
     "broken off, by RST": Raw(reset=True),
     "half a head": Raw(b"HTTP/1.1 200 OK\r\ncontent-len"),
@@ -446,11 +562,18 @@ UNKNOWN: dict[str, Raw] = {
 }
 
 
-def check_retries(settles: Sequence[Settle], call_type: str, outcome: str, rekeys: Sequence[int]) -> None:
+def check_retries(
+    settles: Sequence[Settle], call_type: str, outcome: str, rekeys: Sequence[int]
+) -> None:
     """Three attempts with backoff between, then the end of a one-shot, or the next occurrence of a recurring recall."""
     *retried, last = settles
     for n, settle in enumerate(retried):
-        assert (settle.status, settle.occurrence, settle.attempt, settle.deferrals) == ("pending", 1, n + 1, 0)
+        assert (settle.status, settle.occurrence, settle.attempt, settle.deferrals) == (
+            "pending",
+            1,
+            n + 1,
+            0,
+        )
         assert (settle.last_outcome, settle.rekey, settle.ended) == (outcome, rekeys[n + 1], False)
         assert settle.reason and -20 < settle.wait <= SHORT[n]
     assert last.last_outcome == outcome and last.reason
@@ -481,7 +604,9 @@ async def test_unknown(table: Table, answer: Raw, call_type: str) -> None:
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 async def test_unknown_then_busy_then_answered(table: Table, call_type: str) -> None:
     """An attempt that is spent stays spent, a deferral between gives back its own alone, and the key stays the same."""
-    settles = await table.plays("s", call_type, reply(500), reply(409), reply(503), reply(502), reply())
+    settles = await table.plays(
+        "s", call_type, reply(500), reply(409), reply(503), reply(502), reply()
+    )
     assert [(settle.last_outcome, settle.attempt, settle.deferrals) for settle in settles[:4]] == [
         ("unknown", 1, 0), ("busy", 1, 1), ("unavailable", 1, 2), ("unknown", 2, 0),
     ]  # fmt: skip
@@ -519,7 +644,10 @@ async def test_failed(table: Table, word: str, call_type: str) -> None:
     answer = reply(body={"status": word, "error": "the model is gone"})
     settles = await table.plays("s", call_type, answer, answer, answer)
     check_retries(settles, call_type, "failed", [0, 1, 2])
-    assert all(settle.reason and word in settle.reason and "the model is gone" in settle.reason for settle in settles)
+    assert all(
+        settle.reason and word in settle.reason and "the model is gone" in settle.reason
+        for settle in settles
+    )
     requests, id = table.api.of("s"), await id_of(table, "s")
     assert [request.key for request in requests] == [f"{id}:1", f"{id}:1.1", f"{id}:1.2"]
     assert [request.headers["recall-attempt"] for request in requests] == ["1", "2", "3"]
@@ -531,7 +659,9 @@ async def test_failed(table: Table, word: str, call_type: str) -> None:
 @a_case
 async def test_failed_then_unknown(table: Table) -> None:
     """A retry of an unknown end keeps the key that the failure before it brought; the limit counts them together."""
-    settles = await table.plays("s", "once", reply(body={"status": "failed"}), reply(500), reply(body={"status": "failed"}))
+    settles = await table.plays(
+        "s", "once", reply(body={"status": "failed"}), reply(500), reply(body={"status": "failed"})
+    )
     id = await id_of(table, "s")
     assert [request.key for request in table.api.of("s")] == [f"{id}:1", f"{id}:1.1", f"{id}:1.1"]
     assert settles[-1].status == "failed"
@@ -562,7 +692,10 @@ async def test_hostile_sessions_stay_in_their_place(table: Table, session: str) 
     [request] = table.api.of(session)
     assert request.line == f"POST /sessions/{quote(session, safe='')}/run HTTP/1.1"
     assert request.document["session_id"] == session
-    assert request.headers["host"] == f"127.0.0.1:{table.api.port}" and "x-injected" not in request.headers
+    assert (
+        request.headers["host"] == f"127.0.0.1:{table.api.port}"
+        and "x-injected" not in request.headers
+    )
 
 
 @a_case
@@ -660,7 +793,9 @@ def noted(database: str) -> Iterator[str]:
     yield database
 
 
-async def test_timeout(noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_timeout(
+    noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A run longer than RECALL_RUN_TIMEOUT is hung up on and Unknown: three requests under one key, then over."""
     gates = {session: [Gate() for _ in range(3)] for session in ("once", "recurring")}
     for session, each in gates.items():
@@ -680,13 +815,19 @@ async def test_timeout(noted: str, app: Application, db: Connection, endpoint: E
         counted_under_one_key(endpoint.of(session), await id_of(table, session))
 
 
-async def test_one_attempt(noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_one_attempt(
+    noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """With RECALL_MAX_ATTEMPTS=1 nothing is retried; a deferral before it still costs none."""
     table = Table(app, db, endpoint, await daemons.start(max_attempts=1))
     *_, once = await table.plays("once", "once", reply(409), reply(500))
     assert (once.status, once.last_outcome, once.attempt) == ("failed", "unknown", 1)
     [recurring] = await table.plays("recurring", "recurring", reply(body={"status": "failed"}))
-    assert (recurring.status, recurring.occurrence, recurring.last_outcome) == ("pending", 2, "failed")
+    assert (recurring.status, recurring.occurrence, recurring.last_outcome) == (
+        "pending",
+        2,
+        "failed",
+    )
     assert (len(endpoint.of("once")), len(endpoint.of("recurring"))) == (2, 1)
 
 
@@ -695,11 +836,18 @@ async def test_our_own_fault_is_never_given_up(
 ) -> None:
     """RECALL_GIVE_UP is not for Misconfigured: the recall is kept until somebody has put the settings right."""
     table = Table(app, db, endpoint, await daemons.start(give_up=0))
-    *kept, last = await table.plays("s", "once", reply(401), reply(404), WEB_PAGE, reply(405), reply())
-    assert [(settle.status, settle.attempt, settle.deferrals) for settle in kept] == [("pending", 0, n) for n in (1, 2, 3, 4)]
+    *kept, last = await table.plays(
+        "s", "once", reply(401), reply(404), WEB_PAGE, reply(405), reply()
+    )
+    assert [(settle.status, settle.attempt, settle.deferrals) for settle in kept] == [
+        ("pending", 0, n) for n in (1, 2, 3, 4)
+    ]
     assert (last.status, last.last_outcome) == ("fired", "answered")
     counted_under_one_key(endpoint.requests, await id_of(table, "s"))
-    assert [(mark.outcome, mark.calls) for mark in await table.marks("s")] == [("misconfigured", 4), ("answered", 1)]
+    assert [(mark.outcome, mark.calls) for mark in await table.marks("s")] == [
+        ("misconfigured", 4),
+        ("answered", 1),
+    ]
 
 
 async def test_giving_up_on_a_busy_session(
@@ -712,7 +860,9 @@ async def test_giving_up_on_a_busy_session(
         await table.schedule(session, session)
     for session in ("once", "immediate", "recurring"):
         [over] = await table.daemon.hears(
-            "recall.settled", session=session, verdict="finish" if session != "recurring" else "next"
+            "recall.settled",
+            session=session,
+            verdict="finish" if session != "recurring" else "next",
         )
         requests = endpoint.of(session)
         settles = await table.settles(session, len(requests))
@@ -721,7 +871,12 @@ async def test_giving_up_on_a_busy_session(
         last = settles[-1]
         assert last.reason is not None and "given up" in last.reason and "busy" in last.reason
         if session == "recurring":
-            assert (last.status, last.occurrence, last.attempt, last.deferrals) == ("pending", 2, 0, 0)
+            assert (last.status, last.occurrence, last.attempt, last.deferrals) == (
+                "pending",
+                2,
+                0,
+                0,
+            )
             assert INTERVAL - 10 < last.wait <= INTERVAL
         else:
             assert (last.status, last.ended) == ("failed", True)
@@ -733,7 +888,13 @@ async def test_giving_up_on_a_busy_session(
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize("listening", [True, False], ids=["503", "no connection"])
 async def test_giving_up_on_an_api_that_is_away(
-    noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, listening: bool, call_type: str
+    noted: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    listening: bool,
+    call_type: str,
 ) -> None:
     """Past RECALL_GIVE_UP, counted from the first call (also one that found no connection), one session's wait is over."""
     table = Table(app, db, endpoint, await daemons.start(give_up=600))
@@ -744,13 +905,20 @@ async def test_giving_up_on_an_api_that_is_away(
     await table.settles("s", 1)
     await table.hasten("s")
     await table.settles("s", 2)
-    aged = await db.execute(b"update session_recalls set begun_at = begun_at - interval '601 seconds' where begun_at is not null")
+    aged = await db.execute(
+        b"update session_recalls set begun_at = begun_at - interval '601 seconds' where begun_at is not null"
+    )
     assert aged.rowcount == 1
     await table.hasten("s")
     *waited, last = await table.settles("s", 3)
-    assert [(settle.status, settle.attempt, settle.deferrals) for settle in waited] == [("pending", 0, 1), ("pending", 0, 2)]
+    assert [(settle.status, settle.attempt, settle.deferrals) for settle in waited] == [
+        ("pending", 0, 1),
+        ("pending", 0, 2),
+    ]
     assert last.reason is not None and "given up" in last.reason
-    assert (last.status, last.occurrence) == (("pending", 2) if call_type == "recurring" else ("failed", 1))
+    assert (last.status, last.occurrence) == (
+        ("pending", 2) if call_type == "recurring" else ("failed", 1)
+    )
     assert len(endpoint.requests) == (3 if listening else 0)
 
 
@@ -795,7 +963,9 @@ async def test_cookies_do_not_come_back(
     sets = reply(409, headers={"set-cookie": "session=hers; Path=/; Max-Age=9999"})
     await table.plays("hers", "once", sets, reply())
     await table.plays("his", "once", reply())
-    assert [request.headers["host"] for request in endpoint.requests] == [f"localhost:{endpoint.port}"] * 3
+    assert [request.headers["host"] for request in endpoint.requests] == [
+        f"localhost:{endpoint.port}"
+    ] * 3
     assert not any("cookie" in request.headers for request in endpoint.requests)
 
 
@@ -806,7 +976,9 @@ async def test_the_token_goes_with_every_call(
     daemon = await daemons.start(run_token="open-sesame")
     table = Table(app, db, endpoint, daemon)
     await table.plays("s", "once", reply(401), reply())
-    assert [request.headers["authorization"] for request in endpoint.requests] == ["Bearer open-sesame"] * 2
+    assert [request.headers["authorization"] for request in endpoint.requests] == [
+        "Bearer open-sesame"
+    ] * 2
     assert await daemon.stop() == 0
     assert "open-sesame" not in str((daemon.events, daemon.talk))
 
@@ -814,5 +986,24 @@ async def test_the_token_goes_with_every_call(
 def test_every_status_of_the_table_has_its_case() -> None:
     """The cases above name every status that DESIGN's table names."""
     named: dict[str, Any] = {**ANSWERED, **DEFERRED, **GONE, **UNKNOWN}
-    for status in (200, 204, 401, 403, 404, 405, 407, 408, 409, 410, 423, 425, 429, 500, 501, 502, 503, 504):
+    for status in (
+        200,
+        204,
+        401,
+        403,
+        404,
+        405,
+        407,
+        408,
+        409,
+        410,
+        423,
+        425,
+        429,
+        500,
+        501,
+        502,
+        503,
+        504,
+    ):
         assert any(name.startswith(str(status)) for name in named)

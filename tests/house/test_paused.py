@@ -23,7 +23,9 @@ LEASE = 3.0
 
 
 @pytest.mark.full
-async def test_postgresql(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:  # noqa: F811
+async def test_postgresql(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:  # noqa: F811
     """A paused PostgreSQL can't be told from one that others reach: runs are broken off, and called again under their keys when it goes on."""
     gates = {session: Gate() for session in ("once", "recurring", "also")}
     for session, gate in gates.items():
@@ -31,7 +33,9 @@ async def test_postgresql(own_server: EmbeddedServer, replicas: Daemons, endpoin
     one, two = [await replicas.start(lease=LEASE, concurrency=2) for _ in range(2)]
     async with await Application.connect(own_server.dsn()) as app:
         for session in gates:
-            await promise(app, session, "recurring" if session == "recurring" else "once", interval=3600)
+            await promise(
+                app, session, "recurring" if session == "recurring" else "once", interval=3600
+            )
         for gate in gates.values():
             await gate.entered.wait()
     stopped = [own_server.pid, *own_server.processes()]
@@ -68,7 +72,9 @@ async def test_postgresql(own_server: EmbeddedServer, replicas: Daemons, endpoin
 
 
 @pytest.mark.full
-async def test_a_worker(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_worker(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Stopped with a run open for longer than its lease: it finds the lease gone, breaks the call off, and settles nothing."""
     gate, successor = Gate(), Gate()
     endpoint.script("s", gate, successor)
@@ -85,12 +91,16 @@ async def test_a_worker(app: Application, db: Connection, endpoint: Endpoint, da
     await stopped.hears("recall.aborted", recall=recall)
     await stopped.hears("lease.lost", recall=recall)
     after = await row(db, "s")
-    assert {k: after[k] for k in after if k != "lease_until"} == {k: before[k] for k in before if k != "lease_until"}
+    assert {k: after[k] for k in after if k != "lease_until"} == {
+        k: before[k] for k in before if k != "lease_until"
+    }
     successor.open()
     await other.hears("recall.settled", recall=recall, attempt=2)
     assert stopped.told("recall.settled") == []
     assert [request.key for request in endpoint.requests] == [f"{recall}:1"] * 2
-    assert [(c["attempt"], c["settled"]) for c in await calls(db, recall) if c["worker"] == other.name] == [(2, "pending")]
+    assert [
+        (c["attempt"], c["settled"]) for c in await calls(db, recall) if c["worker"] == other.name
+    ] == [(2, "pending")]
     # It works on: with the other one's only slot free or not, both claim.
     await promise(app, "next")
     await endpoint.count(1, "next")

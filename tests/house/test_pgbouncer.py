@@ -79,14 +79,21 @@ async def left_behind(pooled: str) -> list[dict[str, object]]:
 
 
 async def test_the_daemon_through_it(
-    pooled: str, database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    pooled: str,
+    database: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Queries through the pooler, LISTEN beside it: rung at once, renewed, cancelled in mid-run, settled; nothing is left on its connections."""
     gates = {session: Gate() for session in ("long", "unwanted")}
     for session, gate in gates.items():
         endpoint.script(session, gate)
     async with busy(pooled):
-        daemon = await daemons.start(dsn=pooled, listen_dsn=database, lease=2, concurrency=5, poll_interval=30)
+        daemon = await daemons.start(
+            dsn=pooled, listen_dsn=database, lease=2, concurrency=5, poll_interval=30
+        )
         for session, gate in gates.items():
             await promise(app, session)
             await gate.entered.wait()
@@ -94,14 +101,17 @@ async def test_the_daemon_through_it(
         for n in range(12):
             await app.create_session(f"s{n}", "ann")
             asked = time.monotonic()
-            recall = await app.schedule(f"s{n}", "recurring" if n % 2 else "once", soon(0), "go", 3600 if n % 2 else None)
+            recall = await app.schedule(
+                f"s{n}", "recurring" if n % 2 else "once", soon(0), "go", 3600 if n % 2 else None
+            )
             [request] = await endpoint.count(1, f"s{n}")
             seconds.append(request.at - asked)
             await daemon.hears("recall.settled", recall=recall)
         assert sorted(seconds)[6] < 1, f"insert to request, in seconds: {seconds}"
         # Longer than two leases: they were renewed.
         await eventually(
-            db, "select 1 from session_recalls where session_id = 'long' and lease_until > leased_at + interval '6 s'"
+            db,
+            "select 1 from session_recalls where session_id = 'long' and lease_until > leased_at + interval '6 s'",
         )
         assert await app.cancel_session("unwanted") == 1
         await gates["unwanted"].hung_up.wait()
@@ -111,7 +121,14 @@ async def test_the_daemon_through_it(
     [about] = await rows(db, "select bell from recall_workers")
     assert about["bell"] == "listening"
     assert not any(
-        daemon.told(event) for event in ("listener.deaf", "listener.lost", "database.lost", "worker.error", "lease.taken")
+        daemon.told(event)
+        for event in (
+            "listener.deaf",
+            "listener.lost",
+            "database.lost",
+            "worker.error",
+            "lease.taken",
+        )
     )
     found = await left_behind(pooled)
     assert len({f["pid"] for f in found}) > 1, "several connections were asked"
@@ -120,9 +137,18 @@ async def test_the_daemon_through_it(
     assert await daemon.stop() == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options,extra_float_digits"}], ids=["strict", "lenient"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ignore_startup_parameters": "options,extra_float_digits"}],
+    ids=["strict", "lenient"],
+)
 async def test_without_a_direct_connection(
-    settings: dict[str, str], database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+    settings: dict[str, str],
+    database: str,
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """Nothing rings: said once and loudly, in the log, in `workers`; what is inserted comes by the poll, what was known before on the instant."""
     with pooler(database, **settings) as bouncer:
@@ -138,15 +164,24 @@ async def test_without_a_direct_connection(
         planned = await promise(app, "planned", "once", 2.5)
         for recall in (*at_once, planned):
             await daemon.hears("recall.settled", recall=recall)
-        late = {request.session: float(request.headers["recall-lateness"]) for request in endpoint.requests}
+        late = {
+            request.session: float(request.headers["recall-lateness"])
+            for request in endpoint.requests
+        }
         assert max(late.values()) < 1 + 2, late
         assert late["planned"] < 0.5, "a timer was armed for it: no poll"
-        assert len(daemon.told("listener.deaf")) == 1 and not daemon.told("worker.error") and not daemon.told("database.lost")
+        assert (
+            len(daemon.told("listener.deaf")) == 1
+            and not daemon.told("worker.error")
+            and not daemon.told("database.lost")
+        )
         assert same_process(daemon)
         assert await daemon.stop() == 0
 
 
-async def test_session_pooling_rings(database: str, app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_session_pooling_rings(
+    database: str, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A pooler in session mode passes LISTEN: one DSN is enough, and the bell has heard itself through it."""
     with pooler(database, pool_mode="session", default_pool_size=20) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=30)
@@ -178,7 +213,12 @@ async def test_a_bell_that_hears_again(
 
 
 async def test_a_bell_in_another_database(
-    server: str, template: str, database: str, app: Application, endpoint: Endpoint, daemons: Daemons
+    server: str,
+    template: str,
+    database: str,
+    app: Application,
+    endpoint: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A RECALL_LISTEN_DSN that names another database hears nothing, though PostgreSQL takes the LISTEN: that is noticed, and named."""
     with postgres.database(server, template) as elsewhere:
@@ -203,7 +243,11 @@ async def test_the_bell_wakes_nobody_by_ringing_itself(database: str, daemons: D
 
 async def eventually_heard(database: str, workers: int) -> None:
     async with connected(database) as db:
-        await eventually(db, "select 1 from recall_workers where bell = 'listening' having count(*) = %s", [workers])
+        await eventually(
+            db,
+            "select 1 from recall_workers where bell = 'listening' having count(*) = %s",
+            [workers],
+        )
 
 
 @pytest.mark.full
@@ -238,7 +282,9 @@ async def test_commands_through_it(pooled: str, app: Application, database: str)
         await app.create_session(session, "ann")
     async with busy(pooled):
         for _ in range(2):
-            said = await asyncio.to_thread(operate, pooled, "schedule", "s", "look", "--every", "1h", "--json")
+            said = await asyncio.to_thread(
+                operate, pooled, "schedule", "s", "look", "--every", "1h", "--json"
+            )
             assert said.status == 0, said.err
             id = said.document["id"]
             for words in (
@@ -278,14 +324,19 @@ async def test_migrating_through_it(empty_database: str, bouncer: PgBouncer) -> 
 async def test_recalls_through_it(pooled: str, app: Application) -> None:
     """`Recalls` on a pool of psycopg's defaults, each method often enough to be prepared, beside others: all is as without a pooler."""
     await app.create_session("s", "ann")
-    async with busy(pooled), AsyncConnectionPool(pooled, open=False, min_size=3, max_size=3) as pool:
+    async with (
+        busy(pooled),
+        AsyncConnectionPool(pooled, open=False, min_size=3, max_size=3) as pool,
+    ):
         recalls = Recalls(pool)
         for _ in range(12):
             made = await recalls.schedule("s", "look", every=timedelta(hours=1))
             with pytest.raises(RecallExists):
                 await recalls.schedule("s", "again")
             assert await recalls.skip_next("s")
-            assert [r.id for r in await recalls.list(session_id="s", statuses=["pending"])] == [made.id]
+            assert [r.id for r in await recalls.list(session_id="s", statuses=["pending"])] == [
+                made.id
+            ]
             assert await recalls.due() == [] and await recalls.next_trigger_at() is not None
             assert await recalls.sessions_with_pending(["s", "t"]) == {"s"}
             assert await recalls.cancel("s") == 1

@@ -39,7 +39,9 @@ async def test_it_deletes_what_is_over_and_nothing_else(
     fleet = [await daemons.start(prune="24s,calls=1h", ops_listen=0) for _ in range(2)]
     recalls = [await promise(app, f"s{n}") for n in range(20)]
     await eventually(db, GONE)
-    await eventually(db, "select 1 where not exists (select from session_recalls where status = 'pending')")
+    await eventually(
+        db, "select 1 where not exists (select from session_recalls where status = 'pending')"
+    )
     assert {row["id"] for row in await rows(db, "select id from session_recalls")} == set(recalls)
     # Told when a walk is over, which is after its last row is gone.
     async with asyncio.timeout(20):
@@ -59,7 +61,9 @@ async def test_it_deletes_what_is_over_and_nothing_else(
     assert [await daemon.stop() for daemon in fleet] == [0, 0]
 
 
-async def test_off_unless_it_is_switched_on(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_off_unless_it_is_switched_on(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Without RECALL_PRUNE nothing is deleted, and nobody takes a turn."""
     await db.execute(OLD.format(n=3).encode())
     daemon = await daemons.start()
@@ -70,7 +74,9 @@ async def test_off_unless_it_is_switched_on(app: Application, db: Connection, en
     assert len(await rows(db, "select from session_recalls")) == 4
 
 
-async def test_a_draining_worker_does_not_prune(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_draining_worker_does_not_prune(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A run is open, the worker was told to stop: what becomes old meanwhile stays, and the run is settled."""
     gate = Gate()
     endpoint.script("s", gate, reply())
@@ -81,9 +87,7 @@ async def test_a_draining_worker_does_not_prune(app: Application, db: Connection
     daemon.signal(signal.SIGTERM)
     await daemon.hears("worker.draining")
     # The walk that may have been under way is over when the pruner's connection is gone.
-    walks = (
-        "select from pg_stat_activity where datname = current_database() and query ~ 'recall_chores' and pid <> pg_backend_pid()"
-    )
+    walks = "select from pg_stat_activity where datname = current_database() and query ~ 'recall_chores' and pid <> pg_backend_pid()"
     await eventually(db, f"select 1 where not exists ({walks})")
     told = len(daemon.told("rows.pruned"))
     await db.execute(OLD.format(n=3).encode())
@@ -95,7 +99,9 @@ async def test_a_draining_worker_does_not_prune(app: Application, db: Connection
     assert await daemon.exit() == 0
 
 
-async def test_it_survives_an_outage(own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint) -> None:
+async def test_it_survives_an_outage(
+    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
+) -> None:
     """PostgreSQL is killed in mid-walk: the pruner tells no outage of its own, and begins again when PostgreSQL is back."""
 
     def fill() -> None:
@@ -119,7 +125,9 @@ async def test_it_survives_an_outage(own_server: EmbeddedServer, replicas: Daemo
 
 
 @pytest.mark.full
-async def test_work_does_not_wait_for_it(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_work_does_not_wait_for_it(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """While hundreds of thousands of rows are being deleted, recalls are called within milliseconds of being due."""
     await db.execute(OLD.format(n=400_000).encode())
     daemon = await daemons.start(prune="24s", concurrency=20)

@@ -115,17 +115,27 @@ WAYS = [
 
 
 @contextlib.asynccontextmanager
-async def failing(way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+async def failing(
+    way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[str]:
     """A DSN with the password in it that leads to nothing good."""
     at = conninfo_to_dict(locked.dsn(tcp=True))
     pem = tmp_path / "server.pem"
     pem.write_text(KEY + CERTIFICATE, encoding="ascii")
     monkeypatch.setenv("TEST_SECRETS_PEM", str(pem))
     here = f"postgresql://ann:{HUSH}@127.0.0.1:{at['port']}/postgres"
-    talks = {"another's certificate": _is_somebody_else, "hangs up": _hangs_up, "garbage": _garbles, "no TLS": _takes_no_tls}
+    talks = {
+        "another's certificate": _is_somebody_else,
+        "hangs up": _hangs_up,
+        "garbage": _garbles,
+        "no TLS": _takes_no_tls,
+    }
     if way in talks:
         async with false_server(talks[way]) as port:
-            mode = {"another's certificate": "?sslmode=verify-full&sslrootcert=system", "no TLS": "?sslmode=require"}.get(way, "")
+            mode = {
+                "another's certificate": "?sslmode=verify-full&sslrootcert=system",
+                "no TLS": "?sslmode=require",
+            }.get(way, "")
             yield f"postgresql://ann:{HUSH}@127.0.0.1:{port}/postgres{mode}"
         return
     yield {
@@ -138,30 +148,48 @@ async def failing(way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_commands_that_fail(way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_commands_that_fail(
+    way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every command, whatever keeps it from the database, says so in a sentence with a hint, without a traceback and without the password."""
     async with failing(way, locked, tmp_path, monkeypatch) as dsn:
         secret = str(conninfo_to_dict(dsn)["password"])
         for words in COMMANDS:
             said = await asyncio.to_thread(operate, dsn, *words, environ=SECRETS)
             assert said.status == UNREACHABLE, (words, said)
-            assert said.out == "" and said.err.startswith("Error: ") and "\nTry: " in said.err and "Traceback" not in said.err
+            assert (
+                said.out == ""
+                and said.err.startswith("Error: ")
+                and "\nTry: " in said.err
+                and "Traceback" not in said.err
+            )
             assert not pieces(said.err, secret) | pieces(said.err), (words, said)
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_daemons_that_fail(
-    way: str, locked: EmbeddedServer, endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str,
+    locked: EmbeddedServer,
+    endpoint: Endpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The daemon stays up and says at level debug why it has no database, for claims as for the bell, and not by which password."""
     async with failing(way, locked, tmp_path, monkeypatch) as dsn:
-        environ = {"RECALL_DSN": dsn, "RECALL_LISTEN_DSN": dsn, "RECALL_RUN_URL": endpoint.url, **SECRETS}
+        environ = {
+            "RECALL_DSN": dsn,
+            "RECALL_LISTEN_DSN": dsn,
+            "RECALL_RUN_URL": endpoint.url,
+            **SECRETS,
+        }
         async with Daemons(environ) as daemons:
             daemon = await daemons.start(ready=False)
             await daemon.hears("database.lost")
             await daemon.hears("listener.lost")
             assert await daemon.stop() == 0
-            assert not pieces(heard(daemon), str(conninfo_to_dict(dsn)["password"])) | pieces(heard(daemon))
+            assert not pieces(heard(daemon), str(conninfo_to_dict(dsn)["password"])) | pieces(
+                heard(daemon)
+            )
 
 
 # --- DSNs that are none ----------------------------------------------------------------------------------------------
@@ -211,19 +239,30 @@ async def test_a_server_that_repeats_what_it_was_sent(
         for session in answers:
             recall = await promise(app, session)
             await daemon.hears("recall.settled", recall=recall)
-            for words in (["show", recall], ["why", recall], ["show", recall, "--json"], ["why", recall, "--json"]):
+            for words in (
+                ["show", recall],
+                ["why", recall],
+                ["show", recall, "--json"],
+                ["why", recall, "--json"],
+            ):
                 said = await asyncio.to_thread(operate, database, *words)
                 assert said.status == 0 and TOKEN not in said.out + said.err
-        assert all(request.headers["authorization"] == f"Bearer {TOKEN}" for request in endpoint.requests)
+        assert all(
+            request.headers["authorization"] == f"Bearer {TOKEN}" for request in endpoint.requests
+        )
         for table in ("session_recalls", "recall_attempts", "recall_workers", "recall_endpoints"):
             assert not pieces(str(await rows(db, f"select t::text from {table} t")))
-        activity = await rows(db, "select a::text from pg_stat_activity a where pid <> pg_backend_pid()")
+        activity = await rows(
+            db, "select a::text from pg_stat_activity a where pid <> pg_backend_pid()"
+        )
         assert "recall-worker ledger" in str(activity) and not pieces(str(activity))
         assert await daemon.stop() == 0
         assert TOKEN not in heard(daemon) and SIGNING not in heard(daemon)
 
 
-async def test_an_endpoint_that_is_not_trusted(app: Application, database: str, db: Connection, tmp_path: Path) -> None:
+async def test_an_endpoint_that_is_not_trusted(
+    app: Application, database: str, db: Connection, tmp_path: Path
+) -> None:
     """A certificate that nobody vouches for gets nothing, least of all the token; what is said of it says which certificate."""
     pem, seen = tmp_path / "server.pem", bytearray()
     pem.write_text(KEY + CERTIFICATE, encoding="ascii")
@@ -235,7 +274,10 @@ async def test_an_endpoint_that_is_not_trusted(app: Application, database: str, 
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    environ = {"RECALL_DSN": database, "RECALL_RUN_URL": f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/{{session_id}}"}
+    environ = {
+        "RECALL_DSN": database,
+        "RECALL_RUN_URL": f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/{{session_id}}",
+    }
     async with Daemons(environ | SECRETS) as daemons:
         daemon = await daemons.start()
         recall = await promise(app, "s")
@@ -308,7 +350,9 @@ def command_lines() -> str:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                found.append(
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
     return "\n".join(found)
 
 
@@ -320,7 +364,9 @@ def open_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-async def test_the_process_list(database: str, db: Connection, endpoint: Endpoint, open_folder: Path) -> None:
+async def test_the_process_list(
+    database: str, db: Connection, endpoint: Endpoint, open_folder: Path
+) -> None:
     """A daemon, one with its own PostgreSQL and all its children, and a command that waits: no secret is in anybody's command line."""
     secrets = {"RECALL_RUN_URL": endpoint.url, **SECRETS}
     async with Daemons(secrets) as daemons:
@@ -330,9 +376,16 @@ async def test_the_process_list(database: str, db: Connection, endpoint: Endpoin
             async with holder.transaction():
                 await holder.execute("lock table session_recalls in access exclusive mode")
                 waiting = asyncio.create_task(
-                    asyncio.to_thread(process, None, "list", environ={"RECALL_DSN": make_conninfo(database, password=HUSH)})
+                    asyncio.to_thread(
+                        process,
+                        None,
+                        "list",
+                        environ={"RECALL_DSN": make_conninfo(database, password=HUSH)},
+                    )
                 )
-                await eventually(db, "select from pg_stat_activity where application_name = 'recall-worker cli'")
+                await eventually(
+                    db, "select from pg_stat_activity where application_name = 'recall-worker cli'"
+                )
                 lines = await asyncio.to_thread(command_lines)
         assert (await waiting).returncode == 0
         assert str(open_folder) in lines and " list" in lines and not pieces(lines)
@@ -342,13 +395,23 @@ async def test_the_process_list(database: str, db: Connection, endpoint: Endpoin
 
 
 @pytest.mark.parametrize(
-    "words", [["list"], ["migrate", "--check"], ["run", "--run-url", "http://127.0.0.1:9/{session_id}", "--log-level", "x"]]
+    "words",
+    [
+        ["list"],
+        ["migrate", "--check"],
+        ["run", "--run-url", "http://127.0.0.1:9/{session_id}", "--log-level", "x"],
+    ],
 )
 def test_a_password_in_an_option(words: list[str], database: str) -> None:
     """A password that is given on the command line stands in the list of processes: that is told, and where it belongs."""
     dsn = make_conninfo(database, password=HUSH)
     said = operate(None, *words, "--dsn", dsn)
     note = [line for line in said.err.splitlines() if line.startswith("Note: ")]
-    assert len(note) == 1 and "list of processes" in note[0] and "RECALL_DSN" in note[0] and not pieces(said.err + said.out)
+    assert (
+        len(note) == 1
+        and "list of processes" in note[0]
+        and "RECALL_DSN" in note[0]
+        and not pieces(said.err + said.out)
+    )
     assert "Note: " not in operate(None, *words, "--dsn", database).err
     assert "Note: " not in operate(dsn, *words).err

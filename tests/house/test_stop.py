@@ -21,7 +21,10 @@ from .test_lease import calls, eventually, promise
 
 BOTH = pytest.mark.parametrize(
     "number",
-    [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.full)],
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.full),
+    ],
 )
 
 
@@ -49,7 +52,10 @@ async def test_with_nothing_to_do(number: signal.Signals, db: Connection, daemon
     assert await daemon.exit() == 0
     assert time.monotonic() - asked < 10
     # What was being asked when the signal came may still be answered in between.
-    assert [e["event"] for e in daemon.events if e["level"] != "debug"][-2:] == ["worker.draining", "worker.stopped"]
+    assert [e["event"] for e in daemon.events if e["level"] != "debug"][-2:] == [
+        "worker.draining",
+        "worker.stopped",
+    ]
     assert daemon.talk == []
     assert await (await db.execute("select worker from recall_workers")).fetchall() == []
 
@@ -69,7 +75,8 @@ async def test_a_run_is_drained(
     # Rings, and is due while the worker drains for longer than any of its pauses.
     await promise(app, "late")
     await eventually(
-        db, "select 1 from session_recalls where session_id = 'late' and trigger_at < now() - interval '1.2 seconds'"
+        db,
+        "select 1 from session_recalls where session_id = 'late' and trigger_at < now() - interval '1.2 seconds'",
     )
     assert endpoint.of("late") == []
     gate.open()
@@ -81,7 +88,9 @@ async def test_a_run_is_drained(
     assert daemon.told("worker.released") == []
 
 
-@pytest.mark.parametrize("second", [False, True], ids=["past the drain timeout", "by a second signal"])
+@pytest.mark.parametrize(
+    "second", [False, True], ids=["past the drain timeout", "by a second signal"]
+)
 async def test_a_call_that_was_sent_is_unknown(
     second: bool, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -103,8 +112,15 @@ async def test_a_call_that_was_sent_is_unknown(
     await daemon.hears("worker.released", runs=1)
     await daemon.hears("recall.settled", recall=recall, outcome="unknown", verdict="retry")
     left = await row(db, "s")
-    assert (left["status"], left["attempt"], left["lease"], left["last_outcome"]) == ("pending", 1, None, "unknown")
-    due = await eventually(db, "select extract(epoch from trigger_at - now())::float8 as seconds from session_recalls")
+    assert (left["status"], left["attempt"], left["lease"], left["last_outcome"]) == (
+        "pending",
+        1,
+        None,
+        "unknown",
+    )
+    due = await eventually(
+        db, "select extract(epoch from trigger_at - now())::float8 as seconds from session_recalls"
+    )
     assert due["seconds"] <= 5, "due by the first backoff"
 
     other = await daemons.start(lease=60)
@@ -117,14 +133,22 @@ async def test_a_call_that_was_sent_is_unknown(
     ]
 
 
-@pytest.mark.parametrize("second", [False, True], ids=["past the drain timeout", "by a second signal"])
-async def test_a_call_not_yet_sent_is_given_back(second: bool, app: Application, db: Connection, daemons: Daemons) -> None:
+@pytest.mark.parametrize(
+    "second", [False, True], ids=["past the drain timeout", "by a second signal"]
+)
+async def test_a_call_not_yet_sent_is_given_back(
+    second: bool, app: Application, db: Connection, daemons: Daemons
+) -> None:
     """A call that still waits for its connection goes back as it was: no attempt spent, due at once, no call on record."""
     with mute_port() as port:
-        daemon = await daemons.start(drain_timeout=600 if second else 0.5, run_url=f"http://127.0.0.1:{port}/{{session_id}}")
+        daemon = await daemons.start(
+            drain_timeout=600 if second else 0.5, run_url=f"http://127.0.0.1:{port}/{{session_id}}"
+        )
         recall = await promise(app, "s", "once")
         before = await row(db, "s")
-        await eventually(db, "select 1 from session_recalls where lease is not null and attempt = 1")
+        await eventually(
+            db, "select 1 from session_recalls where lease is not null and attempt = 1"
+        )
         daemon.signal(signal.SIGTERM)
         await daemon.hears("worker.draining", runs=1)
         if second:
@@ -132,19 +156,30 @@ async def test_a_call_not_yet_sent_is_given_back(second: bool, app: Application,
         assert await daemon.exit() == 0
     await daemon.hears("recall.settled", recall=recall, outcome=None, verdict="release")
     left = await row(db, "s")
-    assert (left["status"], left["attempt"], left["lease"], left["begun_at"]) == ("pending", 0, None, None)
+    assert (left["status"], left["attempt"], left["lease"], left["begun_at"]) == (
+        "pending",
+        0,
+        None,
+        None,
+    )
     assert (left["trigger_at"], left["occurrence"]) == (before["trigger_at"], 1)
     assert await calls(db, recall) == []
 
 
-async def test_what_is_put_back_is_taken_at_once(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_what_is_put_back_is_taken_at_once(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A leaving worker rings, so another takes what was put back long before its poll."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     with mute_port() as port:
-        leaving = await daemons.start(drain_timeout=0, run_url=f"http://127.0.0.1:{port}/{{session_id}}")
+        leaving = await daemons.start(
+            drain_timeout=0, run_url=f"http://127.0.0.1:{port}/{{session_id}}"
+        )
         unsent = await promise(app, "unsent", "once")
-        await eventually(db, "select 1 from session_recalls where session_id = 'unsent' and lease is not null")
+        await eventually(
+            db, "select 1 from session_recalls where session_id = 'unsent' and lease is not null"
+        )
         staying = await daemons.start(poll_interval=30)
         assert await leaving.stop() == 0
         left = time.monotonic()
@@ -170,7 +205,9 @@ async def test_an_unknown_run_waits_for_its_backoff_elsewhere(
 
 
 @BOTH
-async def test_with_nothing_to_do_while_postgresql_is_away(number: signal.Signals, database: str, daemons: Daemons) -> None:
+async def test_with_nothing_to_do_while_postgresql_is_away(
+    number: signal.Signals, database: str, daemons: Daemons
+) -> None:
     """A worker without runs does not wait for PostgreSQL to come back before it ends."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(dsn=proxy.dsn, poll_interval=1)
@@ -222,14 +259,18 @@ async def test_by_a_second_signal_while_postgresql_is_away(
         asked = time.monotonic()
         daemon.signal(signal.SIGTERM)
         assert await daemon.exit() == 0
-        assert time.monotonic() - asked < 5, "neither for the last settles, ten seconds, nor for the goodbye"
+        assert time.monotonic() - asked < 5, (
+            "neither for the last settles, ten seconds, nor for the goodbye"
+        )
         await gate.hung_up.wait()
     assert daemon.events[-1]["event"] == "worker.stopped"
     other = await daemons.start(lease=3)
     await other.hears("recall.settled", recall=recall, attempt=2)
 
 
-async def test_at_startup(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_at_startup(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """SIGTERM at any moment of the start ends the process soon and in order, and leaves nothing leased that was not called."""
     began = time.monotonic()
     first = await daemons.start(ready=False)
@@ -251,7 +292,9 @@ async def test_at_startup(app: Application, db: Connection, endpoint: Endpoint, 
     assert len(endpoint.requests) == (left["status"] == "fired")
 
 
-async def test_in_the_instant_of_readiness(app: Application, db: Connection, daemons: Daemons) -> None:
+async def test_in_the_instant_of_readiness(
+    app: Application, db: Connection, daemons: Daemons
+) -> None:
     """SIGTERM as soon as the worker says that it is ready: it stops with status 0."""
     await promise(app, "s", "once")
     daemon = await daemons.start(ready=False)
@@ -293,7 +336,9 @@ async def test_with_half_open_connections(database: str, daemons: Daemons) -> No
         assert time.monotonic() - began < 60
 
 
-async def test_a_database_without_a_schema(empty_database: str, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_database_without_a_schema(
+    empty_database: str, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """Where nobody has migrated the worker ends at once, says what to do, and says nothing else."""
     daemon = await daemons.start(ready=False, dsn=empty_database)
     assert await daemon.exit() == 1

@@ -61,7 +61,9 @@ class Manager:
 
 @pytest.fixture(params=["a path", "an abstract name"])
 async def manager(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Manager]:
-    receiver = Manager(str(tmp_path / "notify") if request.param == "a path" else f"@recall-test-{uuid4().hex}")
+    receiver = Manager(
+        str(tmp_path / "notify") if request.param == "a path" else f"@recall-test-{uuid4().hex}"
+    )
     yield receiver
     await receiver.close()
 
@@ -95,17 +97,23 @@ async def test_ready_without_postgresql(at_path: Manager, database: str, daemons
         assert await daemon.stop() == 0
 
 
-async def test_a_refused_schema_is_a_stop(at_path: Manager, db: Connection, daemons: Daemons) -> None:
+async def test_a_refused_schema_is_a_stop(
+    at_path: Manager, db: Connection, daemons: Daemons
+) -> None:
     """A worker that the schema comes to exclude says STOPPING=1, is fed, and ends as the units expect it to."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "150000"}
     daemon = await daemons.start(lease=5)
-    await db.execute("insert into recall_schema (version, name, oldest_code) values (9999, 'next', 9999)")
+    await db.execute(
+        "insert into recall_schema (version, name, oldest_code) values (9999, 'next', 9999)"
+    )
     await at_path.hears("STOPPING=1")
     assert await daemon.exit() == OUTDATED
     assert at_path.times("WATCHDOG=1") and len(at_path.times("STOPPING=1")) == 1
 
 
-async def test_a_draining_worker_is_fed(at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_draining_worker_is_fed(
+    at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """STOPPING=1 comes when the drain begins, and the watchdog is fed until it ends."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -137,9 +145,15 @@ async def test_the_watchdog_is_fed(at_path: Manager, daemons: Daemons) -> None:
     await at_path.hears("WATCHDOG=1", times=len(fed) + 2)
 
 
-async def test_a_watchdog_for_somebody_else(at_path: Manager, db: Connection, daemons: Daemons) -> None:
+async def test_a_watchdog_for_somebody_else(
+    at_path: Manager, db: Connection, daemons: Daemons
+) -> None:
     """Where WATCHDOG_PID names another process, such as a wrapper, this one keeps still."""
-    daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "90000", "WATCHDOG_PID": str(os.getpid())}
+    daemons.environ |= {
+        "NOTIFY_SOCKET": at_path.address,
+        "WATCHDOG_USEC": "90000",
+        "WATCHDOG_PID": str(os.getpid()),
+    }
     daemon = await daemons.start()
     await db.execute("select pg_sleep(0.5)")
     assert await daemon.stop() == 0
@@ -158,7 +172,9 @@ async def test_a_manager_that_is_gone(tmp_path: Path, app: Application, daemons:
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_a_long_drain_is_fed(at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_a_long_drain_is_fed(
+    at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """A drain of more than a minute, in which nothing is claimed, is no standstill."""
     gate = Gate()
     endpoint.script("s", gate)
@@ -176,7 +192,9 @@ async def test_a_long_drain_is_fed(at_path: Manager, app: Application, endpoint:
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-async def test_half_open_connections_are_no_standstill(at_path: Manager, database: str, daemons: Daemons) -> None:
+async def test_half_open_connections_are_no_standstill(
+    at_path: Manager, database: str, daemons: Daemons
+) -> None:
     """While statements wait for answers that never come, the worker is fed through all their deadlines."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "3000000"}
     async with Proxy(database) as proxy:

@@ -50,7 +50,9 @@ class Collector:
 
     async def receive(self, request: web.Request) -> web.Response:
         body = await request.read()  # aiohttp unpacks gzip
-        document = ExportTraceServiceRequest.FromString(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+        document = ExportTraceServiceRequest.FromString(
+            gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+        )
         async with self._changed:
             self.requests.append(request)
             for resource in document.resource_spans:
@@ -90,11 +92,16 @@ class Collector:
 @pytest.fixture
 async def collector(daemons: Daemons) -> AsyncIterator[Collector]:
     async with Collector() as collecting:
-        daemons.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        daemons.environ |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collecting.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
         yield collecting
 
 
-async def test_one_trace_a_run(app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector) -> None:
+async def test_one_trace_a_run(
+    app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
+) -> None:
     """Each run is a trace of four spans, in order and without a gap; its call is the parent that the API was told of."""
     daemon = await daemons.start()
     for n in range(5):
@@ -108,17 +115,33 @@ async def test_one_trace_a_run(app: Application, endpoint: Endpoint, daemons: Da
         assert request.headers["traceparent"] == f"00-{root.trace}-{call.id}-01"
         assert root.parent == "" and {s.parent for s in (claim, call, settle)} == {root.id}
         assert len({s.id for s in spans.values()}) == 4
-        assert root.began == claim.began <= claim.ended == call.began <= call.ended == settle.began <= settle.ended == root.ended
+        assert (
+            root.began
+            == claim.began
+            <= claim.ended
+            == call.began
+            <= call.ended
+            == settle.began
+            <= settle.ended
+            == root.ended
+        )
         assert (call.kind, call.facts["http.response.status_code"]) == (3, 200)
         [told] = daemon.told("recall.settled", session=f"s{n}")
         assert told["traceparent"] == request.headers["traceparent"]
-        assert root.facts["recall.id"] == told["recall"] and root.facts["recall.outcome"] == "answered"
+        assert (
+            root.facts["recall.id"] == told["recall"] and root.facts["recall.outcome"] == "answered"
+        )
         assert not root.failed
-        assert root.service["service.name"] == "recall-worker" and root.service["service.instance.id"] == daemon.name
+        assert (
+            root.service["service.name"] == "recall-worker"
+            and root.service["service.instance.id"] == daemon.name
+        )
     assert "come back" not in str(collector.spans)
 
 
-async def test_runs_that_go_wrong(app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector) -> None:
+async def test_runs_that_go_wrong(
+    app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
+) -> None:
     """A retry is a trace of its own and both are of one recall; what is cancelled in mid-run says so; a busy session is no error."""
     gate = Gate()
     endpoint.script("broken", reply(500), reply())
@@ -132,16 +155,23 @@ async def test_runs_that_go_wrong(app: Application, endpoint: Endpoint, daemons:
     await daemon.hears("recall.settled", session="broken", times=2)
     await daemon.hears("recall.ended", session="cancelled")
     await collector.until(lambda: len(collector.spans) == 16)
-    roots = {s: [span for span in collector.of(s) if span.name == "recall"] for s in ("broken", "busy", "cancelled")}
+    roots = {
+        s: [span for span in collector.of(s) if span.name == "recall"]
+        for s in ("broken", "busy", "cancelled")
+    }
     assert [(s.failed, s.facts["recall.outcome"]) for s in sorted(roots["broken"], key=lambda s: s.began)] == [
         (True, "unknown"), (False, "answered"),
     ]  # fmt: skip
     assert len({s.trace for s in roots["broken"]}) == 2
     assert [s.failed for s in roots["busy"]] == [False]
-    assert [(s.failed, s.facts["recall.status"]) for s in roots["cancelled"]] == [(True, "cancelled")]
+    assert [(s.failed, s.facts["recall.status"]) for s in roots["cancelled"]] == [
+        (True, "cancelled")
+    ]
 
 
-async def test_what_the_operator_sets(app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector) -> None:
+async def test_what_the_operator_sets(
+    app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
+) -> None:
     """OpenTelemetry's own variables hold: the service's name, headers, and a sampler, whose answer the API is told, too."""
     daemons.environ |= {
         "OTEL_SERVICE_NAME": "callbacks", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=k", "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
@@ -162,7 +192,9 @@ async def test_what_the_operator_sets(app: Application, endpoint: Endpoint, daem
     assert endpoint.of("unseen")[0].headers["traceparent"].endswith("-00")
 
 
-async def test_the_last_spans_are_sent(app: Application, daemons: Daemons, collector: Collector) -> None:
+async def test_the_last_spans_are_sent(
+    app: Application, daemons: Daemons, collector: Collector
+) -> None:
     """What was traced just before the end is not lost."""
     daemons.environ["OTEL_BSP_SCHEDULE_DELAY"] = "60000"
     daemon = await daemons.start()
@@ -175,7 +207,10 @@ async def test_the_last_spans_are_sent(app: Application, daemons: Daemons, colle
 
 async def test_a_collector_that_is_away(app: Application, daemons: Daemons) -> None:
     """Recalls are kept as ever, and the end is not held up."""
-    daemons.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}", "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    daemons.environ |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_BSP_SCHEDULE_DELAY": "50",
+    }
     daemon = await daemons.start()
     for n in range(3):
         await promise(app, f"s{n}")
@@ -200,7 +235,10 @@ async def test_the_extra_is_not_installed(tmp_path: Path, daemons: Daemons) -> N
     """An endpoint for traces without the extra: a note that names it, and the work goes on."""
     (tmp_path / "opentelemetry").mkdir()
     (tmp_path / "opentelemetry" / "__init__.py").write_text("raise ImportError('not installed')\n")
-    daemons.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", "PYTHONPATH": str(tmp_path)}
+    daemons.environ |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318",
+        "PYTHONPATH": str(tmp_path),
+    }
     daemon = await daemons.start()
     assert await daemon.stop() == 0
     assert [line for line in daemon.talk if "recall-worker[otel]" in line] == daemon.talk

@@ -65,7 +65,9 @@ async def test_distinct_instants_are_kept(
     assert len(endpoint.requests) == 20
 
 
-async def test_many_at_one_instant(app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_many_at_one_instant(
+    app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """More recalls than slots due at one instant: all are called, one after the other, the slots never idle until a poll."""
     daemon = await daemons.start(poll_interval=30, concurrency=2)
     [start] = await rows(db, "select clock_timestamp() + interval '0.5 seconds' as at")
@@ -73,7 +75,10 @@ async def test_many_at_one_instant(app: Application, database: str, db: Connecti
         await app.create_session(f"s{n}", "ann")
         await app.schedule(f"s{n}", "once", start["at"], "now")
     await daemon.hears("recall.settled", times=12)
-    [late] = await rows(db, "select max(extract(epoch from called_at - scheduled_for))::float8 as most from recall_attempts")
+    [late] = await rows(
+        db,
+        "select max(extract(epoch from called_at - scheduled_for))::float8 as most from recall_attempts",
+    )
     assert 0 <= late["most"] < 10
 
 
@@ -126,7 +131,9 @@ async def test_a_wrong_clock_of_the_host(
     assert await daemon.stop() == 0
 
 
-async def test_those_who_come_first_may_be_gone(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_those_who_come_first_may_be_gone(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """In a fleet not all look at once. Whoever is left does, also where all that come before it stand still: at rings, and at due instants."""
     fleet = [await daemons.start(poll_interval=30) for _ in range(5)]
     await eventually(db, "select 1 from recall_workers having count(*) = 5")
@@ -139,10 +146,14 @@ async def test_those_who_come_first_may_be_gone(app: Application, db: Connection
     await app.schedule("timed", "once", datetime.now(UTC) + timedelta(seconds=2), "now")
     await app.schedule("rung", "immediate", datetime.now(UTC), "now")
     await last.hears("recall.settled", times=2)
-    assert max(event["lag_ms"] for event in last.told("recall.settled")) < 5000, "and not at the next look by poll"
+    assert max(event["lag_ms"] for event in last.told("recall.settled")) < 5000, (
+        "and not at the next look by poll"
+    )
 
 
-async def test_what_is_over_costs_no_look(app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
+async def test_what_is_over_costs_no_look(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
     """One claim for each that rings; none after its end, where nothing can have waited for it. What waits behind a run is claimed when that ends."""
 
     async def run(_: Request) -> Raw:
@@ -179,7 +190,9 @@ def answering_at_once() -> Iterator[str]:
     def answer(conn: socket.socket) -> None:
         with conn:
             while data := conn.recv(1 << 16):
-                while (found := length.search(data)) is None or len(data.partition(b"\r\n\r\n")[2]) < int(found[1]):
+                while (found := length.search(data)) is None or len(
+                    data.partition(b"\r\n\r\n")[2]
+                ) < int(found[1]):
                     data += conn.recv(1 << 16)
                 conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
@@ -194,7 +207,9 @@ def answering_at_once() -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-async def test_what_is_over_at_once_costs_no_look(app: Application, db: Connection, daemons: Daemons) -> None:
+async def test_what_is_over_at_once_costs_no_look(
+    app: Application, db: Connection, daemons: Daemons
+) -> None:
     """Nor where a run has ended before it was asked what is next, or meanwhile; and of one session's recalls each is claimed when the one before
     it has ended."""
     with answering_at_once() as url:
@@ -213,5 +228,9 @@ async def test_what_is_over_at_once_costs_no_look(app: Application, db: Connecti
         )
         await db.execute("select pg_notify('session_recalls', '')")
         settled = await daemon.hears("recall.settled", times=30)
-        took = datetime.fromisoformat(settled[-1]["timestamp"]) - datetime.fromisoformat(settled[10]["timestamp"])
-        assert took < timedelta(seconds=4), "each at the end of the one before it, and not some time later"
+        took = datetime.fromisoformat(settled[-1]["timestamp"]) - datetime.fromisoformat(
+            settled[10]["timestamp"]
+        )
+        assert took < timedelta(seconds=4), (
+            "each at the end of the one before it, and not some time later"
+        )

@@ -22,7 +22,10 @@ FIXED: dict[tuple[str, str], tuple[int, int, set[int]]] = {
     ("45 1 * * *", "Australia/Lord_Howe"): (1, 45, set(range(7))),
 }
 """Expression and zone → hour, minute, weekdays (Monday is 0)."""
-EVERY: dict[tuple[str, str], int] = {("*/30 * * * *", "America/New_York"): 30, ("*/20 * * * *", "Australia/Lord_Howe"): 20}
+EVERY: dict[tuple[str, str], int] = {
+    ("*/30 * * * *", "America/New_York"): 30,
+    ("*/20 * * * *", "Australia/Lord_Howe"): 20,
+}
 """Expression and zone → minutes."""
 KNOWN = [*FIXED, *EVERY]
 

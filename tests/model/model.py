@@ -136,7 +136,9 @@ class Row:
     def ahead(self) -> datetime | None:
         """The nominal time of what waits, as `preview` says it; None where the recall ends before it."""
         k = self.skipped()
-        waits = self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
+        waits = (
+            self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
+        )
         return None if self._past_its_end(waits, self.occurrence + k) else waits
 
     # --- what happens ------------------------------------------------------------------------------------------------
@@ -202,12 +204,18 @@ class Row:
                 k = self.skipped()
                 nominal, on_moment = self._named(k)
                 self._next(
-                    self.occurrence + (k or (1 if self.begun else 0)), nominal if on_moment else None, "fired", None, called=False
+                    self.occurrence + (k or (1 if self.begun else 0)),
+                    nominal if on_moment else None,
+                    "fired",
+                    None,
+                    called=False,
                 )
             case _ if self.moved:
                 k = self.skipped()
                 nominal, on_moment = self._named(k)
-                self._next(self.occurrence + (k or 1), nominal if on_moment else None, "fired", outcome)
+                self._next(
+                    self.occurrence + (k or 1), nominal if on_moment else None, "fired", outcome
+                )
             case "unknown" | "failed":
                 backoff = CHANCE * min(300, 5 * 4 ** (self.attempt - 1))
                 self.rekey += outcome == "failed"
@@ -217,12 +225,21 @@ class Row:
                 self._wait(now, backoff, self.attempt - 1, outcome, begun, self.deferrals + 1)
             case "busy" | "unavailable":
                 waited = (now - self.begun).total_seconds() if self.begun else 0.0
-                delay: float = BUSY_DELAY if outcome == "busy" else CHANCE * min(300, 5 * 4 ** min(self.deferrals, 10))
+                delay: float = (
+                    BUSY_DELAY
+                    if outcome == "busy"
+                    else CHANCE * min(300, 5 * 4 ** min(self.deferrals, 10))
+                )
                 if waited > GIVE_UP:
                     self._occurrence_done(now, outcome)
                 else:
                     self._wait(
-                        now, delay if retry_after is None else retry_after, self.attempt - 1, outcome, begun, self.deferrals + 1
+                        now,
+                        delay if retry_after is None else retry_after,
+                        self.attempt - 1,
+                        outcome,
+                        begun,
+                        self.deferrals + 1,
                     )
             case _:
                 raise AssertionError(outcome)
@@ -269,7 +286,14 @@ class Row:
             self._next(number, falls, ended, outcome, failures, called=called)
         else:
             assert self.scheduled is not None
-            self._next(number, self.nth(self.scheduled, self.missed + 1 + k), ended, outcome, failures, called=called)
+            self._next(
+                number,
+                self.nth(self.scheduled, self.missed + 1 + k),
+                ended,
+                outcome,
+                failures,
+                called=called,
+            )
 
     def _misfire(self, now: datetime, allowed: int) -> None:
         if not self.recurring:
@@ -279,12 +303,16 @@ class Row:
         n = 1
         while self.nth(self.scheduled, n) < now - timedelta(seconds=allowed):
             n += 1
-        self._next(self.occurrence + 1, self.nth(self.scheduled, n), "failed", "misfired", called=False)
+        self._next(
+            self.occurrence + 1, self.nth(self.scheduled, n), "failed", "misfired", called=False
+        )
 
     def _past_its_end(self, falls: datetime, number: int) -> bool:
         if not self.recurring:
             return False
-        return (self.times is not None and number > self.times) or (self.until is not None and falls > self.until)
+        return (self.times is not None and number > self.times) or (
+            self.until is not None and falls > self.until
+        )
 
     def _next(
         self,
@@ -309,7 +337,13 @@ class Row:
         self.scheduled = nominal if self.cadence != "interval" or outcome == "misfired" else None
         self.rekey = self.rekey if number == self.occurrence else 0
         self.failures = self.failures if failures is None else failures
-        self.occurrence, self.attempt, self.deferrals, self.missed, self.begun = number, 0, 0, 0, None
+        self.occurrence, self.attempt, self.deferrals, self.missed, self.begun = (
+            number,
+            0,
+            0,
+            0,
+            None,
+        )
         self._let_go(outcome)
 
     def _wait(

@@ -18,7 +18,14 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
@@ -147,7 +154,9 @@ class Lives(RuleBasedStateMachine):
 
     @rule(
         session=st.sampled_from(SESSIONS),
-        kind=st.sampled_from(["once", "immediate", "every", "grid", "grid", "cron", "cron", "cron", "unplanned"]),
+        kind=st.sampled_from(
+            ["once", "immediate", "every", "grid", "grid", "cron", "cron", "cron", "unplanned"]
+        ),
         ahead=st.sampled_from([-7200, -60, 0, 30, 600, 7200]),
         interval=st.sampled_from([60, 90, 1800]),
         which=st.sampled_from([*almanac.KNOWN, REPEATED, REPEATED]),
@@ -164,7 +173,12 @@ class Lives(RuleBasedStateMachine):
         """The application inserts a recall, if the session's slot is free or can be freed."""
         self.numbers += 1
         trigger = self.now + timedelta(seconds=ahead)
-        row = Row(f"r{self.numbers}", session, {"once": "once", "immediate": "immediate"}.get(kind, "recurring"), trigger)
+        row = Row(
+            f"r{self.numbers}",
+            session,
+            {"once": "once", "immediate": "immediate"}.get(kind, "recurring"),
+            trigger,
+        )
         if kind in ("every", "grid"):
             row.cadence, row.interval = ("interval" if kind == "every" else "grid"), interval
         elif kind in ("cron", "unplanned"):
@@ -177,8 +191,14 @@ class Lives(RuleBasedStateMachine):
             row.times, row.failures_most = times, failures
             row.until = None if days is None else self.now + timedelta(days=days)
         row.grace, row.jitter = grace, jitter
-        holder = next((r for r in self.rows.values() if r.session == session and r.status == "pending"), None)
-        if holder is not None and not holder.recurring and (holder.holder is not None or holder.may_go_on):
+        holder = next(
+            (r for r in self.rows.values() if r.session == session and r.status == "pending"), None
+        )
+        if (
+            holder is not None
+            and not holder.recurring
+            and (holder.holder is not None or holder.may_go_on)
+        ):
             holder.status, holder = "running", None
         try:
             self.world.conn.execute(
@@ -194,7 +214,14 @@ class Lives(RuleBasedStateMachine):
             assert holder is None, "taken though the session has one pending"
             self.rows[row.id] = row
 
-    @precondition(lambda self: self.now.month == 11 and self.now.day == 7 and self.now.hour in (5, 6) and self.now.minute < 30)
+    @precondition(
+        lambda self: (
+            self.now.month == 11
+            and self.now.day == 7
+            and self.now.hour in (5, 6)
+            and self.now.minute < 30
+        )
+    )
     @rule(session=st.sampled_from(SESSIONS), kind=st.sampled_from(["cron", "unplanned"]))
     def schedule_in_the_repeated_hour(self, session: str, kind: str) -> None:
         """Half past one is near; or it has been, and the clock of New York shows a time before it again."""
@@ -220,7 +247,11 @@ class Lives(RuleBasedStateMachine):
     @rule(session=st.sampled_from(SESSIONS), times=st.integers(1, 2))
     def skip(self, session: str, times: int) -> None:
         """The application's skip, by session; twice in quick succession, too."""
-        found = [r for r in self.rows.values() if r.session == session and r.status == "pending" and r.recurring]
+        found = [
+            r
+            for r in self.rows.values()
+            if r.session == session and r.status == "pending" and r.recurring
+        ]
         if any(r.interval is None for r in found):
             return  # A null would be added; such a row waits for a worker for moments only.
         for _ in range(times):
@@ -241,7 +272,11 @@ class Lives(RuleBasedStateMachine):
             row.trigger = self.now + timedelta(seconds=ahead)
             if row.stands:
                 row.planned = row.trigger
-            self._app("update session_recalls set trigger_at = %s, updated_at = now() where id = %s", row.trigger, row.id)
+            self._app(
+                "update session_recalls set trigger_at = %s, updated_at = now() where id = %s",
+                row.trigger,
+                row.id,
+            )
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), what=st.sampled_from(["pause", "resume", "fire", "retry", "delete"]))
@@ -265,8 +300,12 @@ class Lives(RuleBasedStateMachine):
         if what == "fire":
             possible = row.holder is None and not row.paused
         else:
-            possible = row.status in ("failed", "cancelled") and (row.lease_until is None or row.lease_until < self.now)
-            taken = any(r.session == row.session and r.status == "pending" for r in self.rows.values())
+            possible = row.status in ("failed", "cancelled") and (
+                row.lease_until is None or row.lease_until < self.now
+            )
+            taken = any(
+                r.session == row.session and r.status == "pending" for r in self.rows.values()
+            )
             assert (done is None) is (possible and taken)
             possible = possible and not taken
         assert bool(done) is possible
@@ -279,8 +318,20 @@ class Lives(RuleBasedStateMachine):
                 row.planned = self.now - moved
                 row.stands = False
             if what == "retry":
-                row.status, row.holder, row.leased_at, row.lease_until, row.paused = "pending", None, None, None, False
-                row.rekey, row.attempt, row.deferrals, row.failures, row.begun = row.rekey + 1, 0, 0, 0, None
+                row.status, row.holder, row.leased_at, row.lease_until, row.paused = (
+                    "pending",
+                    None,
+                    None,
+                    None,
+                    False,
+                )
+                row.rekey, row.attempt, row.deferrals, row.failures, row.begun = (
+                    row.rekey + 1,
+                    0,
+                    0,
+                    0,
+                    None,
+                )
 
     def _app(self, statement: str, *values: object) -> None:
         self.world.conn.execute(statement.encode(), values)
@@ -314,13 +365,20 @@ class Lives(RuleBasedStateMachine):
         claimed = self.world.run(look(ledger, slots, in_hand=in_hand))
         possible = self._possible(worker)
         chosen = [self.rows[c.id] for c in claimed.claims]
-        assert {r.id for r in chosen} <= {r.id for r in possible}, "claimed what is not to be claimed"
+        assert {r.id for r in chosen} <= {r.id for r in possible}, (
+            "claimed what is not to be claimed"
+        )
         assert len(chosen) == min(slots, len(possible)), "left what is due, with slots free"
         left = [r.due_at for r in possible if r not in chosen]
         assert not left or max(r.due_at for r in chosen) <= min(left), "not the oldest first"
 
         placements = [(c, p) for c in claimed.claims if (p := resolve_move(c)) is not None]
-        now_placed = {c.id: c for c in self.world.run(ledger.write_moves([(c, p) for c, p in placements if runs_now(c, p)]))}
+        now_placed = {
+            c.id: c
+            for c in self.world.run(
+                ledger.write_moves([(c, p) for c, p in placements if runs_now(c, p)])
+            )
+        }
         to_place = {c.id for c, _ in placements}
         for claim in claimed.claims:
             row = self.rows[claim.id]
@@ -380,8 +438,14 @@ class Lives(RuleBasedStateMachine):
 
     def _to_a_moment(self) -> None:
         """To the instant of the moment after the one that is due, of whichever recall has the nearest."""
-        due = [r for r in self.rows.values() if r.live and r.recurring and r.interval is not None and r.due_at <= self.now]
-        ahead = sorted(moment for r in due if (moment := r.nth(r.scheduled or r.planned, 1)) > self.now)
+        due = [
+            r
+            for r in self.rows.values()
+            if r.live and r.recurring and r.interval is not None and r.due_at <= self.now
+        ]
+        ahead = sorted(
+            moment for r in due if (moment := r.nth(r.scheduled or r.planned, 1)) > self.now
+        )
         if ahead and ahead[0] - self.start < LONGEST:
             self.now = ahead[0]
             self.world.set(self.now)
@@ -393,7 +457,10 @@ class Lives(RuleBasedStateMachine):
             if not row.live or row.paused or row.due_at > self.now:
                 continue
             others = [r for r in self.rows.values() if r.session == row.session and r is not row]
-            if any(not r.live and r.lease_until is not None and r.lease_until > self.now for r in others):
+            if any(
+                not r.live and r.lease_until is not None and r.lease_until > self.now
+                for r in others
+            ):
                 continue
             if row.holder is not None:
                 # What it has in hand it doesn't take from itself.
@@ -402,7 +469,11 @@ class Lives(RuleBasedStateMachine):
                 continue
             if any(r.live and r.holder is not None for r in others):
                 continue
-            ahead = [r for r in others if r.live and not r.paused and (r.trigger, r.id) < (row.trigger, row.id)]
+            ahead = [
+                r
+                for r in others
+                if r.live and not r.paused and (r.trigger, r.id) < (row.trigger, row.id)
+            ]
             if not ahead:
                 found.append(row)
         return found
@@ -442,7 +513,9 @@ class Lives(RuleBasedStateMachine):
 
     def _back_in_its_slot(self, row: Row) -> None:
         """What was moved out of its session's slot and waits again takes it, unless a newer recall has."""
-        if row.status == "running" and not any(r.session == row.session and r.status == "pending" for r in self.rows.values()):
+        if row.status == "running" and not any(
+            r.session == row.session and r.status == "pending" for r in self.rows.values()
+        ):
             row.status = "pending"
 
     def _holds(self, row: Row, claim: Claim) -> bool:
@@ -451,7 +524,9 @@ class Lives(RuleBasedStateMachine):
     def _settle(self, worker: str, claim: Claim, outcome: Outcome) -> object:
         ledger, at = self.world.ledgers[worker], self.now.timestamp()
         since = (self.now - claim.claimed_at).total_seconds()
-        uncalled = isinstance(outcome, Unsent) or before_call(claim, POLICY.max_attempts) is not None
+        uncalled = (
+            isinstance(outcome, Unsent) or before_call(claim, POLICY.max_attempts) is not None
+        )
         for _ in range(3):
             ending = Ending(claim, outcome, None if uncalled else 0.0, since, at)
             verdict: Verdict = judge(ending, POLICY, dice)
@@ -468,7 +543,9 @@ class Lives(RuleBasedStateMachine):
         mine = {id: claim for w, id, claim in self.open if w == worker}
         if not mine:
             return
-        states = self.world.run(self.world.ledgers[worker].renew({id: claim.lease for id, claim in mine.items()}))
+        states = self.world.run(
+            self.world.ledgers[worker].renew({id: claim.lease for id, claim in mine.items()})
+        )
         for id, claim in mine.items():
             row = self.rows.get(id)
             if row is None:
@@ -485,14 +562,19 @@ class Lives(RuleBasedStateMachine):
 
     @property
     def leases(self) -> dict[str, UUID]:
-        found = self.world.conn.execute("select id, lease from session_recalls where lease is not null").fetchall()
+        found = self.world.conn.execute(
+            "select id, lease from session_recalls where lease is not null"
+        ).fetchall()
         return {row["id"]: row["lease"] for row in found}
 
     @invariant()
     def the_rows_are_as_the_model_says(self) -> None:
         if not hasattr(self, "rows"):
             return
-        found = {row["id"]: row for row in self.world.conn.execute("select * from session_recalls").fetchall()}
+        found = {
+            row["id"]: row
+            for row in self.world.conn.execute("select * from session_recalls").fetchall()
+        }
         assert found.keys() == self.rows.keys()
         for id, row in self.rows.items():
             seen = found[id]
@@ -502,11 +584,17 @@ class Lives(RuleBasedStateMachine):
                 "scheduled_for": row.scheduled, "last_outcome": row.last_outcome, "lease_until": row.lease_until,
             }  # fmt: skip
             if row.live:
-                told |= {"planned_at": None if row.stands else row.planned, "missed": row.missed, "begun_at": row.begun}
+                told |= {
+                    "planned_at": None if row.stands else row.planned,
+                    "missed": row.missed,
+                    "begun_at": row.begun,
+                }
             assert {name: seen[name] for name in told} == told, id
             assert (seen["leased_by"] if seen["lease"] is not None else None) == row.holder
             if row.live and row.holder is None:
-                assert next(upcoming(Recall.of(seen), self.now), None) == row.ahead(), f"{id}: preview"
+                assert next(upcoming(Recall.of(seen), self.now), None) == row.ahead(), (
+                    f"{id}: preview"
+                )
             assert (seen["paused_at"] is not None) is row.paused
 
 

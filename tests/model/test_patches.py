@@ -23,14 +23,22 @@ LIVES = "500"
 def copy(tmp_path: Path) -> Path:
     """The package, its SQL and its tests, with nothing else of the project in reach."""
     for name in ("recall_worker", "sql", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"),
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
 def live(copy: Path) -> subprocess.CompletedProcess[str]:
     """Run the model against the copy."""
-    env = os.environ | {"RECALL_MODEL_EXAMPLES": LIVES, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {
+        "RECALL_MODEL_EXAMPLES": LIVES,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     seen = subprocess.run(
         [sys.executable, "-c", "import recall_worker; print(recall_worker.__file__)"],
         cwd=copy,
@@ -39,8 +47,20 @@ def live(copy: Path) -> subprocess.CompletedProcess[str]:
         text=True,
     )
     assert seen.stdout.startswith(str(copy)), "the copy is not what would be tested"
-    words = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not full", "--tb=short", "tests/model/test_model.py"]
-    return subprocess.run([sys.executable, "-m", "pytest", *words], cwd=copy, env=env, capture_output=True, text=True)
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not full",
+        "--tb=short",
+        "tests/model/test_model.py",
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=copy, env=env, capture_output=True, text=True
+    )
 
 
 @pytest.mark.full
@@ -48,8 +68,12 @@ def live(copy: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("patch", PATCHES, ids=[patch.stem for patch in PATCHES])
 def test_a_planted_defect_is_found(patch: Path, copy: Path) -> None:
     """The patch applies to what is shipped, and with it the model's test is red, by a life that went otherwise than DESIGN says."""
-    applied = subprocess.run(["patch", "-p1", "--fuzz=0", "-i", str(patch)], cwd=copy, capture_output=True, text=True)
-    assert applied.returncode == 0, f"{patch.name} no longer applies: {applied.stdout}{applied.stderr}"
+    applied = subprocess.run(
+        ["patch", "-p1", "--fuzz=0", "-i", str(patch)], cwd=copy, capture_output=True, text=True
+    )
+    assert applied.returncode == 0, (
+        f"{patch.name} no longer applies: {applied.stdout}{applied.stderr}"
+    )
     begun = time.monotonic()
     found = live(copy)
     took = time.monotonic() - begun

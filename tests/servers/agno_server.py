@@ -28,7 +28,14 @@ ADK = ("google-adk==2.13.0",)
 class _Prompted(Server):
     """A server whose model asks at the address in a file; runs on a copy of its code, as it may write beside that."""
 
-    def __init__(self, code: str, folder: Path, command: list[str | Path], environ: dict[str, str], ready: str) -> None:
+    def __init__(
+        self,
+        code: str,
+        folder: Path,
+        command: list[str | Path],
+        environ: dict[str, str],
+        ready: str,
+    ) -> None:
         shutil.copytree(HERE / code, folder / code, ignore=shutil.ignore_patterns("__pycache__"))
         self._model = folder / "model"
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -53,28 +60,53 @@ class _Prompted(Server):
 class AgnoServer(_Prompted):
     """An AgentOS on a database of its own (a URL with TCP). `queue`: durable, parallel, fleeting."""
 
-    def __init__(self, folder: Path, dsn: str, *, queue: str = "durable", lifespan: str = "on") -> None:
+    def __init__(
+        self, folder: Path, dsn: str, *, queue: str = "durable", lifespan: str = "on"
+    ) -> None:
         environ = {
             "TEST_DSN": dsn.replace("postgresql://", "postgresql+psycopg://", 1),
             "TEST_QUEUE": queue,
             "AGNO_TELEMETRY": "false",
         }
         uvicorn = environment("agno", *AGNO) / "uvicorn"
-        super().__init__("agno_app", folder, [uvicorn, "agno_app.app:app", "--lifespan", lifespan], environ, "/health")
+        super().__init__(
+            "agno_app",
+            folder,
+            [uvicorn, "agno_app.app:app", "--lifespan", lifespan],
+            environ,
+            "/health",
+        )
 
     async def say(
-        self, session: str, message: str, *, agent: str = "helper", background: bool = True, **form: str
+        self,
+        session: str,
+        message: str,
+        *,
+        agent: str = "helper",
+        background: bool = True,
+        **form: str,
     ) -> dict[str, Any]:
         """A person's message in the session, through the queue or as a foreground run; the answer."""
-        form |= {"message": message, "session_id": session, "stream": "false", "background": str(background).lower()}
+        form |= {
+            "message": message,
+            "session_id": session,
+            "stream": "false",
+            "background": str(background).lower(),
+        }
         answer = await self.ask("POST", f"/agents/{agent}/runs", data=form)
         answer.raise_for_status()
         return dict(answer.json())
 
     async def tickets(self, session: str) -> list[dict[str, Any]]:
         """The session's tickets in the queue, oldest first: by their places in line, as their dates are whole seconds."""
-        answer = await self.ask("GET", "/queue/jobs", params={"session_id": session, "sort_order": "asc", "limit": "100"})
-        return sorted(answer.json()["data"], key=lambda ticket: ticket["payload"].get("session_seq") or 0)
+        answer = await self.ask(
+            "GET",
+            "/queue/jobs",
+            params={"session_id": session, "sort_order": "asc", "limit": "100"},
+        )
+        return sorted(
+            answer.json()["data"], key=lambda ticket: ticket["payload"].get("session_seq") or 0
+        )
 
     async def runs(self, session: str) -> list[tuple[str, str]]:
         """What was said in the session, and what became of it: oldest first."""
@@ -96,7 +128,9 @@ class AdkServer(_Prompted):
 
     def __init__(self, folder: Path) -> None:
         adk = environment("adk", *ADK) / "adk"
-        super().__init__("adk_agents", folder, [adk, "api_server", folder / "adk_agents"], {}, "/list-apps")
+        super().__init__(
+            "adk_agents", folder, [adk, "api_server", folder / "adk_agents"], {}, "/list-apps"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +156,10 @@ class Asked:
     def headers(self) -> dict[str, str]:
         """Names in lower case."""
         lines = self.message.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")[1:]
-        return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
 
     @property
     def query(self) -> dict[str, str]:
@@ -130,7 +167,9 @@ class Asked:
 
     @property
     def form(self) -> dict[str, str]:
-        return dict(parse_qsl(self.message.partition(b"\r\n\r\n")[2].decode("ascii"), strict_parsing=True))
+        return dict(
+            parse_qsl(self.message.partition(b"\r\n\r\n")[2].decode("ascii"), strict_parsing=True)
+        )
 
 
 Answer = Raw | list[Raw] | Callable[[Asked], Raw]

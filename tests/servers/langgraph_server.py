@@ -15,14 +15,21 @@ import httpx
 
 from . import Server, environment, free_port
 
-VERSIONS = ("langgraph-cli[inmem]==0.4.40", "langgraph-api==0.16.7", "langgraph-runtime-inmem==0.36.7", "langgraph==1.2.22")
+VERSIONS = (
+    "langgraph-cli[inmem]==0.4.40",
+    "langgraph-api==0.16.7",
+    "langgraph-runtime-inmem==0.36.7",
+    "langgraph==1.2.22",
+)
 APP = Path(__file__).parent / "langgraph_app"
 
 
 class LangGraphServer(Server):
     def __init__(self, folder: Path) -> None:
         bin = environment("langgraph", *VERSIONS)
-        shutil.copytree(APP, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            APP, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
         self._notes = folder / "notes"
         self._notes.mkdir()
         port = free_port()
@@ -75,7 +82,9 @@ class LangGraphServer(Server):
     def times(self, thread: str) -> list[dict[str, Any]]:
         """Each time that the agent was run in this thread."""
         diary = self._notes / "diary"
-        lines = [json.loads(line) for line in diary.read_text().splitlines()] if diary.exists() else []
+        lines = (
+            [json.loads(line) for line in diary.read_text().splitlines()] if diary.exists() else []
+        )
         return [line for line in lines if line["thread"] == thread]
 
     async def until_run(self, thread: str, times: int = 1, within: float = 20.0) -> None:

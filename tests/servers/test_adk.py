@@ -31,7 +31,9 @@ def model(adk: AdkServer, endpoint: Endpoint) -> Endpoint:
 
 
 async def converse(adk: AdkServer, session: str) -> None:
-    (await adk.ask("POST", f"/apps/helper/users/ann/sessions/{session}", json={})).raise_for_status()
+    (
+        await adk.ask("POST", f"/apps/helper/users/ann/sessions/{session}", json={})
+    ).raise_for_status()
 
 
 async def run(adk: AdkServer, session: str, message: str) -> httpx.Response:
@@ -43,7 +45,11 @@ async def run(adk: AdkServer, session: str, message: str) -> httpx.Response:
 async def said(adk: AdkServer, session: str) -> list[tuple[str, str]]:
     """Who said what in the session, in order."""
     found = (await adk.ask("GET", f"/apps/helper/users/ann/sessions/{session}")).json()
-    return [(event["author"], event["content"]["parts"][0]["text"]) for event in found["events"] if event.get("content")]
+    return [
+        (event["author"], event["content"]["parts"][0]["text"])
+        for event in found["events"]
+        if event.get("content")
+    ]
 
 
 async def test_a_second_call_kills_the_first(adk: AdkServer, model: Endpoint) -> None:
@@ -60,7 +66,11 @@ async def test_a_second_call_kills_the_first(adk: AdkServer, model: Endpoint) ->
     assert (await first).status_code == 500
     ours.open()
     assert (await second).status_code == 200
-    assert await said(adk, "talk") == [("user", "a person's question"), ("user", "a recall"), ("helper", "done")]
+    assert await said(adk, "talk") == [
+        ("user", "a person's question"),
+        ("user", "a recall"),
+        ("helper", "done"),
+    ]
 
 
 async def test_keys_are_ignored(adk: AdkServer, model: Endpoint) -> None:

@@ -55,20 +55,35 @@ def test_the_agent_has_to_be_named() -> None:
     """RECALL_PROTOCOL=agno without an agent is a problem of its own, told beside all others; with one it is none."""
     with pytest.raises(SettingsError) as caught:
         read_settings({"RECALL_PROTOCOL": "agno", "RECALL_LEASE": "0"})
-    assert [problem.split()[0] for problem in caught.value.problems] == ["RECALL_LEASE", "RECALL_PROTOCOL"]
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "RECALL_LEASE",
+        "RECALL_PROTOCOL",
+    ]
     assert "RECALL_AGNO_AGENT" in caught.value.problems[1]
-    assert read_settings({"RECALL_PROTOCOL": "agno", "RECALL_AGNO_AGENT": "helper"}).agno_agent == "helper"
+    assert (
+        read_settings({"RECALL_PROTOCOL": "agno", "RECALL_AGNO_AGENT": "helper"}).agno_agent
+        == "helper"
+    )
 
 
 def form_of(content: bytes) -> dict[str, str]:
-    return {name: value for name, [value] in parse_qs(content.decode("ascii"), strict_parsing=True).items()}
+    return {
+        name: value
+        for name, [value] in parse_qs(content.decode("ascii"), strict_parsing=True).items()
+    }
 
 
 def test_body() -> None:
     """The form asks for a background run of one message; what else the contract tells is the run's metadata."""
     when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
     claim = claim_with(
-        call_type="recurring", interval=60, occurrence=7, rekey=1, scheduled_for=when, missed=2, message="read it\n&"
+        call_type="recurring",
+        interval=60,
+        occurrence=7,
+        rekey=1,
+        scheduled_for=when,
+        missed=2,
+        message="read it\n&",
     )
     form = form_of(body(claim, None))
     assert json.loads(form.pop("metadata")) == {
@@ -79,12 +94,19 @@ def test_body() -> None:
         "recall_scheduled_for": "2026-03-01T12:30:00.000000Z",
         "recall_missed": 2,
     }
-    assert form == {"message": "[Scheduled recall] read it\n&", "stream": "false", "background": "true", "session_id": "s1"}
+    assert form == {
+        "message": "[Scheduled recall] read it\n&",
+        "stream": "false",
+        "background": "true",
+        "session_id": "s1",
+    }
     assert form_of(body(claim, "ann & bob"))["user_id"] == "ann & bob"
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attempt": 3}, {"deferrals": 9}, {"begun_age": 99.0}, {"lateness": 5.0}, {"interval": 9}], ids=repr
+    "changes",
+    [{"attempt": 3}, {"deferrals": 9}, {"begun_age": 99.0}, {"lateness": 5.0}, {"interval": 9}],
+    ids=repr,
 )
 def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
     """Nothing that changes between two calls of an occurrence is in the form, byte for byte."""
@@ -120,8 +142,14 @@ def test_places(agent: str, run_id: str | None, path: str) -> None:
 
 
 def answer(status: int, content: Any = None, *, truncated: bool = False, **headers: str) -> Answer:
-    text = content if isinstance(content, bytes) else json.dumps({} if content is None else content).encode()
-    fields = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    text = (
+        content
+        if isinstance(content, bytes)
+        else json.dumps({} if content is None else content).encode()
+    )
+    fields = {"content-type": "application/json"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
     return Answer(status, CIMultiDict(fields), text, truncated)
 
 
@@ -165,16 +193,25 @@ POSTED: list[tuple[str, Answer, Outcome | type[Outcome]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given_answer", "outcome"), [case[1:] for case in POSTED], ids=[case[0] for case in POSTED])
-def test_what_the_answer_to_a_post_means(given_answer: Answer, outcome: Outcome | type[Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("given_answer", "outcome"), [case[1:] for case in POSTED], ids=[case[0] for case in POSTED]
+)
+def test_what_the_answer_to_a_post_means(
+    given_answer: Answer, outcome: Outcome | type[Outcome]
+) -> None:
     """A run on record is followed; what the server did not take says whether it can have run, and whose fault it is."""
     found = read(given_answer, "helper", "s1")
     assert (type(found) if isinstance(outcome, type) else found) == outcome
     if not isinstance(found, Answered | Accepted):
-        assert f"HTTP {given_answer.status}" in (reason_of(found) or "") or isinstance(found, Failed)
+        assert f"HTTP {given_answer.status}" in (reason_of(found) or "") or isinstance(
+            found, Failed
+        )
 
 
-LONG = b'{"run_id": "4f", "content": {"status": "ERROR"}, "status": "RUNNING", "messages": [{"content": "' + b"x" * 100
+LONG = (
+    b'{"run_id": "4f", "content": {"status": "ERROR"}, "status": "RUNNING", "messages": [{"content": "'
+    + b"x" * 100
+)
 
 POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
     ("ticket queued", answer(200, {"id": "4f", "status": "queued"}), StillOn(None, "it waits in its session's line")),
@@ -199,8 +236,12 @@ POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given_answer", "outcome"), [case[1:] for case in POLLED], ids=[case[0] for case in POLLED])
-def test_what_a_poll_means(given_answer: Answer, outcome: Outcome | StillOn | type[Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("given_answer", "outcome"), [case[1:] for case in POLLED], ids=[case[0] for case in POLLED]
+)
+def test_what_a_poll_means(
+    given_answer: Answer, outcome: Outcome | StillOn | type[Outcome]
+) -> None:
     """A ticket, and a run, say how it stands in words of their own; trouble on the way ends nothing."""
     found = polled(given_answer)
     assert (type(found) if isinstance(outcome, type) else found) == outcome
@@ -241,7 +282,9 @@ LISTED: list[tuple[str, Answer, tuple[str, str] | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given_answer", "found"), [case[1:] for case in LISTED], ids=[case[0] for case in LISTED])
+@pytest.mark.parametrize(
+    ("given_answer", "found"), [case[1:] for case in LISTED], ids=[case[0] for case in LISTED]
+)
 def test_which_run_is_ours(given_answer: Answer, found: tuple[str, str] | None) -> None:
     """A run is ours by its key to the letter, among tickets as among runs."""
     assert listed(given_answer, "r1:1") == found
@@ -253,7 +296,11 @@ def test_which_run_is_ours(given_answer: Answer, found: tuple[str, str] | None) 
 CONFIG, UNREAD = "GET /config", "GET /agents/helper/runs/recall-worker"
 POST, OWNER = "POST /agents/helper/runs", "GET /sessions/s1"
 JOBS, RUNS = "GET /queue/jobs", "GET /agents/helper/runs"
-TICKET, RUN, CANCEL = "GET /queue/jobs/4f", "GET /agents/helper/runs/4f", "POST /agents/helper/runs/4f/cancel"
+TICKET, RUN, CANCEL = (
+    "GET /queue/jobs/4f",
+    "GET /agents/helper/runs/4f",
+    "POST /agents/helper/runs/4f/cancel",
+)
 
 DURABLE = reply(200, {"os_id": "x", "queue": {"durable": True, "queue_per_session": True}})
 NO_TICKETS = reply(200, {"data": [], "meta": {"total_count": 0}})
@@ -292,10 +339,17 @@ def call_of(claim: Claim = CLAIM) -> Call:
 async def test_names_that_no_address_can_hold(name: str) -> None:
     """Half a surrogate pair, or a name without end, for a run or an owner: no call breaks, and nothing of it is remembered."""
     assert isinstance(read(answer(202, {"run_id": name, "status": "PENDING"}), "a", "s"), Unknown)
-    assert listed(answer(200, {"data": [{"idempotency_key": "k", "component_id": "a", "id": name}]}), "k") is None
+    assert (
+        listed(
+            answer(200, {"data": [{"idempotency_key": "k", "component_id": "a", "id": name}]}), "k"
+        )
+        is None
+    )
     asked = SAFE | {POST: reply(404), "GET /sessions/session-1": reply(200, {"user_id": name})}
     async with agno_at(asked) as (agno, _):
-        assert isinstance(await agno.call(call_of(claim_with(session_id="session-1"))), Misconfigured)
+        assert isinstance(
+            await agno.call(call_of(claim_with(session_id="session-1"))), Misconfigured
+        )
 
 
 async def test_a_call() -> None:
@@ -308,19 +362,46 @@ async def test_a_call() -> None:
         assert {asked.headers["authorization"] for asked in relay.asked} == {"Bearer hush"}
         posted = relay.asked[-1]
         assert posted.headers["content-type"] == "application/x-www-form-urlencoded"
-        assert (posted.headers["idempotency-key"], posted.headers["recall-attempt"]) == ("r1:1", "1")
+        assert (posted.headers["idempotency-key"], posted.headers["recall-attempt"]) == (
+            "r1:1",
+            "1",
+        )
         assert posted.headers["webhook-signature"].startswith("v1,")
         assert posted.form == form_of(body(CLAIM, None))
 
 
 UNSAFE: list[tuple[str, dict[str, Any], type[Outcome]]] = [
-    ("no queue", {CONFIG: reply(200, {"os_id": "x", "queue": {"durable": False, "queue_per_session": False}})}, Misconfigured),
-    ("side by side", {CONFIG: reply(200, {"queue": {"durable": True, "queue_per_session": False}})}, Misconfigured),
+    (
+        "no queue",
+        {
+            CONFIG: reply(
+                200, {"os_id": "x", "queue": {"durable": False, "queue_per_session": False}}
+            )
+        },
+        Misconfigured,
+    ),
+    (
+        "side by side",
+        {CONFIG: reply(200, {"queue": {"durable": True, "queue_per_session": False}})},
+        Misconfigured,
+    ),
     ("an Agno of before", {CONFIG: reply(200, {"os_id": "x"})}, Misconfigured),
-    ("durable, and idle", {JOBS: reply(503, {"detail": "Durable job queue is not enabled on this replica"})}, Misconfigured),
-    ("a proxy says 503", {JOBS: reply(503, text=HTML, headers={"content-type": "text/html"})}, Unavailable),
+    (
+        "durable, and idle",
+        {JOBS: reply(503, {"detail": "Durable job queue is not enabled on this replica"})},
+        Misconfigured,
+    ),
+    (
+        "a proxy says 503",
+        {JOBS: reply(503, text=HTML, headers={"content-type": "text/html"})},
+        Unavailable,
+    ),
     ("no Agno", {CONFIG: reply(404)}, Misconfigured),
-    ("a page of the web", {CONFIG: reply(200, text=HTML, headers={"content-type": "text/html"})}, Misconfigured),
+    (
+        "a page of the web",
+        {CONFIG: reply(200, text=HTML, headers={"content-type": "text/html"})},
+        Misconfigured,
+    ),
     ("a redirect", {CONFIG: reply(307, headers={"location": "http://elsewhere/"})}, Misconfigured),
     ("a wrong token", {CONFIG: reply(401)}, Misconfigured),
     ("a token without config:read", {CONFIG: reply(403)}, Misconfigured),
@@ -334,8 +415,12 @@ UNSAFE: list[tuple[str, dict[str, Any], type[Outcome]]] = [
 ]
 
 
-@pytest.mark.parametrize(("answers", "kind"), [case[1:] for case in UNSAFE], ids=[case[0] for case in UNSAFE])
-async def test_nothing_is_posted_to_a_server_that_is_not_safe(answers: dict[str, Any], kind: type[Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("answers", "kind"), [case[1:] for case in UNSAFE], ids=[case[0] for case in UNSAFE]
+)
+async def test_nothing_is_posted_to_a_server_that_is_not_safe(
+    answers: dict[str, Any], kind: type[Outcome]
+) -> None:
     """Where the queue is not durable, not in order, idle, or can't be asked for, nothing is sent, neither at first nor again."""
     async with agno_at(SAFE | answers) as (protocol, relay):
         call = call_of()
@@ -363,7 +448,12 @@ async def test_tickets_that_only_the_admin_reads() -> None:
 
 OWNED: list[tuple[str, dict[str, Any], Outcome | type[Outcome], list[str | None]]] = [
     ("ann's", {OWNER: reply(200, {"user_id": "ann", "chat_history": []})}, TAKEN, [None, "ann"]),
-    ("ann's, and endless", {OWNER: reply(200, {"user_id": "ann", "chat_history": ["x" * LIMIT]})}, TAKEN, [None, "ann"]),
+    (
+        "ann's, and endless",
+        {OWNER: reply(200, {"user_id": "ann", "chat_history": ["x" * LIMIT]})},
+        TAKEN,
+        [None, "ann"],
+    ),
     ("nobody's", {OWNER: reply(200, {"user_id": None})}, Misconfigured, [None]),
     ("no session", {OWNER: reply(404)}, Misconfigured, [None]),
     ("not told", {OWNER: reply(403)}, Misconfigured, [None]),
@@ -372,14 +462,20 @@ OWNED: list[tuple[str, dict[str, Any], Outcome | type[Outcome], list[str | None]
 ]
 
 
-@pytest.mark.parametrize(("answers", "outcome", "users"), [case[1:] for case in OWNED], ids=[case[0] for case in OWNED])
+@pytest.mark.parametrize(
+    ("answers", "outcome", "users"), [case[1:] for case in OWNED], ids=[case[0] for case in OWNED]
+)
 async def test_a_session_that_a_user_owns(
     answers: dict[str, Any], outcome: Outcome | type[Outcome], users: list[str | None]
 ) -> None:
     """A 404 can mean that the session is a user's: then the run is posted in their name, and otherwise not again."""
 
     def post(asked: Asked) -> Raw:
-        return reply(202, run("PENDING")) if "user_id" in asked.form else reply(404, {"detail": "Session not found"})
+        return (
+            reply(202, run("PENDING"))
+            if "user_id" in asked.form
+            else reply(404, {"detail": "Session not found"})
+        )
 
     async with agno_at(SAFE | {POST: post} | answers) as (protocol, relay):
         found = await protocol.call(call_of())
@@ -391,14 +487,19 @@ async def test_a_session_that_a_user_owns(
 
 async def test_no_agent_of_that_name() -> None:
     """A 404 that no session explains is the agent's."""
-    async with agno_at(SAFE | {POST: reply(404, {"detail": "Agent not found"})}) as (protocol, relay):
+    async with agno_at(SAFE | {POST: reply(404, {"detail": "Agent not found"})}) as (
+        protocol,
+        relay,
+    ):
         outcome = await protocol.call(call_of())
         assert isinstance(outcome, Misconfigured) and "RECALL_AGNO_AGENT" in outcome.reason
         assert relay.what[2:] == [POST, OWNER]
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind"), [({POST: Raw()}, Unknown), ({CONFIG: Raw(reset=True)}, Unavailable)], ids=["sent", "not sent"]
+    ("answers", "kind"),
+    [({POST: Raw()}, Unknown), ({CONFIG: Raw(reset=True)}, Unavailable)],
+    ids=["sent", "not sent"],
 )
 async def test_no_answer(answers: dict[str, Any], kind: type[Outcome]) -> None:
     """A post without an answer may have run; a question without one has started nothing."""
@@ -453,21 +554,32 @@ FOUND: list[tuple[str, dict[str, Any], dict[str, Any], Outcome | type[Outcome] |
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answers", "changes", "outcome"), [case[1:] for case in FOUND], ids=[case[0] for case in FOUND])
+@pytest.mark.parametrize(
+    ("answers", "changes", "outcome"), [case[1:] for case in FOUND], ids=[case[0] for case in FOUND]
+)
 async def test_finding_an_earlier_run(
     answers: dict[str, Any], changes: dict[str, Any], outcome: Outcome | type[Outcome] | None
 ) -> None:
     """Before a post that might be the second, the run is looked for; it is posted where it is not there, or the key surely holds."""
     async with agno_at(SAFE | {UNREAD: NO_RUN} | answers) as (protocol, relay):
-        found = await protocol.find(claim_with(**({"begun_age": 5.0, "session_id": "s 1&"} | changes)))
+        found = await protocol.find(
+            claim_with(**({"begun_age": 5.0, "session_id": "s 1&"} | changes))
+        )
         assert (type(found) if isinstance(outcome, type) else found) == outcome
-        assert {asked.query["session_id"] for asked in relay.asked if asked.what in (JOBS, RUNS)} == {"s 1&"}
+        assert {
+            asked.query["session_id"] for asked in relay.asked if asked.what in (JOBS, RUNS)
+        } == {"s 1&"}
 
 
 async def test_following_and_aborting() -> None:
     """A run is polled by its ticket, through trouble and to its end, and ended where the server is asked to."""
     answers = {
-        TICKET: [Raw(), reply(500), reply(200, {"status": "queued"}), reply(200, {"status": "completed"})],
+        TICKET: [
+            Raw(),
+            reply(500),
+            reply(200, {"status": "queued"}),
+            reply(200, {"status": "completed"}),
+        ],
         CANCEL: reply(200),
     }
     async with agno_at(answers) as (protocol, relay):
@@ -482,7 +594,11 @@ async def test_a_run_that_waits_too_long() -> None:
     """What is still in line when its time is up is Unknown, and says so."""
     async with agno_at({TICKET: reply(200, {"status": "queued"})}) as (protocol, _):
         outcome = await protocol.follow(CLAIM, TAKEN.reference, 0.5)
-        assert isinstance(outcome, Unknown) and outcome.http_status is None and "line" in outcome.reason
+        assert (
+            isinstance(outcome, Unknown)
+            and outcome.http_status is None
+            and "line" in outcome.reason
+        )
 
 
 @pytest.mark.parametrize(
@@ -550,7 +666,9 @@ ON_RECORD = "select 1 from session_recalls where session_id = %s and run_referen
 
 
 @pytest.mark.full
-async def test_a_recall_runs_once(app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons) -> None:
+async def test_a_recall_runs_once(
+    app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
+) -> None:
     """A due recall is one run in the session, which the server made for it; its metadata names the recall; both times are on record."""
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, "größe/1", "once")
@@ -558,7 +676,11 @@ async def test_a_recall_runs_once(app: Application, db: Connection, agno: AgnoSe
     assert (await row(db, "größe/1"))["status"] == "fired"
     assert len(model.of(told("größe/1"))) == 1
     [ticket] = await agno.tickets("größe/1")
-    assert (ticket["idempotency_key"], ticket["status"], ticket["attempt"]) == (f"{recall}:1", "completed", 1)
+    assert (ticket["idempotency_key"], ticket["status"], ticket["attempt"]) == (
+        f"{recall}:1",
+        "completed",
+        1,
+    )
     assert ticket["payload"]["kwargs"]["metadata"]["recall_id"] == recall
     assert await agno.runs("größe/1") == [(told("größe/1"), "COMPLETED")]
     [mark] = await calls(db, recall)
@@ -566,12 +688,17 @@ async def test_a_recall_runs_once(app: Application, db: Connection, agno: AgnoSe
 
 
 @pytest.mark.full
-async def test_a_recurring_recall(app: Application, agno: AgnoServer, model: Endpoint, daemons: Daemons) -> None:
+async def test_a_recurring_recall(
+    app: Application, agno: AgnoServer, model: Endpoint, daemons: Daemons
+) -> None:
     """Each occurrence is a run of its own under a key of its own, one after the other."""
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, "again", "recurring", interval=1)
     await daemon.hears("recall.settled", recall=recall, outcome="answered", times=2)
-    assert [ticket["idempotency_key"] for ticket in await agno.tickets("again")][:2] == [f"{recall}:1", f"{recall}:2"]
+    assert [ticket["idempotency_key"] for ticket in await agno.tickets("again")][:2] == [
+        f"{recall}:1",
+        f"{recall}:2",
+    ]
 
 
 @pytest.mark.full
@@ -618,18 +745,27 @@ async def test_a_foreground_run_is_not_seen(
     assert len(model.of(told("chat"))) == 1
     gate.open()
     assert (await talk)["status"] == "COMPLETED"
-    assert sorted(await agno.runs("chat")) == [(told("chat"), "COMPLETED"), ("a long talk", "COMPLETED"), ("before", "COMPLETED")]
+    assert sorted(await agno.runs("chat")) == [
+        (told("chat"), "COMPLETED"),
+        ("a long talk", "COMPLETED"),
+        ("before", "COMPLETED"),
+    ]
 
 
 @pytest.mark.full
-async def test_a_failing_run(app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons) -> None:
+async def test_a_failing_run(
+    app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
+) -> None:
     """A run that fails is Failed with the model's own words, tried again under a new key, and then failed for good."""
     model.script(told("unlucky"), reply(500, {"error": "out of tokens"}))
     daemon = await daemons.start(**at(agno.url, max_attempts=2))
     recall = await promise(app, "unlucky", "once")
     await daemon.hears("recall.settled", recall=recall, outcome="failed", times=2)
     after = await row(db, "unlucky")
-    assert (after["status"], after["reason"]) == ("failed", "Agno says that the run ended as failed: out of tokens")
+    assert (after["status"], after["reason"]) == (
+        "failed",
+        "Agno says that the run ended as failed: out of tokens",
+    )
     tickets = await agno.tickets("unlucky")
     assert [(ticket["idempotency_key"], ticket["status"]) for ticket in tickets] == [
         (f"{recall}:1", "failed"),
@@ -655,16 +791,31 @@ async def test_a_run_that_asks_a_person(
 @pytest.mark.full
 @pytest.mark.parametrize(("agent", "user"), [("helper", "ann"), ("other", None), ("other", "ann")])
 async def test_whose_session_it_is(
-    agent: str, user: str | None, app: Application, agno: AgnoServer, model: Endpoint, daemons: Daemons
+    agent: str,
+    user: str | None,
+    app: Application,
+    agno: AgnoServer,
+    model: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """A session that a user owns, and one that another agent began, are come back to, once, in the owner's name."""
     session = f"session of {agent} and {user}"
-    await agno.say(session, "hello", agent=agent, background=False, **({} if user is None else {"user_id": user}))
+    await agno.say(
+        session,
+        "hello",
+        agent=agent,
+        background=False,
+        **({} if user is None else {"user_id": user}),
+    )
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, session, "once")
     await daemon.hears("recall.settled", recall=recall, outcome="answered", attempt=1)
     [ticket] = await agno.tickets(session)
-    assert (ticket["component_id"], ticket["user_id"], ticket["status"]) == ("helper", user, "completed")
+    assert (ticket["component_id"], ticket["user_id"], ticket["status"]) == (
+        "helper",
+        user,
+        "completed",
+    )
     assert len(model.of(told(session))) == 1
 
 
@@ -697,7 +848,13 @@ async def test_a_worker_that_dies_in_mid_run(
     ids=["found among the tickets", "found among the runs", "not found, and the key holds"],
 )
 async def test_a_worker_that_dies_before_it_knows(
-    seen: bool, ended: bool, posts: int, app: Application, agno: AgnoServer, model: Endpoint, daemons: Daemons
+    seen: bool,
+    ended: bool,
+    posts: int,
+    app: Application,
+    agno: AgnoServer,
+    model: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """SIGKILL after the server took the run and before its answer came: the next worker finds that run, or gets it by the same key."""
     session, gate = f"lost {seen} {ended}", Gate()
@@ -731,7 +888,8 @@ async def eventually_on_record(app: Application, session: str) -> None:
     async with asyncio.timeout(20):
         while True:
             found = await app.connection.fetchval(
-                "select run_reference is not null or status = 'fired' from session_recalls where session_id = $1", session
+                "select run_reference is not null or status = 'fired' from session_recalls where session_id = $1",
+                session,
             )
             if found:
                 return
@@ -741,7 +899,12 @@ async def eventually_on_record(app: Application, session: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("in_line", [False, True], ids=["in mid-run", "in line"])
 async def test_a_cancel_reaches_the_server(
-    in_line: bool, app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
+    in_line: bool,
+    app: Application,
+    db: Connection,
+    agno: AgnoServer,
+    model: Endpoint,
+    daemons: Daemons,
 ) -> None:
     """The application's cancel ends the run at the server: one in line never begins, one in mid-run is ended where its agent looks up."""
     session, gate = f"cancelled {in_line}", Gate()
@@ -766,7 +929,9 @@ async def test_a_cancel_reaches_the_server(
 
 
 @pytest.mark.full
-async def test_a_wrong_agent(app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons) -> None:
+async def test_a_wrong_agent(
+    app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
+) -> None:
     """An agent that the server doesn't have costs the recall nothing; it runs when the setting is right."""
     wrong = await daemons.start(**at(agno.url, agno_agent="nobody"))
     recall = await promise(app, "patient", "once")
@@ -781,7 +946,9 @@ async def test_a_wrong_agent(app: Application, db: Connection, agno: AgnoServer,
 
 
 @pytest.mark.full
-async def test_a_full_queue(app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons) -> None:
+async def test_a_full_queue(
+    app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
+) -> None:
     """Where the server's queue is full the recall is kept, at no attempt, and runs when there is room."""
     gate = Gate()
     model.script("a long talk", gate)
@@ -791,7 +958,9 @@ async def test_a_full_queue(app: Application, db: Connection, agno: AgnoServer, 
         await agno.say("crowd", "and then")
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, "outside", "once")
-    await daemon.hears("recall.settled", recall=recall, outcome="unavailable", http_status=429, status="pending")
+    await daemon.hears(
+        "recall.settled", recall=recall, outcome="unavailable", http_status=429, status="pending"
+    )
     assert await agno.tickets("outside") == []
     gate.open()
     await daemon.hears("recall.settled", recall=recall, outcome="answered", attempt=1)
@@ -801,7 +970,11 @@ async def test_a_full_queue(app: Application, db: Connection, agno: AgnoServer, 
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"queue": "fleeting"}, "not durable"), ({"queue": "parallel"}, "side by side"), ({"lifespan": "off"}, "lifespan")],
+    [
+        ({"queue": "fleeting"}, "not durable"),
+        ({"queue": "parallel"}, "side by side"),
+        ({"lifespan": "off"}, "lifespan"),
+    ],
     ids=["no durable queue", "a queue without order", "a queue that nobody works off"],
 )
 async def test_a_server_that_is_not_safe(
@@ -825,7 +998,9 @@ async def test_a_server_that_is_not_safe(
                 recall = await promise(app, "kept", "once")
                 [event, *_] = await daemon.hears("endpoint.misconfigured")
                 assert says in event["reason"]
-                await daemon.hears("recall.settled", recall=recall, outcome="misconfigured", status="pending")
+                await daemon.hears(
+                    "recall.settled", recall=recall, outcome="misconfigured", status="pending"
+                )
                 assert POST not in relay.what
             # What it would have done: the same key twice is two runs, or one beside another.
             keyed = {"headers": {"Idempotency-Key": "twice"}}
@@ -835,7 +1010,11 @@ async def test_a_server_that_is_not_safe(
             for _ in range(2):
                 posted = await server.ask("POST", "/agents/helper/runs", data=form, **keyed)
                 assert posted.status_code == 202
-                keyed = keyed if options.get("queue") != "parallel" else {"headers": {"Idempotency-Key": "another"}}
+                keyed = (
+                    keyed
+                    if options.get("queue") != "parallel"
+                    else {"headers": {"Idempotency-Key": "another"}}
+                )
             await endpoint.count(2, "hello")
             gate.open()
         finally:
@@ -844,7 +1023,12 @@ async def test_a_server_that_is_not_safe(
 
 @pytest.mark.full
 async def test_a_server_that_dies_in_mid_run(
-    app: Application, db: Connection, endpoint: Endpoint, agno_database: str, tmp_path: Path, daemons: Daemons
+    app: Application,
+    db: Connection,
+    endpoint: Endpoint,
+    agno_database: str,
+    tmp_path: Path,
+    daemons: Daemons,
 ) -> None:
     """The polls outlive the server; it calls the run failed when it is back, and the recall is run again under a new key."""
     with postgres.database(agno_database) as dsn:
@@ -861,9 +1045,14 @@ async def test_a_server_that_dies_in_mid_run(
             server.kill()
             await gate.hung_up.wait()
             server.start()
-            await daemon.hears("recall.settled", within=40, recall=recall, outcome="failed", verdict="retry")
+            await daemon.hears(
+                "recall.settled", within=40, recall=recall, outcome="failed", verdict="retry"
+            )
             await daemon.hears("recall.settled", recall=recall, outcome="answered", attempt=2)
-            assert [t["idempotency_key"] for t in await server.tickets("restless")] == [f"{recall}:1", f"{recall}:1.1"]
+            assert [t["idempotency_key"] for t in await server.tickets("restless")] == [
+                f"{recall}:1",
+                f"{recall}:1.1",
+            ]
             assert len(endpoint.of(told("restless"))) == 2
         finally:
             server.kill()

@@ -49,7 +49,12 @@ pytestmark = pytest.mark.timeout(900)  # The first test with the real server may
 THREAD = "1f0c7a52-6a1d-4c6b-9a39-2f4f5f0e8a11"
 RUN = "1f0c7a52-0000-7000-8000-000000000001"
 RUNS = f"/threads/{THREAD}/runs"
-POST, LIST, POLL, JOIN = f"POST {RUNS}", f"GET {RUNS}", f"GET {RUNS}/{RUN}", f"GET {RUNS}/{RUN}/join"
+POST, LIST, POLL, JOIN = (
+    f"POST {RUNS}",
+    f"GET {RUNS}",
+    f"GET {RUNS}/{RUN}",
+    f"GET {RUNS}/{RUN}/join",
+)
 THREADS, ASSISTANTS = "POST /threads/search", "POST /assistants/search"
 
 NO_ROUTE = reply(404, {"detail": "Not Found"})
@@ -89,7 +94,10 @@ class Impostor:
 
     def __init__(self, answers: Answers) -> None:
         self.asked: list[Asked] = []
-        self._answers = {what: list(answer) if isinstance(answer, list) else answer for what, answer in answers.items()}
+        self._answers = {
+            what: list(answer) if isinstance(answer, list) else answer
+            for what, answer in answers.items()
+        }
         self._open: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
 
     async def __aenter__(self) -> Self:
@@ -110,9 +118,16 @@ class Impostor:
         task.add_done_callback(self._open.pop)
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
-                line, *fields = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip().split("\r\n")
-                headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
-                asked = Asked(line, headers, await reader.readexactly(int(headers.get("content-length", "0"))))
+                line, *fields = (
+                    (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip().split("\r\n")
+                )
+                headers = {
+                    name.lower(): value.strip()
+                    for name, _, value in (field.partition(":") for field in fields)
+                }
+                asked = Asked(
+                    line, headers, await reader.readexactly(int(headers.get("content-length", "0")))
+                )
                 self.asked.append(asked)
                 answer = self._answers.get(asked.what, NO_ROUTE)
                 if isinstance(answer, list):
@@ -136,7 +151,9 @@ class Impostor:
 async def impostor(answers: Answers, **environ: str) -> AsyncIterator[tuple[LangGraph, Impostor]]:
     """The protocol, and the server that it speaks to."""
     async with Impostor(answers) as server:
-        protocol = LangGraph(read({"RECALL_RUN_URL": server.url, "RECALL_PROTOCOL": "langgraph"} | environ))
+        protocol = LangGraph(
+            read({"RECALL_RUN_URL": server.url, "RECALL_PROTOCOL": "langgraph"} | environ)
+        )
         try:
             yield protocol, server
         finally:
@@ -152,7 +169,15 @@ CLAIM = claim_with(session_id=THREAD)
 def test_body() -> None:
     """The body holds one message of a user, the key and what else the contract tells as metadata, and nothing else."""
     when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
-    claim = claim_with(call_type="recurring", interval=60, occurrence=7, rekey=1, scheduled_for=when, missed=2, message="read it")
+    claim = claim_with(
+        call_type="recurring",
+        interval=60,
+        occurrence=7,
+        rekey=1,
+        scheduled_for=when,
+        missed=2,
+        message="read it",
+    )
     document = json.loads(body(claim, "agent"))
     message = document["input"]["messages"][0]
     assert UUID(message.pop("id"))
@@ -182,7 +207,9 @@ def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
 
 def test_another_key_is_another_message() -> None:
     """The message's id is made of the key: the same key can't put it into the thread twice, another key can."""
-    one, other = (json.loads(body(claim_with(rekey=n), "agent"))["input"]["messages"][0]["id"] for n in (0, 1))
+    one, other = (
+        json.loads(body(claim_with(rekey=n), "agent"))["input"]["messages"][0]["id"] for n in (0, 1)
+    )
     assert one != other
 
 
@@ -201,7 +228,10 @@ def test_credentials(token: str | None, headers: dict[str, str]) -> None:
 
 async def test_the_request() -> None:
     """The run is posted once, to the thread, with the contract's headers, the token, and a signature where there is a secret."""
-    async with impostor({POST: PENDING}, RECALL_RUN_TOKEN="t", RECALL_SIGNING_SECRET="s") as (protocol, server):
+    async with impostor({POST: PENDING}, RECALL_RUN_TOKEN="t", RECALL_SIGNING_SECRET="s") as (
+        protocol,
+        server,
+    ):
         call = Call(CLAIM, asked_at=0.0)
         assert await protocol.call(call) == Accepted(RUN, 200)
     (asked,) = server.asked
@@ -220,7 +250,9 @@ async def test_the_base_may_be_a_path(base: str) -> None:
     """RECALL_RUN_URL is the server's base, whether it ends in a slash or not."""
     where = f"POST {base.rstrip('/')}{RUNS}"
     async with Impostor({where: PENDING}) as server:
-        protocol = LangGraph(read({"RECALL_RUN_URL": server.url + base, "RECALL_LANGGRAPH_ASSISTANT": "other"}))
+        protocol = LangGraph(
+            read({"RECALL_RUN_URL": server.url + base, "RECALL_LANGGRAPH_ASSISTANT": "other"})
+        )
         assert await protocol.call(Call(CLAIM, 0.0)) == Accepted(RUN, 200)
         await protocol.close()
     assert server.what == [where] and json.loads(server.asked[0].body)["assistant_id"] == "other"
@@ -266,7 +298,9 @@ def test_any_session_is_a_thread_or_none(session: str) -> None:
 # --- what the answer to a post means ---------------------------------------------------------------------------------
 
 THERE, NOT_THERE = reply(200, [{"run_id": RUN}]), reply(200, [])
-NO_SUCH_GRAPH = reply(422, {"detail": "Invalid assistant: 'agent'. Must be either:\n- A valid assistant UUID, or …"})
+NO_SUCH_GRAPH = reply(
+    422, {"detail": "Invalid assistant: 'agent'. Must be either:\n- A valid assistant UUID, or …"}
+)
 
 POSTED: list[tuple[str, Answers, type[Outcome], str]] = [
     ("taken", {POST: PENDING}, Accepted, ""),
@@ -312,7 +346,9 @@ POSTED: list[tuple[str, Answers, type[Outcome], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answers", "kind", "said"), [case[1:] for case in POSTED], ids=[case[0] for case in POSTED])
+@pytest.mark.parametrize(
+    ("answers", "kind", "said"), [case[1:] for case in POSTED], ids=[case[0] for case in POSTED]
+)
 async def test_what_a_post_is_answered(answers: Answers, kind: type[Outcome], said: str) -> None:
     """Each answer is the outcome that the contract asks for; where its one text leaves that open, the server is asked; it is posted once."""
     async with impostor(answers) as (protocol, server):
@@ -343,7 +379,11 @@ async def test_nobody_there() -> None:
         assert isinstance(await protocol.call(call), Unavailable) and call.sent_at is None
         assert isinstance(await protocol.find(CLAIM), Unavailable)
         outcome = await protocol.follow(CLAIM, RUN, 0.2)
-        assert isinstance(outcome, Unknown) and "no connection" in outcome.reason and outcome.http_status is None
+        assert (
+            isinstance(outcome, Unknown)
+            and "no connection" in outcome.reason
+            and outcome.http_status is None
+        )
 
 
 # --- whether a run is there already -----------------------------------------------------------------------------------
@@ -374,14 +414,20 @@ FOUND: list[tuple[str, Any, Outcome | type[Outcome] | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "expected"), [case[1:] for case in FOUND], ids=[case[0] for case in FOUND])
+@pytest.mark.parametrize(
+    ("answer", "expected"), [case[1:] for case in FOUND], ids=[case[0] for case in FOUND]
+)
 async def test_find(answer: Raw, expected: Outcome | type[Outcome] | None) -> None:
     """The run with exactly this key is found, in whatever state; none is none; and what can't be told is neither."""
     async with impostor({LIST: answer}) as (protocol, server):
         outcome = await protocol.find(CLAIM)
     assert type(outcome) is expected if isinstance(expected, type) else outcome == expected
     assert set(server.what) == {LIST}, "nothing is posted"
-    assert server.asked[0].query == {"limit": [str(PAGE)], "offset": ["0"], "select": ["run_id", "metadata"]}
+    assert server.asked[0].query == {
+        "limit": [str(PAGE)],
+        "offset": ["0"],
+        "select": ["run_id", "metadata"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -429,8 +475,12 @@ FOLLOWED: list[tuple[str, Answers, type[Outcome], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answers", "kind", "said"), [case[1:] for case in FOLLOWED], ids=[case[0] for case in FOLLOWED])
-async def test_follow(answers: Answers, kind: type[Outcome], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answers", "kind", "said"), [case[1:] for case in FOLLOWED], ids=[case[0] for case in FOLLOWED]
+)
+async def test_follow(
+    answers: Answers, kind: type[Outcome], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run is polled until its status is final, whatever happens on the way; a failed one says why where the server knows."""
     monkeypatch.setattr("recall_worker.protocols.polling.FIRST", 0.01)
     async with impostor(answers) as (protocol, server):
@@ -444,10 +494,18 @@ async def test_a_runs_time_is_up() -> None:
     """A run that doesn't end in its time is Unknown, without an HTTP status: the worker then ends it at the server."""
     async with impostor({POLL: status("running")}) as (protocol, _):
         outcome = await protocol.follow(CLAIM, RUN, 0.1)
-    assert isinstance(outcome, Unknown) and outcome.http_status is None and "in its time" in outcome.reason
+    assert (
+        isinstance(outcome, Unknown)
+        and outcome.http_status is None
+        and "in its time" in outcome.reason
+    )
 
 
-@pytest.mark.parametrize("reference", ["", "..", "a/b", "a?b", "http://elsewhere/", "a b", "x" * 101, "é", f"{RUN}\n"], ids=repr)
+@pytest.mark.parametrize(
+    "reference",
+    ["", "..", "a/b", "a?b", "http://elsewhere/", "a b", "x" * 101, "é", f"{RUN}\n"],
+    ids=repr,
+)
 async def test_a_reference_that_is_none(reference: str) -> None:
     """What a row holds as a reference is hostile: one that LangGraph could not have given leads nowhere."""
     async with impostor({}) as (protocol, server):
@@ -457,14 +515,23 @@ async def test_a_reference_that_is_none(reference: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [reply(202, text=b""), reply(404, {"detail": "No runs found to cancel."}), HANGS_UP], ids=["done", "over", "broken"]
+    "answer",
+    [reply(202, text=b""), reply(404, {"detail": "No runs found to cancel."}), HANGS_UP],
+    ids=["done", "over", "broken"],
 )
 async def test_abort(answer: Raw) -> None:
     """A run is cancelled once, with the token, whatever comes of it."""
-    async with impostor({f"POST {RUNS}/{RUN}/cancel": answer}, RECALL_RUN_TOKEN="t") as (protocol, server):
+    async with impostor({f"POST {RUNS}/{RUN}/cancel": answer}, RECALL_RUN_TOKEN="t") as (
+        protocol,
+        server,
+    ):
         await protocol.abort(CLAIM, RUN)
     (asked,) = server.asked
-    assert asked.line == f"POST {RUNS}/{RUN}/cancel HTTP/1.1" and asked.body == b"" and asked.headers["x-api-key"] == "t"
+    assert (
+        asked.line == f"POST {RUNS}/{RUN}/cancel HTTP/1.1"
+        and asked.body == b""
+        and asked.headers["x-api-key"] == "t"
+    )
 
 
 # --- the real server, through the real daemon -------------------------------------------------------------------------
@@ -503,7 +570,9 @@ class Relay:
             writer.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_server, to_server = await asyncio.open_connection(self._target.hostname, self._target.port)
+        from_server, to_server = await asyncio.open_connection(
+            self._target.hostname, self._target.port
+        )
         losing = asyncio.Event()
 
         async def there() -> None:
@@ -556,11 +625,15 @@ async def workers(database: str, langgraph: LangGraphServer) -> AsyncIterator[Da
 async def promise(app: Application, thread: str, message: str, interval: int | None = None) -> str:
     """A recall of this thread that is due now; its id."""
     await app.create_session(thread, "ann")
-    return await app.schedule(thread, "recurring" if interval else "once", soon(0), message, interval)
+    return await app.schedule(
+        thread, "recurring" if interval else "once", soon(0), message, interval
+    )
 
 
 @pytest.mark.full
-async def test_a_recall_runs_once(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_recall_runs_once(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A due recall is one run of the thread and one message in it; the graph finds the recall in its metadata; both times are on record."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
@@ -575,32 +648,50 @@ async def test_a_recall_runs_once(app: Application, db: Connection, langgraph: L
     assert once["recall"]["recall_id"] == recall and once["recall"]["recall_occurrence"] == 1
     assert (await row(db, thread))["status"] == "fired"
     (mark,) = await calls(db, recall)
-    assert mark["outcome"] == "answered" and mark["called_at"] <= mark["delivered_at"] < mark["completed_at"]
+    assert (
+        mark["outcome"] == "answered"
+        and mark["called_at"] <= mark["delivered_at"] < mark["completed_at"]
+    )
 
 
 @pytest.mark.full
-async def test_a_long_message(app: Application, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_long_message(
+    app: Application, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A message that is too long for the server's answers, which repeat it, to be read is run and followed all the same, once."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "long " + "x" * 1_500_000)
     await daemon.hears("recall.settled", recall=recall, outcome="answered", attempt=1)
-    assert await langgraph.runs(thread) == [(f"{recall}:1", "success")] and len(langgraph.times(thread)) == 1
+    assert (
+        await langgraph.runs(thread) == [(f"{recall}:1", "success")]
+        and len(langgraph.times(thread)) == 1
+    )
 
 
 @pytest.mark.full
-async def test_a_recurring_recall(app: Application, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_recurring_recall(
+    app: Application, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """Each occurrence is a run of its own, one after the other, in one conversation."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "again", interval=1)
     await daemon.hears("recall.settled", recall=recall, times=2)
-    assert (await langgraph.runs(thread))[:2] == [(f"{recall}:1", "success"), (f"{recall}:2", "success")]
-    assert (await langgraph.messages(thread))[:4] == ["[Scheduled recall] again", "done: [Scheduled recall] again"] * 2
+    assert (await langgraph.runs(thread))[:2] == [
+        (f"{recall}:1", "success"),
+        (f"{recall}:2", "success"),
+    ]
+    assert (await langgraph.messages(thread))[:4] == [
+        "[Scheduled recall] again",
+        "done: [Scheduled recall] again",
+    ] * 2
 
 
 @pytest.mark.full
-async def test_a_busy_thread(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_busy_thread(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """While somebody's run goes on in the thread its recall is deferred, again and again; afterwards it runs, once."""
     thread = await langgraph.create_thread()
     await langgraph.say(thread, "wait")
@@ -614,24 +705,38 @@ async def test_a_busy_thread(app: Application, db: Connection, langgraph: LangGr
     assert await langgraph.runs(thread) == [(None, "success"), (f"{recall}:1", "success")]
     assert (await langgraph.messages(thread)).count("[Scheduled recall] after that") == 1
     answered, busy = await calls(db, recall)
-    assert (answered["outcome"], answered["attempt"], busy["outcome"]) == ("answered", 1, "busy") and busy["calls"] >= 3
+    assert (answered["outcome"], answered["attempt"], busy["outcome"]) == (
+        "answered",
+        1,
+        "busy",
+    ) and busy["calls"] >= 3
 
 
 @pytest.mark.full
-async def test_a_failing_graph(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_failing_graph(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A graph that raises is Failed with its own words, tried again under a new key, and then failed for good."""
     thread = await langgraph.create_thread()
     daemon = await workers.start(max_attempts=2)
     recall = await promise(app, thread, "fail")
     await daemon.hears("recall.settled", recall=recall, outcome="failed", times=2)
     after = await row(db, thread)
-    assert (after["status"], after["reason"]) == ("failed", "the graph failed: ValueError: no model today")
+    assert (after["status"], after["reason"]) == (
+        "failed",
+        "the graph failed: ValueError: no model today",
+    )
     assert await langgraph.runs(thread) == [(f"{recall}:1", "error"), (f"{recall}:1.1", "error")]
-    assert [(mark["outcome"], mark["attempt"]) for mark in await calls(db, recall)] == [("failed", 1), ("failed", 2)]
+    assert [(mark["outcome"], mark["attempt"]) for mark in await calls(db, recall)] == [
+        ("failed", 1),
+        ("failed", 2),
+    ]
 
 
 @pytest.mark.full
-async def test_a_graph_that_asks_a_person(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_graph_that_asks_a_person(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A graph that stops to ask a person has run: the recall has fired, and the question stands in the thread."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
@@ -643,7 +748,9 @@ async def test_a_graph_that_asks_a_person(app: Application, db: Connection, lang
 
 
 @pytest.mark.full
-async def test_a_missing_thread(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_missing_thread(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A thread that the server doesn't have cancels its recall, and is not created by it."""
     thread = str(uuid4())
     daemon = await workers.start()
@@ -655,7 +762,9 @@ async def test_a_missing_thread(app: Application, db: Connection, langgraph: Lan
 
 
 @pytest.mark.full
-async def test_a_deleted_thread(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_deleted_thread(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """A thread that is deleted in mid-run takes the run with it: the recall is looked for, not found, and cancelled."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
@@ -697,7 +806,9 @@ async def test_another_server_at_the_address(
 
 
 @pytest.mark.full
-async def test_a_session_that_is_no_thread_of_the_server(app: Application, db: Connection, workers: Daemons) -> None:
+async def test_a_session_that_is_no_thread_of_the_server(
+    app: Application, db: Connection, workers: Daemons
+) -> None:
     """A recall of a session whose id can't be a thread's ends at once, saying so; a recurring one, too."""
     daemon = await workers.start()
     await app.create_session("chat 1", "ann")
@@ -708,7 +819,9 @@ async def test_a_session_that_is_no_thread_of_the_server(app: Application, db: C
 
 
 @pytest.mark.full
-async def test_a_worker_dies_in_mid_run(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_worker_dies_in_mid_run(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """SIGKILL once the run's reference is on record: the next worker polls that run to its end, and the graph has run once."""
     thread = await langgraph.create_thread()
     first = await workers.start()
@@ -759,8 +872,15 @@ async def test_an_answer_is_lost(
         await daemon.hears("recall.settled", recall=recall, outcome="unknown", attempt=1)
         await langgraph.until_run(thread)
         langgraph.open(thread)
-        await daemon.hears("recall.settled", recall=recall, outcome="failed" if message == "fail" else "answered", attempt=2)
-    assert await langgraph.runs(thread) == [(f"{recall}:1", "error" if message == "fail" else "success")]
+        await daemon.hears(
+            "recall.settled",
+            recall=recall,
+            outcome="failed" if message == "fail" else "answered",
+            attempt=2,
+        )
+    assert await langgraph.runs(thread) == [
+        (f"{recall}:1", "error" if message == "fail" else "success")
+    ]
     assert len(langgraph.times(thread)) == 1
 
 
@@ -785,7 +905,9 @@ async def test_a_recall_is_cancelled_in_mid_run(
 
 
 @pytest.mark.full
-async def test_a_run_takes_too_long(app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons) -> None:
+async def test_a_run_takes_too_long(
+    app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
+) -> None:
     """When RECALL_RUN_TIMEOUT passes the run is cancelled at the server; the next attempt finds that, and does not post under its key."""
     thread = await langgraph.create_thread()
     daemon = await workers.start(run_timeout=3, max_attempts=2)
@@ -822,8 +944,13 @@ async def test_a_person_displaces_the_run(
     langgraph.open(thread)
     await daemon.hears("recall.settled", recall=recall, outcome=outcome)
     await daemon.hears("recall.settled", recall=recall, outcome="answered")
-    assert await langgraph.runs(thread) == [(f"{recall}{key}" if key else None, status) for key, status in runs]
-    assert (await langgraph.messages(thread))[-2:] == ["[Scheduled recall] wait", "done: [Scheduled recall] wait"]
+    assert await langgraph.runs(thread) == [
+        (f"{recall}{key}" if key else None, status) for key, status in runs
+    ]
+    assert (await langgraph.messages(thread))[-2:] == [
+        "[Scheduled recall] wait",
+        "done: [Scheduled recall] wait",
+    ]
 
 
 @pytest.mark.full
@@ -854,8 +981,17 @@ async def test_two_workers_and_many_threads(
     for _ in range(2):
         await workers.start(concurrency=6)
     recalls = {thread: await promise(app, thread, "hello") for thread in threads}
-    await eventually(db, "select 1 from session_recalls having bool_and(status = 'fired')", within=60)
-    marks = await (await db.execute("select outcome, settled, count(*) as calls from recall_attempts group by 1, 2")).fetchall()
+    await eventually(
+        db, "select 1 from session_recalls having bool_and(status = 'fired')", within=60
+    )
+    marks = await (
+        await db.execute(
+            "select outcome, settled, count(*) as calls from recall_attempts group by 1, 2"
+        )
+    ).fetchall()
     assert marks == [{"outcome": "answered", "settled": "fired", "calls": len(threads)}]
     for thread, recall in recalls.items():
-        assert await langgraph.runs(thread) == [(f"{recall}:1", "success")] and len(langgraph.times(thread)) == 1
+        assert (
+            await langgraph.runs(thread) == [(f"{recall}:1", "success")]
+            and len(langgraph.times(thread)) == 1
+        )

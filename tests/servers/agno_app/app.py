@@ -30,12 +30,18 @@ class Prompted(Model):
         if messages[-1].role == "tool":
             return ModelResponse(role="assistant", content="it was done")
         async with httpx.AsyncClient(timeout=None, trust_env=False) as test:
-            answer = await test.post(address(), json={"session_id": messages[-1].content, "messages": len(messages)})
+            answer = await test.post(
+                address(), json={"session_id": messages[-1].content, "messages": len(messages)}
+            )
         said = answer.json()
         if answer.status_code != 200:
             raise RuntimeError(said["error"])
         if "call" in said:
-            call = {"id": "1", "type": "function", "function": {"name": said["call"], "arguments": "{}"}}
+            call = {
+                "id": "1",
+                "type": "function",
+                "function": {"name": said["call"], "arguments": "{}"},
+            }
             return ModelResponse(role="assistant", tool_calls=[call])
         return ModelResponse(role="assistant", content=said.get("content", "done"))
 
@@ -67,7 +73,14 @@ QUEUES = {
     "fleeting": None,
 }
 kind = QUEUES[os.environ["TEST_QUEUE"]]
-queue = None if kind is None else QueueConfig(**kind, max_queue_depth=2, lock_grace_seconds=3, stop_timeout_seconds=1)
+queue = (
+    None
+    if kind is None
+    else QueueConfig(**kind, max_queue_depth=2, lock_grace_seconds=3, stop_timeout_seconds=1)
+)
 db = PostgresDb(db_url=os.environ["TEST_DSN"])
-agents = [Agent(id=name, model=Prompted(id="prompted"), tools=[launch], db=db) for name in ("helper", "other")]
+agents = [
+    Agent(id=name, model=Prompted(id="prompted"), tools=[launch], db=db)
+    for name in ("helper", "other")
+]
 app = AgentOS(id="tests", agents=agents, db=db, queue=queue, telemetry=False).get_app()

@@ -32,7 +32,9 @@ async def until_there(file: Path) -> None:
 
 async def act(state: MessagesState, config: RunnableConfig) -> dict:
     text, thread = state["messages"][-1].content, config["configurable"]["thread_id"]
-    recall = {name: value for name, value in config["metadata"].items() if name.startswith("recall_")}
+    recall = {
+        name: value for name, value in config["metadata"].items() if name.startswith("recall_")
+    }
     await asyncio.to_thread(write, {"thread": thread, "text": text, "recall": recall})
     match text.removeprefix("[Scheduled recall] "):
         case "wait":
