@@ -66,6 +66,8 @@ class Worker:
         self._settings = settings
         self._protocol = protocol
         self._events = events
+        # Read once, and not at each heartbeat: there may be no descriptor left by then.
+        self._version = version("recall-worker")
         limit = settings.message_limit
         self._policy = judging.Policy(
             busy_delay=settings.busy_delay,
@@ -233,7 +235,7 @@ class Worker:
         """This worker's row, for people."""
         vitals = self.vitals
         return {
-            "host": socket.gethostname(), "pid": os.getpid(), "version": version("recall-worker"),
+            "host": socket.gethostname(), "pid": os.getpid(), "version": self._version,
             "slots": self._settings.concurrency, "running": vitals.slots_in_use, "breaker": vitals.breaker,
             "bell": vitals.bell,
         }  # fmt: skip
