@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from benchmarks.ground import commit
 from recall_worker.line import Dates
 
 from . import account as accounting
@@ -117,13 +118,14 @@ def _evidence(account: Account, records: Records) -> str:
     return "\n".join([*lines, "", *map(str, records.faults), *map(str, records.calm)])
 
 
-def told(seed: int, minutes: float, account: Account, schedule: Schedule) -> dict[str, Any]:
-    """The result as one document."""
+def told(made_of: str, seed: int, minutes: float, account: Account, schedule: Schedule) -> dict[str, Any]:
+    """The result as one document. `made_of`: the commit that was audited."""
     recovered: dict[str, list[float]] = defaultdict(list)
     for fault in schedule.faults:
         if fault.recovered is not None and fault.ended is not None:
             recovered[fault.kind].append(fault.recovered - fault.ended)
     return {
+        "commit": made_of,
         "seed": seed,
         "minutes": minutes,
         "lease": LEASE,
@@ -194,7 +196,7 @@ def main() -> int:
         parser.error(f"no such fault: {', '.join(wrong)}")
     if FAKETIME is None:
         print("faketime is not installed: clocks will not jump", file=sys.stderr)
-    results = []
+    results, made_of = [], commit()
     for seed in range(int(first), int(last or first) + 1):
         folder = scratch()
         try:
@@ -202,7 +204,7 @@ def main() -> int:
             account, schedule = asyncio.run(
                 audit(seed, given.minutes, site=site, folder=folder, replicas=given.replicas, kinds=kinds, rate=given.rate)
             )
-            results.append(told(seed, given.minutes, account, schedule))
+            results.append(told(made_of, seed, given.minutes, account, schedule))
             show(results[-1])
         finally:
             if given.keep:

@@ -58,6 +58,9 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
     total = " | ".join(f"**{sums[name]:,}**" for name in SUMS)
     minutes, found = sum(result["minutes"] for result in results), sum(len(result["findings"]) for result in results)
     lines += [f"| all | **{minutes:g}** | {total} | **{found}** | |", ""]
+    commits = dict.fromkeys(result["commit"] for result in results)
+    named = ", ".join(f"`{commit}`" for commit in commits)
+    lines += [f"Made of commit{'s' if len(commits) > 1 else ''} {named}.", ""]
     lines += ["| fault | what was done | times | seconds to recover: median | most |", "| --- | --- | ---: | ---: | ---: |"]
     for kind, count in sorted(times.items(), key=lambda item: list(WHAT).index(item[0])):
         seconds = recoveries.get(kind, [])
