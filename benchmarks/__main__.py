@@ -23,10 +23,7 @@ MEASURES = (
     "endurance",
     "start",
 )
-BEGIN, END = (
-    "<!-- measured: written by `python -m benchmarks`, from {} -->\n",
-    "<!-- /measured -->\n",
-)
+BEGIN, END = "<!-- measured: written by `python -m benchmarks` -->\n", "<!-- /measured -->\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if unknown := set(given.only) - set(MEASURES):
         parser.error(f"no such measure: {', '.join(sorted(unknown))}")
-    source = given.report or given.json
     figures = (
         json.loads(given.report.read_text(encoding="utf-8"))
         if given.report
@@ -67,17 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plots:
         draw(figures, given.plots)
     if given.docs:
-        write(given.docs, figures, source, given.plots)
+        write(given.docs, figures, given.plots)
     return 0
 
 
 def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, Any]:
     from .contenders import Contest
-    from .ground import Ground
+    from .ground import Ground, commit
 
     figures: dict[str, Any] = {"machine": {}, "measures": {}}
     if kept and kept.exists():
         figures = json.loads(kept.read_text(encoding="utf-8"))
+    made_of = commit()
     with Ground(quick=quick) as ground:
         figures["machine"] = (
             ground.machine()
@@ -90,6 +87,7 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
             print(f"{name} …", end=" ", file=sys.stderr, flush=True)
             found = _module(name).measure(contest)
             figures["measures"][name] = {
+                "commit": made_of,
                 "seconds": round(time.monotonic() - began, 1),
                 "found": found,
             }
@@ -120,6 +118,7 @@ def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | 
     """The figures as Markdown, with the plots as seen from a document in the folder `beside`."""
     figures = rounded(figures)
     said = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".\n"
+    said += f"\n{commits(figures)}\n"
     for name in MEASURES:
         if name not in figures["measures"]:
             continue
@@ -128,6 +127,19 @@ def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | 
         if plots and hasattr(module, "plot"):
             said += f"\n![{module.TITLE}]({os.path.relpath(plots, beside or '.')}/{name}.svg)\n"
     return said
+
+
+def commits(figures: dict[str, Any]) -> str:
+    """A sentence that names the commit that was measured; several where measures were run apart."""
+    made_of: dict[str, list[str]] = {}
+    for name in MEASURES:
+        if name in figures["measures"]:
+            commit = figures["measures"][name].get("commit", "unknown")
+            made_of.setdefault(commit, []).append(name)
+    if len(made_of) == 1:
+        return f"Made of commit `{next(iter(made_of))}`."
+    each = (f"`{commit}` ({', '.join(names)})" for commit, names in made_of.items())
+    return f"Made of commits {', '.join(each)}."
 
 
 def draw(figures: dict[str, Any], directory: Path) -> None:
@@ -149,13 +161,12 @@ def draw(figures: dict[str, Any], directory: Path) -> None:
             pyplot.close(figure)
 
 
-def write(document: Path, figures: dict[str, Any], source: Path | None, plots: Path | None) -> None:
+def write(document: Path, figures: dict[str, Any], plots: Path | None) -> None:
     """The part between the marks, anew."""
     text = document.read_text(encoding="utf-8")
-    begin = BEGIN.format(source.name if source else "a run")
     start, end = text.index("<!-- measured:"), text.index(END)
     document.write_text(
-        text[:start] + begin + "\n" + reported(figures, plots, document.parent) + "\n" + text[end:],
+        text[:start] + BEGIN + "\n" + reported(figures, plots, document.parent) + "\n" + text[end:],
         encoding="utf-8",
     )
 

@@ -33,6 +33,18 @@ ROOT = HERE.parent
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
+def commit() -> str:
+    """The commit of this checkout, with `-dirty` where a tracked file has changed since; `unknown`
+    where there is no Git.
+    """
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 class Sink:
     """The sink's process. Times are monotonic nanoseconds, as time.monotonic_ns() gives."""
 

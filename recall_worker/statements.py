@@ -45,6 +45,10 @@ def migrations() -> list[Path]:
     return sorted((folder() / "migrations").glob("[0-9][0-9][0-9][0-9]_*.sql"))
 
 
+@cache
 def generation() -> int:
-    """The schema version that this code was written for: the number of its last migration."""
+    """The schema version that this code was written for: the number of its last migration.
+
+    Read once: a running worker asks at each heartbeat, and may have no descriptor left by then.
+    """
     return int(migrations()[-1].name[:4])

@@ -103,6 +103,8 @@ class Pages:
         return said("alive")
 
     async def readyz(self, _: web.Request) -> web.Response:
+        if self._worker.refused is not None:
+            return said(f"{self._worker.refused}: {getattr(self._worker.refused, 'hint', '')}", 503)
         if self._worker.status.is_draining:
             return said("draining: nothing more is claimed", 503)
         schema = await self._schema.answer()

@@ -66,6 +66,8 @@ class Worker:
         self._settings = settings
         self._protocol = protocol
         self._events = events
+        # Read once, and not at each heartbeat: there may be no descriptor left by then.
+        self._version = version("recall-worker")
         limit = settings.message_limit
         self._policy = judging.Policy(
             busy_delay=settings.busy_delay,
@@ -148,6 +150,11 @@ class Worker:
         if self._refused is None and not self._stop.is_set():
             self._refused = reason
             self.stop()
+
+    @property
+    def refused(self) -> Exception | None:
+        """Why this worker drains and ends, where it was made to by `refuse`."""
+        return self._refused
 
     def before_heartbeat(self, check: Callable[[], Awaitable[None]]) -> None:
         """Have `check()` awaited whenever a heartbeat is due. It may raise DatabaseUnavailable, StatementRejected."""
@@ -264,7 +271,7 @@ class Worker:
         """This worker's row, for people."""
         status = self.status
         return {
-            "host": socket.gethostname(), "pid": os.getpid(), "version": version("recall-worker"),
+            "host": socket.gethostname(), "pid": os.getpid(), "version": self._version,
             "slots": self._settings.concurrency, "running": status.slots_in_use, "breaker": status.breaker,
             "bell": status.bell,
         }  # fmt: skip

@@ -366,9 +366,15 @@ async def test_silence_keeps_no_page_waiting(database: str, daemons: Daemons) ->
         await until(daemon, "/readyz", 200)
 
 
-async def test_a_schema_that_asks_for_newer_code(db: Connection, daemons: Daemons) -> None:
-    """An upgrade that leaves this code behind makes it not ready, with what to do."""
+async def test_a_schema_that_asks_for_newer_code(
+    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """An upgrade that leaves this code behind makes it not ready, with what to do: at once, and while it drains because of that."""
+    gate = Gate()
+    endpoint.script("s", gate)
     daemon = await daemons.start(ops_listen=0)
+    await promise(app, "s", "once")
+    await gate.entered.wait()
     await until(daemon, "/readyz", 200)
     await db.execute(
         "update recall_schema set oldest_code = 9999 where version = (select max(version) from recall_schema)"
@@ -378,6 +384,7 @@ async def test_a_schema_that_asks_for_newer_code(db: Connection, daemons: Daemon
         "works with code from generation 9999 on" in page.text
         and "upgrade recall-worker" in page.text
     )
+    gate.open()
 
 
 async def test_a_drain_is_not_ready(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
