@@ -189,14 +189,14 @@ class Worker:
         return await self._heard(self._ledger.backlog())
 
     async def _heard(self, answer: Awaitable[T]) -> T:
-        """An answer for somebody outside; whether there is one is for all to know."""
+        """An answer for somebody outside. An outage that shows here is for all to know; that it is over is for those to say
+        who write: a standby answers questions, too."""
         try:
-            heard = await answer
+            return await answer
         except DatabaseUnavailable as outage:
             self._database.lost(outage.reason)
+            self._dispatcher.changed()
             raise
-        self._database.found()
-        return heard
 
     async def run(self) -> None:
         """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back, and what
