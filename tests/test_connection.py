@@ -23,9 +23,9 @@ from recall_worker.database.connection import (
 )
 
 from .conftest import Connection
-from .house.test_lease import eventually
 from .pgbouncer import PgBouncer
 from .postgres import free_port
+from .process.test_lease import eventually
 from .proxy import Proxy
 
 WITHIN = Deadlines(statement=5.0, connect=5.0)

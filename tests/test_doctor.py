@@ -28,10 +28,10 @@ from recall_worker.doctor import server as doctor_server
 from . import postgres
 from .conftest import Connection, connected
 from .endpoint import Endpoint, Raw, Request, reply
-from .house.test_lease import eventually
-from .house.test_listener import listening
-from .house.test_wake import faketime  # noqa: F401 - a fixture
 from .pgbouncer import pooler
+from .process.test_lease import eventually
+from .process.test_listener import listening
+from .process.test_wake import faketime  # noqa: F401 - a fixture
 from .test_cli import NOWHERE, Said, operate, plain
 from .test_http import CERTIFICATE, KEY, authority  # noqa: F401 - a fixture
 

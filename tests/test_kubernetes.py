@@ -1,6 +1,6 @@
 """kubernetes/: well formed by Kubernetes's own schemas, and in agreement with the image, the settings and the commands.
 
-No cluster runs here: what a scheduler, a kubelet and a runtime would make of it is not shown. tests/house/test_docker.py runs the image as
+No cluster runs here: what a scheduler, a kubelet and a runtime would make of it is not shown. tests/process/test_docker.py runs the image as
 it is run here: nobody's account, a read-only root, no capabilities.
 """
 

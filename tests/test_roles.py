@@ -30,8 +30,8 @@ from .application import CREATE_TABLES, AlreadyScheduled, Application
 from .conftest import connected
 from .daemon import Daemon, Daemons
 from .endpoint import Endpoint, Gate, Raw, Request, reply
-from .house.test_corridor import row, soon
-from .house.test_lease import eventually, promise, rows
+from .process.test_corridor import row, soon
+from .process.test_lease import eventually, promise, rows
 from .test_cli import Said, operate
 from .test_statements import NAMED, PLACEHOLDER
 

@@ -17,8 +17,8 @@ from .application import Application
 from .conftest import Connection
 from .daemon import Daemon, Daemons
 from .endpoint import Answer, Endpoint, Gate, Raw, Request, reply
-from .house.test_corridor import row, soon
-from .house.test_lease import eventually
+from .process.test_corridor import row, soon
+from .process.test_lease import eventually
 
 WHSEC = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret").decode()

@@ -25,8 +25,8 @@ from .application import Application
 from .conftest import Connection
 from .daemon import Daemons
 from .endpoint import Endpoint, reply
-from .house.test_corridor import soon
-from .house.test_lease import eventually
+from .process.test_corridor import soon
+from .process.test_lease import eventually
 
 STEERING = [
     "\x1b[2J\x1b[H", "\x1b]0;owned\x07", "\x1b]8;;http://elsewhere\x1b\\link\x1b]8;;\x1b\\", "\x9b2J", "\x1bP1$r\x1b\\", "\x1b[?1049h",

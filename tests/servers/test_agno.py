@@ -41,8 +41,8 @@ from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
 from ..endpoint import Endpoint, Gate, Raw, reply
-from ..house.test_corridor import row
-from ..house.test_lease import calls, eventually, promise
+from ..process.test_corridor import row
+from ..process.test_lease import calls, eventually, promise
 from ..test_recall import claim_with
 from .agno_server import AgnoServer, Asked, Relay
 

@@ -39,8 +39,8 @@ from ..application import Application
 from ..conftest import Connection
 from ..daemon import Daemons
 from ..endpoint import Raw, reply
-from ..house.test_corridor import row, soon
-from ..house.test_lease import calls, eventually
+from ..process.test_corridor import row, soon
+from ..process.test_lease import calls, eventually
 from ..test_recall import claim_with
 from .langgraph_server import LangGraphServer
 

@@ -181,7 +181,7 @@ def plant(defect: str, folder: Path) -> None:
     # Not of the repository that the folder may happen to be in.
     environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     subprocess.run(
-        ["git", "apply", str(ROOT / f"tests/house/planted/{defect}.patch")],
+        ["git", "apply", str(ROOT / f"tests/process/planted/{defect}.patch")],
         cwd=folder,
         check=True,
         env=environ,

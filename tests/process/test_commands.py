@@ -42,7 +42,7 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
     # What fits: where it is done, a text that stands there, why not here.
     r"python3 -m venv \.venv": (".ci/run", "readme demo", "CI executes both of the README's blocks as they stand"),
     r"\.venv/bin/pip install .*": (".ci/run", "readme test", "the same"),
-    r"\.venv/bin/recall-worker demo": (".ci/run", "readme demo", "the same; and tests/house/test_demo.py"),
+    r"\.venv/bin/recall-worker demo": (".ci/run", "readme demo", "the same; and tests/process/test_demo.py"),
     r"\.venv/bin/python -m tests": (".ci/run", "readme test", "this test is a part of it"),
     r"\.venv/bin/python -m tests --full|\.ci/run": (".ci/run", "-m full", "takes the better part of an hour"),
     r"pip install '\.\[embedded,bench\]'|python -m benchmarks .*": (
@@ -50,14 +50,14 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
     ),
     r"\.venv/bin/python -m tests\.chaos .*": (".ci/run", "-m tests.chaos --seed", "takes minutes, and a small file system of its own"),
     r"pip install fastapi .*|DATABASE_URL=.* uvicorn .*|RECALL_RUN_URL=.* recall-worker run &": (
-        "tests/house/test_example.py", '"uvicorn", "app:app"', "that test plays the person, too",
+        "tests/process/test_example.py", '"uvicorn", "app:app"', "that test plays the person, too",
     ),
     r"python3 -m venv /opt/.*|/opt/.*/bin/pip install \.": (
-        "tests/house/test_machine.py", 'machine.install(root, "/opt/recall-worker-1"', "into a machine that systemd boots",
+        "tests/process/test_machine.py", 'machine.install(root, "/opt/recall-worker-1"', "into a machine that systemd boots",
     ),
-    r"systemctl .*": ("tests/house/test_machine.py", 'box.systemctl, "enable", "--now"', "on a machine that systemd boots"),
-    r"docker build .*": ("tests/house/test_docker.py", 'engine.docker("build"', "needs an engine"),
-    r"docker compose .*": ("tests/house/test_docker.py", 'compose("exec"', "needs an engine"),
+    r"systemctl .*": ("tests/process/test_machine.py", 'box.systemctl, "enable", "--now"', "on a machine that systemd boots"),
+    r"docker build .*": ("tests/process/test_docker.py", 'engine.docker("build"', "needs an engine"),
+    r"docker compose .*": ("tests/process/test_docker.py", 'compose("exec"', "needs an engine"),
     r"kubectl .*": ("tests/test_kubernetes.py", "No cluster runs here", "needs a cluster: not run at all, and docs/deployment.md says so"),
 }  # fmt: skip
 
