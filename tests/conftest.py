@@ -14,11 +14,11 @@ from psycopg.rows import dict_row
 
 from recall_worker import schema
 
-from . import postgres
-from .application import CREATE_TABLES, Application
-from .daemon import Daemons
-from .endpoint import Endpoint
-from .pgbouncer import PgBouncer, pooler
+from .support import postgres
+from .support.application import CREATE_TABLES, Application
+from .support.daemon import Daemons
+from .support.endpoint import Endpoint
+from .support.pgbouncer import PgBouncer, pooler
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 

@@ -25,8 +25,8 @@ from recall_worker.contract.reference_api import Call, ReferenceAPI, Run
 from recall_worker.protocols.native import body
 from recall_worker.settings import Settings
 
-from .endpoint import Endpoint, Raw, Request, reply
-from .postgres import free_port
+from .support.endpoint import Endpoint, Raw, Request, reply
+from .support.postgres import free_port
 from .test_recall import claim_with
 
 RUN = 0.5

@@ -32,8 +32,8 @@ from recall_worker.cli import main
 from recall_worker.cli.app import app as commands
 from recall_worker.terminal import Trouble, local, relative, seconds, span
 
-from . import postgres
-from .application import COLUMNS, Application
+from .support import postgres
+from .support.application import COLUMNS, Application
 
 NOWHERE = "postgresql://u:sekret@127.0.0.1:1/x"
 

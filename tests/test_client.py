@@ -21,8 +21,8 @@ from psycopg_pool import AsyncConnectionPool
 import recall_worker
 from recall_worker import Recall, RecallExists, Recalls
 
-from .application import AlreadyScheduled, Application
 from .conftest import Connection
+from .support.application import AlreadyScheduled, Application
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)

@@ -23,10 +23,10 @@ from recall_worker.database.connection import (
 )
 
 from .conftest import Connection
-from .pgbouncer import PgBouncer
-from .postgres import free_port
 from .process.test_lease import eventually
-from .proxy import Proxy
+from .support.pgbouncer import PgBouncer
+from .support.postgres import free_port
+from .support.proxy import Proxy
 
 WITHIN = Deadlines(statement=5.0, connect=5.0)
 Lines = Callable[..., QueryConnection]

@@ -18,8 +18,8 @@ from recall_worker.ops.metrics import Metrics
 from recall_worker.settings import Settings, variable
 from recall_worker.worker.worker import WorkerStatus
 
-from .application import Application
 from .conftest import Connection
+from .support.application import Application
 from .test_operations import COMMANDS, STATEMENTS, STATES, Cell, Table
 
 ROOT = Path(__file__).resolve().parent.parent

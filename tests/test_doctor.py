@@ -25,13 +25,13 @@ from recall_worker.doctor import backlog, examination, listener
 from recall_worker.doctor import schema as doctor_schema
 from recall_worker.doctor import server as doctor_server
 
-from . import postgres
 from .conftest import Connection, connected
-from .endpoint import Endpoint, Raw, Request, reply
-from .pgbouncer import pooler
 from .process.test_lease import eventually
 from .process.test_listener import listening
 from .process.test_wake import faketime  # noqa: F401 - a fixture
+from .support import postgres
+from .support.endpoint import Endpoint, Raw, Request, reply
+from .support.pgbouncer import pooler
 from .test_cli import NOWHERE, Said, operate, plain
 from .test_http import CERTIFICATE, KEY, authority  # noqa: F401 - a fixture
 

@@ -48,10 +48,10 @@ from recall_worker.recall import (
     Verdict,
 )
 
-from .application import AlreadyScheduled, Application
 from .conftest import Connection, connected
-from .look import look
-from .pgbouncer import PgBouncer
+from .support.application import AlreadyScheduled, Application
+from .support.claiming import claim_due
+from .support.pgbouncer import PgBouncer
 
 LEASE = 3.0
 FIRED = Finish("fired", None)
@@ -153,7 +153,7 @@ FAR = datetime(2900, 1, 1, tzinfo=UTC)
 
 
 async def claim(ledger: Ledger, slots: int = 10, *, take_expired: bool = True) -> list[Claim]:
-    return (await look(ledger, slots, take_expired=take_expired)).claims
+    return (await claim_due(ledger, slots, take_expired=take_expired)).claims
 
 
 async def claim_one(ledger: Ledger) -> Claim:
@@ -191,7 +191,7 @@ async def test_the_oldest_due_come_first_and_never_more_than_the_slots(
     ledger = ledgers()
     first = await ledger.claim(2)
     assert [c.id for c in first.claims] == [ids[5], ids[4]]
-    rest = await look(ledger, 4)
+    rest = await claim_due(ledger, 4)
     assert [c.id for c in rest.claims] == [ids[3], ids[2], ids[1]]
     assert not rest.waiting
 
@@ -252,7 +252,7 @@ async def test_next_in_tells_when_to_come_back(
     """The answer to a claim that finds nothing due says in how many seconds the nearest live recall is, a day at the most."""
     for n, at in enumerate(due):
         await put(db, f"s{n}", at, status=status)
-    answer = await look(ledgers(), 3)
+    answer = await claim_due(ledgers(), 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == (None if wanted is None else pytest.approx(wanted, abs=5.0))
 
@@ -262,7 +262,7 @@ async def test_a_leased_recall_is_due_when_its_lease_ends(db: Connection, ledger
     await put(db, "s", -100.0)
     ledger = ledgers(lease=60.0)
     assert len(await claim(ledger)) == 1
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == pytest.approx(60.0, abs=5.0)
 
@@ -275,7 +275,7 @@ async def test_what_the_application_has_locked_is_waited_for(
     ledger = ledgers()
     async with app.connection.transaction():
         await app.reschedule(locked, datetime.now(UTC))
-        answer = await look(ledger, 3)
+        answer = await claim_due(ledger, 3)
         assert [c.id for c in answer.claims] == [free] and answer.waiting
     assert [c.id for c in await claim(ledger)] == [locked]
 
@@ -285,10 +285,10 @@ async def test_a_paused_recall_is_not_due(db: Connection, ledgers: Ledgers) -> N
     held = await put(db, "s", -9.0, status="running", paused_at=datetime.now(UTC))
     free = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert [c.id for c in answer.claims] == [free]
     assert isinstance(await settle(ledger, answer.claims[0]), Settled)
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert (answer.claims, answer.next_in, answer.waiting) == ([], None, False)
     assert (await recall(db, held))["lease"] is None
 
@@ -298,9 +298,9 @@ async def test_one_run_a_session(db: Connection, ledgers: Ledgers) -> None:
     older = await put(db, "s", -9.0, status="running")
     newer = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert [c.id for c in answer.claims] == [older] and answer.waiting
-    again = await look(ledger, 3)
+    again = await claim_due(ledger, 3)
     assert again.claims == [] and again.waiting
     await settle(ledger, answer.claims[0])
     assert [c.id for c in await claim(ledger)] == [newer]
@@ -315,7 +315,7 @@ async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(
     running = await claim_one(ledger)
     assert await app.cancel_session("s") == 1
     newer = await app.schedule("s", "immediate", datetime.now(UTC), "instead")
-    other = await look(ledgers(), 3)
+    other = await claim_due(ledgers(), 3)
     assert other.claims == [] and other.waiting
     assert await settle(ledger, running, Release("cancelled"), Unknown("broken off")) == Ended(
         "cancelled"
@@ -384,7 +384,7 @@ async def test_a_lost_race_for_a_session_is_an_empty_claim(
     async with connected(database) as other:
         await other.execute("begin")
         await put(other, "s", -5.0, status="running", lease=uuid4(), lease_until=FAR)
-        claiming = asyncio.create_task(look(ledgers("loser"), 3))
+        claiming = asyncio.create_task(claim_due(ledgers("loser"), 3))
         await blocked(db, "recall-worker ledger loser")
         await other.execute("commit")
         answer = await claiming
@@ -464,7 +464,7 @@ async def test_expired_leases_are_left_alone_when_asked_to(
     held = await claim_one(owner)
     await expire(db, id)
     due = await put(db, "due")
-    answer = await look(other, 3, take_expired=False)
+    answer = await claim_due(other, 3, take_expired=False)
     assert [c.id for c in answer.claims] == [due] and answer.waiting
     assert await owner.renew({id: held.lease}) == {id: "renewed"}
     assert await claim(other) == []
@@ -482,7 +482,7 @@ async def test_a_worker_does_not_take_what_it_has_in_hand(
         await db.execute(
             "update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id)
         )
-        answer = await look(ledger, 3, in_hand=[id])
+        answer = await claim_due(ledger, 3, in_hand=[id])
         assert answer.claims == [] and answer.waiting
     assert [c.id for c in await claim(ledgers())] == [id]
 
@@ -500,7 +500,7 @@ async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(
         "update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s",
         [LEASE / 5, id],
     )
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert answer.claims == [] and answer.waiting
     assert await claim(ledger) == []
     await db.execute(
@@ -532,10 +532,10 @@ async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
         await transaction.start()
         await long.execute(how, id)
         assert await owner.renew({id: held.lease}) == {id: "locked"}
-        seen = await look(other, 3)
+        seen = await claim_due(other, 3)
         assert seen.claims == [] and seen.waiting
         locked_last = time.monotonic()
-        seen = await look(other, 3)
+        seen = await claim_due(other, 3)
         await transaction.rollback()
     finally:
         await long.close()
@@ -565,7 +565,7 @@ async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
             await long.execute("select from session_recalls where id = $1 for update", id)
             until = time.monotonic() + LEASE / 2
             while time.monotonic() < until:
-                assert (await look(other, 3)).waiting
+                assert (await claim_due(other, 3)).waiting
     finally:
         await long.close()
     await expire(db, free)
@@ -782,7 +782,7 @@ async def test_a_table_that_is_locked_as_a_whole_strands_nothing(
         await other.execute("begin")
         await other.execute("lock table session_recalls in share mode")
         assert await settle(ledger, claimed) == Locked()
-        waiting = await look(ledger, 3)
+        waiting = await claim_due(ledger, 3)
         assert (waiting.claims, waiting.waiting) == ([], True)
         await other.execute("rollback")
     assert await settle(ledger, claimed) == Settled("fired")
@@ -1123,7 +1123,7 @@ async def test_any_date_is_claimed_or_waited_for(
         db, "s", date, call_type=kind, interval_seconds=60 if kind == "recurring" else None
     )
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     if date in NOT_DUE:
         assert (answer.claims, answer.waiting) == ([], False)
         assert answer.next_in == pytest.approx(86_400.0)

@@ -20,7 +20,7 @@ from recall_worker.database.listener import CHANNEL, Listener
 from recall_worker.events import Events
 
 from .conftest import Connection
-from .proxy import Proxy
+from .support.proxy import Proxy
 
 Echo = Callable[[str], Awaitable[None]]
 

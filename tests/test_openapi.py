@@ -26,7 +26,7 @@ from recall_worker.protocols.native import Native, accepted, body
 from recall_worker.recall import name_of
 from recall_worker.settings import Settings
 
-from .endpoint import Endpoint
+from .support.endpoint import Endpoint
 from .test_recall import claim_with
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "openapi.yaml"

@@ -38,12 +38,12 @@ from recall_worker.recall import (
     Unsent,
 )
 
-from . import postgres
-from .application import Application
 from .conftest import Connection, connected
-from .daemon import Daemon, Daemons
-from .endpoint import Answer, Endpoint, Gate, reply
-from .look import look
+from .support import postgres
+from .support.application import Application
+from .support.claiming import claim_due
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Answer, Endpoint, Gate, reply
 from .test_cli import operate, process
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ class Actor:
         """Claim as a worker does, until there is nothing that could not be claimed."""
         async with asyncio.timeout(20):
             while True:
-                claimed = await look(self.ledger, 5, take_expired=False)
+                claimed = await claim_due(self.ledger, 5, take_expired=False)
                 moved = [
                     (claim, number)
                     for claim in claimed.claims

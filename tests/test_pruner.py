@@ -18,8 +18,8 @@ from recall_worker.worker.database_status import DatabaseStatus
 from recall_worker.worker.pruner import Pruner
 
 from .conftest import Connection, connected
-from .pgbouncer import PgBouncer
 from .process.test_lease import eventually, rows
+from .support.pgbouncer import PgBouncer
 from .test_ledger import put
 
 DAY = 86_400.0

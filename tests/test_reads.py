@@ -19,11 +19,11 @@ from psycopg.rows import dict_row
 from recall_worker import statements
 from recall_worker import sweep as sweeping
 
-from . import postgres
-from .application import Application
 from .conftest import Connection
-from .daemon import Daemons
-from .endpoint import Endpoint, Gate, reply
+from .support import postgres
+from .support.application import Application
+from .support.daemon import Daemons
+from .support.endpoint import Endpoint, Gate, reply
 from .test_cli import operate, rows_of
 
 HOUR = timedelta(hours=1)

@@ -24,8 +24,8 @@ from recall_worker.protocols.polling import StillOn
 from recall_worker.recall import Accepted, name_of
 from recall_worker.settings import Settings
 
-from .application import Application
-from .daemon import Daemons
+from .support.application import Application
+from .support.daemon import Daemons
 
 TOKEN = "secret"
 DEADLINE = 20.0

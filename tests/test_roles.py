@@ -25,13 +25,13 @@ from recall_worker import Recalls, schema, statements
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GRANTS
 
-from . import postgres
-from .application import CREATE_TABLES, AlreadyScheduled, Application
 from .conftest import connected
-from .daemon import Daemon, Daemons
-from .endpoint import Endpoint, Gate, Raw, Request, reply
 from .process.test_corridor import row, soon
 from .process.test_lease import eventually, promise, rows
+from .support import postgres
+from .support.application import CREATE_TABLES, AlreadyScheduled, Application
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_cli import Said, operate
 from .test_statements import NAMED, PLACEHOLDER
 

@@ -27,10 +27,10 @@ from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GENERATION, SchemaError
 
-from . import postgres
 from . import schema as expected
-from .application import COLUMNS, CREATE_TABLES, Application
 from .conftest import connected
+from .support import postgres
+from .support.application import COLUMNS, CREATE_TABLES, Application
 
 PATIENCE = 60.0
 ALL = [f"{m.version:04} {m.name}" for m in schema.migrations()]

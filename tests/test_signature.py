@@ -13,12 +13,12 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from recall_worker import statements
 
-from .application import Application
 from .conftest import Connection
-from .daemon import Daemon, Daemons
-from .endpoint import Answer, Endpoint, Gate, Raw, Request, reply
 from .process.test_corridor import row, soon
 from .process.test_lease import eventually
+from .support.application import Application
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
 
 WHSEC = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret").decode()

@@ -26,7 +26,7 @@ from recall_worker.database import ledger as ledger_module
 from recall_worker.database.ledger import Ledger
 from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
 
-from . import postgres
+from .support import postgres
 from .test_recall import claim_with
 
 FILES = sorted(path.stem for path in statements.folder().glob("*.sql"))

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from recall_worker.events import LOUDNESS, escape_controls
 
-from .application import Application
 from .conftest import Connection
-from .daemon import Daemons
-from .endpoint import Endpoint, reply
 from .process.test_corridor import soon
 from .process.test_lease import eventually
+from .support.application import Application
+from .support.daemon import Daemons
+from .support.endpoint import Endpoint, reply
 
 STEERING = [
     "\x1b[2J\x1b[H", "\x1b]0;owned\x07", "\x1b]8;;http://elsewhere\x1b\\link\x1b]8;;\x1b\\", "\x9b2J", "\x1bP1$r\x1b\\", "\x1b[?1049h",

@@ -26,8 +26,8 @@ import psycopg
 from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
-from ..application import CREATE_TABLES
-from ..proxy import Proxy
+from ..support.application import CREATE_TABLES
+from ..support.proxy import Proxy
 from .api import Api
 from .drawn import Drawn
 

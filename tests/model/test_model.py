@@ -56,8 +56,8 @@ from recall_worker.recall import (
     Verdict,
 )  # fmt: skip
 
-from .. import postgres
-from ..look import look
+from ..support import postgres
+from ..support.claiming import claim_due
 from . import almanac, model
 from .model import Row
 
@@ -362,7 +362,7 @@ class Lives(RuleBasedStateMachine):
         """A worker looks: it claims, calls what is to be called, and settles at once what is not."""
         ledger = self.world.ledgers[worker]
         in_hand = [id for whose, id, _ in self.open if whose == worker]
-        claimed = self.world.run(look(ledger, slots, in_hand=in_hand))
+        claimed = self.world.run(claim_due(ledger, slots, in_hand=in_hand))
         possible = self._possible(worker)
         chosen = [self.rows[c.id] for c in claimed.claims]
         assert {r.id for r in chosen} <= {r.id for r in possible}, (

@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, reply
 from .test_corridor import row, soon
 
 ON = reply(200, {"status": "running"}, {"retry-after": "0"})

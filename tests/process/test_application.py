@@ -15,10 +15,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from ..application import AlreadyScheduled, Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.application import AlreadyScheduled, Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_corridor import soon
 from .test_lease import EXPIRED, calls, eventually, promise, rows
 

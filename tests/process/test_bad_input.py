@@ -28,13 +28,13 @@ from recall_worker import schema
 from recall_worker.database import ledger as ledger_module
 from recall_worker.database.ledger import Ledger
 
-from .. import postgres
-from ..application import CREATE_TABLES, AlreadyScheduled, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Answer, Endpoint, Gate, Raw, Request, reply
-from ..look import look
-from ..proxy import Proxy
+from ..support import postgres
+from ..support.application import CREATE_TABLES, AlreadyScheduled, Application
+from ..support.claiming import claim_due
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
+from ..support.proxy import Proxy
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows
 
@@ -785,10 +785,10 @@ async def test_a_row_that_is_put_aside_is_tried_again(
     await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())
     ledger = Ledger(database, "w", 60)
     try:
-        claimed = await look(ledger, 5)
+        claimed = await claim_due(ledger, 5)
         assert [claim.session_id for claim in claimed.claims] == ["good"]
         assert [reason for _, reason in claimed.stranded] == ["nobody touches this !!!"]
-        claimed = await look(ledger, 5)
+        claimed = await claim_due(ledger, 5)
         assert (
             not claimed.claims
             and not claimed.stranded
@@ -797,7 +797,7 @@ async def test_a_row_that_is_put_aside_is_tried_again(
         )
         await db.execute("drop trigger untouchable on session_recalls")
         await db.execute("select pg_sleep(0.4)")
-        claimed = await look(ledger, 5)
+        claimed = await claim_due(ledger, 5)
         assert [claim.session_id for claim in claimed.claims] == ["bad"]
     finally:
         await ledger.close()

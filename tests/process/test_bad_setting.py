@@ -32,11 +32,11 @@ from recall_worker.protocols.http import HttpClient
 from recall_worker.settings import Settings, SettingsError, read
 from recall_worker.terminal import UNREACHABLE, USAGE, Trouble, explain
 
-from .. import postgres
-from ..application import CREATE_TABLES, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, reply
+from ..support import postgres
+from ..support.application import CREATE_TABLES, Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, reply
 from .test_corridor import row
 from .test_lease import eventually, promise, rows
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
 from .test_accepted import accepted
 from .test_corridor import row
 from .test_lease import calls, eventually, promise, rows

@@ -12,10 +12,10 @@ import pytest
 
 from recall_worker import Recalls
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
 from .test_lease import calls, eventually, rows
 
 

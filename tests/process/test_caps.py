@@ -6,11 +6,11 @@ import asyncio
 
 from recall_worker.database.ledger import Ledger
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..look import look
+from ..support.application import Application
+from ..support.claiming import claim_due
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_corridor import row, soon
 
 
@@ -89,7 +89,9 @@ async def test_claims_under_a_fleet_cap_race_without_overshooting(
     )
     ledgers = [Ledger(database, f"w{n}", 60, fleet=5) for n in range(8)]
     for _ in range(20):
-        answers = await asyncio.gather(*(look(ledger, 3, take_expired=False) for ledger in ledgers))
+        answers = await asyncio.gather(
+            *(claim_due(ledger, 3, take_expired=False) for ledger in ledgers)
+        )
         assert sum(len(answer.claims) for answer in answers) == 5
         assert all(answer.waiting for answer in answers if not answer.claims)
         await db.execute("update session_recalls set lease = null, lease_until = null, attempt = 0")

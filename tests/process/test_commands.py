@@ -27,8 +27,8 @@ from typer.main import get_command
 from recall_worker.cli.app import app
 from recall_worker.settings import ignored, read
 
-from .. import postgres
-from ..postgres import free_port
+from ..support import postgres
+from ..support.postgres import free_port
 from ..test_docs import DOCUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent

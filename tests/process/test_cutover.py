@@ -23,11 +23,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from ..application import CREATE_TABLES, AlreadyScheduled, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..scheduler import Scheduler
+from ..support.application import CREATE_TABLES, AlreadyScheduled, Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.scheduler import Scheduler
 from ..test_cli import operate
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows

@@ -19,10 +19,10 @@ import pytest
 
 from recall_worker.embedded import EmbeddedServer
 
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from ..test_cli import process
 from .test_accepted import DONE, ON, accepted
 from .test_corridor import soon

@@ -21,10 +21,10 @@ from uuid import uuid4
 
 import pytest
 
-from .. import machine, postgres
-from ..application import CREATE_TABLES, Application
 from ..conftest import connected
-from ..endpoint import Endpoint, Gate
+from ..support import machine, postgres
+from ..support.application import CREATE_TABLES, Application
+from ..support.endpoint import Endpoint, Gate
 from .test_lease import eventually, promise
 
 TOOLS = ("dockerd", "docker", "docker-compose", "debootstrap")

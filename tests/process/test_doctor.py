@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..pgbouncer import pooler
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.pgbouncer import pooler
 from ..test_cli import operate
 from .test_lease import eventually, promise
 

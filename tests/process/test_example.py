@@ -15,8 +15,8 @@ import pytest
 
 from recall_worker import schema
 
-from ..daemon import Daemons
-from ..postgres import free_port
+from ..support.daemon import Daemons
+from ..support.postgres import free_port
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fastapi_agent"
 

@@ -10,10 +10,10 @@ import pytest
 
 from recall_worker.statements import generation
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate
 from .test_lease import eventually, promise, rows
 
 UNIT = Path(__file__).parent.parent.parent / "systemd" / "recall-worker.service"

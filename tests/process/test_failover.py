@@ -23,12 +23,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
-from .. import postgres
-from ..application import CREATE_TABLES, AlreadyScheduled, Application
 from ..conftest import connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..proxy import Proxy
+from ..support import postgres
+from ..support.application import CREATE_TABLES, AlreadyScheduled, Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.proxy import Proxy
 from ..test_cli import operate
 from .test_bad_setting import Standby
 from .test_lease import calls, eventually, promise, rows

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
 from .test_corridor import soon
 from .test_lease import promise
 

@@ -29,7 +29,7 @@ import pytest
 from psycopg import sql
 
 from ..conftest import Connection
-from ..daemon import Daemon, Daemons
+from ..support.daemon import Daemon, Daemons
 from ..test_cli import operate
 from ..test_terminal import SGR, STORABLE
 from .test_lease import eventually, rows

@@ -9,11 +9,11 @@ import pytest
 
 from recall_worker.database.connection import Deadlines, session_setup
 
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate
+from ..support.proxy import Proxy
 from .test_lease import calls, eventually, promise
 
 LEASE = 4.0

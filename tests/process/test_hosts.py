@@ -26,11 +26,11 @@ from recall_worker import schema
 from recall_worker.protocols import http
 from recall_worker.settings import Settings
 
-from .. import network, postgres
-from ..application import CREATE_TABLES, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support import network, postgres
+from ..support.application import CREATE_TABLES, Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_lease import eventually, promise, rows
 
 ROOT = Path(__file__).parents[2]

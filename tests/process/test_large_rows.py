@@ -14,10 +14,10 @@ import pytest
 
 from recall_worker.settings import SettingsError, read
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate
 from .test_corridor import row, soon
 from .test_lease import calls, eventually, promise, rows
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ..application import AlreadyScheduled, Application
 from ..conftest import Connection
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, Raw, reply
+from ..support.application import AlreadyScheduled, Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, reply
 from ..test_cli import process
 from .test_accepted import ON, accepted
 from .test_corridor import row, soon

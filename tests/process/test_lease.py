@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ..application import MARK_CANCELLED, MARK_FIRED, RESCHEDULE, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..proxy import Proxy
+from ..support.application import MARK_CANCELLED, MARK_FIRED, RESCHEDULE, Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.proxy import Proxy
 from .test_corridor import row, soon
 
 

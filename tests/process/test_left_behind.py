@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.proxy import Proxy
 from ..test_cli import process
 from .test_accepted import DONE, ON, accepted
 from .test_corridor import row, soon

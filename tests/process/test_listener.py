@@ -7,11 +7,11 @@ import time
 import psycopg
 import pytest
 
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.proxy import Proxy
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows
 from .test_outage import terminate

@@ -22,11 +22,11 @@ import pytest
 
 from recall_worker import statements
 
-from .. import machine, postgres
-from ..application import CREATE_TABLES, Application
 from ..conftest import Connection, connected
-from ..endpoint import Endpoint, Gate, Request
-from ..machine import Machine
+from ..support import machine, postgres
+from ..support.application import CREATE_TABLES, Application
+from ..support.endpoint import Endpoint, Gate, Request
+from ..support.machine import Machine
 from .test_lease import eventually, promise, rows
 
 lacking = machine.missing()

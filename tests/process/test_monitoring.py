@@ -18,9 +18,9 @@ import aiohttp
 import pytest
 import yaml
 
-from ..application import Application
-from ..daemon import Daemons
-from ..postgres import free_port
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.postgres import free_port
 from .test_lease import promise
 from .test_ops import address, read, scrape
 

@@ -16,11 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from recall_worker.embedded import EmbeddedServer
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.proxy import Proxy
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows
 from .test_outage import own_server, replicas

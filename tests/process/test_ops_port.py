@@ -13,9 +13,9 @@ import pytest
 
 from recall_worker.ops.pages import ANSWER_DEADLINE, HEAD_DEADLINE
 
-from ..application import Application
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint
 from .test_lease import promise
 from .test_ops import address, read, until
 

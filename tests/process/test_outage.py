@@ -18,12 +18,12 @@ import pytest
 from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
-from .. import postgres
-from ..application import CREATE_TABLES, AlreadyScheduled, Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
-from ..proxy import Proxy
+from ..support import postgres
+from ..support.application import CREATE_TABLES, AlreadyScheduled, Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.proxy import Proxy
 from .test_corridor import row
 from .test_lease import calls, eventually, promise, rows
 

@@ -24,11 +24,11 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 
-from .. import postgres
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Answer, Endpoint, Gate, Raw, Request, reply
+from ..support import postgres
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
 from .test_corridor import soon
 
 COMMENT = "for operators' eyes only: rosebud"

@@ -17,13 +17,13 @@ from psycopg_pool import AsyncConnectionPool
 
 from recall_worker import RecallExists, Recalls, schema
 
-from .. import postgres
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..pgbouncer import PgBouncer, pooler
-from ..proxy import Proxy
+from ..support import postgres
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.pgbouncer import PgBouncer, pooler
+from ..support.proxy import Proxy
 from ..test_cli import operate
 from .test_corridor import soon
 from .test_lease import calls, eventually, promise, rows

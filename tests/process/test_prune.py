@@ -10,10 +10,10 @@ import pytest
 
 from recall_worker.embedded import EmbeddedServer
 
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
 from .test_lease import eventually, promise, rows
 from .test_ops import scrape, value
 from .test_outage import own_server, replicas

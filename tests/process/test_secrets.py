@@ -24,11 +24,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.terminal import UNREACHABLE, USAGE
 
-from .. import postgres
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemon, Daemons
-from ..endpoint import Endpoint, reply
+from ..support import postgres
+from ..support.application import Application
+from ..support.daemon import Daemon, Daemons
+from ..support.endpoint import Endpoint, reply
 from ..test_cli import operate, process
 from ..test_http import CERTIFICATE, KEY
 from .test_bad_setting import heard

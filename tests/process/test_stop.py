@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.proxy import Proxy
 from .test_corridor import row
 from .test_lease import calls, eventually, promise
 

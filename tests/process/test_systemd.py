@@ -16,11 +16,11 @@ import pytest
 
 from recall_worker.terminal import OUTDATED
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate
-from ..proxy import Proxy
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate
+from ..support.proxy import Proxy
 from .test_lease import promise
 
 

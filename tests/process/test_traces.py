@@ -12,10 +12,10 @@ from typing import Any, Self
 import pytest
 from aiohttp import web
 
-from ..application import Application
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, reply
-from ..postgres import free_port
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, reply
+from ..support.postgres import free_port
 from .test_lease import promise
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")

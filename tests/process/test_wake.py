@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from ..application import Application
 from ..conftest import Connection, connected
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_lease import eventually, rows
 
 STEP = timedelta(milliseconds=200)

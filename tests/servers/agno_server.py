@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
-from ..endpoint import Endpoint, Raw, reply
+from ..support.endpoint import Endpoint, Raw, reply
 from . import Server, environment, free_port
 
 HERE = Path(__file__).resolve().parent

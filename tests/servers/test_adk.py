@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from ..endpoint import Endpoint, Gate
+from ..support.endpoint import Endpoint, Gate
 from .agno_server import AdkServer
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]  # The first test may have to install it.

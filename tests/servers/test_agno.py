@@ -36,13 +36,13 @@ from recall_worker.recall import (
 from recall_worker.settings import SettingsError
 from recall_worker.settings import read as read_settings
 
-from .. import postgres
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, reply
 from ..process.test_corridor import row
 from ..process.test_lease import calls, eventually, promise
+from ..support import postgres
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, reply
 from ..test_recall import claim_with
 from .agno_server import AgnoServer, Asked, Relay
 

@@ -35,12 +35,12 @@ from recall_worker.recall import (
 )
 from recall_worker.settings import read
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Raw, reply
 from ..process.test_corridor import row, soon
 from ..process.test_lease import calls, eventually
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Raw, reply
 from ..test_recall import claim_with
 from .langgraph_server import LangGraphServer
 

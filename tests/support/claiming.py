@@ -1,4 +1,4 @@
-"""A look at what is due, as the worker takes it: a claim, and what comes after it."""
+"""Claim what is due in the order of statements that the worker uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recall_worker.recall import Claim
 
 
 @dataclass(frozen=True)
-class Look:
+class DueClaims:
     claims: list[Claim]
     waiting: bool
     next_in: float | None
@@ -18,10 +18,13 @@ class Look:
     stranded: list[tuple[str, str]]
 
 
-async def look(
+async def claim_due(
     ledger: Ledger, slots: int = 3, *, take_expired: bool = True, in_hand: Collection[str] = ()
-) -> Look:
-    """Take up what was left and claim what is due, and see what that left behind; once more where something fell due meanwhile."""
+) -> DueClaims:
+    """Take over expired leases, claim what is due, and ask what is due next.
+
+    Claims once more where something fell due in the meantime.
+    """
     claims: list[Claim] = []
     stranded: list[tuple[str, str]] = []
     for once_more in (True, False):
@@ -35,9 +38,9 @@ async def look(
         claims += claimed.claims
         stranded += claimed.stranded
         if claimed.refused:
-            return Look(claims, True, None, False, stranded)
+            return DueClaims(claims, True, None, False, stranded)
         ahead = await ledger.next_due(claimed_at=claimed.asked_at)
         if not (ahead.fresh and once_more) or len(claims) == slots:
             break
     claims.sort(key=lambda claim: -claim.lag)
-    return Look(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)
+    return DueClaims(claims, ahead.waiting, ahead.next_in, ahead.moved, stranded)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 SUITE = "bookworm"
 PYTHON = "3.11"
 """The suite's Python, for which the wheels are fetched, whatever runs the tests."""
