@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,14 @@ def metrics_table() -> str:
 def layers() -> str:
     """The rooms, top first, as `lint-imports` holds them apart."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        [contract] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    [contract] = [c for c in contracts if c["name"] == "imports run downwards only"]
     rooms = [
         [room.strip().removeprefix("recall_worker.") for room in layer.split("|")]
         for layer in contract["layers"]
     ]
-    return " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms) + "\n"
+    names = " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms)
+    return textwrap.fill(names, 100) + "\n"
 
 
 def operations_tables() -> str:

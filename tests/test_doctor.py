@@ -536,8 +536,12 @@ async def test_pooling_by_statement(ward: Ward, database: str) -> None:
     ],
 )
 async def test_a_clock_that_is_off(
-    secret: str | None, words: str, ward: Ward, faketime: str, tmp_path: Path
-) -> None:  # noqa: F811
+    secret: str | None,
+    words: str,
+    ward: Ward,
+    faketime: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     """A host's clock that is seven hours ahead is measured, and is no problem; where it goes into signatures, that is said."""
     offset = tmp_path / "offset"
     offset.write_text("+7h\n")

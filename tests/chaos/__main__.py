@@ -253,7 +253,9 @@ def main() -> int:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", help=f"{what}; drawn by the seed where not given")
     parser.add_argument("--only", help="kinds of faults, with commas between: " + ", ".join(KINDS))
-    parser.add_argument("--patch", type=Path, help="a patch to plant in the code that is audited")
+    parser.add_argument(
+        "--patch", type=Path, help="a defect of tests/planted, for the code that is audited"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
         "--report",

@@ -27,6 +27,7 @@ from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
 from ..support.application import CREATE_TABLES
+from ..support.planted import plant
 from ..support.proxy import Proxy
 from .api import Api
 from .drawn import Drawn
@@ -65,10 +66,11 @@ def commit() -> str | None:
         return None
 
 
-def install(folder: Path, patch: Path | None = None) -> Path:
-    """Build the wheel of this checkout, with a patch applied to a copy of it where one is given; the folder it is installed in."""
+def install(folder: Path, defect: Path | None = None) -> Path:
+    """Build the wheel of this checkout, or of a copy of it with a planted defect; the folder in
+    which it is installed."""
     source = ROOT
-    if patch is not None:
+    if defect is not None:
         source = folder / "source"
         for name in AUDITED:
             if (ROOT / name).is_dir():
@@ -77,7 +79,7 @@ def install(folder: Path, patch: Path | None = None) -> Path:
                 )
             else:
                 shutil.copy(ROOT / name, source)
-        subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(patch)], cwd=source, check=True)
+        plant(defect, source)
     wheels, site = folder / "wheel", folder / "site"
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)],

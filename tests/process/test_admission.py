@@ -23,8 +23,10 @@ LEASE = 2.0
 
 @pytest.mark.full
 async def test_shutting_down(
-    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
-) -> None:  # noqa: F811
+    own_server: EmbeddedServer,  # noqa: F811
+    replicas: Daemons,  # noqa: F811
+    endpoint: Endpoint,
+) -> None:
     """It lets nobody in for three leases: so nobody takes leases either. The run goes on, and is settled when it is up again."""
     gate = Gate()
     endpoint.script("open", gate)

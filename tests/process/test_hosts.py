@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import shutil
 import socket
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -31,6 +28,7 @@ from ..support import network, postgres
 from ..support.application import CREATE_TABLES, Application
 from ..support.daemon import Daemon, Daemons
 from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
+from ..support.planted import FOLDER, SUFFIX, copy_with
 from .test_lease import eventually, promise, rows
 
 ROOT = Path(__file__).parents[2]
@@ -168,24 +166,10 @@ async def test_a_planted_defect_is_found(
     hosts: Hosts, defect: str, seen: str, tmp_path: Path
 ) -> None:
     """The same check on a copy of the code with a defect in it fails, and says why."""
-    plant(defect, tmp_path)
+    copy_with(FOLDER / f"{defect}{SUFFIX}", tmp_path)
     hosts.environ |= {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     with pytest.raises(AssertionError, match=seen):
         await part(hosts, "one", "silent")
-
-
-def plant(defect: str, folder: Path) -> None:
-    """The code as it is shipped, with a defect: those in `planted/` are patches."""
-    for name in ("recall_worker", "sql"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Not of the repository that the folder may happen to be in.
-    environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(
-        ["git", "apply", str(ROOT / f"tests/process/planted/{defect}.patch")],
-        cwd=folder,
-        check=True,
-        env=environ,
-    )
 
 
 async def part(hosts: Hosts, cut_off: str, how: str) -> None:

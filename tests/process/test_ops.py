@@ -145,10 +145,8 @@ async def test_a_fleets_counts_add_up(
     )
     for worker in workers:
         await worker.until(
-            lambda worker=worker: (
-                len(worker.told("recall.settled")) == len(worker.told("recall.claimed"))
-            )
-        )  # type: ignore[misc]
+            partial(_all_settled, worker)
+        )
     pages = [await scrape(worker) for worker in workers]
     counted = {
         outcome: sum(value(page, "outcomes_total", outcome=outcome) or 0 for page in pages)

@@ -24,8 +24,10 @@ LEASE = 3.0
 
 @pytest.mark.full
 async def test_postgresql(
-    own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
-) -> None:  # noqa: F811
+    own_server: EmbeddedServer,  # noqa: F811
+    replicas: Daemons,  # noqa: F811
+    endpoint: Endpoint,
+) -> None:
     """A paused PostgreSQL can't be told from one that others reach: runs are broken off, and called again under their keys when it goes on."""
     gates = {session: Gate() for session in ("once", "recurring", "also")}
     for session, gate in gates.items():

@@ -173,11 +173,9 @@ class Endpoint:
         self._open.add(writer)
         try:
             while (request := await self._read(reader)) is not None:
-                await self._tell(lambda request=request: self.requests.append(request))  # type: ignore[misc]
+                await self._tell(partial(self.requests.append, request))
                 keep = await self._answer(request, reader, writer)
-                await self._tell(
-                    lambda request=request: setattr(request, "ended_at", time.monotonic())
-                )  # type: ignore[misc]
+                await self._tell(partial(setattr, request, "ended_at", time.monotonic()))
                 if not keep:
                     return
         except (ConnectionError, asyncio.IncompleteReadError):

@@ -1,4 +1,5 @@
-"""Planted defects: each patch is applied to a copy of what is shipped, and the model must find it; the copy as it is stays green."""
+"""Planted defects: each is applied to a copy of what is shipped, and the model must find it; the
+copy without a defect stays green."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PATCHES = sorted((HERE / "patches").glob("*.patch"))
+from ..support.planted import ROOT, plant, planted
+
+DEFECTS = planted("model")
 LIVES = "500"
 """Lives that a defect may take to be found; most take a tenth of that."""
 
@@ -65,15 +66,10 @@ def live(copy: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.full
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("patch", PATCHES, ids=[patch.stem for patch in PATCHES])
-def test_a_planted_defect_is_found(patch: Path, copy: Path) -> None:
-    """The patch applies to what is shipped, and with it the model's test is red, by a life that went otherwise than DESIGN says."""
-    applied = subprocess.run(
-        ["patch", "-p1", "--fuzz=0", "-i", str(patch)], cwd=copy, capture_output=True, text=True
-    )
-    assert applied.returncode == 0, (
-        f"{patch.name} no longer applies: {applied.stdout}{applied.stderr}"
-    )
+@pytest.mark.parametrize("defect", DEFECTS, ids=[defect.stem for defect in DEFECTS])
+def test_a_planted_defect_is_found(defect: Path, copy: Path) -> None:
+    """With the defect the model's test is red, by a life that went otherwise than DESIGN says."""
+    plant(defect, copy)
     begun = time.monotonic()
     found = live(copy)
     took = time.monotonic() - begun
@@ -81,19 +77,19 @@ def test_a_planted_defect_is_found(patch: Path, copy: Path) -> None:
     assert "AssertionError" in found.stdout and "state.begin(" in found.stdout, found.stdout[-3000:]
     which = re.search(r"Found in life ([0-9]+)[.]", found.stdout)
     assert which is not None, found.stdout[-3000:]
-    # How fast, for whoever asks: pytest -rP.
+    # pytest -rP shows how fast.
     steps = len(re.findall(r"state[.](?!begin|teardown)[a-z_]+[(]", found.stdout))
-    print(f"{patch.stem}: found after {took:.1f} s, in life {which[1]}, by {steps} steps")
+    print(f"{defect.stem}: found after {took:.1f} s, in life {which[1]}, by {steps} steps")
 
 
 @pytest.mark.full
 @pytest.mark.timeout(240)
 def test_without_it_the_copy_is_green(copy: Path) -> None:
-    """Nothing but the patch makes it red."""
+    """Nothing but the defect makes it red."""
     found = live(copy)
     assert found.returncode == 0, found.stdout[-3000:]
 
 
-def test_there_are_patches() -> None:
-    """Nobody takes an empty directory for a test."""
-    assert len(PATCHES) >= 5
+def test_there_are_defects() -> None:
+    """An empty directory is no test."""
+    assert len(DEFECTS) >= 9
