@@ -178,6 +178,7 @@ def test_a_time_in_a_zone_of_ours() -> None:
     when = datetime(2027, 7, 1, 9, tzinfo=cadence.zone("Europe/Berlin"))
     assert copy.deepcopy(when) == pickle.loads(pickle.dumps(when)) == when
     planned = cadence.plan(NOON, 0.0, at=when).at
+    assert planned is not None
     assert planned == when and planned.tzinfo is UTC
 
 

@@ -33,7 +33,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 LAYERS_MARK = (
-    "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+    "<!-- the lines below are written by `python -m tests.test_docs`, from pyproject.toml -->\n"
 )
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -331,5 +331,5 @@ if __name__ == "__main__":
         path.write_text(text[: text.index(mark)] + mark + generated, encoding="utf-8")
     before, _, after = CONTRIBUTING.read_text(encoding="utf-8").partition(LAYERS_MARK)
     CONTRIBUTING.write_text(
-        before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8"
+        before + LAYERS_MARK + layers() + "\n" + after.partition("\n\n")[2], encoding="utf-8"
     )

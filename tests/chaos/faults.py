@@ -181,11 +181,16 @@ async def postgres_restart(scene: Scene) -> None:
 
 
 async def bells(scene: Scene) -> None:
-    await scene.terminate("recall-worker bell%")
+    await scene.terminate("recall-worker listener%")
 
 
 async def ledgers(scene: Scene) -> None:
     await scene.terminate("recall-worker ledger%")
+
+
+async def _stirs(conn: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether anything in the table could wake a worker within the next seconds."""
+    return await (await conn.execute(STIRRING.encode())).fetchone() != (0,)
 
 
 async def lone_ring(scene: Scene) -> None:
@@ -194,11 +199,9 @@ async def lone_ring(scene: Scene) -> None:
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(scene.drawn.quiet_within), _asking(scene.stage.dsn) as conn:
-                while conn is not None and (
-                    await (await conn.execute(STIRRING.encode())).fetchone()
-                ) != (0,):  # noqa: ASYNC110 - a table
+                while conn is not None and await _stirs(conn):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
-                await scene.terminate("recall-worker bell%")
+                await scene.terminate("recall-worker listener%")
                 scene.fault.lone = await scene.hand.promise("immediate", 0)
                 await scene.lasts(HEARD_WITHIN + 0.5, HEARD_WITHIN + 1)
     finally:

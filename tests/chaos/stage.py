@@ -140,6 +140,9 @@ class Replica:
                 return
             await asyncio.sleep(0.05)
 
+    def is_ready(self) -> bool:
+        return self.log.exists() and bool(self.events("worker.ready"))
+
     def events(self, name: str) -> list[dict[str, Any]]:
         found = []
         for line in self.log.read_text(errors="replace").splitlines():
@@ -278,9 +281,7 @@ class Stage:
     async def up(self) -> None:
         """Wait until every replica is at work."""
         async with asyncio.timeout(60):
-            while not all(
-                replica.log.exists() and replica.events("worker.ready") for replica in self.replicas
-            ):  # noqa: ASYNC110 - a log
+            while not all(replica.is_ready() for replica in self.replicas):  # noqa: ASYNC110 - a log
                 await asyncio.sleep(0.05)
 
     async def kill_postgres(self) -> None:

@@ -134,7 +134,7 @@ async def one_house(server: str, template: str) -> AsyncIterator[House]:
                     db,
                     endpoint,
                     proxy,
-                    await daemons.start(poll_interval=5, lease=3),
+                    await daemons.start(poll_interval=5, lease=3, message_limit=5_000_000),
                     itertools.count(1),
                 )
 
@@ -779,7 +779,7 @@ async def test_a_row_that_is_put_aside_is_tried_again(
     app: Application, database: str, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What could not be claimed is passed over for a while, by each worker for itself, and claimed once PostgreSQL allows it."""
-    monkeypatch.setattr(ledger_module, "ASIDE", 0.3)
+    monkeypatch.setattr(ledger_module, "ASIDE_FIRST", 0.3)
     await promise(app, "bad")
     await promise(app, "good")
     await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())

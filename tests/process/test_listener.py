@@ -88,7 +88,7 @@ async def test_the_bells_backend_is_terminated(
     daemon = await daemons.start(poll_interval=30)
     for n in range(3):
         await daemon.hears("listener.listening", times=n + 1)
-        assert await terminate(db, "recall-worker bell") == 1
+        assert await terminate(db, "recall-worker listener") == 1
         await promise(app, f"s{n}")
         await endpoint.count(1, f"s{n}")
     assert len(endpoint.requests) == 3

@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 import pytest
@@ -26,6 +27,10 @@ from .test_lease import eventually, promise, rows
 from .test_outage import own_server, replicas
 
 __all__ = ["own_server", "replicas"]  # fixtures
+
+
+def _all_settled(worker: Daemon) -> bool:
+    return len(worker.told("recall.settled")) == len(worker.told("recall.claimed"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +149,7 @@ async def test_a_fleets_counts_add_up(
         within=60,
     )
     for worker in workers:
-        await worker.until(
-            partial(_all_settled, worker)
-        )
+        await worker.until(partial(_all_settled, worker))
     pages = [await scrape(worker) for worker in workers]
     counted = {
         outcome: sum(value(page, "outcomes_total", outcome=outcome) or 0 for page in pages)

@@ -176,7 +176,7 @@ async def test_started_while_it_is_away(
     assert await daemon.stop() == 0
 
 
-@pytest.mark.parametrize("name", ["recall-worker bell", "recall-worker ledger"])
+@pytest.mark.parametrize("name", ["recall-worker listener", "recall-worker ledger"])
 async def test_connections_terminated(
     name: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -209,7 +209,7 @@ async def test_every_connection_is_named(database: str, db: Connection, daemons:
     )
     names = Counter(str(f["application_name"]) for f in found)
     assert set(names) == {
-        f"recall-worker bell {daemon.name}"[:63],
+        f"recall-worker listener {daemon.name}"[:63],
         f"recall-worker ledger {daemon.name}"[:63],
     }
     assert sum(names.values()) <= 4

@@ -12,6 +12,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "planted"
@@ -88,5 +89,5 @@ def _pattern(code: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){pattern}" if tokens[0][0].isalnum() else pattern)
 
 
-def _read(defect: Path) -> dict[str, list[dict[str, str]]]:
+def _read(defect: Path) -> dict[str, Any]:
     return tomllib.loads(defect.read_text(encoding="utf-8"))
