@@ -305,7 +305,7 @@ def endings(records: Records) -> Iterator[str]:
         elif (
             status == "fired"
             and not any(records.succeeded(c) for c in calls)
-            and not (row["last_outcome"] == "over" and promise.moves)
+            and not (row["last_outcome"] == "expired" and promise.moves)
         ):
             # Skips and moves may take the last of its numbers; which were never called, `numbers` counts.
             yield f"lost: {promise.id} ({promise.kind}) is fired, though no call of it was answered so"
@@ -354,7 +354,7 @@ def numbers(records: Records) -> Iterator[str]:
             continue
         called = {c.number[0] for c in records.by_recall[promise.id]}
         # A skip may lead to a number beyond the recall's end, which then ends it uncalled.
-        was_called = row["status"] in ("fired", "failed") and row["last_outcome"] != "over"
+        was_called = row["status"] in ("fired", "failed") and row["last_outcome"] != "expired"
         last = row["occurrence"] if was_called else row["occurrence"] - 1
         missing = [n for n in range(1, last + 1) if n not in called]
         if len(missing) > promise.moves:

@@ -176,7 +176,7 @@ class Row:
                 self.attempt, self.deferrals, self.begun, self.planned = 1, 0, None, self.trigger
         if fresh:
             if self._past_its_end(self.scheduled, self.occurrence):
-                self._finish("fired", "over", called=False)
+                self._finish("fired", "expired", called=False)
                 return "ended"
             allowed = None if self.grace is None else max(1, self.grace) + (self.jitter or 0)
             if allowed is not None and (now - self.scheduled).total_seconds() > allowed:
