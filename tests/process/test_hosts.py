@@ -31,7 +31,6 @@ from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from ..support.planted import FOLDER, SUFFIX, copy_with
 from .test_lease import eventually, promise, rows
 
-ROOT = Path(__file__).parents[2]
 LEASE = 4.0
 PARTED = 3 * LEASE
 LATE = 2.5

@@ -29,9 +29,11 @@ def planted(found_by: str | None = None) -> list[Path]:
     return [f for f in files if found_by is None or found_by in _read(f)["found_by"]]
 
 
-def plant(defect: Path, root: Path) -> None:
-    """Change the files below `root` as the defect says. Raises DoesNotApplyError; then no file has
-    been changed."""
+def plant(defect: Path, root: Path) -> list[Path]:
+    """Change the files below `root` as the defect says; the files that were changed.
+
+    Raises DoesNotApplyError; then no file has been changed.
+    """
     changed: dict[Path, str] = {}
     for change in _read(defect)["changes"]:
         path = root / change["file"]
@@ -44,13 +46,14 @@ def plant(defect: Path, root: Path) -> None:
             raise DoesNotApplyError(f"{defect.name} on {change['file']}: {error}") from None
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
+    return list(changed)
 
 
-def copy_with(defect: Path, folder: Path) -> None:
-    """Copy the package and its SQL into the folder, and plant the defect there."""
+def copy_with(defect: Path, folder: Path) -> list[Path]:
+    """Copy the package and its SQL into the folder, and plant the defect there; the changed files."""
     for name in ("recall_worker", "sql"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    plant(defect, folder)
+    return plant(defect, folder)
 
 
 def replaced(text: str, before: str, after: str, statement: str | None = None) -> str:
