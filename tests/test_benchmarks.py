@@ -1,4 +1,5 @@
-"""The benchmarks: their document says what was measured, and their command works. How fast anything is, is not a test's business."""
+"""The benchmarks: their document says what was measured, and their command works. How fast anything
+is, is not a test's business."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ DOCS = ROOT / "docs"
 
 
 def test_the_figures_documented_are_those_measured() -> None:
-    """docs/performance.md carries the tables that docs/performance.json gives, and every plot that it shows is there."""
+    """docs/performance.md carries the tables that docs/performance.json gives, and every plot that
+    it shows is there."""
     text = (DOCS / "performance.md").read_text(encoding="utf-8")
     start, end = text.index(BEGIN.format("performance.json")), text.index(END)
     figures = json.loads((DOCS / "performance.json").read_text(encoding="utf-8"))
@@ -31,12 +33,25 @@ def test_the_figures_documented_are_those_measured() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(180)
 def test_a_quick_run_measures_and_reports(tmp_path: Path) -> None:
-    """Inserts and an idle replica, quickly: whichever peers are installed, recall-worker's own figures are there, as JSON and as tables."""
+    """Inserts and an idle replica, quickly: whichever peers are installed, recall-worker's own
+    figures are there, as JSON and as tables."""
     found = tmp_path / "found.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick", "--only", "inserting,idle", "--json", str(found)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "--quick",
+            "--only",
+            "inserting,idle",
+            "--json",
+            str(found),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     measures = json.loads(found.read_text(encoding="utf-8"))["measures"]
     assert measures["idle"]["found"]["recall-worker"]["connections"] == 4

@@ -1,4 +1,5 @@
-"""The documents against the code, so that they can't drift apart. `python -m tests.test_docs` writes what is generated."""
+"""The documents against the code, so that they can't drift apart. `python -m tests.test_docs`
+writes what is generated."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_the_operations_documented_are_those_shown() -> None:
 
 
 def test_the_layers_documented_are_those_checked() -> None:
-    """CONTRIBUTING.md lists the layers of pyproject.toml, and each of them is a room that is there."""
+    """CONTRIBUTING.md lists the layers of pyproject.toml, and each of them is a room that is
+    there."""
     assert LAYERS_MARK + layers() in CONTRIBUTING.read_text(encoding="utf-8")
     for room in re.findall(r"`(\w+)`", layers()):
         assert any((ROOT / "recall_worker" / name).exists() for name in (room, f"{room}.py"))
@@ -181,7 +183,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_is_there(path: Path) -> None:
-    """Each file and folder that a document names exists, each link leads somewhere, and to a heading that is there."""
+    """Each file and folder that a document names exists, each link leads somewhere, and to a
+    heading that is there."""
     text = path.read_text(encoding="utf-8")
     assert [
         name
@@ -239,7 +242,8 @@ def blocks(path: Path, language: str) -> list[str]:
     ids=["application.md", "README.md", "cadence.md"],
 )
 async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Application) -> None:
-    """Every statement of a document's SQL runs as it stands, in order, through the application's own driver, and finds its row."""
+    """Every statement of a document's SQL runs as it stands, in order, through the application's
+    own driver, and finds its row."""
     await app.create_session("session-1", "ann")
     [text] = blocks(path, "sql")
     statements = [
@@ -249,13 +253,15 @@ async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Appli
 
 
 async def test_the_statements_move_and_skip(app: Application, db: Connection) -> None:
-    """The document's recurring recall is due in an hour, then skipped to two, then moved to ten minutes, then cancelled."""
+    """The document's recurring recall is due in an hour, then skipped to two, then moved to ten
+    minutes, then cancelled."""
     await app.create_session("session-1", "ann")
     due = []
     for statement in re.sub(r"--.*", "", blocks(APPLICATION, "sql")[0]).split(";")[:-1]:
         await app.connection.execute(statement)
         cursor = await db.execute(
-            "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status from session_recalls"
+            "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status "
+            "from session_recalls"
         )
         due.append(tuple((await cursor.fetchall())[0].values()))
     assert due == [
@@ -284,7 +290,8 @@ async def python(app: Application) -> dict[str, Any]:
 async def test_the_example_for_psycopg(
     python: dict[str, Any], app: Application, database: str
 ) -> None:
-    """The message and the recall are written together; the second time the message is, and the session keeps the recall it has."""
+    """The message and the recall are written together; the second time the message is, and the
+    session keeps the recall it has."""
     async with AsyncConnectionPool(database, open=False, min_size=1, max_size=2) as pool:
         recall = await python["psycopg"](pool, "session-1")
         assert await python["psycopg"](pool, "session-1") == "has one already"
@@ -293,7 +300,8 @@ async def test_the_example_for_psycopg(
 
 
 async def test_the_example_for_asyncpg(python: dict[str, Any], app: Application) -> None:
-    """One recall is scheduled; the second time the session has one already, and the connection is still good."""
+    """One recall is scheduled; the second time the session has one already, and the connection is
+    still good."""
     recall = await python["asyncpg"](app.connection, "session-1")
     assert await python["asyncpg"](app.connection, "session-1") == "has one already"
     assert [row["id"] for row in await app.list_by_session("session-1")] == [recall]

@@ -1,4 +1,5 @@
-"""What people ask: `list`, `show`, `why`, `workers`, `stats`, and what `prune` leaves; first that the answers are right, then that they are quick."""
+"""What people ask: `list`, `show`, `why`, `workers`, `stats`, and what `prune` leaves; first that
+the answers are right, then that they are quick."""
 
 from __future__ import annotations
 
@@ -28,24 +29,30 @@ from .test_cli import operate, rows_of
 
 HOUR = timedelta(hours=1)
 RECALL = """
-insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
-values (%(id)s, %(session)s, %(call_type)s, now() + %(due)s * interval '1 second', case %(call_type)s when 'recurring' then 3600 end,
+insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
+    additional_context_message, status, created_at, updated_at)
+values (%(id)s, %(session)s, %(call_type)s, now() + %(due)s * interval '1 second',
+    case %(call_type)s when 'recurring' then 3600 end,
     'Look again.', %(status)s, now(), now())
 """
 WORKER = """
 insert into recall_workers (worker, host, pid, version, slots, seen_at, breaker, settings)
-values (%(worker)s, 'h', 1, '0.1.0', %(slots)s, now() - %(silent)s * interval '1 second', %(breaker)s, %(settings)s)
+values (%(worker)s, 'h', 1, '0.1.0', %(slots)s, now() - %(silent)s * interval '1 second',
+    %(breaker)s, %(settings)s)
 """
 LEASE = """
 update session_recalls
-set lease = gen_random_uuid(), leased_by = %(worker)s, leased_at = now() - interval '5 seconds', attempt = 1,
+set lease = gen_random_uuid(), leased_by = %(worker)s, leased_at = now() - interval '5 seconds',
+    attempt = 1,
     lease_until = now() + %(left)s * interval '1 second'
 where id = %(id)s
 """
 MARK = """
-insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, calls, scheduled_for, called_at,
+insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
+    lease, calls, scheduled_for, called_at,
     last_called_at, ended_at, http_status, reason, settled)
-values (%(id)s, %(occurrence)s, 0, %(attempt)s, %(outcome)s, 's', 'w', gen_random_uuid(), %(calls)s, %(at)s - %(late)s * interval '1 second',
+values (%(id)s, %(occurrence)s, 0, %(attempt)s, %(outcome)s, 's', 'w', gen_random_uuid(),
+    %(calls)s, %(at)s - %(late)s * interval '1 second',
     %(at)s, %(at)s, %(at)s, 409, 'why not', 'pending')
 """
 
@@ -57,7 +64,8 @@ class Desk:
         self.dsn = dsn
         self.conn = psycopg.connect(dsn, autocommit=True, row_factory=dict_row)
         self.conn.execute(
-            "insert into sessions values ('s', 'ann'), ('t', 'ann'), ('z', 'zoe'), ('y', 'zoe') on conflict do nothing"
+            "insert into sessions values ('s', 'ann'), ('t', 'ann'), ('z', 'zoe'), ('y', 'zoe') "
+            "on conflict do nothing"
         )
 
     def recall(
@@ -137,7 +145,7 @@ def desk(database: str) -> Iterator[Desk]:
     at.conn.close()
 
 
-# --- why -------------------------------------------------------------------------------------------------------------
+# --- why ------------------------------------------------------------------------------------------
 
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d(:\d\d)?"
 
@@ -422,19 +430,23 @@ def fleet_with_one_that_has_no_cap(desk: Desk) -> None:
 WHY = [
     (
         fleet_full,
-        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as RECALL_FLEET_CONCURRENCY \(2\) allows: "
+        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as "
+        rf"RECALL_FLEET_CONCURRENCY \(2\) allows: "
         r"2 leases count against it \(2 of live workers\)\.",
     ),
     (
         fleet_full_of_the_dead,
-        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as RECALL_FLEET_CONCURRENCY \(3\) allows: "
+        rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as "
+        rf"RECALL_FLEET_CONCURRENCY \(3\) allows: "
         r"3 leases count against it \(1 of live workers, "
-        r"1 of workers that are not heard of, 1 that has ended, counted until 20\.0 s after its end\)\.",
+        r"1 of workers that are not heard of, 1 that has ended, counted until 20\.0 s after its "
+        r"end\)\.",
     ),
     (
         fleet_full_and_itself_left_behind,
         r"In a run since .*, whose lease ended 2 min ago, so another worker takes it up; "
-        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts against it \(1 of live workers\)\.",
+        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts "
+        r"against it \(1 of live workers\)\.",
     ),
     (fleet_not_full, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
     (fleet_with_one_that_has_no_cap, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
@@ -451,20 +463,24 @@ WHY = [
     ),
     (
         busy,
-        rf"Not due until {DATE} \(in \d+ s\); deferred, busy 5 times since {DATE}, the last time {DATE}: the session is busy \(HTTP 409\)\.",
+        rf"Not due until {DATE} \(in \d+ s\); deferred, busy 5 times since {DATE}, the last time "
+        rf"{DATE}: the session is busy \(HTTP 409\)\.",
     ),
     (busy_once, rf"Not due until {DATE} \(in \d+ s\); deferred, busy once since {DATE}, .*"),
     (
         deferred_for_two_reasons,
-        rf"Not due until .*; deferred, 5 times \(busy 2, unavailable 3\) since {DATE}, .*: the session is busy \(HTTP 409\)\.",
+        rf"Not due until .*; deferred, 5 times \(busy 2, unavailable 3\) since {DATE}, .*: the "
+        rf"session is busy \(HTTP 409\)\.",
     ),
     (
         never_connected,
-        rf"Not due until .*; deferred, unavailable 4 times since {DATE}, the last time {DATE}: no connection\.",
+        rf"Not due until .*; deferred, unavailable 4 times since {DATE}, the last time {DATE}: "
+        rf"no connection\.",
     ),
     (
         held_back,
-        r"Not due until .*; deferred 2 times: its session had 20 runs within an hour, and may have 20\.",
+        r"Not due until .*; deferred 2 times: its session had 20 runs within an hour, and may "
+        r"have 20\.",
     ),
     (
         to_be_retried,
@@ -474,24 +490,29 @@ WHY = [
     (in_a_run, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         in_a_run_after_deferrals,
-        rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w; its last call ended as busy: .*",
+        rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w; its last call "
+        rf"ended as busy: .*",
     ),
     (outside, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         lease_ended,
-        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 7\d s ago, whose lease ended \d s ago, so another worker takes it up\.",
+        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 7\d s ago, whose "
+        rf"lease ended \d s ago, so another worker takes it up\.",
     ),
     (
         lease_ended_of_nobody,
-        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another worker takes it up\.",
+        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another "
+        r"worker takes it up\.",
     ),
     (
         sibling_in_a_run,
-        rf"Due since .*, but its session is in a run: recall first since {DATE}, leased by worker w\.",
+        rf"Due since .*, but its session is in a run: recall first since {DATE}, leased by "
+        rf"worker w\.",
     ),
     (
         sibling_aborted,
-        rf"Due since .*, but its session waits for an aborted call to end: recall first since {DATE}, leased by worker w\.",
+        rf"Due since .*, but its session waits for an aborted call to end: recall first since "
+        rf"{DATE}, leased by worker w\.",
     ),
     (sibling_aborted_long_ago, r"Due since .*, and waits to be claimed\."),
     (
@@ -500,25 +521,30 @@ WHY = [
     ),
     (
         sibling_lost_and_paused,
-        r"Due since .*, but its session is in a run: recall first .*, whose lease ended \d s ago, which is paused: resume or cancel it\.",
+        r"Due since .*, but its session is in a run: recall first .*, whose lease ended \d s "
+        r"ago, which is paused: resume or cancel it\.",
     ),
     (paused, rf"Paused since {DATE}; not due until {DATE} \(in 60 min\)\."),
     (paused_and_due, rf"Paused since {DATE}; due since {DATE} \(\d s ago\)\."),
     (
         paused_in_a_run,
-        rf"Paused since {DATE}; in a run since {DATE}: occurrence 1, attempt 1, leased by worker w\.",
+        rf"Paused since {DATE}; in a run since {DATE}: occurrence 1, attempt 1, leased by worker "
+        rf"w\.",
     ),
     (
         breaker_open,
-        r"Due since .*; the breaker is open in the one live worker: the endpoint is in trouble, and only probed\.",
+        r"Due since .*; the breaker is open in the one live worker: the endpoint is in trouble, "
+        r"and only probed\.",
     ),
     (
         breaker_open_in_one,
-        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is in trouble, and only probed\.",
+        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is in trouble, "
+        r"and only probed\.",
     ),
     (
         no_worker,
-        r"Due since .*, and waits to be claimed; no live worker is known: start one with recall-worker run\.",
+        r"Due since .*, and waits to be claimed; no live worker is known: start one with "
+        r"recall-worker run\.",
     ),
     (silent_worker, r"Due since .*; no live worker is known: start one with recall-worker run\."),
     (failed, rf"Failed since {DATE}: HTTP 422: no such tool\."),
@@ -541,7 +567,8 @@ WHY = [
     ("situation", "sentence"), WHY, ids=[situation.__name__ for situation, _ in WHY]
 )
 def test_why(situation: Any, sentence: str, desk: Desk) -> None:
-    """One sentence, the first cause first, with its evidence; --json carries the same sentence and what it rests on."""
+    """One sentence, the first cause first, with its evidence; --json carries the same sentence and
+    what it rests on."""
     desk.worker()
     situation(desk)
     said = desk.why()
@@ -554,7 +581,8 @@ def test_why(situation: Any, sentence: str, desk: Desk) -> None:
 async def test_why_of_a_real_daemon(
     app: Application, endpoint: Endpoint, daemons: Daemons, database: str, db: Connection
 ) -> None:
-    """What a daemon leaves behind is what `why` reads: a busy session, a run, a session in a run, a breaker, an end."""
+    """What a daemon leaves behind is what `why` reads: a busy session, a run, a session in a run, a
+    breaker, an end."""
     gate = Gate()
     endpoint.script("busy", reply(409))
     endpoint.script("long", gate)
@@ -564,7 +592,10 @@ async def test_why_of_a_real_daemon(
     for session in ("busy", "long"):
         await app.schedule(session, "once", datetime.now(UTC), "now", id=session)
     await endpoint.count(5, "busy")
-    deferred = rf"; deferred, busy \d+ times since {DATE}, the last time {DATE}: the session is busy \(HTTP 409\)\.$"
+    deferred = (
+        rf"; deferred, busy \d+ times since {DATE}, the last time {DATE}: the session is busy "
+        rf"\(HTTP 409\)\.$"
+    )
     # On a slow machine it may be asked for just while it is called again.
     said = [await asyncio.to_thread(why, database, "busy")]
     while "In a run since" in said[-1] and len(said) < 20:
@@ -577,7 +608,8 @@ async def test_why_of_a_real_daemon(
     )
     await app.schedule("long", "once", datetime.now(UTC), "next", id="next")
     assert re.search(
-        rf"but its session is in a run: recall long since {DATE}, leased by worker {daemon.name}\.$",
+        rf"but its session is in a run: recall long since {DATE}, leased by worker "
+        rf"{daemon.name}\.$",
         why(database, "next"),
     )
     endpoint.script("busy", reply(503))
@@ -602,7 +634,7 @@ def why(dsn: str, id: str) -> str:
     return operate(dsn, "why", id).out.strip()
 
 
-# --- list and show ---------------------------------------------------------------------------------------------------
+# --- list and show --------------------------------------------------------------------------------
 
 
 def ids(dsn: str, *words: str) -> list[str]:
@@ -621,7 +653,8 @@ def shelf(desk: Desk) -> Desk:
     desk.recall("g", "z", due=-5)
     desk.recall("h", "s", due=300, status="fired")
     desk.conn.execute(
-        "update session_recalls set trigger_at = (select trigger_at from session_recalls where id = 'c') where id = 'h'"
+        "update session_recalls set trigger_at = (select trigger_at from session_recalls where "
+        "id = 'c') where id = 'h'"
     )
     return desk
 
@@ -649,12 +682,14 @@ LISTS = [
     ("words", "found"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS]
 )
 def test_list(words: list[str], found: str, shelf: Desk) -> None:
-    """Newest trigger first, ties by id; by session, by owner, by status, in pages, and all of it at once."""
+    """Newest trigger first, ties by id; by session, by owner, by status, in pages, and all of it at
+    once."""
     assert "".join(ids(shelf.dsn, *words)) == found
 
 
 def test_list_without_a_sessions_table(empty_database: str) -> None:
-    """Where the application keeps its sessions elsewhere, an owner can't be asked for, and everything else can."""
+    """Where the application keeps its sessions elsewhere, an owner can't be asked for, and
+    everything else can."""
     assert operate(empty_database, "migrate").status == 0
     assert operate(empty_database, "schedule", "s", "m").status == 0
     assert len(ids(empty_database, "--session", "s")) == 1
@@ -663,7 +698,8 @@ def test_list_without_a_sessions_table(empty_database: str) -> None:
 
 
 def test_list_tells_what_is_going_on(desk: Desk) -> None:
-    """WHEN is the distance for what waits, what is going on for what does not, and since when for what is over."""
+    """WHEN is the distance for what waits, what is going on for what does not, and since when for
+    what is over."""
     desk.recall("waits", "s", due=7200.5)
     desk.recall("runs", "t")
     desk.lease("runs")
@@ -687,7 +723,8 @@ def test_list_says_when_there_may_be_more(shelf: Desk) -> None:
 
 
 def test_show(desk: Desk) -> None:
-    """A recall with all that is known of it, and every call in order, deferrals folded into one that counts them."""
+    """A recall with all that is known of it, and every call in order, deferrals folded into one
+    that counts them."""
     desk.recall(
         call_type="recurring",
         occurrence=2,
@@ -721,9 +758,13 @@ def test_show(desk: Desk) -> None:
     ]  # fmt: skip
     document = operate(desk.dsn, "show", "r", "--json").document
     assert document["recall"]["id"] == "r"
-    assert [(c["occurrence"], c["attempt"], c["outcome"], c["calls"]) for c in document["calls"]] == [
-        (1, 1, "answered", 1), (2, 1, "unknown", 1), (2, 2, "busy", 3),
-    ]  # fmt: skip
+    assert [
+        (c["occurrence"], c["attempt"], c["outcome"], c["calls"]) for c in document["calls"]
+    ] == [
+        (1, 1, "answered", 1),
+        (2, 1, "unknown", 1),
+        (2, 2, "busy", 3),
+    ]
 
 
 def test_show_of_a_recall_that_is_gone(desk: Desk) -> None:
@@ -738,7 +779,8 @@ def test_show_of_a_recall_that_is_gone(desk: Desk) -> None:
 
 
 def test_show_of_a_long_message(desk: Desk) -> None:
-    """Of a message of megabytes a person is shown the beginning and told how long it is; --json has it whole."""
+    """Of a message of megabytes a person is shown the beginning and told how long it is; --json has
+    it whole."""
     desk.recall(additional_context_message="word " * 1_000_000)
     said = operate(desk.dsn, "show", "r")
     assert len(said.out) < 5000 and "… (5,000,000 characters)" in said.out
@@ -753,7 +795,7 @@ def test_show_of_a_long_message(desk: Desk) -> None:
     )
 
 
-# --- workers and stats -----------------------------------------------------------------------------------------------
+# --- workers and stats ----------------------------------------------------------------------------
 
 
 def test_workers(desk: Desk) -> None:
@@ -790,9 +832,9 @@ def test_workers(desk: Desk) -> None:
     assert re.search(r" silent +10 min ago +1/3 ", told["w3"])
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
     assert (
-        "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: recall-worker doctor\n"
-        in said.err
-    )
+        "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: "
+        "recall-worker doctor\n"
+    ) in said.err
     assert "differ in run_url: None, http://elsewhere/\n" in said.err
     document = operate(desk.dsn, "workers", "--json").document
     assert {row["worker"]: (row["alive"], row["leases"]) for row in document} == {
@@ -824,7 +866,8 @@ STRANGE = [
 
 @pytest.mark.parametrize("settings", STRANGE, ids=[str(n) for n in range(len(STRANGE))])
 def test_workers_with_strange_settings(settings: str, desk: Desk) -> None:
-    """Whatever JSON stands where a worker's settings should, each command does what it does without it."""
+    """Whatever JSON stands where a worker's settings should, each command does what it does without
+    it."""
     desk.worker("odd", settings=settings)
     desk.worker("w1")
     desk.recall(due=-1)
@@ -884,12 +927,16 @@ def test_workers_with_strange_words(name: str, desk: Desk) -> None:
 
 
 def test_stats_of_times_that_are_none(desk: Desk) -> None:
-    """A mark whose times are infinite, as a hand can write them, is left out where lateness is told; JSON stays JSON."""
+    """A mark whose times are infinite, as a hand can write them, is left out where lateness is
+    told; JSON stays JSON."""
     for n, column in enumerate(("called_at", "scheduled_for")):
         for sign in ("", "-"):
             desk.mark(f"m{n}{sign}")
             desk.conn.execute(
-                f"update recall_attempts set {column} = '{sign}infinity' where recall_id = 'm{n}{sign}'".encode()
+                (
+                    f"update recall_attempts set {column} = '{sign}infinity' where recall_id = "
+                    f"'m{n}{sign}'"
+                ).encode()
             )
     desk.mark("good", late=0.5)
     assert operate(desk.dsn, "stats").status == 0
@@ -898,7 +945,8 @@ def test_stats_of_times_that_are_none(desk: Desk) -> None:
 
 
 def test_workers_that_agree(desk: Desk) -> None:
-    """No note where live workers agree, whatever the silent ones had; and where there are none, how to start one."""
+    """No note where live workers agree, whatever the silent ones had; and where there are none, how
+    to start one."""
     desk.worker("w1")
     desk.worker("w2")
     desk.worker("w3", silent=600, settings='{"lease": 5}')
@@ -908,7 +956,8 @@ def test_workers_that_agree(desk: Desk) -> None:
 
 
 def test_stats(shelf: Desk) -> None:
-    """Everything is counted once: waiting (of it overdue and deferred), paused, in a run; by status; the last hour's calls, and their lateness."""
+    """Everything is counted once: waiting (of it overdue and deferred), paused, in a run; by
+    status; the last hour's calls, and their lateness."""
     shelf.worker("w1", slots=5)
     shelf.worker("w2", breaker="open")
     shelf.worker("w3", silent=600)
@@ -938,9 +987,9 @@ def test_stats(shelf: Desk) -> None:
     assert said["workers"] == {"alive": 2, "slots": 8, "breakers_open": 1}
     out = operate(shelf.dsn, "stats").out
     assert (
-        "waiting     2, the next due 5 s ago\n  overdue   1\n  deferred  1\npaused      1\nin a run    1 of 8 slots\n"
-        in out
-    )
+        "waiting     2, the next due 5 s ago\n  overdue   1\n  deferred  1\npaused      1\nin a "
+        "run    1 of 8 slots\n"
+    ) in out
     assert "workers     2 alive, breaker open in 1 of them\n" in out
     assert "last hour   7 busy, 4 answered\n" in out
 
@@ -966,7 +1015,8 @@ def test_stats_with_dates_at_the_ends_of_time(desk: Desk) -> None:
     desk.recall("a", "s")
     desk.recall("b", "t")
     desk.conn.execute(
-        "update session_recalls set trigger_at = case id when 'a' then '-infinity'::timestamptz else 'infinity' end"
+        "update session_recalls set trigger_at = case id when 'a' then '-infinity'::timestamptz "
+        "else 'infinity' end"
     )
     desk.mark("a")
     desk.conn.execute("update recall_attempts set scheduled_for = '-infinity'")
@@ -982,7 +1032,7 @@ def test_stats_with_dates_at_the_ends_of_time(desk: Desk) -> None:
     )
 
 
-# --- prune -----------------------------------------------------------------------------------------------------------
+# --- prune ----------------------------------------------------------------------------------------
 
 
 def left(desk: Desk) -> tuple[str, list[tuple[str, int]]]:
@@ -995,7 +1045,8 @@ def left(desk: Desk) -> tuple[str, list[tuple[str, int]]]:
 
 @pytest.fixture
 def store(desk: Desk) -> Desk:
-    """Old and young recalls in every state, and marks of theirs; f was ended by the application, which tells no ended_at."""
+    """Old and young recalls in every state, and marks of theirs; f was ended by the application,
+    which tells no ended_at."""
     old, young = datetime.now(UTC) - timedelta(days=40), datetime.now(UTC) - timedelta(days=20)
     for id, status in (("a", "fired"), ("b", "cancelled"), ("c", "failed")):
         desk.recall(id, status=status, ended_at=old, updated_at=datetime.now(UTC))
@@ -1025,9 +1076,8 @@ def store(desk: Desk) -> Desk:
 
 
 def test_prune(store: Desk) -> None:
-    """What is final and ended before the cutoff goes, with old marks; what is live, young, or has its call open stays, and so do the
-    marks of occurrences that are not over yet.
-    """
+    """What is final and ended before the cutoff goes, with old marks; what is live, young, or has
+    its call open stays, and so do the marks of occurrences that are not over yet."""
     said = operate(store.dsn, "prune", "--older-than", "30d", "--yes")
     assert (said.status, said.out, said.err) == (
         0,
@@ -1061,7 +1111,8 @@ def test_prune_of_a_status(store: Desk) -> None:
 
 
 def test_prune_by_status(store: Desk) -> None:
-    """With --keep each status goes by its own time, marks by theirs, and a status that is not named stays."""
+    """With --keep each status goes by its own time, marks by theirs, and a status that is not named
+    stays."""
     said = operate(
         store.dsn, "prune", "--keep", "fired=10d,failed=50d,calls=30d", "--yes", "--json"
     )
@@ -1070,7 +1121,8 @@ def test_prune_by_status(store: Desk) -> None:
 
 
 def test_prune_passes_over_what_is_locked(store: Desk) -> None:
-    """A row that the application holds locked, in a transaction that it does not end, is left for the next time; the others go at once."""
+    """A row that the application holds locked, in a transaction that it does not end, is left for
+    the next time; the others go at once."""
     with psycopg.connect(store.dsn) as holder:
         holder.execute("select from session_recalls where id = 'a' for update")
         said = operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json")
@@ -1090,19 +1142,23 @@ def test_prune_in_batches(store: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prune_of_many_marks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks beyond the first stretch of pages are found, those that stay are passed, and none is forgotten."""
+    """Marks beyond the first stretch of pages are found, those that stay are passed, and none is
+    forgotten."""
     monkeypatch.setattr(sweeping, "PAGES", 7)
     desk.recall("live", occurrence=1)
     desk.conn.execute(
         """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled)
-           select case when n % 10 = 0 then 'live' else 'gone' end, 1, 0, n, 'busy', 's', 'w', gen_random_uuid(), now(),
-               now() - case when n % 2 = 0 then interval '40 days' else interval '1 day' end, 'pending'
+           select case when n % 10 = 0 then 'live' else 'gone' end, 1, 0, n, 'busy', 's', 'w',
+               gen_random_uuid(), now(),
+               now() - case when n % 2 = 0 then interval '40 days' else interval '1 day' end,
+                   'pending'
            from generate_series(1, 20000) n"""
     )
     said = operate(desk.dsn, "prune", "--older-than", "30d", "--yes", "--json").document
     assert said == {"recalls": 0, "calls": 8000}
     row = desk.conn.execute(
-        "select count(*) filter (where recall_id = 'live') as live, count(*) as marks from recall_attempts"
+        "select count(*) filter (where recall_id = 'live') as live, count(*) as marks from "
+        "recall_attempts"
     ).fetchone()
     assert row == {"live": 2000, "marks": 12_000}
 
@@ -1119,50 +1175,64 @@ def test_prune_asks(store: Desk) -> None:
     assert left(store) != before
 
 
-# --- a million rows --------------------------------------------------------------------------------------------------
+# --- a million rows -------------------------------------------------------------------------------
 
-# s1 to s3 are few's; the next thousand are many's, who owns a tenth of all; one is deep's, with a tenth of all in it; the rest are spread.
+# s1 to s3 are few's; the next thousand are many's, who owns a tenth of all; one is deep's, with a
+# tenth of all in it; the rest are spread.
 FILL = """
 insert into sessions
-select 's' || n, case when n <= 3 then 'few' when n <= 1003 then 'many' when n = 1004 then 'deep' else 'u' || n %% 5000 end
+select 's' || n, case when n <= 3 then 'few' when n <= 1003 then 'many' when n = 1004 then 'deep'
+    else 'u' || n %% 5000 end
 from generate_series(1, %(half)s) n;
 create index on sessions (user_id);
 alter table session_recalls disable trigger user;
 alter table session_recalls set (autovacuum_enabled = off);
 alter table recall_attempts set (autovacuum_enabled = off);
-insert into session_recalls (id, session_id, call_type, trigger_at, planned_at, interval_seconds, additional_context_message,
+insert into session_recalls (id, session_id, call_type, trigger_at, planned_at, interval_seconds,
+    additional_context_message,
     status, created_at, updated_at)
 select 'live' || n, 's' || n, (array['once', 'recurring', 'immediate'])[1 + n %% 3],
-    now() + n * interval '20 seconds', now() + n * interval '20 seconds', case when n %% 3 = 1 then 3600 end,
+    now() + n * interval '20 seconds', now() + n * interval '20 seconds', case when n %% 3 = 1
+        then 3600 end,
     'Look at the build again, number ' || n, 'pending', now(), now()
 from generate_series(1, %(half)s) n;
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at,
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at,
     ended_at, last_outcome)
 select 'old' || n,
-    case when n %% 5 = 0 then 's1004' when n %% 5 = 1 then 's' || 4 + n / 5 %% 1000 else 's' || 4 + n %% (%(half)s - 10) end,
+    case when n %% 5 = 0 then 's1004' when n %% 5 = 1 then 's' || 4 + n / 5 %% 1000
+        else 's' || 4 + n %% (%(half)s - 10) end,
     'once', now() - n * interval '20 seconds', 'Done long ago, number ' || n,
-    case when n %% 100 = 0 then 'failed' when n %% 10 = 0 then 'cancelled' else 'fired' end, now() - n * interval '20 seconds',
+    case when n %% 100 = 0 then 'failed' when n %% 10 = 0 then 'cancelled' else 'fired' end,
+        now() - n * interval '20 seconds',
     now() - n * interval '20 seconds', now() - n * interval '20 seconds', 'answered'
 from generate_series(1, %(half)s) n;
-insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
+insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
+    lease, scheduled_for, called_at, last_called_at,
     ended_at, http_status, settled)
-select 'old' || 1 + n / 2, 1, 0, 1, case when n %% 2 = 0 then 'busy' else 'answered' end, 's' || n, 'w', gen_random_uuid(),
-    now() - n * interval '10 seconds', now() - n * interval '10 seconds', now() - n * interval '10 seconds',
+select 'old' || 1 + n / 2, 1, 0, 1, case when n %% 2 = 0 then 'busy' else 'answered' end, 's' || n,
+    'w', gen_random_uuid(),
+    now() - n * interval '10 seconds', now() - n * interval '10 seconds',
+        now() - n * interval '10 seconds',
     now() - n * interval '10 seconds' + interval '3 seconds', 200, 'fired'
 from generate_series(2 * %(half)s, 1, -1) n;
 alter table session_recalls enable trigger user;
-update session_recalls set lease = gen_random_uuid(), leased_by = 'w', lease_until = now() + interval '1 hour', leased_at = now()
+update session_recalls set lease = gen_random_uuid(), leased_by = 'w',
+    lease_until = now() + interval '1 hour', leased_at = now()
 where id in ('live7', 'live8', 'live9');
-update session_recalls set trigger_at = now() - interval '1 second' where id in ('live11', 'live12');
+update session_recalls set trigger_at = now() - interval '1 second' where id in ('live11',
+    'live12');
 insert into sessions values ('free', 'few');
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at)
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at)
 values ('free', 'free', 'once', now(), 'Not now.', 'cancelled', now(), now());
 """
 
 
 @contextmanager
 def crowd(server: str, template: str, half: int) -> Iterator[str]:
-    """As many recalls that wait as are over, `half` of each, with two calls for each that is over; vacuumed and analyzed."""
+    """As many recalls that wait as are over, `half` of each, with two calls for each that is over;
+    vacuumed and analyzed."""
     with postgres.database(server, template) as dsn:
         with psycopg.connect(dsn, autocommit=True) as conn, psycopg.ClientCursor(conn) as cursor:
             conn.execute("set synchronous_commit = off")
@@ -1202,16 +1272,34 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "fleet", SILENT),
     ("reads", "stats_calls", {"window": 3600.0}),
     ("reads", "stats_lateness", {"window": 3600.0}),
-    *(("client", name, ONE) for name in (
-        "cancel_pending", "skip_pending", "due", "next_trigger", "mark", "cancel", "cancel_session", "skip", "reschedule", "pause", "resume",
-        "fire", "states",
-    )),
+    *(
+        ("client", name, ONE)
+        for name in (
+            "cancel_pending",
+            "skip_pending",
+            "due",
+            "next_trigger",
+            "mark",
+            "cancel",
+            "cancel_session",
+            "skip",
+            "reschedule",
+            "pause",
+            "resume",
+            "fire",
+            "states",
+        )
+    ),
     ("client", "retry", {"ids": ["free"]}),
     ("client", "cancel_session", {**ONE, "session_id": "s1004"}),
     ("client", "sessions_with_pending", {"session_ids": [f"s{n}" for n in range(1, 51)]}),
-    ("prune", "recalls", {"first": 3, "pages": 2, "most": 50, "fired": 86_400.0, "cancelled": None, "failed": 60.0}),
+    (
+        "prune",
+        "recalls",
+        {"first": 3, "pages": 2, "most": 50, "fired": 86_400.0, "cancelled": None, "failed": 60.0},
+    ),
     ("prune", "calls", {"first": 3, "pages": 2, "most": 50, "calls": 86_400.0}),
-]  # fmt: skip
+]
 COUNTING: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "list", {**PAGE, "statuses": ["failed"]}),
     ("reads", "list", {**PAGE, "statuses": ["running"]}),
@@ -1233,7 +1321,8 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def planned(
     conn: psycopg.Connection[dict[str, Any]], file: str, name: str, values: dict[str, Any]
 ) -> tuple[dict[str, Any], float]:
-    """The plan by which PostgreSQL did it, of which nothing stays, and how many milliseconds it took at best."""
+    """The plan by which PostgreSQL did it, of which nothing stays, and how many milliseconds it
+    took at best."""
     statement = statements.load(file)[name]
     with conn.transaction(force_rollback=True):
         found = conn.execute(
@@ -1261,14 +1350,16 @@ def check(dsn: str, asked: Sequence[tuple[str, str, dict[str, Any]]], most: floa
                 for n in nodes(plan)
             )
             print(
-                f"{file}.{name:22} {ms:8.2f} ms  {rows:9.0f} rows  { ({k: v for k, v in values.items() if v is not None and v != ONE.get(k)})!s:.70}"
+                f"{file}.{name:22} {ms:8.2f} ms  {rows:9.0f} rows  "
+                f"{ ({k: v for k, v in values.items() if v is not None and v != ONE.get(k)})!s:.70}"
             )
             assert not seen & {"session_recalls", "recall_attempts"}, (file, name, values, seen)
             assert rows <= most, (file, name, values)
 
 
 def test_indexes_serve(server: str, template: str) -> None:
-    """Whatever people ask comes by an index, and touches hardly more rows than it shows; counting and deep pages go through what is asked for."""
+    """Whatever people ask comes by an index, and touches hardly more rows than it shows; counting
+    and deep pages go through what is asked for."""
     with crowd(server, template, 20_000) as dsn:
         check(dsn, ASKED, 600)
         check(dsn, COUNTING, 40_000)
@@ -1277,13 +1368,15 @@ def test_indexes_serve(server: str, template: str) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_million_rows(server: str, template: str) -> None:
-    """The same on a million recalls and a million calls; and what the commands take, as a whole, which is what a person waits for."""
+    """The same on a million recalls and a million calls; and what the commands take, as a whole,
+    which is what a person waits for."""
     with crowd(server, template, 500_000) as dsn:
         check(dsn, ASKED, 600)
         check(dsn, COUNTING, 1_100_000)
         with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
             print(
-                f"reads.stats_recalls          {planned(conn, 'reads', 'stats_recalls', {})[1]:8.2f} ms"
+                f"reads.stats_recalls          "
+                f"{planned(conn, 'reads', 'stats_recalls', {})[1]:8.2f} ms"
             )
         for words in (
             ["why", "live5"], ["show", "old5"], ["list"], ["list", "--user", "few"], ["list", "--user", "many"], ["list", "--user", "deep"],
@@ -1300,5 +1393,6 @@ def test_a_million_rows(server: str, template: str) -> None:
                 check=True,
             )
             print(
-                f"recall-worker {' '.join(words):24} {inside * 1000:7.1f} ms, as a process {(time.perf_counter() - began) * 1000:7.1f} ms"
+                f"recall-worker {' '.join(words):24} {inside * 1000:7.1f} ms, as a process "
+                f"{(time.perf_counter() - began) * 1000:7.1f} ms"
             )

@@ -1,7 +1,9 @@
-"""The stage: a PostgreSQL that may be killed and filled up, replicas from the wheel, and a proxy before everything they talk to.
+"""The stage: a PostgreSQL that may be killed and filled up, replicas from the wheel, and a proxy
+before everything they talk to.
 
-Each replica has its own way to the database (which can be cut for it alone) and its own clock (faketime, where it is installed); the way to
-the API is one for all. Whoever dies is started again after a moment, as a service manager does.
+Each replica has its own way to the database (which can be cut for it alone) and its own clock
+(faketime, where it is installed); the way to the API is one for all. Whoever dies is started again
+after a moment, as a service manager does.
 """
 
 from __future__ import annotations
@@ -174,7 +176,8 @@ class Stage:
         base.chmod(0o755)
         if await asyncio.to_thread(_mount, base):
             self._mounted, self.has_room = base, True
-        # A directory that is given is kept, also where a start fails, as it does on a disk that is full.
+        # A directory that is given is kept, also where a start fails, as it does on a disk that is
+        # full.
         with socket.create_server(("127.0.0.1", 0)) as chosen:
             port = chosen.getsockname()[1]
         self.server = EmbeddedServer(base / "data", port=port, settings=POSTGRES)
@@ -219,14 +222,18 @@ class Stage:
             k: v for k, v in os.environ.items() if not k.startswith("RECALL_")
         } | self.drawn.environment
         environ |= {
-            "PYTHONPATH": str(self.site), "RECALL_DSN": replica.proxy.dsn,
+            "PYTHONPATH": str(self.site),
+            "RECALL_DSN": replica.proxy.dsn,
             "RECALL_RUN_URL": f"http://127.0.0.1:{self.way.port}/{replica.slot}/sessions/{{session_id}}/run",
-        }  # fmt: skip
+        }
         if FAKETIME:
             environ |= {
-                "LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(replica.clock), "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1",
+                "LD_PRELOAD": FAKETIME,
+                "FAKETIME_TIMESTAMP_FILE": str(replica.clock),
+                "FAKETIME_NO_CACHE": "1",
+                "DONT_FAKE_MONOTONIC": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }  # fmt: skip
+            }
         while not self._occurrence_done:
             with replica.log.open("ab") as log:
                 replica.process = await asyncio.create_subprocess_exec(
@@ -276,7 +283,7 @@ class Stage:
                     self.spins.append(f"{replica.slot} did not rest for {now - since[pid]:.0f} s")
             await asyncio.sleep(1)
 
-    # --- PostgreSQL --------------------------------------------------------------------------------------------------
+    # --- PostgreSQL -------------------------------------------------------------------------------
 
     async def up(self) -> None:
         """Wait until every replica is at work."""
@@ -339,7 +346,8 @@ def _used(pid: int) -> tuple[float, int] | None:
 
 
 def _mount(base: Path) -> bool:
-    """A file system of its own for the database, so that it can be filled up; whether there is one now."""
+    """A file system of its own for the database, so that it can be filled up; whether there is one
+    now."""
     words = ["mount", "-t", "tmpfs", "-o", f"size={ROOM_MB}m,mode=755", "tmpfs", str(base)]
     return (
         os.geteuid() == 0

@@ -1,7 +1,7 @@
 """What DESIGN says becomes of recalls, in plain Python: no SQL, nothing of the product imported.
 
-One object a recall, whose fields are the table's columns; one method for each thing that can happen. Where the product answers with a row,
-the test compares it with the object's fields.
+One object a recall, whose fields are the table's columns; one method for each thing that can
+happen. Where the product answers with a row, the test compares it with the object's fields.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Row:
     def __repr__(self) -> str:
         return self.id
 
-    # --- words -------------------------------------------------------------------------------------------------------
+    # --- words ------------------------------------------------------------------------------------
 
     @property
     def live(self) -> bool:
@@ -89,14 +89,15 @@ class Row:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether a run of it may still go on though nobody holds it: a call under its key ended as unknown."""
+        """Whether a run of it may still go on though nobody holds it: a call under its key ended as
+        unknown."""
         return self.last_outcome == "unknown" or self.attempt > self.rekey
 
     @property
     def key(self) -> str:
         return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
 
-    # --- time --------------------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def nth(self, after: datetime, n: int) -> datetime:
         """The nth moment after one, on grid and cron."""
@@ -134,14 +135,15 @@ class Row:
         return timedelta(seconds=CHANCE * (self.jitter or 0))
 
     def ahead(self) -> datetime | None:
-        """The nominal time of what waits, as `preview` says it; None where the recall ends before it."""
+        """The nominal time of what waits, as `preview` says it; None where the recall ends before
+        it."""
         k = self.skipped()
         waits = (
             self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
         )
         return None if self._past_its_end(waits, self.occurrence + k) else waits
 
-    # --- what happens ------------------------------------------------------------------------------------------------
+    # --- what happens -----------------------------------------------------------------------------
 
     def claim(self, worker: str, now: datetime) -> str:
         """Take it. Says what follows: `put back`, `ended` (also failed or misfired), or `call`."""
@@ -258,7 +260,8 @@ class Row:
         self.scheduled = nominal
 
     def _named(self, k: int) -> tuple[datetime, bool]:
-        """The nominal time that the application's move stands for, and whether it is a moment of the cadence (or the very time)."""
+        """The nominal time that the application's move stands for, and whether it is a moment of
+        the cadence (or the very time)."""
         if self.unplanned:
             return self.nth(self.trigger - timedelta(microseconds=1), 1), True
         if k and self.recurring and self.cadence != "interval":
@@ -324,7 +327,8 @@ class Row:
         *,
         called: bool = True,
     ) -> None:
-        """Another occurrence waits: at a nominal time, or (None) where the application put it. Unless the recall ends before it."""
+        """Another occurrence waits: at a nominal time, or (None) where the application put it.
+        Unless the recall ends before it."""
         if self._past_its_end(nominal or self.trigger, number):
             self._finish(ended, outcome, called=called)
             return

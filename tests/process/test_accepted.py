@@ -1,4 +1,5 @@
-"""Runs that the API accepts and ends later: on record before they are polled, followed by whoever holds the lease, never posted twice."""
+"""Runs that the API accepts and ends later: on record before they are polled, followed by whoever
+holds the lease, never posted twice."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def accepted(run: str) -> Raw:
 async def test_accepted_then_polled_to_its_end(
     answer: Raw, polls: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """One POST; GETs until the status is final; delivered and completed are apart on the call's mark."""
+    """One POST; GETs until the status is final; delivered and completed are apart on the call's
+    mark."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", answer)
     endpoint.default = DONE
@@ -54,7 +56,8 @@ async def test_accepted_then_polled_to_its_end(
 async def test_an_accepted_run_that_fails_is_called_again_under_a_new_key(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The poll says failed: the next attempt has a new key, as the old one would only replay the failure."""
+    """The poll says failed: the next attempt has a new key, as the old one would only replay the
+    failure."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"), reply())
     endpoint.scripts["GET r1"] = [reply(200, {"status": "failed", "error": "the model broke"})]
@@ -68,7 +71,8 @@ async def test_an_accepted_run_that_fails_is_called_again_under_a_new_key(
 async def test_a_killed_worker_is_succeeded_without_a_second_post(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGKILL while an accepted run is polled: the next worker polls on; one POST, no attempt spent."""
+    """SIGKILL while an accepted run is polled: the next worker polls on; one POST, no attempt
+    spent."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]
@@ -91,7 +95,8 @@ async def test_a_killed_worker_is_succeeded_without_a_second_post(
 async def test_a_stopping_worker_hands_an_accepted_run_over(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM past the drain: the lease ends at once, and the other replica polls on without waiting it out."""
+    """SIGTERM past the drain: the lease ends at once, and the other replica polls on without
+    waiting it out."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]
@@ -102,7 +107,8 @@ async def test_a_stopping_worker_hands_an_accepted_run_over(
     assert await first.stop() == 0
     assert (await row(db, "acc"))["run_reference"] is not None
     endpoint.scripts["GET r1"] = [DONE]
-    # At once, or (where PostgreSQL itself has just started) after the third of a lease that living owners get.
+    # At once, or (where PostgreSQL itself has just started) after the third of a lease that living
+    # owners get.
     await second.hears("recall.settled", status="fired", within=8)
     assert len(endpoint.of("acc")) == 1
 
@@ -110,7 +116,8 @@ async def test_a_stopping_worker_hands_an_accepted_run_over(
 async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The application cancels while the run is polled: polling stops, and the API is asked to end the run."""
+    """The application cancels while the run is polled: polling stops, and the API is asked to end
+    the run."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]
@@ -126,7 +133,8 @@ async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(
 async def test_a_run_past_its_time_is_ended_at_the_api(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """RECALL_RUN_TIMEOUT passes while the run is polled: it is cancelled there, and the outcome is unknown."""
+    """RECALL_RUN_TIMEOUT passes while the run is polled: it is cancelled there, and the outcome is
+    unknown."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]
@@ -139,7 +147,8 @@ async def test_a_run_past_its_time_is_ended_at_the_api(
 async def test_a_reference_elsewhere_is_never_asked(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A Location on another origin is not followed, as the token would leak; the run may have been made, so the outcome is unknown."""
+    """A Location on another origin is not followed, as the token would leak; the run may have been
+    made, so the outcome is unknown."""
     await app.create_session("acc", "ann")
     async with Endpoint() as elsewhere:
         endpoint.script(
@@ -154,7 +163,8 @@ async def test_a_reference_elsewhere_is_never_asked(
 async def test_a_skip_in_mid_run_of_an_accepted_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A recurring recall is skipped while its accepted run is polled: exactly one occurrence less."""
+    """A recurring recall is skipped while its accepted run is polled: exactly one occurrence
+    less."""
     await app.create_session("acc", "ann")
     gate = Gate(DONE)
     endpoint.script("acc", accepted("r1"))
@@ -171,7 +181,8 @@ async def test_a_skip_in_mid_run_of_an_accepted_run(
 async def test_a_second_signal_hands_over_at_once(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM twice while an accepted run is polled: the worker is gone within moments, the run stays on record."""
+    """SIGTERM twice while an accepted run is polled: the worker is gone within moments, the run
+    stays on record."""
     await app.create_session("acc", "ann")
     endpoint.script("acc", accepted("r1"))
     endpoint.scripts["GET r1"] = [ON]

@@ -1,4 +1,5 @@
-"""Admission: PostgreSQL is there and lets nobody in, or not this worker. Told as it is; what may go on goes on."""
+"""Admission: PostgreSQL is there and lets nobody in, or not this worker. Told as it is; what may go
+on goes on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ async def test_shutting_down(
     replicas: Daemons,  # noqa: F811
     endpoint: Endpoint,
 ) -> None:
-    """It lets nobody in for three leases: so nobody takes leases either. The run goes on, and is settled when it is up again."""
+    """It lets nobody in for three leases: so nobody takes leases either. The run goes on, and is
+    settled when it is up again."""
     gate = Gate()
     endpoint.script("open", gate)
     one = await replicas.start(lease=LEASE, concurrency=1)
@@ -73,7 +75,8 @@ async def test_shutting_down(
 @pytest.mark.full
 @pytest.mark.parametrize("long", [False, True], ids=["for less than a lease", "for longer"])
 async def test_too_many_clients(long: bool, own_server: EmbeddedServer, endpoint: Endpoint) -> None:  # noqa: F811
-    """Whoever is out stays out, whoever is in stays in, and may take leases. So a run is broken off, but not before its lease ends."""
+    """Whoever is out stays out, whoever is in stays in, and may take leases. So a run is broken
+    off, but not before its lease ends."""
     parts = urlsplit(own_server.dsn())
     limited = urlunsplit(parts._replace(netloc="limited@"))
     gate = Gate()
@@ -108,7 +111,8 @@ async def test_too_many_clients(long: bool, own_server: EmbeddedServer, endpoint
         if not long:
             await eventually(
                 db,
-                "select 1 from session_recalls where lease_until > leased_at + interval '6 seconds'",
+                "select 1 from session_recalls where lease_until > leased_at + interval '6 "
+                "seconds'",
             )
             gate.open()
             await out.hears("recall.settled", recall=recall, attempt=1, status="fired")

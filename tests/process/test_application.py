@@ -1,4 +1,5 @@
-"""The application beside the daemon: what it does to recalls with its own SQL, in mid-run above all, is done.
+"""The application beside the daemon: what it does to recalls with its own SQL, in mid-run above
+all, is done.
 
 The agent is the endpoint's script; it, too, speaks to the table as the application does.
 """
@@ -23,7 +24,8 @@ from .test_corridor import soon
 from .test_lease import EXPIRED, calls, eventually, promise, rows
 
 MOMENTS = 5.0
-"""Seconds within which a call that nobody wants any more is broken off: it takes milliseconds, on a machine that is not busy."""
+"""Seconds within which a call that nobody wants any more is broken off: it takes milliseconds, on a
+machine that is not busy."""
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ async def by_id(db: Connection, id: str) -> dict[str, Any]:
     return found
 
 
-# --- ended in mid-run ------------------------------------------------------------------------------------------------
+# --- ended in mid-run -----------------------------------------------------------------------------
 
 Act = Callable[[Application, str], Awaitable[Any]]
 
@@ -60,7 +62,8 @@ async def test_a_recall_that_is_ended_in_mid_run(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Its call is broken off at once and nothing of it fires again; the session takes a new recall in the same moment, which runs."""
+    """Its call is broken off at once and nothing of it fires again; the session takes a new recall
+    in the same moment, which runs."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start(lease=30)
@@ -83,7 +86,8 @@ async def test_a_recall_that_is_ended_in_mid_run(
 async def test_a_session_that_is_deleted_in_mid_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Its call is broken off at once; what was called stays on record, and the worker goes on with the others."""
+    """Its call is broken off at once; what was called stays on record, and the worker goes on with
+    the others."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=30, concurrency=1)
@@ -105,7 +109,8 @@ async def test_a_session_that_is_deleted_in_mid_run(
 async def test_a_cancel_acts_on_the_newer_recall(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """After an agent has scheduled from inside its run, the application's cancel means that one: the run goes on to its end."""
+    """After an agent has scheduled from inside its run, the application's cancel means that one:
+    the run goes on to its end."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start()
@@ -120,14 +125,15 @@ async def test_a_cancel_acts_on_the_newer_recall(
     assert (await by_id(db, newer))["status"] == "cancelled"
 
 
-# --- moved in mid-run ------------------------------------------------------------------------------------------------
+# --- moved in mid-run -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("skips", [1, 2])
 async def test_a_skip_in_mid_run_is_one_occurrence_less(
     skips: int, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The run ends as it ends; the following occurrence is left out, and the one after it comes an interval later, under its number."""
+    """The run ends as it ends; the following occurrence is left out, and the one after it comes an
+    interval later, under its number."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
@@ -159,7 +165,8 @@ async def test_a_reschedule_in_mid_run_stands(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """The time that the application names while a recall runs is the recall's next one, a one-shot's too; it has its own key."""
+    """The time that the application names while a recall runs is the recall's next one, a
+    one-shot's too; it has its own key."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
@@ -187,7 +194,8 @@ async def test_a_reschedule_in_mid_run_stands(
 async def test_a_cancel_of_a_recall_that_is_deferred(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Between two calls a cancel is a cancel: nothing is called again, and a new recall of the session is."""
+    """Between two calls a cancel is a cancel: nothing is called again, and a new recall of the
+    session is."""
     endpoint.script("s", reply(409), reply())
     daemon = await daemons.start(busy_delay=0.3)
     id = await promise(app, "s")
@@ -200,13 +208,14 @@ async def test_a_cancel_of_a_recall_that_is_deferred(
     assert [r.key for r in endpoint.requests] == [f"{id}:1", f"{newer}:1"]
 
 
-# --- scheduled from inside a run -------------------------------------------------------------------------------------
+# --- scheduled from inside a run ------------------------------------------------------------------
 
 
 async def test_an_agent_schedules_its_next_recall_in_a_transaction(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The insert is part of the agent's own transaction, with the message that asked for it, committed before the answer."""
+    """The insert is part of the agent's own transaction, with the message that asked for it,
+    committed before the answer."""
 
     async def agent(request: Request) -> Raw:
         if len(endpoint.of("s")) == 1:
@@ -227,7 +236,8 @@ async def test_an_agent_schedules_its_next_recall_in_a_transaction(
 async def test_an_agent_commits_after_its_answer(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Its open transaction holds the row that ran: the settle waits until then, past its lease, and the next link follows."""
+    """Its open transaction holds the row that ran: the settle waits until then, past its lease, and
+    the next link follows."""
     transaction = app.connection.transaction()
 
     async def agent(request: Request) -> Raw:
@@ -253,7 +263,8 @@ async def promise_elsewhere(db: Connection, session: str) -> str:
     """A recall of another session, by another connection than the application's."""
     await db.execute("insert into sessions values (%s, 'bob')", (session,))
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
+        "insert into session_recalls (id, session_id, call_type, trigger_at, "
+        "additional_context_message, created_at, updated_at) "
         "values ('elsewhere', %s, 'immediate', now(), 'look', now(), now())",
         (session,),
     )
@@ -263,7 +274,8 @@ async def promise_elsewhere(db: Connection, session: str) -> str:
 async def test_a_run_of_a_recurring_recall_keeps_its_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The application's insert is refused in its own words while a recurring recall runs, and while it waits."""
+    """The application's insert is refused in its own words while a recurring recall runs, and while
+    it waits."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
@@ -282,7 +294,8 @@ async def test_a_run_of_a_recurring_recall_keeps_its_slot(
 async def test_a_deferred_recall_keeps_its_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A one-shot that met a busy session has not run: the session has a recall, and the application is told so."""
+    """A one-shot that met a busy session has not run: the session has a recall, and the application
+    is told so."""
     endpoint.script("s", reply(409))
     daemon = await daemons.start(busy_delay=60)
     id = await promise(app, "s")
@@ -295,7 +308,8 @@ async def test_a_deferred_recall_keeps_its_slot(
 async def test_an_unknown_outcome_frees_the_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The run behind a broken answer may still go on, and schedule: its insert is taken, and both recalls come to their end."""
+    """The run behind a broken answer may still go on, and schedule: its insert is taken, and both
+    recalls come to their end."""
     endpoint.script("s", reply(500), reply())
     daemon = await daemons.start()
     older = await promise(app, "s")
@@ -311,7 +325,8 @@ async def test_an_unknown_outcome_frees_the_slot(
 async def test_an_unknown_run_that_is_found_on_frees_the_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The session is busy with the very run whose answer broke: that it is deferred now does not take the slot from what that run schedules."""
+    """The session is busy with the very run whose answer broke: that it is deferred now does not
+    take the slot from what that run schedules."""
     endpoint.script("s", reply(500), reply(409), reply())
     daemon = await daemons.start(busy_delay=1)
     older = await promise(app, "s")
@@ -327,7 +342,8 @@ async def test_an_unknown_run_that_is_found_on_frees_the_slot(
 async def test_a_failed_run_that_waits_keeps_its_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that the API reports as failed is over: nobody schedules from inside it, busy though the session is when it is tried again."""
+    """A run that the API reports as failed is over: nobody schedules from inside it, busy though
+    the session is when it is tried again."""
     endpoint.script("s", reply(200, body={"status": "failed"}), reply(409))
     daemon = await daemons.start(busy_delay=60)
     id = await promise(app, "s")
@@ -336,13 +352,14 @@ async def test_a_failed_run_that_waits_keeps_its_slot(
         await app.schedule("s", "once", soon(5), "one too many")
 
 
-# --- replicas --------------------------------------------------------------------------------------------------------
+# --- replicas -------------------------------------------------------------------------------------
 
 
 async def test_two_replicas_on_one_table(
     db: Connection, endpoint: Endpoint, daemons: Daemons, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """Sixty recalls in chains of three over twenty sessions: each key is requested once, and no session has two open requests."""
+    """Sixty recalls in chains of three over twenty sessions: each key is requested once, and no
+    session has two open requests."""
     app = Application(pool)
     sessions = [f"s{n}" for n in range(20)]
 
@@ -370,13 +387,14 @@ async def test_two_replicas_on_one_table(
     assert {w["worker"] for w in workers} == {replica.name for replica in replicas}
 
 
-# --- what the application reads --------------------------------------------------------------------------------------
+# --- what the application reads -------------------------------------------------------------------
 
 
 async def test_what_the_application_reads_is_still_right(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With rows running, failed, fired, cancelled, deferred and waiting about, its own queries answer by the meaning they always had."""
+    """With rows running, failed, fired, cancelled, deferred and waiting about, its own queries
+    answer by the meaning they always had."""
     gate = Gate()
     endpoint.script("chatty", gate)
     endpoint.script("wrong", reply(422))
@@ -398,8 +416,13 @@ async def test_what_the_application_reads_is_still_right(
 
     states = {r["id"]: r["status"] for r in await app.list_by_user("ann")}
     assert states == {
-        chatty: "running", following: "pending", wrong: "failed", done: "fired", busy: "pending", off: "cancelled",
-    }  # fmt: skip
+        chatty: "running",
+        following: "pending",
+        wrong: "failed",
+        done: "fired",
+        busy: "pending",
+        off: "cancelled",
+    }
     assert [r["id"] for r in await app.list_by_user("bob")] == [bobs]
     assert [r["id"] for r in await app.list_by_session("chatty")] == [following, chatty]
     assert [r["id"] for r in await app.list_by_session("chatty", limit=1, offset=1)] == [chatty]
@@ -421,7 +444,8 @@ async def test_what_the_application_reads_is_still_right(
 async def test_a_run_is_due_and_pending_to_the_application(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A recall in its run is still the session's pending one: the application finds it, and finds it gone when it is over."""
+    """A recall in its run is still the session's pending one: the application finds it, and finds
+    it gone when it is over."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start()
@@ -437,7 +461,8 @@ async def test_a_run_is_due_and_pending_to_the_application(
 async def test_the_application_restarts_beside_the_daemon(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Its `create … if not exists` at every start is done at once while runs are open, and the recalls go on as before."""
+    """Its `create … if not exists` at every start is done at once while runs are open, and the
+    recalls go on as before."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=1)
@@ -455,7 +480,8 @@ async def test_the_application_restarts_beside_the_daemon(
 async def test_the_application_changes_its_table_in_mid_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """While its DDL holds the whole table, past the lease, an ending waits; then it is settled, and nothing was called twice."""
+    """While its DDL holds the whole table, past the lease, an ending waits; then it is settled, and
+    nothing was called twice."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=3)

@@ -1,7 +1,9 @@
-"""Bad input: whatever stands in a row, the daemon stays up, doesn't spin, keeps its other promises, and says what became of the row.
+"""Bad input: whatever stands in a row, the daemon stays up, doesn't spin, keeps its other promises,
+and says what became of the row.
 
-One daemon for most of it, on a table whose guards are gone: as one that was adopted with old rows in it, or that a hand has written to.
-After each row the same process must be alive, ask PostgreSQL for next to nothing, and call a good recall on time.
+One daemon for most of it, on a table whose guards are gone: as one that was adopted with old rows
+in it, or that a hand has written to. After each row the same process must be alive, ask PostgreSQL
+for next to nothing, and call a good recall on time.
 """
 
 from __future__ import annotations
@@ -43,11 +45,15 @@ shared = pytest.mark.asyncio(loop_scope="module")
 
 LAST = 2**31 - 1
 STATE = """
-select id, status, reason, occurrence, rekey, attempt, deferrals, missed, last_outcome, trigger_at::text as trigger_at,
+select id, status, reason, occurrence, rekey, attempt, deferrals, missed, last_outcome,
+    trigger_at::text as trigger_at,
     lease is not null as leased
 from session_recalls where id = %s
 """
-DONE = "and (status not in ('pending', 'running') or paused_at is not null or coalesce(lease_until, trigger_at) > now()) "
+DONE = (
+    "and (status not in ('pending', 'running') or paused_at is not null or coalesce(lease_until, "
+    "trigger_at) > now()) "
+)
 """Final, or not due."""
 FREE = "and (lease is null or leased_by is distinct from %s)"
 """In nobody's hands, or in those of a worker that there is not."""
@@ -65,11 +71,18 @@ class House:
     numbers: itertools.count[int]
 
     async def insert(self, **columns: Any) -> str:
-        """A row as a hostile hand writes it, in all columns that are named; its id. Its session exists."""
+        """A row as a hostile hand writes it, in all columns that are named; its id. Its session
+        exists."""
         row = {
-            "id": f"bad-{next(self.numbers)}", "session_id": "s", "call_type": "once", "trigger_at": datetime.now(UTC),
-            "additional_context_message": "m", "status": "pending", "created_at": datetime.now(UTC), "updated_at": datetime.now(UTC),
-        } | columns  # fmt: skip
+            "id": f"bad-{next(self.numbers)}",
+            "session_id": "s",
+            "call_type": "once",
+            "trigger_at": datetime.now(UTC),
+            "additional_context_message": "m",
+            "status": "pending",
+            "created_at": datetime.now(UTC),
+            "updated_at": datetime.now(UTC),
+        } | columns
         names = sql.SQL(", ").join(map(sql.Identifier, row))
         values = sql.SQL(", ").join(sql.Placeholder() * len(row))
         async with self.db.transaction():
@@ -93,7 +106,8 @@ class House:
         ]
 
     async def goes_on(self) -> None:
-        """The same process calls a good recall on time, has told of no trouble, and then asks for next to nothing."""
+        """The same process calls a good recall on time, has told of no trouble, and then asks for
+        next to nothing."""
         await self.calls_another()
         asked = self.proxy.asked
         await self.db.execute("select pg_sleep(0.1)")
@@ -121,7 +135,8 @@ async def one_house(server: str, template: str) -> AsyncIterator[House]:
             await db.execute("alter table session_recalls disable trigger recall_before_insert")
             # Which rings, too.
             await db.execute(
-                "create trigger rings after insert on session_recalls for each row execute function recall_ring()"
+                "create trigger rings after insert on session_recalls for each row execute "
+                "function recall_ring()"
             )
             await db.execute(
                 "alter table session_recalls drop constraint session_recalls_call_type_check"
@@ -153,7 +168,7 @@ INDEXED = "".join(uuid.uuid5(uuid.NAMESPACE_OID, str(n)).hex for n in range(84))
 """As long an id as the table's own index takes, and too long for that of the calls."""
 
 
-# --- rows that can't be run ------------------------------------------------------------------------------------------
+# --- rows that can't be run -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,8 @@ async def test_rows_that_can_not_be_run(house: House, columns: dict[str, Any], r
 async def test_rows_that_can_not_be_run_and_whose_worker_died(
     house: House, columns: dict[str, Any]
 ) -> None:
-    """Also where somebody claimed such a row and was not heard of again, it is failed at the end of that lease, not called."""
+    """Also where somebody claimed such a row and was not heard of again, it is failed at the end of
+    that lease, not called."""
     lease = {
         "lease": uuid.uuid4(),
         "lease_until": soon(-1),
@@ -221,7 +237,8 @@ async def test_rows_that_can_not_be_run_and_whose_worker_died(
 async def test_intervals_that_would_loop_are_refused_at_insert(
     interval: int | None, app: Application, daemons: Daemons, endpoint: Endpoint
 ) -> None:
-    """The application is told what to do, in words that it does not take for "this session has one already"; nobody else notices."""
+    """The application is told what to do, in words that it does not take for "this session has one
+    already"; nobody else notices."""
     daemon = await daemons.start()
     await app.create_session("s", "ann")
     with pytest.raises(Exception) as caught:
@@ -237,15 +254,21 @@ async def test_intervals_that_would_loop_are_refused_at_insert(
 
 
 async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None:
-    """Rows that stood there before `migrate` and can't be run are failed with their reasons; those beside them fire; none loops."""
+    """Rows that stood there before `migrate` and can't be run are failed with their reasons; those
+    beside them fire; none loops."""
     bad = {
-        "null": ("recurring", None, "2020-01-01"), "zero": ("recurring", 0, "2020-01-01"), "minus": ("recurring", -3, "-infinity"),
+        "null": ("recurring", None, "2020-01-01"),
+        "zero": ("recurring", 0, "2020-01-01"),
+        "minus": ("recurring", -3, "-infinity"),
         "odd": ("weekly", 5, "2020-01-01"),
-    }  # fmt: skip
+    }
     good = {
-        "far": ("once", None, "infinity"), "old": ("once", None, "-infinity"), "bc": ("immediate", 7, "0044-03-15 BC"),
-        "again": ("recurring", LAST, "1970-01-01"), "later": ("recurring", 0, "294276-12-31"),
-    }  # fmt: skip
+        "far": ("once", None, "infinity"),
+        "old": ("once", None, "-infinity"),
+        "bc": ("immediate", 7, "0044-03-15 BC"),
+        "again": ("recurring", LAST, "1970-01-01"),
+        "later": ("recurring", 0, "294276-12-31"),
+    }
     async with connected(empty_database) as db:
         await db.execute(CREATE_TABLES.encode())
         await db.execute(
@@ -254,7 +277,8 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
         for id, (type, interval, trigger) in (bad | good).items():
             await db.execute("insert into sessions values (%s, 'ann')", [id])
             await db.execute(
-                "insert into session_recalls values (%s, %s, %s, %s, %s, null, 'm', 'pending', '-infinity', 'infinity')",
+                "insert into session_recalls values (%s, %s, %s, %s, %s, null, 'm', 'pending', "
+                "'-infinity', 'infinity')",
                 [id, id, type, trigger, interval],
             )
         await asyncio.to_thread(schema.migrate, empty_database)
@@ -267,8 +291,12 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
             assert {id: found[id]["status"] for id in bad} == dict.fromkeys(bad, "failed")
             assert all(found[id]["reason"] for id in bad)
             assert {id: found[id]["status"] for id in good} == {
-                "far": "pending", "old": "fired", "bc": "fired", "again": "pending", "later": "pending"
-            }  # fmt: skip
+                "far": "pending",
+                "old": "fired",
+                "bc": "fired",
+                "again": "pending",
+                "later": "pending",
+            }
             assert found["again"]["occurrence"] == 2
             assert sorted(request.session for request in endpoint.requests) == [
                 "again",
@@ -278,7 +306,7 @@ async def test_an_adopted_table(empty_database: str, endpoint: Endpoint) -> None
             assert await daemon.stop() == 0
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 TEXTS = {
     "quotes": "' \" ` '' \"\" $$ ${x} %s %(x)s {session_id}",
@@ -301,7 +329,8 @@ TEXTS = {
 )
 @shared
 async def test_messages_arrive_as_they_are(house: House, text: str) -> None:
-    """A message of any size and any characters reaches the agent as it stands in the row, and the comment does not."""
+    """A message of any size and any characters reaches the agent as it stands in the row, and the
+    comment does not."""
     id = await house.insert(additional_context_message=text, internal_comment="hush" + text[:1000])
     assert (await house.done(id))["status"] == "fired"
     [call] = house.calls(id)
@@ -314,7 +343,8 @@ async def test_messages_arrive_as_they_are(house: House, text: str) -> None:
 @pytest.mark.full
 @shared
 async def test_many_large_messages_at_once(house: House) -> None:
-    """A dozen messages of 5 MB that are due in the same instant are all called, and the recall among them too."""
+    """A dozen messages of 5 MB that are due in the same instant are all called, and the recall
+    among them too."""
     due = soon(1)
     ids = [
         await house.insert(
@@ -339,16 +369,25 @@ async def test_many_large_messages_at_once(house: House) -> None:
 )
 @shared
 async def test_ids_become_keys(house: House, text: str) -> None:
-    """An id of any characters makes a header of plain ASCII without blanks, from which the id can be told, and no second header."""
+    """An id of any characters makes a header of plain ASCII without blanks, from which the id can
+    be told, and no second header."""
     id = await house.insert(id=text)
     assert (await house.done(id))["status"] == "fired"
     [call] = house.calls(id)
     assert all("!" <= c <= "~" for c in call.key)
     assert unquote(call.key) == f"{id}:1" or call.key == f"{id}:1"
     assert set(call.headers) <= {
-        "host", "content-type", "content-length", "accept", "accept-encoding", "user-agent", "idempotency-key", "recall-attempt",
-        "recall-lateness", "traceparent",
-    }  # fmt: skip
+        "host",
+        "content-type",
+        "content-length",
+        "accept",
+        "accept-encoding",
+        "user-agent",
+        "idempotency-key",
+        "recall-attempt",
+        "recall-lateness",
+        "traceparent",
+    }
     await house.goes_on()
 
 
@@ -408,7 +447,8 @@ async def test_a_session_id_of_100_kb(house: House, answer: Raw, outcome: str) -
 
 @shared
 async def test_nul_can_not_be_stored(house: House) -> None:
-    """PostgreSQL refuses the one character that no text of its can hold, in the application's own insert; the daemon never hears of it."""
+    """PostgreSQL refuses the one character that no text of its can hold, in the application's own
+    insert; the daemon never hears of it."""
     async with await Application.connect(house.dsn) as app:
         await app.create_session("s", "ann")
         for message, id in (("a\0b", None), ("m", "a\0b")):
@@ -418,7 +458,7 @@ async def test_nul_can_not_be_stored(house: House) -> None:
     await house.goes_on()
 
 
-# --- dates -----------------------------------------------------------------------------------------------------------
+# --- dates ----------------------------------------------------------------------------------------
 
 PAST = [
     "-infinity",
@@ -441,7 +481,8 @@ FAR = [
 @pytest.mark.parametrize("type", ["once", "immediate", "recurring"])
 @shared
 async def test_past_dates_are_due(house: House, type: str) -> None:
-    """However long ago a recall was due: it is called once, with a date that JSON readers know, and what it missed is one number."""
+    """However long ago a recall was due: it is called once, with a date that JSON readers know, and
+    what it missed is one number."""
     interval = 3600 if type == "recurring" else None
     for id in [
         await house.insert(
@@ -466,7 +507,8 @@ async def test_past_dates_are_due(house: House, type: str) -> None:
 @pytest.mark.parametrize("type", ["once", "recurring"])
 @shared
 async def test_far_dates_wait(house: House, type: str) -> None:
-    """However far off a recall is: it waits, untouched, and nobody wakes for it; brought near, it is called."""
+    """However far off a recall is: it waits, untouched, and nobody wakes for it; brought near, it
+    is called."""
     ids = [
         await house.insert(session_id=when, trigger_at=when, call_type=type, interval_seconds=3600)
         for when in FAR
@@ -511,7 +553,8 @@ async def test_dates_beside_the_trigger(house: House, column: str) -> None:
 
 @shared
 async def test_a_busy_session_and_a_strange_first_call(house: House) -> None:
-    """From whenever an occurrence is said to have begun, its deferrals end: at once where that is long ago, else after RECALL_GIVE_UP."""
+    """From whenever an occurrence is said to have begun, its deferrals end: at once where that is
+    long ago, else after RECALL_GIVE_UP."""
     house.endpoint.default = reply(409, headers={"retry-after": "60"})
     for id, when in [
         (await house.insert(session_id=when, begun_at=when), when) for when in [*PAST, *FAR]
@@ -528,7 +571,7 @@ async def test_a_busy_session_and_a_strange_first_call(house: House) -> None:
     await house.goes_on()
 
 
-# --- counters --------------------------------------------------------------------------------------------------------
+# --- counters -------------------------------------------------------------------------------------
 
 ANSWERS: Mapping[str, Answer] = {
     "answered": reply(),
@@ -542,7 +585,8 @@ ANSWERS: Mapping[str, Answer] = {
 @pytest.mark.parametrize("outcome", ANSWERS)
 @shared
 async def test_counters_at_their_ends(house: House, outcome: str) -> None:
-    """No counter, however the call ends, overflows: the row is settled, in order or with a reason, and is not claimed again and again."""
+    """No counter, however the call ends, overflows: the row is settled, in order or with a reason,
+    and is not claimed again and again."""
     house.endpoint.default = ANSWERS[outcome]
     ends = list(
         itertools.product(
@@ -584,7 +628,8 @@ async def test_the_longest_interval(house: House) -> None:
     assert (row["status"], row["occurrence"]) == ("pending", 2)
     [left] = await rows(
         house.db,
-        "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where id = %s",
+        "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where "
+        "id = %s",
         [id],
     )
     assert LAST - 60 < left["s"] <= LAST
@@ -600,7 +645,8 @@ async def test_the_longest_interval(house: House) -> None:
 async def test_moves_by_more_than_can_be_counted(
     house: House, planned: str, trigger: str, occurrence: int
 ) -> None:
-    """A trigger that was moved by more intervals than there are numbers is called under the last number, and once."""
+    """A trigger that was moved by more intervals than there are numbers is called under the last
+    number, and once."""
     id = await house.insert(
         call_type="recurring",
         interval_seconds=1,
@@ -619,13 +665,16 @@ async def test_moves_by_more_than_can_be_counted(
 async def test_a_wider_interval_column(
     database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """In a table that the application made with a wider column, an interval beyond all dates fails with its reason."""
+    """In a table that the application made with a wider column, an interval beyond all dates fails
+    with its reason."""
     await db.execute("alter table session_recalls alter interval_seconds type bigint")
     await db.execute("insert into sessions values ('s', 'ann')")
     daemon = await daemons.start()
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, created_at, "
-        "updated_at, planned_at) values ('wide', 's', 'recurring', now(), 9223372036854775807, 'm', now(), now(), now())"
+        "insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, "
+        "additional_context_message, created_at, "
+        "updated_at, planned_at) values ('wide', 's', 'recurring', now(), 9223372036854775807, "
+        "'m', now(), now(), now())"
     )
     await db.execute(
         "update session_recalls set trigger_at = trigger_at - interval '1 day', status = 'pending'"
@@ -637,7 +686,7 @@ async def test_a_wider_interval_column(
     assert await daemon.stop() == 0
 
 
-# --- leases ----------------------------------------------------------------------------------------------------------
+# --- leases ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -645,7 +694,8 @@ async def test_a_wider_interval_column(
 )
 @shared
 async def test_leases_that_are_over(house: House, worker: str | None) -> None:
-    """A lease without an end, or one that ended ages ago, of whomever, is taken up, and its call is on record."""
+    """A lease without an end, or one that ended ages ago, of whomever, is taken up, and its call is
+    on record."""
     for until in [None, *PAST]:
         id = await house.insert(
             lease=uuid.uuid4(), lease_until=until, leased_by=worker, leased_at=until
@@ -654,7 +704,8 @@ async def test_leases_that_are_over(house: House, worker: str | None) -> None:
         assert len(house.calls(id)) == 1
         marks = await rows(
             house.db,
-            "select worker, settled, outcome from recall_attempts where recall_id = %s order by attempt",
+            "select worker, settled, outcome from recall_attempts where recall_id = %s order by "
+            "attempt",
             [id],
         )
         assert [(mark["outcome"], mark["settled"]) for mark in marks] == [
@@ -667,18 +718,23 @@ async def test_leases_that_are_over(house: House, worker: str | None) -> None:
 
 @shared
 async def test_dates_that_are_further_apart_than_an_interval_holds(house: House) -> None:
-    """Written in the first year of PostgreSQL's calendar and due in its last one, though its lease is over: called and settled as any other."""
+    """Written in the first year of PostgreSQL's calendar and due in its last one, though its lease
+    is over: called and settled as any other."""
     id = await house.insert(
-        trigger_at="294276-12-31 23:59:59.999999", updated_at="4713-01-01 00:00:00 BC", lease=uuid.uuid4(), lease_until="2000-01-01",
+        trigger_at="294276-12-31 23:59:59.999999",
+        updated_at="4713-01-01 00:00:00 BC",
+        lease=uuid.uuid4(),
+        lease_until="2000-01-01",
         leased_by="gone",
-    )  # fmt: skip
+    )
     await house.daemon.hears("recall.settled", recall=id)
     await house.goes_on()
 
 
 @shared
 async def test_a_lease_of_ours_that_is_over(house: House) -> None:
-    """A row that says that this very worker holds it, which it does not, is called after two leases at most, or when the lease is another's."""
+    """A row that says that this very worker holds it, which it does not, is called after two leases
+    at most, or when the lease is another's."""
     id = await house.insert(
         lease=uuid.uuid4(), lease_until="-infinity", leased_by=house.daemon.name
     )
@@ -712,11 +768,14 @@ async def test_an_endless_lease_on_a_live_recall(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A lease that no worker can have taken holds its session until the next beat of any worker; then the row is taken up."""
+    """A lease that no worker can have taken holds its session until the next beat of any worker;
+    then the row is taken up."""
     await app.create_session("s", "ann")
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at, lease, "
-        "lease_until, leased_by) values ('held', 's', 'once', %s, 'm', now(), now(), gen_random_uuid(), %s, 'gone')",
+        "insert into session_recalls (id, session_id, call_type, trigger_at, "
+        "additional_context_message, created_at, updated_at, lease, "
+        "lease_until, leased_by) values ('held', 's', 'once', %s, 'm', now(), now(), "
+        "gen_random_uuid(), %s, 'gone')",
         [trigger, until],
     )
     daemon = await daemons.start(poll_interval=0.2)
@@ -725,7 +784,7 @@ async def test_an_endless_lease_on_a_live_recall(
     assert len(endpoint.requests) == 1
 
 
-# --- rows that PostgreSQL refuses to change --------------------------------------------------------------------------
+# --- rows that PostgreSQL refuses to change -------------------------------------------------------
 
 UNTOUCHABLE = """
 create function untouchable() returns trigger language plpgsql as $$
@@ -733,7 +792,8 @@ begin
     raise exception 'nobody touches this %', repeat('!', 3);
 end
 $$;
-create trigger untouchable before update on session_recalls for each row when (old.id = 'bad') execute function untouchable();
+create trigger untouchable before update on session_recalls for each row when (old.id = 'bad')
+    execute function untouchable();
 """
 NOT_VALID = "alter table session_recalls add constraint mine check (id <> 'bad') not valid"
 
@@ -745,7 +805,8 @@ async def crowd(db: Connection, bad: bool = True) -> list[str]:
     for n, id in enumerate([*good[:25], *(["bad"] if bad else []), *good[25:]]):
         await db.execute("insert into sessions values (%s, 'ann')", [id])
         await db.execute(
-            "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
+            "insert into session_recalls (id, session_id, call_type, trigger_at, "
+            "additional_context_message, created_at, updated_at) "
             "values (%s, %s, 'once', %s, 'm', now(), now())",
             [id, id, due + timedelta(milliseconds=n)],
         )
@@ -761,7 +822,8 @@ async def crowd(db: Connection, bad: bool = True) -> list[str]:
 async def test_one_row_that_can_not_be_claimed_among_fifty(
     slots: int, how: str, said: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A row whose every update is refused is passed over, loudly; the fifty around it fire on time."""
+    """A row whose every update is refused is passed over, loudly; the fifty around it fire on
+    time."""
     daemon = await daemons.start(concurrency=slots)
     good = await crowd(db)
     await db.execute(how.encode())
@@ -778,7 +840,8 @@ async def test_one_row_that_can_not_be_claimed_among_fifty(
 async def test_a_row_that_is_put_aside_is_tried_again(
     app: Application, database: str, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What could not be claimed is passed over for a while, by each worker for itself, and claimed once PostgreSQL allows it."""
+    """What could not be claimed is passed over for a while, by each worker for itself, and claimed
+    once PostgreSQL allows it."""
     monkeypatch.setattr(ledger_module, "ASIDE_FIRST", 0.3)
     await promise(app, "bad")
     await promise(app, "good")
@@ -806,7 +869,8 @@ async def test_a_row_that_is_put_aside_is_tried_again(
 async def test_one_row_that_can_not_be_settled_among_fifty(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A row whose end is refused strands alone, and is not called again for ever: after its attempts nothing is sent any more."""
+    """A row whose end is refused strands alone, and is not called again for ever: after its
+    attempts nothing is sent any more."""
     daemon = await daemons.start(concurrency=100, lease=1, max_attempts=1)
     good = await crowd(db)
     await db.execute(
@@ -823,7 +887,8 @@ async def test_one_row_that_can_not_be_settled_among_fifty(
 async def test_one_row_that_can_not_be_renewed(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A row whose renewal is refused costs the others nothing: they keep their leases, and end as they end."""
+    """A row whose renewal is refused costs the others nothing: they keep their leases, and end as
+    they end."""
     gates = {session: Gate() for session in ("a", "bad", "c")}
     for session, gate in gates.items():
         endpoint.script(session, gate)
@@ -835,7 +900,8 @@ async def test_one_row_that_can_not_be_renewed(
     await db.execute(UNTOUCHABLE.replace("old.id", "old.session_id").encode())
     await eventually(
         db,
-        "select from session_recalls where lease_until > leased_at + interval '3 seconds' having count(*) = 2",
+        "select from session_recalls where lease_until > leased_at + interval '3 seconds' having "
+        "count(*) = 2",
     )
     await db.execute("drop trigger untouchable on session_recalls")
     for gate in gates.values():
@@ -846,7 +912,7 @@ async def test_one_row_that_can_not_be_renewed(
     assert daemon.told("lease.lost") == []
 
 
-# --- anything at all -------------------------------------------------------------------------------------------------
+# --- anything at all ------------------------------------------------------------------------------
 
 INTEGERS = st.one_of(
     st.sampled_from([0, 1, -1, 2, LAST, LAST - 1, -(2**31)]), st.integers(-(2**31), LAST)
@@ -903,7 +969,8 @@ ROWS = st.fixed_dictionaries(
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @shared
 async def test_any_row_at_all(house: House, row: dict[str, Any], outcome: str) -> None:
-    """Whatever stands in the columns, the application's and the worker's: the row ends with a reason or waits, and the daemon goes on."""
+    """Whatever stands in the columns, the application's and the worker's: the row ends with a
+    reason or waits, and the daemon goes on."""
     house.endpoint.default = ANSWERS[outcome]
     told, asked, called = len(house.daemon.events), house.proxy.asked, len(house.endpoint.requests)
     id = await house.insert(**row)
@@ -928,12 +995,22 @@ async def test_all_rows_at_once(house: House) -> None:
     for n, (date, number, type) in enumerate(strange):
         lease = {"lease": uuid.uuid4(), "lease_until": date} if n % 2 else {}
         await house.insert(
-            session_id=f"s{n}", trigger_at=date, call_type=type, interval_seconds=number, attempt=number or 0, deferrals=number or 0,
-            begun_at=date, planned_at=date, leased_at=date, leased_by=None, **lease,
-        )  # fmt: skip
+            session_id=f"s{n}",
+            trigger_at=date,
+            call_type=type,
+            interval_seconds=number,
+            attempt=number or 0,
+            deferrals=number or 0,
+            begun_at=date,
+            planned_at=date,
+            leased_at=date,
+            leased_by=None,
+            **lease,
+        )
     await eventually(
         house.db,
-        "select where not exists (select from session_recalls where status in ('pending', 'running') and "
+        "select where not exists (select from session_recalls where status in ('pending', "
+        "'running') and "
         "coalesce(lease_until, trigger_at) <= now() and interval_seconds is distinct from 1)",
         within=60,
     )

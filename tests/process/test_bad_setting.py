@@ -1,4 +1,5 @@
-"""Bad settings: a wrong database, a wrong address, a wrong file. The daemon says what is wrong and what to do, and never a secret."""
+"""Bad settings: a wrong database, a wrong address, a wrong file. The daemon says what is wrong and
+what to do, and never a secret."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def heard(daemon: Daemon) -> str:
 
 
 async def refused(daemons: Daemons, **settings: Any) -> tuple[int, str, list[str]]:
-    """A daemon that does not come up: its exit status, its error and its hints. It says nothing else."""
+    """A daemon that does not come up: its exit status, its error and its hints. It says nothing
+    else."""
     daemon = await daemons.start(ready=False, **settings)
     status = await daemon.exit()
     errors = [line.removeprefix("Error: ") for line in daemon.talk if line.startswith("Error: ")]
@@ -89,12 +91,13 @@ def anywhere() -> Daemons:
     return Daemons({"RECALL_DSN": "postgresql://localhost:9/nowhere", "RECALL_RUN_URL": URL})
 
 
-# --- the database ----------------------------------------------------------------------------------------------------
+# --- the database ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tables", [False, True], ids=["empty", "not yet adopted"])
 async def test_a_wrong_database(tables: bool, empty_database: str, anywhere: Daemons) -> None:
-    """A database without a schema, be it empty or with the application's bare table, ends the daemon with a hint."""
+    """A database without a schema, be it empty or with the application's bare table, ends the
+    daemon with a hint."""
     if tables:
         async with connected(empty_database) as conn:
             await conn.execute(CREATE_TABLES.encode())
@@ -104,7 +107,8 @@ async def test_a_wrong_database(tables: bool, empty_database: str, anywhere: Dae
 
 
 async def test_an_old_schema(database: str, db: Connection, anywhere: Daemons) -> None:
-    """Where a migration is missing, the daemon says how far the schema is, and what brings it up to date."""
+    """Where a migration is missing, the daemon says how far the schema is, and what brings it up to
+    date."""
     await db.execute("delete from recall_schema where version = %s", [schema.GENERATION])
     status, error, hints = await refused(anywhere, dsn=database)
     assert (status, hints) == (1, ["recall-worker migrate"])
@@ -112,13 +116,15 @@ async def test_an_old_schema(database: str, db: Connection, anywhere: Daemons) -
 
 
 async def test_a_newer_schema(database: str, db: Connection, anywhere: Daemons) -> None:
-    """A schema that asks for newer code is refused, with the hint to upgrade; nothing is done to its rows."""
+    """A schema that asks for newer code is refused, with the hint to upgrade; nothing is done to
+    its rows."""
     await db.execute(
         "insert into recall_schema (version, name, oldest_code) values (999, 'future', 998)"
     )
     await db.execute("insert into sessions values ('s', 'ann')")
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
+        "insert into session_recalls (id, session_id, call_type, trigger_at, "
+        "additional_context_message, created_at, updated_at) "
         "values ('r', 's', 'once', now(), 'm', now(), now())"
     )
     status, error, hints = await refused(anywhere, dsn=database)
@@ -130,7 +136,8 @@ async def test_a_newer_schema(database: str, db: Connection, anywhere: Daemons) 
 async def test_a_newer_schema_that_still_takes_us(
     app: Application, db: Connection, daemons: Daemons
 ) -> None:
-    """A newer schema that names this code as one that can work with it is worked with: replicas are upgraded one by one."""
+    """A newer schema that names this code as one that can work with it is worked with: replicas are
+    upgraded one by one."""
     await db.execute(
         "insert into recall_schema (version, name, oldest_code) values (999, 'future', 1)"
     )
@@ -155,7 +162,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("dsn", UNREADABLE.values(), ids=list(UNREADABLE))
 def test_a_dsn_that_can_not_be_read(dsn: str) -> None:
-    """A DSN in another dialect, or with an option that libpq does not know, is a usage error that quotes no piece of the password."""
+    """A DSN in another dialect, or with an option that libpq does not know, is a usage error that
+    quotes no piece of the password."""
     with pytest.raises(psycopg.ProgrammingError) as caught:
         Ledger(dsn, "w", 60)
     trouble = explain(caught.value)
@@ -170,7 +178,8 @@ def test_a_dsn_that_can_not_be_read(dsn: str) -> None:
     ids=["a slash", "an @"],
 )
 def test_a_password_that_libpq_takes_for_a_host(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password whose marks are not percent-encoded would come out in a host or a port, so it is refused before that."""
+    """A password whose marks are not percent-encoded would come out in a host or a port, so it is
+    refused before that."""
     assert problem(monkeypatch, dsn=dsn).what.startswith(
         "RECALL_DSN holds @ or / in its user or password"
     )
@@ -188,7 +197,8 @@ LEADS_NOWHERE = {
 
 @pytest.mark.parametrize("dsn", LEADS_NOWHERE.values(), ids=list(LEADS_NOWHERE))
 async def test_what_is_said_of_a_dsn_that_leads_nowhere(dsn: str) -> None:
-    """Neither what libpq says of a failed connection, nor what psycopg says, comes out with a piece of a password."""
+    """Neither what libpq says of a failed connection, nor what psycopg says, comes out with a piece
+    of a password."""
     with pytest.raises(psycopg.OperationalError) as caught:
         await psycopg.AsyncConnection.connect(dsn)
     trouble = explain(caught.value)
@@ -197,7 +207,8 @@ async def test_what_is_said_of_a_dsn_that_leads_nowhere(dsn: str) -> None:
 
 
 async def test_a_daemon_with_such_a_dsn(anywhere: Daemons) -> None:
-    """A DSN that can't be read ends the daemon, without a secret; with one that leads nowhere it stays up, as a server may come."""
+    """A DSN that can't be read ends the daemon, without a secret; with one that leads nowhere it
+    stays up, as a server may come."""
     status, error, hints = await refused(anywhere, dsn=UNREADABLE["SQLAlchemy"])
     assert status == USAGE and "RECALL_DSN" in error and "postgresql://" in str(hints)
     async with anywhere:
@@ -224,7 +235,8 @@ def primary() -> Iterator[EmbeddedServer]:
 async def test_a_wrong_password(
     primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
 ) -> None:
-    """A password that PostgreSQL refuses is said to be refused, not what it is; the daemon works as soon as it is the right one."""
+    """A password that PostgreSQL refuses is said to be refused, not what it is; the daemon works as
+    soon as it is the right one."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("create role ann superuser login password 'another'")
     dsn = make_conninfo(primary.dsn(tcp=True), user="ann", password=HUSH)
@@ -248,9 +260,23 @@ class Standby:
         self._place.chmod(0o711)
         data = self._place / "pgdata"
         subprocess.run(
-            [primary.bindir / "pg_basebackup", "-D", data, "-R", "-X", "stream", "-c", "fast", "-N", "-d", primary.dsn()],
-            check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
+            [
+                primary.bindir / "pg_basebackup",
+                "-D",
+                data,
+                "-R",
+                "-X",
+                "stream",
+                "-c",
+                "fast",
+                "-N",
+                "-d",
+                primary.dsn(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
         owner = (primary.directory / "pgdata").stat()
         for path in (data, *data.rglob("*")):
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
@@ -274,7 +300,8 @@ async def caught_up(standby: Connection, recall: str) -> None:
 async def test_a_dsn_to_a_standby(
     primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
 ) -> None:
-    """On a standby the daemon stays up and says that nothing can be written there; promoted, it is worked with, by the same process."""
+    """On a standby the daemon stays up and says that nothing can be written there; promoted, it is
+    worked with, by the same process."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("delete from sessions")
     with Standby(primary) as standby:
@@ -302,7 +329,8 @@ async def test_a_dsn_to_a_standby(
 async def test_a_failover_under_a_running_daemon(
     primary: EmbeddedServer, anywhere: Daemons, endpoint: Endpoint
 ) -> None:
-    """The primary dies, its standby is promoted: a daemon whose DSN names both goes on with the run that it had in hand, and with the next."""
+    """The primary dies, its standby is promoted: a daemon whose DSN names both goes on with the run
+    that it had in hand, and with the next."""
     with psycopg.connect(primary.dsn(), autocommit=True) as conn:
         conn.execute("delete from sessions")
     gate = Gate()
@@ -362,7 +390,8 @@ async def test_what_the_database_sets_for_others(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Settings that a database has for its other guests change nothing for us: claims, moves, deferrals and odd answers are as ever."""
+    """Settings that a database has for its other guests change nothing for us: claims, moves,
+    deferrals and odd answers are as ever."""
     name = sql.Identifier(str(conninfo_to_dict(database)["dbname"]))
     with psycopg.connect(server, autocommit=True) as conn:
         for one in all_of:
@@ -392,7 +421,8 @@ async def test_what_the_database_sets_for_others(
 async def test_a_database_in_another_encoding(
     encoding: str, server: str, endpoint: Endpoint
 ) -> None:
-    """Where not every character can be stored, one that a server sent is kept in ASCII, and nothing is stranded by it."""
+    """Where not every character can be stored, one that a server sent is kept in ASCII, and nothing
+    is stranded by it."""
     dsn = postgres.create_database(server)
     name = sql.Identifier(str(conninfo_to_dict(dsn)["dbname"]))
     with psycopg.connect(server, autocommit=True) as conn:
@@ -411,7 +441,8 @@ async def test_a_database_in_another_encoding(
                 dsn, autocommit=True, client_encoding="utf8"
             ) as conn:
                 await conn.execute(
-                    "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, "
+                    "insert into session_recalls (id, session_id, call_type, trigger_at, "
+                    "additional_context_message, created_at, "
                     "updated_at) values ('é', 's', 'once', now(), 'für Zoë', now(), now())"
                 )
             [settled] = await daemon.hears("recall.settled", recall="é", status="failed")
@@ -426,12 +457,14 @@ async def test_a_database_in_another_encoding(
 async def test_columns_that_change_their_type_meanwhile(
     app: Application, database: str, db: Connection, daemons: Daemons
 ) -> None:
-    """An application that widens columns of its table under a running daemon is followed: prepared statements are made anew."""
+    """An application that widens columns of its table under a running daemon is followed: prepared
+    statements are made anew."""
     daemon = await daemons.start()
     first = await promise(app, "first")
     await daemon.hears("recall.settled", recall=first)
     await db.execute(
-        "alter table session_recalls alter interval_seconds type bigint, alter additional_context_message type varchar, "
+        "alter table session_recalls alter interval_seconds type bigint, alter "
+        "additional_context_message type varchar, "
         "alter session_id type varchar, alter id type varchar"
     )
     async with await Application.connect(database) as reconnected:
@@ -441,13 +474,14 @@ async def test_columns_that_change_their_type_meanwhile(
     assert await daemon.stop() == 0
 
 
-# --- two workers -----------------------------------------------------------------------------------------------------
+# --- two workers ----------------------------------------------------------------------------------
 
 
 async def test_workers_with_different_settings_share_a_table(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Other endpoint, lease, slots and attempts: of forty recalls each is called once, by one of the two, and both work."""
+    """Other endpoint, lease, slots and attempts: of forty recalls each is called once, by one of
+    the two, and both work."""
     async with Endpoint() as other:
         one = await daemons.start(lease=1, concurrency=2, max_attempts=1, poll_interval=1)
         two = await daemons.start(
@@ -480,7 +514,8 @@ async def test_a_lease_is_as_long_as_its_owner_says(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A worker with another lease neither takes a run that is being renewed, nor, its owner dead, before the lease that this one took ends."""
+    """A worker with another lease neither takes a run that is being renewed, nor, its owner dead,
+    before the lease that this one took ends."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     owner = await daemons.start(lease=mine)
@@ -489,7 +524,8 @@ async def test_a_lease_is_as_long_as_its_owner_says(
     other = await daemons.start(lease=theirs, max_attempts=5)
     await eventually(
         db,
-        "select from session_recalls where lease_until > leased_at + (%s + 1) * interval '1 second'",
+        "select from session_recalls where lease_until > leased_at + (%s + 1) * interval '1 "
+        "second'",
         [mine],
     )
     assert len(endpoint.requests) == 1
@@ -506,7 +542,8 @@ async def test_a_lease_is_as_long_as_its_owner_says(
 async def test_attempts_are_counted_by_whoever_takes_the_row(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run whose worker allowed five attempts is buried by a worker that allows one, which counts those that were made."""
+    """A run whose worker allowed five attempts is buried by a worker that allows one, which counts
+    those that were made."""
     gate = Gate()
     endpoint.script("s", gate)
     patient = await daemons.start(lease=1, max_attempts=5)
@@ -518,7 +555,7 @@ async def test_attempts_are_counted_by_whoever_takes_the_row(
     assert len(endpoint.requests) == 1
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -551,7 +588,8 @@ def test_a_wrong_address(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_wrong_certificate_authority(
     content: bytes | Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RECALL_CA_FILE that is missing, empty, a directory, or holds no certificate is named, and what it should be."""
+    """RECALL_CA_FILE that is missing, empty, a directory, or holds no certificate is named, and
+    what it should be."""
     file = tmp_path / "ca.pem"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -584,7 +622,8 @@ NUMBERS = [
     ["nan", "inf", "-inf", "-1", "1e400", "1e300", "0x10", "ten", "1,5", "1 fortnight", "٣x"],
 )
 def test_wrong_numbers(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no number, not finite, negative, or longer than a life is refused for every setting, all of them in one error."""
+    """What is no number, not finite, negative, or longer than a life is refused for every setting,
+    all of them in one error."""
     error = problem(monkeypatch, **{name.lower(): value for name in NUMBERS}).what
     named = [said.split()[0] for said in error.split("; ")]
     assert sorted(named) == sorted(f"RECALL_{name}" for name in NUMBERS)
@@ -593,9 +632,14 @@ def test_wrong_numbers(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_all_problems_at_once(tmp_path: Path, anywhere: Daemons) -> None:
     """Whoever made six mistakes is told of six, in one error, and of no secret."""
     status, error, hints = await refused(
-        anywhere, run_url="localhost", run_token=f"{HUSH}\nX-More: yes", ca_file=tmp_path / "none", lease="nan",
-        signing_secret_file=tmp_path / "nothing", log_level="loud",
-    )  # fmt: skip
+        anywhere,
+        run_url="localhost",
+        run_token=f"{HUSH}\nX-More: yes",
+        ca_file=tmp_path / "none",
+        lease="nan",
+        signing_secret_file=tmp_path / "nothing",
+        log_level="loud",
+    )
     assert status == USAGE and hints == ["recall-worker run --help (it lists the settings)"]
     for name in ("RUN_URL", "RUN_TOKEN", "CA_FILE", "LEASE", "SIGNING_SECRET_FILE", "LOG_LEVEL"):
         assert f"RECALL_{name} " in error
@@ -609,7 +653,7 @@ async def test_a_misspelt_setting_is_named(database: str, daemons: Daemons) -> N
     assert HUSH not in heard(daemon)
 
 
-# --- secrets ---------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 SECRETS: Mapping[str, str] = {
     "RECALL_RUN_TOKEN": f"{HUSH}-token",
@@ -625,7 +669,8 @@ def secret_dsn(database: str) -> str:
 async def test_secrets_stay_secret(
     app: Application, database: str, db: Connection, endpoint: Endpoint
 ) -> None:
-    """In every log line at level debug, in the process's own command line, in every table and in PostgreSQL's list of queries: no secret."""
+    """In every log line at level debug, in the process's own command line, in every table and in
+    PostgreSQL's list of queries: no secret."""
     for session, answer in {
         "fine": reply(), "redirect": reply(302, headers={"location": "http://elsewhere/"}), "refused": reply(400), "unknown": reply(500),
         "token": reply(401), "garbage": reply(200, text=b"<html>"),
@@ -655,7 +700,8 @@ async def test_secrets_stay_secret(
         assert HUSH not in str(
             await rows(
                 db,
-                "select query, application_name from pg_stat_activity where pid <> pg_backend_pid()",
+                "select query, application_name from pg_stat_activity where pid <> "
+                "pg_backend_pid()",
             )
         )
         cmdline = await asyncio.to_thread(Path(f"/proc/{daemon.pid}/cmdline").read_bytes)
@@ -678,7 +724,8 @@ def give(how: str, place: Path, secrets: Mapping[str, str]) -> dict[str, str]:
 async def test_secrets_from_elsewhere(
     how: str, app: Application, database: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    """DSN, token and signing secret come from files or from systemd's credentials, without the line break at their ends."""
+    """DSN, token and signing secret come from files or from systemd's credentials, without the line
+    break at their ends."""
     secrets = {"RECALL_DSN": secret_dsn(database), **SECRETS}
     async with Daemons({"RECALL_RUN_URL": endpoint.url} | give(how, tmp_path, secrets)) as daemons:
         daemon = await daemons.start()
@@ -703,7 +750,8 @@ async def test_secrets_from_elsewhere(
 def test_a_secret_that_can_not_be_read(
     what: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file for a secret that holds none is an error that names it; a daemon never starts without the token that it was to have."""
+    """A file for a secret that holds none is an error that names it; a daemon never starts without
+    the token that it was to have."""
     given = give(how, tmp_path, {"RECALL_RUN_TOKEN": HUSH})
     file = tmp_path / "RECALL_RUN_TOKEN"
     file.unlink()
@@ -723,7 +771,8 @@ def test_a_secret_that_can_not_be_read(
 
 @pytest.mark.parametrize("place", ["", "gone"], ids=["an empty directory", "no directory"])
 def test_a_credential_that_nobody_gave(place: str, tmp_path: Path) -> None:
-    """A directory of credentials without ours, or one that is not there, is no error: a token is not needed."""
+    """A directory of credentials without ours, or one that is not there, is no error: a token is
+    not needed."""
     assert read({"CREDENTIALS_DIRECTORY": str(tmp_path / place)}).run_token is None
 
 

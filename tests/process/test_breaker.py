@@ -1,4 +1,5 @@
-"""The breaker in the daemon: an endpoint that is not there stops the claims and not the promises; one session's trouble stops nobody."""
+"""The breaker in the daemon: an endpoint that is not there stops the claims and not the promises;
+one session's trouble stops nobody."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ LATER = reply(503, {"error": "starting"}, {"retry-after": "0"})
 async def test_opens_and_closes(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Two sessions in a row are told "later": claims stop but for probes, which go round; an answer closes it, and all recalls fire."""
+    """Two sessions in a row are told "later": claims stop but for probes, which go round; an answer
+    closes it, and all recalls fire."""
     sessions = [f"s{n}" for n in range(12)]
     for session in sessions:
         endpoint.script(session, LATER)
@@ -50,7 +52,8 @@ async def test_opens_and_closes(
 async def test_no_connection(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The endpoint's process is gone and comes back: nothing is claimed but probes, nothing is lost, no attempt is spent."""
+    """The endpoint's process is gone and comes back: nothing is claimed but probes, nothing is
+    lost, no attempt is spent."""
     sessions = [f"s{n}" for n in range(6)]
     daemon = await daemons.start(concurrency=2, poll_interval=30)
     await promise(app, "first")
@@ -74,7 +77,8 @@ async def test_no_connection(
 async def test_one_sessions_trouble(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A session that is told "later" for ever does not open it, among others that are answered or alone."""
+    """A session that is told "later" for ever does not open it, among others that are answered or
+    alone."""
     endpoint.script("ill", reply(503, {}, {"retry-after": "0"}))
     daemon = await daemons.start(concurrency=1, poll_interval=30)
     ill = await promise(app, "ill", "once")
@@ -137,7 +141,8 @@ async def test_misconfigured(
 async def test_nothing_is_given_up_while_it_is_open(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Past RECALL_GIVE_UP a recall whose endpoint is away for all is kept, and one that alone meets trouble fails."""
+    """Past RECALL_GIVE_UP a recall whose endpoint is away for all is kept, and one that alone meets
+    trouble fails."""
     endpoint.default = LATER
     daemon = await daemons.start(concurrency=1, give_up=0.5)
     for session in ("a", "b"):
@@ -164,7 +169,8 @@ async def test_nothing_is_given_up_while_it_is_open(
 async def test_a_probe_that_runs_closes_it(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A probe that is taken and goes on for a while has shown enough: claims go on long before its run has ended."""
+    """A probe that is taken and goes on for a while has shown enough: claims go on long before its
+    run has ended."""
     gate = Gate()
     for session in ("a", "b"):
         endpoint.script(session, LATER, gate)

@@ -1,4 +1,5 @@
-"""Recurring recalls against the daemon: grid and cron, missed and overlapping occurrences, ends, and the application's own hand on them."""
+"""Recurring recalls against the daemon: grid and cron, missed and overlapping occurrences, ends,
+and the application's own hand on them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ async def put(db: Connection, session: str, trigger: str = "now()", **columns: A
     await db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", (session,))
     await db.execute(
         f"""insert into session_recalls (session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at,
-            {", ".join(row)}) values (%s, 'recurring', {trigger}, 'look', 'pending', now(), now(), {", ".join(["%s"] * len(row))})""".encode(),
+            {", ".join(row)}) values (%s, 'recurring', {trigger}, 'look', 'pending', now(), now(),
+                {", ".join(["%s"] * len(row))})""".encode(),
         [session, *row.values()],
     )
     return str(row["id"])
@@ -45,11 +47,12 @@ def nominal(recall: dict[str, Any]) -> datetime:
     return datetime.fromisoformat(recall["scheduled_for"])
 
 
-# --- grid ------------------------------------------------------------------------------------------------------------
+# --- grid -----------------------------------------------------------------------------------------
 
 
 async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
-    """However long its runs take, occurrences fall on the first trigger and whole intervals from it, and end after so many."""
+    """However long its runs take, occurrences fall on the first trigger and whole intervals from
+    it, and end after so many."""
 
     async def slow(_: object) -> Any:
         await asyncio.sleep(0.3)
@@ -62,7 +65,8 @@ async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons
     await daemon.hears("recall.settled", recall=id, status="fired")
     found = told(endpoint, "s")
     assert [r["occurrence"] for r in found] == [1, 2, 3, 4]
-    # On a machine that stands still for a second a moment is missed, and told; the grid stays where it was.
+    # On a machine that stands still for a second a moment is missed, and told; the grid stays where
+    # it was.
     gaps = [(nominal(r) - first).total_seconds() for r in found]
     assert gaps == [float(round(gap)) for gap in gaps] and gaps[0] == 0
     for before, after in pairwise(found):
@@ -74,7 +78,8 @@ async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons
 async def test_what_falls_due_during_a_run_is_told_to_the_next(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run over several intervals: its successor is due at once, stands for the first of them, and says how many more there were."""
+    """A run over several intervals: its successor is due at once, stands for the first of them, and
+    says how many more there were."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
@@ -82,7 +87,8 @@ async def test_what_falls_due_during_a_run_is_told_to_the_next(
     await gate.entered.wait()
     await eventually(
         db,
-        "select 1 as ok from session_recalls where id = %s and now() > trigger_at + interval '2.2 s'",
+        "select 1 as ok from session_recalls where id = %s and now() > trigger_at + interval "
+        "'2.2 s'",
         [id],
     )
     gate.open()
@@ -93,13 +99,14 @@ async def test_what_falls_due_during_a_run_is_told_to_the_next(
     assert [c["missed"] for c in await calls(db, id)] == [first["missed"], second["missed"]]
 
 
-# --- cron ------------------------------------------------------------------------------------------------------------
+# --- cron -----------------------------------------------------------------------------------------
 
 
 async def test_a_late_cron_recall_says_how_many_it_missed(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Two hours of every tenth minute, missed: one run that stands for the first and counts the others; the next is on the next tick."""
+    """Two hours of every tenth minute, missed: one run that stands for the first and counts the
+    others; the next is on the next tick."""
     daemon = await daemons.start()
     id = await put(
         db,
@@ -124,7 +131,8 @@ async def test_a_late_cron_recall_says_how_many_it_missed(
 async def test_plain_sql_leaves_the_first_moment_to_the_worker(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A cron recall inserted without a distance is put on its first moment within moments, and nothing is called before that."""
+    """A cron recall inserted without a distance is put on its first moment within moments, and
+    nothing is called before that."""
     await daemons.start()
     await put(db, "s", cadence="cron", cron="0 9 * * *", time_zone="America/New_York")
     row = await eventually(
@@ -159,7 +167,8 @@ async def test_what_nobody_can_keep_fails_with_its_reason(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Written by plain SQL, a cadence that makes no sense ends as failed, and says why; nothing is called."""
+    """Written by plain SQL, a cadence that makes no sense ends as failed, and says why; nothing is
+    called."""
     await daemons.start()
     await put(db, "s", cadence="cron", interval_seconds=distance, **columns)
     row = await eventually(
@@ -169,21 +178,24 @@ async def test_what_nobody_can_keep_fails_with_its_reason(
     assert endpoint.requests == []
 
 
-# --- downtime --------------------------------------------------------------------------------------------------------
+# --- downtime -------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
 async def test_after_downtime_thousands_start_oldest_first_and_once(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """3,000 overdue recalls of all cadences, two workers: each runs once, oldest due first; those past their grace are recorded, not run."""
+    """3,000 overdue recalls of all cadences, two workers: each runs once, oldest due first; those
+    past their grace are recorded, not run."""
     await db.execute("insert into sessions select 's' || n, 'ann' from generate_series(1, 3000) n")
     await db.execute(
         """insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at,
             interval_seconds, cadence, cron, grace_seconds)
-        select 'r' || n, 's' || n, case when n % 4 = 0 then 'once' else 'recurring' end, date_trunc('minute', now()) - n * interval '1 min',
+        select 'r' || n, 's' || n, case when n % 4 = 0 then 'once' else 'recurring' end,
+            date_trunc('minute', now()) - n * interval '1 min',
             'look', 'pending', now(), now(), case n % 4 when 0 then null else 864000 end,
-            case n % 4 when 1 then 'interval' when 2 then 'grid' when 3 then 'cron' else 'interval' end,
+            case n % 4 when 1 then 'interval' when 2 then 'grid' when 3 then 'cron'
+                else 'interval' end,
             case n % 4 when 3 then '0 0 1 1 *' end, case when n % 10 = 7 then 60 end
         from generate_series(1, 3000) n"""
     )
@@ -192,7 +204,8 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(
     await endpoint.count(3000 - len(misfired), within=60)
     await eventually(
         db,
-        "select 1 as ok where not exists (select from session_recalls where trigger_at <= now() and status = 'pending')",
+        "select 1 as ok where not exists (select from session_recalls where trigger_at <= now() "
+        "and status = 'pending')",
     )
     keys = Counter(endpoint.keys)
     assert (
@@ -200,7 +213,8 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(
         and {key.partition(":")[0] for key in keys} == {f"r{n}" for n in range(1, 3001)} - misfired
     )
     order = [int(key.partition(":")[0][1:]) for key in endpoint.keys]
-    # Two workers with fifty slots each, so that nobody is further from his place than what they may hold and start at once.
+    # Two workers with fifty slots each, so that nobody is further from his place than what they may
+    # hold and start at once.
     assert (
         max(abs(place - order.index(n)) for place, n in enumerate(sorted(order, reverse=True)))
         <= 400
@@ -218,7 +232,8 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(
 async def test_a_successor_says_the_same(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A worker is killed in the run of a late occurrence: its successor calls with the same key and byte for byte the same body."""
+    """A worker is killed in the run of a late occurrence: its successor calls with the same key and
+    byte for byte the same body."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     dead = await daemons.start(lease=2)
@@ -240,7 +255,8 @@ async def test_a_successor_says_the_same(
 
 
 async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
-    """What fell due while a recall was paused is coalesced when it goes on, or, past the grace, recorded and passed over."""
+    """What fell due while a recall was paused is coalesced when it goes on, or, past the grace,
+    recorded and passed over."""
     daemon = await daemons.start()
     await put(
         db,
@@ -268,19 +284,21 @@ async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: D
     assert within["occurrence"] == 2
     misfired, answered = await calls(db, "r-t")
     assert (misfired["outcome"], answered["outcome"]) == ("misfired", "answered")
-    # Every moment up to now is accounted for: the one that misfired and what was passed over with it, the one that ran and what it missed.
+    # Every moment up to now is accounted for: the one that misfired and what was passed over with
+    # it, the one that ran and what it missed.
     assert nominal(within) - misfired["scheduled_for"] == timedelta(seconds=10) * (
         1 + misfired["missed"]
     )
 
 
-# --- ends ------------------------------------------------------------------------------------------------------------
+# --- ends -----------------------------------------------------------------------------------------
 
 
 async def test_failures_in_a_row_end_it(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """One failure, a success, then two failures: with two in a row it has failed and says so; the success in between began anew."""
+    """One failure, a success, then two failures: with two in a row it has failed and says so; the
+    success in between began anew."""
     endpoint.script("s", reply(422), reply(), reply(422), reply(422))
     daemon = await daemons.start()
     id = await put(db, "s", interval_seconds=1, failures_most=2)
@@ -291,7 +309,8 @@ async def test_failures_in_a_row_end_it(
 
 
 async def test_until(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
-    """No occurrence after a date: the last before it runs, and then the recall has fired, saying why."""
+    """No occurrence after a date: the last before it runs, and then the recall has fired, saying
+    why."""
     daemon = await daemons.start()
     id = await put(
         db, "s", interval_seconds=3600, until_at=datetime.now(UTC) + timedelta(minutes=30)
@@ -302,7 +321,8 @@ async def test_until(db: Connection, endpoint: Endpoint, daemons: Daemons) -> No
 
 
 async def test_jitter(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
-    """The next occurrence is due up to its jitter after its nominal time, which stays on the grid."""
+    """The next occurrence is due up to its jitter after its nominal time, which stays on the
+    grid."""
     daemon = await daemons.start()
     ids = [await put(db, f"s{n}", interval_seconds=3600, jitter_seconds=600) for n in range(8)]
     for id in ids:
@@ -314,13 +334,14 @@ async def test_jitter(db: Connection, endpoint: Endpoint, daemons: Daemons) -> N
     assert all(row["scheduled_for"] - timedelta(hours=1) in firsts for row in found)
 
 
-# --- the application's own hand --------------------------------------------------------------------------------------
+# --- the application's own hand -------------------------------------------------------------------
 
 
 async def test_skips_of_a_waiting_cron_recall(
     app: Application, db: Connection, daemons: Daemons
 ) -> None:
-    """Two skips in quick succession from a Friday: two working days less, each consuming its number, and the distance follows."""
+    """Two skips in quick succession from a Friday: two working days less, each consuming its
+    number, and the distance follows."""
     await daemons.start()
     friday = "date_trunc('week', now()) + interval '4 weeks 4 days 9 hours'"
     id = await put(
@@ -364,7 +385,8 @@ async def test_a_skip_in_mid_run(
 async def test_rescheduled_in_mid_run(
     cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The time that the application names stands for what comes after the run; the cadence goes on from there."""
+    """The time that the application names stands for what comes after the run; the cadence goes on
+    from there."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start()
@@ -390,7 +412,8 @@ async def test_rescheduled_in_mid_run(
 async def test_moved_between_two_calls(
     what: str, cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The occurrence that was put off is over: what follows from the move is the next, with a key of its own."""
+    """The occurrence that was put off is over: what follows from the move is the next, with a key
+    of its own."""
     endpoint.script("s", reply(409, headers={"Retry-After": "3600"}), reply())
     daemon = await daemons.start()
     cron = {"cron": "0 * * * *"} if cadence == "cron" else {}
@@ -410,7 +433,8 @@ async def test_moved_between_two_calls(
         assert (await one(db, "s"))["trigger_at"] == following + timedelta(hours=1)
     else:
         assert await app.skip_next("s")
-        # Skipped from where it waited, it stands for the moment after its own; on cron the worker is rung, and puts it there.
+        # Skipped from where it waited, it stands for the moment after its own; on cron the worker
+        # is rung, and puts it there.
         ahead = {
             "cron": "occurrence = 2 and trigger_at = planned_at",
             "grid": "trigger_at > planned_at",

@@ -1,4 +1,5 @@
-"""Caps: how many runs a session may have, and how many the whole fleet, whoever counts at the same time."""
+"""Caps: how many runs a session may have, and how many the whole fleet, whoever counts at the same
+time."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .test_corridor import row, soon
 async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """RECALL_SESSION_LIMIT=5/h over two replicas: five runs, then deferred without an attempt, saying why; other sessions go on."""
+    """RECALL_SESSION_LIMIT=5/h over two replicas: five runs, then deferred without an attempt,
+    saying why; other sessions go on."""
     await app.create_session("loop", "ann")
     await app.create_session("calm", "ann")
 
@@ -41,7 +43,8 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     assert "had 5 runs within an hour, and may have 5" in held[0]["reason"]
     wait = await (
         await db.execute(
-            "select extract(epoch from trigger_at - now())::float8 as s from session_recalls where deferrals > 0"
+            "select extract(epoch from trigger_at - now())::float8 as s from session_recalls "
+            "where deferrals > 0"
         )
     ).fetchone()
     assert wait is not None and 3500 < wait["s"] <= 3600
@@ -53,7 +56,8 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
 async def test_the_fleet_never_runs_more_than_it_may(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """RECALL_FLEET_CONCURRENCY=3 over three replicas of ten slots each: never more than three runs at once, and all come to run."""
+    """RECALL_FLEET_CONCURRENCY=3 over three replicas of ten slots each: never more than three runs
+    at once, and all come to run."""
     running = most = 0
 
     async def agent(_: Request) -> Raw:
@@ -79,13 +83,16 @@ async def test_the_fleet_never_runs_more_than_it_may(
 async def test_claims_under_a_fleet_cap_race_without_overshooting(
     database: str, db: Connection
 ) -> None:
-    """Eight claimers, a connection each, many rounds at once under a cap of five: never more than five leased."""
+    """Eight claimers, a connection each, many rounds at once under a cap of five: never more than
+    five leased."""
     await db.execute(
         "insert into sessions (id, user_id) select 's' || n, 'ann' from generate_series(1, 40) n"
     )
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
-        "select 'r' || n, 's' || n, 'once', now(), 'work', now(), now() from generate_series(1, 40) n"
+        "insert into session_recalls (id, session_id, call_type, trigger_at, "
+        "additional_context_message, created_at, updated_at) "
+        "select 'r' || n, 's' || n, 'once', now(), 'work', now(), now() from generate_series(1, "
+        "40) n"
     )
     ledgers = [Ledger(database, f"w{n}", 60, fleet=5) for n in range(8)]
     for _ in range(20):
@@ -102,7 +109,8 @@ async def test_claims_under_a_fleet_cap_race_without_overshooting(
 async def test_a_run_that_ends_makes_room_in_the_fleet(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With the fleet's one place taken, the next recall waits, due, and runs when the first has ended."""
+    """With the fleet's one place taken, the next recall waits, due, and runs when the first has
+    ended."""
     gate = Gate()
     endpoint.script("long", gate)
     daemon = await daemons.start(fleet_concurrency=1)

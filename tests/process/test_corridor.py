@@ -26,7 +26,8 @@ async def row(db: Connection, session: str) -> dict[str, object]:
 async def test_one_of_each_type(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """An immediate, a one-shot and a recurring recall, inserted by the application, each fire on time and once."""
+    """An immediate, a one-shot and a recurring recall, inserted by the application, each fire on
+    time and once."""
     daemon = await daemons.start()
     for session in ("now", "once", "again"):
         await app.create_session(session, "ann")
@@ -50,7 +51,8 @@ async def test_one_of_each_type(
 async def test_a_chain_scheduled_from_inside_its_runs(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Each run inserts its session's next recall before it answers; ten links follow at once, one after the other."""
+    """Each run inserts its session's next recall before it answers; ten links follow at once, one
+    after the other."""
     await app.create_session("chain", "ann")
 
     async def agent(request: Request) -> Raw:

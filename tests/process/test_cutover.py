@@ -1,8 +1,10 @@
-"""From the application's old scheduler to the daemon and back, as docs/migration.md has it; and what the order of its steps is good for.
+"""From the application's old scheduler to the daemon and back, as docs/migration.md has it; and
+what the order of its steps is good for.
 
-The application counts its agent's runs by itself, whoever calls: by the recall, and by what stands in `trigger_at` when the run begins,
-which neither scheduler nor daemon writes before the run has ended. So nothing of the worker's own numbers and keys is believed.
-The document's SQL is executed as it stands there.
+The application counts its agent's runs by itself, whoever calls: by the recall, and by what stands
+in `trigger_at` when the run begins, which neither scheduler nor daemon writes before the run has
+ended. So nothing of the worker's own numbers and keys is believed. The document's SQL is executed
+as it stands there.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ async def execute(db: Connection, *names: str) -> None:
             await db.execute(SQL[name].encode())
 
 
-# --- the application -------------------------------------------------------------------------------------------------
+# --- the application ------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -67,7 +69,8 @@ class Run:
 
 
 class Agents:
-    """The application's agent, and its run endpoint before it. Runs are counted here and nowhere else."""
+    """The application's agent, and its run endpoint before it. Runs are counted here and nowhere
+    else."""
 
     def __init__(self, pool: asyncpg.Pool[asyncpg.Record]) -> None:
         self.runs: list[Run] = []
@@ -107,9 +110,11 @@ class Agents:
 
     async def _run(self, session: str, message: str, by: str) -> None:
         row = await self._pool.fetchrow(
-            "select id, call_type, trigger_at from session_recalls where session_id = $1 and additional_context_message = $2",
-            session, message,
-        )  # fmt: skip
+            "select id, call_type, trigger_at from session_recalls where session_id = $1 and "
+            "additional_context_message = $2",
+            session,
+            message,
+        )
         run = Run(row["id"], row["call_type"], row["trigger_at"], by, time.monotonic())
         if self._busy[session]:
             self.met.append(session)
@@ -133,7 +138,8 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
 async def falling_due(
     application: Application, recurring: int = 6
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """Meanwhile recalls of all three types fall due all the time; recurring ones, every second, in so many sessions."""
+    """Meanwhile recalls of all three types fall due all the time; recurring ones, every second, in
+    so many sessions."""
     feeding = asyncio.create_task(_feed(application, recurring))
     try:
         yield feeding
@@ -153,15 +159,16 @@ async def _feed(application: Application, recurring: int) -> None:
         await asyncio.sleep(0.1)
 
 
-# --- in the documented order -----------------------------------------------------------------------------------------
+# --- in the documented order ----------------------------------------------------------------------
 
 
 @pytest.mark.timeout(240)
 async def test_there_and_back_while_recalls_fall_due(
     empty_database: str, endpoint: Endpoint
 ) -> None:
-    """Migrated under the old scheduler, then the daemon, then the old one, then the daemon: each occurrence was run exactly once, no
-    two runs met in a session, nothing was forgotten, and the daemon had nothing to complain of."""
+    """Migrated under the old scheduler, then the daemon, then the old one, then the daemon: each
+    occurrence was run exactly once, no two runs met in a session, nothing was forgotten, and the
+    daemon had nothing to complain of."""
     dsn = empty_database
     async with asyncpg.create_pool(dsn, min_size=1, max_size=10) as pool, connected(dsn) as db:
         await pool.execute(CREATE_TABLES)
@@ -196,7 +203,8 @@ async def test_there_and_back_while_recalls_fall_due(
             feeding.cancel()
             await eventually(
                 db,
-                "select 1 where not exists (select from session_recalls where status = 'pending' and call_type <> 'recurring')",
+                "select 1 where not exists (select from session_recalls where status = 'pending' "
+                "and call_type <> 'recurring')",
             )
             assert await second.stop(within=70) == 0
 
@@ -225,7 +233,10 @@ async def test_there_and_back_while_recalls_fall_due(
                 assert (row["status"], len(runs)) == ("fired", 1), row
 
 
-LIVE = "select id, status, paused_at is not null as paused from session_recalls where status in ('pending', 'running')"
+LIVE = (
+    "select id, status, paused_at is not null as paused from session_recalls where status in "
+    "('pending', 'running')"
+)
 
 
 async def test_what_the_daemon_leaves(
@@ -236,8 +247,9 @@ async def test_what_the_daemon_leaves(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Put off, moved out of their slots, cut off in mid-run, failed, paused, on cron, on a grid, with an end: each is run once by the old
-    scheduler, or not at all where it might have been run before, or kept, and run by the daemon when that is back."""
+    """Put off, moved out of their slots, cut off in mid-run, failed, paused, on cron, on a grid,
+    with an end: each is run once by the old scheduler, or not at all where it might have been run
+    before, or kept, and run by the daemon when that is back."""
     agents = Agents(pool)
     later = reply(409, headers={"retry-after": "3600"})
     gates = {session: Gate() for session in ("cut", "cut again", "moved", "beside")}
@@ -255,7 +267,8 @@ async def test_what_the_daemon_leaves(
     ids["cut again"] = await promise(app, "cut again", "recurring", interval=3600)
     for gate in gates.values():
         await gate.entered.wait()
-    # Scheduled from inside the runs, which then find the session busy: the older ones wait outside of their slots.
+    # Scheduled from inside the runs, which then find the session busy: the older ones wait outside
+    # of their slots.
     ids["moved on"] = await app.schedule("moved", "once", soon(3600), "and then")
     ids["beside on"] = await app.schedule(
         "beside", "recurring", soon(3600), "and then, again and again", 3600
@@ -285,7 +298,8 @@ async def test_what_the_daemon_leaves(
     await execute(db, "order", "slots")
     # An hour passes.
     await db.execute(
-        "update session_recalls set trigger_at = trigger_at - interval '1 hour', planned_at = planned_at - interval '1 hour'"
+        "update session_recalls set trigger_at = trigger_at - interval '1 hour', planned_at = "
+        "planned_at - interval '1 hour'"
     )
     kept = {ids[name] for name in ("paused", "once paused", "cron", "grid", "until")}
     assert {row["id"] for row in await rows(db, LIVE) if row["paused"]} == kept
@@ -302,9 +316,17 @@ async def test_what_the_daemon_leaves(
         await old.stop()
     assert Counter(run.recall for run in agents.of("old")) == dict.fromkeys(ran, 1)
     status = {row["id"]: row["status"] for row in await rows(db, "select * from session_recalls")}
-    assert {name: status[ids[name]] for name in ("busy", "moved", "moved on", "beside", "cut", "refused")} == {
-        "busy": "fired", "moved": "fired", "moved on": "fired", "beside": "fired", "cut": "cancelled", "refused": "failed",
-    }  # fmt: skip
+    assert {
+        name: status[ids[name]]
+        for name in ("busy", "moved", "moved on", "beside", "cut", "refused")
+    } == {
+        "busy": "fired",
+        "moved": "fired",
+        "moved on": "fired",
+        "beside": "fired",
+        "cut": "cancelled",
+        "refused": "failed",
+    }
     await execute(db, "failed")
 
     await execute(db, "resume")
@@ -329,7 +351,8 @@ async def test_keys_that_were_used_are_not_used_again(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A recurring recall that the daemon had called before, and that the old scheduler ran since, is called under another key."""
+    """A recurring recall that the daemon had called before, and that the old scheduler ran since,
+    is called under another key."""
     agents = Agents(pool)
     endpoint.script("s", reply(409, headers={"retry-after": "3600"}), reply())
     first = await daemons.start()
@@ -357,7 +380,8 @@ async def test_a_worker_that_was_killed_before_the_way_back(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Its row is seen to be held; another worker takes it up under the same key, and then nothing is left that the old one would run."""
+    """Its row is seen to be held; another worker takes it up under the same key, and then nothing
+    is left that the old one would run."""
     agents = Agents(pool)
     gate = Gate(then=reply(200, {"status": "succeeded"}))
     if accepted:
@@ -394,7 +418,8 @@ async def test_a_worker_that_was_killed_before_the_way_back(
 async def test_a_recall_that_is_made_plain(
     app: Application, db: Connection, database: str, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """A recall on a grid, with an end, that is to go on under the old scheduler, does so by its interval."""
+    """A recall on a grid, with an end, that is to go on under the old scheduler, does so by its
+    interval."""
     agents = Agents(pool)
     await app.create_session("s", "ann")
     said = await asyncio.to_thread(
@@ -411,7 +436,7 @@ async def test_a_recall_that_is_made_plain(
     assert {run.recall for run in agents.runs} == {id}
 
 
-# --- in any other order ----------------------------------------------------------------------------------------------
+# --- in any other order ---------------------------------------------------------------------------
 
 
 class Slow:
@@ -440,7 +465,8 @@ async def test_side_by_side_the_daemon_notices(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Both on: the recall runs twice. Where the old one settles what the daemon holds, that is told, counted, and once."""
+    """Both on: the recall runs twice. Where the old one settles what the daemon holds, that is
+    told, counted, and once."""
     agent = Slow()
     endpoint.default = agent.answer
     daemon = await daemons.start(ops_listen=0)
@@ -469,8 +495,8 @@ async def test_side_by_side_the_doctor_notices(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Where the daemon ends first it holds nothing any more that could be violated: the recall ran twice all the same, and the mark that
-    came after the worker's own is seen."""
+    """Where the daemon ends first it holds nothing any more that could be violated: the recall ran
+    twice all the same, and the mark that came after the worker's own is seen."""
     agent = Slow()
     endpoint.default = agent.answer
     daemon = await daemons.start()
@@ -493,7 +519,8 @@ async def test_side_by_side_the_doctor_notices(
 async def test_an_old_run_that_was_not_let_end(
     app: Application, pool: asyncpg.Pool[asyncpg.Record], endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Turned off in mid-run, the old scheduler leaves a recall that looks as if nobody had run it: the daemon does, again."""
+    """Turned off in mid-run, the old scheduler leaves a recall that looks as if nobody had run it:
+    the daemon does, again."""
     agent = Slow()
     endpoint.default = agent.answer
     async with Scheduler(Application(pool), agent.old) as old:
@@ -526,7 +553,8 @@ async def test_a_daemon_that_still_drains(
 async def test_rows_that_were_not_put_in_order(
     app: Application, database: str, db: Connection, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """Left as the daemon leaves them, a paused recall and one on cron are run by the old scheduler, and one in `running` is not."""
+    """Left as the daemon leaves them, a paused recall and one on cron are run by the old scheduler,
+    and one in `running` is not."""
     agents = Agents(pool)
     ids = {}
     for name, words in {
@@ -552,7 +580,8 @@ async def test_rows_that_were_not_put_in_order(
 async def test_the_old_scheduler_is_as_it_was(
     app: Application, db: Connection, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """The emulation: one of each type, a failure, a refusal of what is scheduled from inside a run, a cancel that is overwritten."""
+    """The emulation: one of each type, a failure, a refusal of what is scheduled from inside a run,
+    a cancel that is overwritten."""
     refused: list[str] = []
 
     async def agent(session: str, _: str) -> None:

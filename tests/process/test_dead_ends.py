@@ -457,10 +457,12 @@ async def test_a_cron_recall_that_can_not_be_put_on_its_moment(
         " '0 0 * * *', 'UTC')"
     )
     await db.execute(
-        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'frozen'; end $$"
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception "
+        "'frozen'; end $$"
     )
     await db.execute(
-        "create trigger zz before update on session_recalls for each row when (old.id = 'frozen') execute function refuse()"
+        "create trigger zz before update on session_recalls for each row when (old.id = "
+        "'frozen') execute function refuse()"
     )
     daemon = await daemons.start()
     for n in range(4):

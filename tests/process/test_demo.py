@@ -1,4 +1,5 @@
-"""The demo, as a process and as a judge of itself: it ends well only if everything was kept, and leaves nothing behind."""
+"""The demo, as a process and as a judge of itself: it ends well only if everything was kept, and
+leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,11 +37,15 @@ whole = demo.demo
 demo.demo = lambda *, keep: whole(keep=keep, spoil=spoil)
 main()
 """
-MISSING = "import recall_worker.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli import main; main()"
+MISSING = (
+    "import recall_worker.embedded as room; room._PACKAGE = 'not_there'; from recall_worker.cli "
+    "import main; main()"
+)
 
 
 class Demo:
-    """A demo as a process, with temporary files of its own and settings of the caller's that it must not touch."""
+    """A demo as a process, with temporary files of its own and settings of the caller's that it
+    must not touch."""
 
     def __init__(self, temporary: Path) -> None:
         self.temporary = temporary
@@ -53,10 +58,13 @@ class Demo:
             "RECALL_LEASE": "nonsense",
         }
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *(command or ("-m", "recall_worker", "demo")),
+            sys.executable,
+            *(command or ("-m", "recall_worker", "demo")),
             env=dict(os.environ) | hostile | {"TMPDIR": str(self.temporary)},
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
 
     async def shows(self, text: str) -> str:
         """Wait for a line with this in it."""
@@ -140,7 +148,8 @@ def descendants(pid: int) -> list[int]:
 
 @pytest.mark.full
 async def test_keeps_its_promises(demo: Demo) -> None:
-    """The whole demo, with the daemon as a process: status 0, every promise kept, plain text in 80 columns, nothing left behind."""
+    """The whole demo, with the daemon as a process: status 0, every promise kept, plain text in 80
+    columns, nothing left behind."""
     await demo.start()
     await demo.shows("the daemon is up")
     processes = descendants(demo.process.pid)
@@ -157,7 +166,8 @@ async def test_keeps_its_promises(demo: Demo) -> None:
 
 @pytest.mark.full
 async def test_says_when_a_promise_was_broken(demo: Demo) -> None:
-    """With an agent that refuses one session the demo goes on to its end, names what was broken and seen, and ends with status 1."""
+    """With an agent that refuses one session the demo goes on to its end, names what was broken and
+    seen, and ends with status 1."""
     await demo.start("-c", SPOILT, "demo")
     status, said = await demo.end()
     text = "".join(demo.lines)
@@ -168,7 +178,8 @@ async def test_says_when_a_promise_was_broken(demo: Demo) -> None:
     ]
     assert re.search(r"^BROKEN report .* 1 run, on time +[23] runs", text, re.MULTILINE)
     assert said.startswith(
-        "Error: 2 of 11 promises were broken: report (in 1.5 s, by SQL), all (rows at the end)\nTry: "
+        "Error: 2 of 11 promises were broken: report (in 1.5 s, by SQL), all (rows at the "
+        "end)\nTry: "
     )
 
 
@@ -176,7 +187,8 @@ async def test_says_when_a_promise_was_broken(demo: Demo) -> None:
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name
 )
 async def test_interrupted(demo: Demo, number: signal.Signals) -> None:
-    """Interrupted in mid-play, even with SIGKILL: the daemon, PostgreSQL and all files go with it."""
+    """Interrupted in mid-play, even with SIGKILL: the daemon, PostgreSQL and all files go with
+    it."""
     await demo.start()
     await demo.shows("agent called")
     processes = descendants(demo.process.pid)
@@ -191,15 +203,20 @@ async def test_interrupted(demo: Demo, number: signal.Signals) -> None:
 
 
 async def test_says_when_its_daemon_dies(demo: Demo) -> None:
-    """A daemon that ends before its time ends the demo with an error and a hint, and leaves nothing behind."""
+    """A daemon that ends before its time ends the demo with an error and a hint, and leaves nothing
+    behind."""
     await demo.start()
     line = await demo.shows("the daemon is up")
     processes = descendants(demo.process.pid)
     os.kill(int(line.partition("process ")[2].partition(",")[0]), signal.SIGKILL)
     status, said = await demo.end()
     assert (status, said.splitlines()) == (
-        1, ["Error: the daemon has ended before its time", "Try: recall-worker demo --keep, and read daemon.log"]
-    )  # fmt: skip
+        1,
+        [
+            "Error: the daemon has ended before its time",
+            "Try: recall-worker demo --keep, and read daemon.log",
+        ],
+    )
     assert await demo.left(processes) == ([], [])
 
 
@@ -220,16 +237,21 @@ async def test_keep(demo: Demo) -> None:
 
 @pytest.mark.parametrize("options", [(), ("--keep",)], ids=["", "keep"])
 async def test_without_the_wheel(demo: Demo, options: tuple[str, ...]) -> None:
-    """Where no PostgreSQL is installed the demo says which extra brings it, ends with status 1 and leaves nothing behind."""
+    """Where no PostgreSQL is installed the demo says which extra brings it, ends with status 1 and
+    leaves nothing behind."""
     await demo.start("-c", MISSING, "demo", *options)
     status, said = await demo.end()
     assert (status, said.splitlines()) == (
-        1, ["Error: the embedded PostgreSQL is not installed", "Try: pip install 'recall-worker[embedded]'"]
-    )  # fmt: skip
+        1,
+        [
+            "Error: the embedded PostgreSQL is not installed",
+            "Try: pip install 'recall-worker[embedded]'",
+        ],
+    )
     assert list(demo.temporary.iterdir()) == []
 
 
-# --- the judge of itself: evidence in, expectations out -----------------------------------------------------------------------
+# --- the judge of itself: evidence in, expectations out -------------------------------------------
 
 
 def at(seconds: float) -> datetime:
@@ -256,11 +278,21 @@ def run(
 def kept() -> Evidence:
     """What is seen where all goes well."""
     visits = [
-        run("hello", 1), run("report", 3), run("build", 4), run("inbox", 5), run("inbox", 7.203, 2), run("inbox", 9.406, 3),
-        Visit("meeting", "meeting:1", at(5), 409), Visit("meeting", "meeting:1", at(6), 409), run("meeting", 5, late=2),
-        *(run("chain", 10 + n * 0.3, message=f"link {n} of {LINKS}", id=f"chain{n}") for n in range(1, LINKS + 1)),
+        run("hello", 1),
+        run("report", 3),
+        run("build", 4),
+        run("inbox", 5),
+        run("inbox", 7.203, 2),
+        run("inbox", 9.406, 3),
+        Visit("meeting", "meeting:1", at(5), 409),
+        Visit("meeting", "meeting:1", at(6), 409),
+        run("meeting", 5, late=2),
+        *(
+            run("chain", 10 + n * 0.3, message=f"link {n} of {LINKS}", id=f"chain{n}")
+            for n in range(1, LINKS + 1)
+        ),
         run("draft", 12, http_status=None, left_at=at(13.01), ended_at=at(13.02)),
-    ]  # fmt: skip
+    ]
     fired = ["hello", "build", "report", "meeting", *["chain"] * LINKS]
     rows = [{"session_id": s, "status": "fired"} for s in fired] + [
         {"session_id": s, "status": "cancelled"} for s in ("inbox", "draft")

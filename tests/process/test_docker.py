@@ -1,7 +1,8 @@
 """The image and compose.yaml, built and run by a Docker engine of the test's own.
 
-No image is pulled: under the name of the Dockerfile's base goes a Debian made here, and PostgreSQL's image is another Debian with Debian's
-own. What is shown of the image holds for whatever base it is built on; that the base's name exists at a registry is not.
+No image is pulled: under the name of the Dockerfile's base goes a Debian made here, and
+PostgreSQL's image is another Debian with Debian's own. What is shown of the image holds for
+whatever base it is built on; that the base's name exists at a registry is not.
 """
 
 from __future__ import annotations
@@ -70,11 +71,17 @@ class Engine:
         cwd: Path = machine.HERE,
         **env: str,
     ) -> str:
-        """stdout of a docker command. Where it fails: AssertionError with what it said, unless `check` is False."""
+        """stdout of a docker command. Where it fails: AssertionError with what it said, unless
+        `check` is False."""
         done = subprocess.run(
-            [tool, *words], env=os.environ | {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", **env}, cwd=cwd,
-            capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            [tool, *words],
+            env=os.environ | {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", **env},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
         assert not check or done.returncode == 0, (
             f"{tool} {' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         )
@@ -106,9 +113,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = Engine(folder)
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
-        ["dockerd", "-H", engine.host, "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec"), "-p", str(folder / "pid")],
-        stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [
+            "dockerd",
+            "-H",
+            engine.host,
+            "--data-root",
+            str(folder / "data"),
+            "--exec-root",
+            str(folder / "exec"),
+            "-p",
+            str(folder / "pid"),
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
     try:
         end = time.monotonic() + 60
         while not engine.answers():
@@ -141,7 +159,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def _unmount(folder: Path) -> None:
-    """What an engine mounted below a folder and left there: its overlays outlive it, and nobody could tidy the folder up."""
+    """What an engine mounted below a folder and left there: its overlays outlive it, and nobody
+    could tidy the folder up."""
     mounts = [
         line.split()[4]
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
@@ -164,14 +183,29 @@ def image(engine: Engine) -> str:
 
 @pytest.fixture
 def container(engine: Engine, image: str) -> Iterator[Callable[..., str]]:
-    """Starts a container of the image on this machine's network, with a read-only root and no capabilities; returns its name."""
+    """Starts a container of the image on this machine's network, with a read-only root and no
+    capabilities; returns its name."""
     names: list[str] = []
 
     def start(*words: str, **settings: str) -> str:
         names.append(f"r-{uuid4().hex[:8]}")
         given = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
-        engine.docker("run", "-d", "--name", names[-1], "--network", "host", "--read-only", "--cap-drop", "ALL",
-                      "--security-opt", "no-new-privileges", *given, image, *words)  # fmt: skip
+        engine.docker(
+            "run",
+            "-d",
+            "--name",
+            names[-1],
+            "--network",
+            "host",
+            "--read-only",
+            "--cap-drop",
+            "ALL",
+            "--security-opt",
+            "no-new-privileges",
+            *given,
+            image,
+            *words,
+        )
         return names[-1]
 
     yield start
@@ -180,7 +214,8 @@ def container(engine: Engine, image: str) -> Iterator[Callable[..., str]]:
 
 
 def test_what_is_in_it(engine: Engine, image: str) -> None:
-    """Small, nobody's account, the program and nothing to build or install with; it says its version."""
+    """Small, nobody's account, the program and nothing to build or install with; it says its
+    version."""
     found = engine.inspect(image)
     added = (found["Size"] - engine.inspect(BASE)["Size"]) / 1e6
     print(f"{added:.0f} MB upon the base")
@@ -189,7 +224,10 @@ def test_what_is_in_it(engine: Engine, image: str) -> None:
     assert re.fullmatch(
         r"recall-worker \d+\.\d+\.\d+", engine.docker("run", "--rm", image, "--version")
     )
-    tools = "for t in pip pip3 gcc cc make git curl; do command -v $t; done; python3 -m pip --version; ls -d /src /tools"
+    tools = (
+        "for t in pip pip3 gcc cc make git curl; do command -v $t; done; python3 -m pip "
+        "--version; ls -d /src /tools"
+    )
     assert (
         engine.docker(
             "run", "--rm", "--entrypoint", "sh", image, "-c", tools + " 2>/dev/null; true"
@@ -202,7 +240,8 @@ def test_what_is_in_it(engine: Engine, image: str) -> None:
 
 
 async def test_it_works_and_drains(engine: Engine, container: Callable[..., str]) -> None:
-    """A read-only root, secrets as a file, healthy by its own check; SIGTERM reaches the process, which lets its run end."""
+    """A read-only root, secrets as a file, healthy by its own check; SIGTERM reaches the process,
+    which lets its run end."""
     with postgres.embedded(tcp=True) as server, postgres.database(server.dsn(tcp=True)) as dsn:
         async with connected(dsn) as db, Endpoint() as endpoint:
             await db.execute(CREATE_TABLES.encode())
@@ -241,7 +280,8 @@ def _log(engine: Engine, name: str) -> str:
 
 
 def test_compose(engine: Engine, image: str, tmp_path: Path) -> None:
-    """`docker compose up`, as the file's head says: the schema is there, three workers are, and a recall that is scheduled by hand fires."""
+    """`docker compose up`, as the file's head says: the schema is there, three workers are, and a
+    recall that is scheduled by hand fires."""
     (tmp_path / "Dockerfile").write_text(POSTGRES, encoding="utf-8")
     engine.docker("build", "-q", "--network", "host", "-t", "postgres:18", str(tmp_path))
     project = ["-p", f"r{uuid4().hex[:8]}", "-f", str(machine.HERE / "compose.yaml")]

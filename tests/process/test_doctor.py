@@ -33,7 +33,8 @@ async def by_method(request: Request) -> Raw:
 async def test_beside_a_daemon_at_work(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With a run open and another recall waiting all is well; the run is not disturbed, and nobody is called."""
+    """With a run open and another recall waiting all is well; the run is not disturbed, and nobody
+    is called."""
     gate = Gate()
     endpoint.default = by_method
     endpoint.script("s", gate)
@@ -56,7 +57,8 @@ async def test_beside_a_daemon_at_work(
 async def test_beside_a_daemon_that_is_not_rung(
     database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Asked from a host with a direct connection, it still says that a worker elsewhere hears nothing behind its pooler."""
+    """Asked from a host with a direct connection, it still says that a worker elsewhere hears
+    nothing behind its pooler."""
     endpoint.default = by_method
     with pooler(database) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn)
@@ -67,7 +69,8 @@ async def test_beside_a_daemon_that_is_not_rung(
     assert problems(findings) == [
         (
             "workers",
-            f"{daemon.name} hears nothing of what is rung, and finds what is inserted by polls only",
+            f"{daemon.name} hears nothing of what is rung, and finds what is inserted by polls "
+            f"only",
         )
     ]
 
@@ -75,7 +78,8 @@ async def test_beside_a_daemon_that_is_not_rung(
 async def test_beside_a_daemon_whose_endpoint_is_down(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The breaker that opened, the recalls that wait for it, and the endpoint itself are named, each on its line."""
+    """The breaker that opened, the recalls that wait for it, and the endpoint itself are named,
+    each on its line."""
     await daemons.start()
     endpoint.default = reply(503)
     for session in ("a", "b", "c"):

@@ -1,4 +1,5 @@
-"""examples/fastapi_agent, the daemon, and a person at the WebSocket: a recall that falls due in the conversation waits, and fires after."""
+"""examples/fastapi_agent, the daemon, and a person at the WebSocket: a recall that falls due in the
+conversation waits, and fires after."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ async def _messages(base: str, session: str) -> list[tuple[str, str]]:
 async def test_a_recall_waits_for_the_person_to_leave(
     application: str, empty_database: str
 ) -> None:
-    """The agent is asked for a reminder; it falls due while the person still chats (409, deferred); they leave; it fires, once."""
+    """The agent is asked for a reminder; it falls due while the person still chats (409, deferred);
+    they leave; it fires, once."""
     schema.migrate(empty_database)
     run_url = application + "/sessions/{session_id}/run"
     settings = {
@@ -87,7 +89,8 @@ async def test_a_recall_waits_for_the_person_to_leave(
 
 
 async def test_the_endpoint_keeps_the_contract(application: str, empty_database: str) -> None:
-    """Two calls at once: one runs, the other is told 409; the same key is replayed; another body under it refused; a stranger unknown."""
+    """Two calls at once: one runs, the other is told 409; the same key is replayed; another body
+    under it refused; a stranger unknown."""
     async with (
         aiohttp.ClientSession() as web,
         web.ws_connect(f"{application}/sessions/two/chat") as person,

@@ -1,4 +1,5 @@
-"""A schema that comes to exclude this worker's code: the worker ends, with a status of its own, and loses nothing."""
+"""A schema that comes to exclude this worker's code: the worker ends, with a status of its own, and
+loses nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ EXCLUDED = 4
 async def test_a_running_worker_drains_and_ends(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """At its next heartbeat it says so, claims no more, lets the open run end, settles it, and ends with 4."""
+    """At its next heartbeat it says so, claims no more, lets the open run end, settles it, and ends
+    with 4."""
     gate = Gate()
     endpoint.script("open", gate)
     daemon = await daemons.start(lease=5)
@@ -59,7 +61,8 @@ async def test_a_running_worker_drains_and_ends(
 async def test_the_drain_has_its_time(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that outlasts RECALL_DRAIN_TIMEOUT is given back, for a worker that the schema admits."""
+    """A run that outlasts RECALL_DRAIN_TIMEOUT is given back, for a worker that the schema
+    admits."""
     gate = Gate()
     endpoint.script("open", gate)
     daemon = await daemons.start(lease=5, drain_timeout=1)
@@ -76,7 +79,8 @@ async def test_the_drain_has_its_time(
 async def test_a_signal_in_that_drain_does_not_cut_it_short(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM in the middle of it, as a rollout sends it, is a first signal: the run still ends by itself."""
+    """SIGTERM in the middle of it, as a rollout sends it, is a first signal: the run still ends by
+    itself."""
     gate = Gate()
     endpoint.script("open", gate)
     daemon = await daemons.start(lease=5)
@@ -93,7 +97,8 @@ async def test_a_signal_in_that_drain_does_not_cut_it_short(
 
 
 async def test_a_worker_that_starts(db: Connection, daemons: Daemons) -> None:
-    """The same status at the start, before anything is claimed; and the units don't start it again."""
+    """The same status at the start, before anything is claimed; and the units don't start it
+    again."""
     await db.execute(EXCLUDE.encode())
     daemon = await daemons.start(ready=False)
     assert await daemon.exit() == EXCLUDED
@@ -121,7 +126,8 @@ async def test_a_worker_that_starts(db: Connection, daemons: Daemons) -> None:
 async def test_a_schema_that_is_being_restored(
     away: str, back: str, app: Application, db: Connection, daemons: Daemons
 ) -> None:
-    """A schema that is missing, or older, at a heartbeat ends nobody: somebody restores it, and the work goes on."""
+    """A schema that is missing, or older, at a heartbeat ends nobody: somebody restores it, and the
+    work goes on."""
     daemon = await daemons.start(lease=5)
     await db.execute(away.encode())
     await db.execute("update recall_workers set seen_at = now() - interval '1 hour'")
@@ -135,7 +141,8 @@ async def test_a_schema_that_is_being_restored(
 async def test_what_an_outage_hid_is_seen_at_its_end(
     db: Connection, database: str, daemons: Daemons
 ) -> None:
-    """After an outage the schema is looked at at once, and not at the next heartbeat a minute later."""
+    """After an outage the schema is looked at at once, and not at the next heartbeat a minute
+    later."""
     daemon = await daemons.start(lease=60)
     await db.execute("update recall_workers set started_at = now()")
     # Past the first beats, which come sooner.
@@ -144,7 +151,8 @@ async def test_what_an_outage_hid_is_seen_at_its_end(
     )
     await db.execute(EXCLUDE.encode())
     await db.execute(
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = "
+        "current_database() and pid <> pg_backend_pid()"
     )
     await daemon.hears("schema.refused", within=15)
     assert await daemon.exit() == EXCLUDED

@@ -1,7 +1,9 @@
-"""Failover: the primary dies under load or falls silent, its replica is promoted, and the same daemons go on there.
+"""Failover: the primary dies under load or falls silent, its replica is promoted, and the same
+daemons go on there.
 
-With a synchronous replica nothing is lost and nothing is called twice. What an asynchronous one had not received is gone, and this says
-what that means, measured: settles are made up for under the same key; promises are not.
+With a synchronous replica nothing is lost and nothing is called twice. What an asynchronous one had
+not received is gone, and this says what that means, measured: settles are made up for under the
+same key; promises are not.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ class Pair:
             )
 
     async def part(self) -> None:
-        """The replica receives nothing any more, and neither side minds: as when the network between them is gone."""
+        """The replica receives nothing any more, and neither side minds: as when the network
+        between them is gone."""
         async with connected(self.primary.dsn()) as db, connected(self.standby.dsn()) as behind:
             await behind.execute("alter system set primary_conninfo = ''")
             await behind.execute("select pg_reload_conf()")
@@ -127,7 +130,8 @@ def soon(seconds: float) -> datetime:
 async def scheduling(
     dsn: Callable[[], str], kinds: dict[str, str], acknowledged: dict[str, str]
 ) -> None:
-    """The application: one recall for each session, going on where it was when its database comes back; ids of what was acknowledged."""
+    """The application: one recall for each session, going on where it was when its database comes
+    back; ids of what was acknowledged."""
     left = list(kinds)
     while left:
         with suppress(
@@ -156,7 +160,8 @@ async def scheduling(
 async def test_a_synchronous_replica_under_load(
     pair: Pair, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """Killed under load with runs open, two daemons and 80 recalls of all kinds: nothing is lost, nothing called twice, same processes."""
+    """Killed under load with runs open, two daemons and 80 recalls of all kinds: nothing is lost,
+    nothing called twice, same processes."""
     await pair.synchronous()
     sessions = [f"s{n}" for n in range(80)]
     kinds = dict(zip(sessions, ("once", "recurring", "immediate", "once") * 20, strict=True))
@@ -197,7 +202,8 @@ async def test_a_synchronous_replica_under_load(
         await eventually(
             db,
             "select 1 from session_recalls having count(*) = 80 "
-            "and bool_and(case call_type when 'recurring' then occurrence > 2 else status = 'fired' end)",
+            "and bool_and(case call_type when 'recurring' then occurrence > 2 else status = "
+            "'fired' end)",
             within=60,
         )
         there = {row["id"] for row in await rows(db, "select id from session_recalls")}
@@ -214,7 +220,8 @@ async def test_a_synchronous_replica_under_load(
 async def test_what_an_asynchronous_replica_lost(
     pair: Pair, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """Lost settles: their occurrences are called again, under the same key. Lost inserts: the promises are gone, called or not."""
+    """Lost settles: their occurrences are called again, under the same key. Lost inserts: the
+    promises are gone, called or not."""
     open_run = Gate()
     endpoint.script("open", open_run)
     daemon = await replicas.start(lease=2, concurrency=20)
@@ -274,8 +281,10 @@ async def test_what_an_asynchronous_replica_lost(
     bodies = {(r.key, r.body) for r in endpoint.requests}
     assert len(bodies) == len(times), "the same body under the same key"
     print(
-        f"of {len(waiting) + 2} lost settles {len(waiting) + 2} were called again under the same key; "
-        f"of {len(done) + len(promised)} lost inserts {len(done)} had been called and left no trace, {len(promised)} never will be"
+        f"of {len(waiting) + 2} lost settles {len(waiting) + 2} were called again under the same "
+        f"key; "
+        f"of {len(done) + len(promised)} lost inserts {len(done)} had been called and left no "
+        f"trace, {len(promised)} never will be"
     )
     assert same_process(daemon) and daemon.told("worker.error") == []
     assert await daemon.stop() == 0
@@ -284,7 +293,8 @@ async def test_what_an_asynchronous_replica_lost(
 async def test_the_old_primary_comes_back_as_a_standby(
     pair: Pair, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """Named first in the DSN, and up again, but taking no writes: it is passed over at each reconnection, by the bell, too."""
+    """Named first in the DSN, and up again, but taking no writes: it is passed over at each
+    reconnection, by the bell, too."""
     daemon = await replicas.start(lease=2)
     pair.primary.kill()
     await daemon.hears("listener.lost")
@@ -296,7 +306,10 @@ async def test_the_old_primary_comes_back_as_a_standby(
         [state] = await rows(old, "select pg_is_in_recovery() as standby")
         assert state["standby"]
         for n in range(3):
-            ended = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'recall-worker%'"
+            ended = (
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name "
+                "like 'recall-worker%'"
+            )
             assert len(await rows(db, ended)) >= 2
             await daemon.hears("listener.listening", times=3 + n, within=60)
             async with await Application.connect(pair.standby.dsn()) as app:
@@ -304,7 +317,8 @@ async def test_the_old_primary_comes_back_as_a_standby(
             await daemon.hears("recall.settled", recall=recall)
         ours = await rows(
             old,
-            "select pid from pg_stat_activity where application_name like 'recall-worker%' and state = 'idle'",
+            "select pid from pg_stat_activity where application_name like 'recall-worker%' and "
+            "state = 'idle'",
         )
         assert ours == [], "nothing of ours stays with the old one"
     said = await asyncio.to_thread(operate, pair.primary.dsn(), "doctor", "--json")
@@ -321,7 +335,8 @@ async def test_the_old_primary_comes_back_as_a_standby(
 async def test_a_standby_is_named_and_not_spun_upon(
     attrs: str, pair: Pair, endpoint: Endpoint
 ) -> None:
-    """Led to a standby for good, the daemon says so once, asks a few times a second at most, and works as soon as it is promoted."""
+    """Led to a standby for good, the daemon says so once, asks a few times a second at most, and
+    works as soon as it is promoted."""
     async with await Application.connect(pair.primary.dsn()) as app:
         recall = await promise(app, "s")
     await pair.level()
@@ -352,7 +367,8 @@ async def test_a_standby_is_named_and_not_spun_upon(
 async def test_a_primary_that_falls_silent(
     pair: Pair, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """Not dead but stopped, so that no connection breaks: ledger and bell find out by their deadlines, and both move to the replica."""
+    """Not dead but stopped, so that no connection breaks: ledger and bell find out by their
+    deadlines, and both move to the replica."""
     gate = Gate()
     endpoint.script("open", gate, reply())
     await pair.synchronous()
@@ -374,7 +390,8 @@ async def test_a_primary_that_falls_silent(
         await daemon.hears("listener.lost", within=90, reason="no answer to the probe")
         await daemon.hears("listener.listening", times=2, within=90)
         print(
-            f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after {time.monotonic() - fell:.1f} s"
+            f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after "
+            f"{time.monotonic() - fell:.1f} s"
         )
         async with await Application.connect(pair.standby.dsn()) as app:
             asked = time.monotonic()

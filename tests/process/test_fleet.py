@@ -1,4 +1,5 @@
-"""Many replicas and one endpoint that is down: together they ask it no more often than one would."""
+"""Many replicas and one endpoint that is down: together they ask it no more often than one
+would."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ from .test_lease import promise
 async def _outage(
     app: Application, endpoint: Endpoint, daemons: Daemons, replicas: int, seconds: float
 ) -> list[float]:
-    """Instants of the probes while `replicas` workers meet an endpoint that answers 503, in `seconds` after all breakers are open."""
+    """Instants of the probes while `replicas` workers meet an endpoint that answers 503, in
+    `seconds` after all breakers are open."""
     workers = [await daemons.start(log_level="info") for _ in range(replicas)]
     endpoint.default = reply(503)
-    # Deferred rows come due again by their backoff: fresh ones keep every replica supplied with something to meet trouble by.
+    # Deferred rows come due again by their backoff: fresh ones keep every replica supplied with
+    # something to meet trouble by.
     for n in range(replicas * 3):
         await app.create_session(f"s{n}", "ann")
         await app.schedule(f"s{n}", "immediate", soon(0), "work")
@@ -35,7 +38,8 @@ async def _outage(
 async def test_replicas_share_their_probes_and_what_they_find(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Three replicas, the breaker open in all: probes come one at a time and ever rarer; the first answer closes all of them."""
+    """Three replicas, the breaker open in all: probes come one at a time and ever rarer; the first
+    answer closes all of them."""
     workers = await asyncio.gather(*(daemons.start() for _ in range(3)))
     endpoint.default = reply(503)
     for n in range(40):
@@ -60,7 +64,8 @@ async def test_replicas_share_their_probes_and_what_they_find(
 async def test_twenty_replicas_do_not_hammer_an_endpoint_that_is_down(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Twenty replicas over 40 s of outage: no more probes than one replica's doubling pauses allow (1, 2, 4, 8, 16 … s), and a few to spare."""
+    """Twenty replicas over 40 s of outage: no more probes than one replica's doubling pauses allow
+    (1, 2, 4, 8, 16 … s), and a few to spare."""
     probes = await _outage(app, endpoint, daemons, 20, 40)
     print(f"20 replicas, endpoint down for 40 s: {len(probes)} probes")
     assert len(probes) <= 10
@@ -69,7 +74,8 @@ async def test_twenty_replicas_do_not_hammer_an_endpoint_that_is_down(
 async def test_a_claim_takes_half_of_the_slots_at_most(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A backlog fills all slots, but in claims of half of them: while one half is being run PostgreSQL brings the other."""
+    """A backlog fills all slots, but in claims of half of them: while one half is being run
+    PostgreSQL brings the other."""
     for n in range(30):
         await promise(app, f"s{n}")
     endpoint.default = gate = Gate()

@@ -1,8 +1,11 @@
-"""Hostile answers and hostile rows, drawn by a seed, against the daemon as a process: it must neither break, nor grow, nor be led astray.
+"""Hostile answers and hostile rows, drawn by a seed, against the daemon as a process: it must
+neither break, nor grow, nor be led astray.
 
-Answers come from a raw socket (`Liar`), which also reads every request as strictly as RFC 9112 allows: a smuggled header, a second request in
-the bytes, a control character anywhere is seen there. The account afterwards is complete: each request on record, each recall ended or kept
-with a reason. What is known to be nasty has tests of its own (test_bad_input, test_wire, test_terminal); here it meets what it was not made for.
+Answers come from a raw socket (`Liar`), which also reads every request as strictly as RFC 9112
+allows: a smuggled header, a second request in the bytes, a control character anywhere is seen
+there. The account afterwards is complete: each request on record, each recall ended or kept with a
+reason. What is known to be nasty has tests of its own (test_bad_input, test_wire, test_terminal);
+here it meets what it was not made for.
 
 A failure names its seed; RECALL_TEST_SEEDS=7,8 draws others.
 """
@@ -36,12 +39,26 @@ from .test_lease import eventually, rows
 
 TOKEN = "open-sesame-4711"
 FIELDS = {
-    "host", "content-type", "content-length", "accept", "accept-encoding", "user-agent", "authorization", "idempotency-key",
-    "recall-attempt", "recall-lateness", "traceparent", "webhook-id", "webhook-timestamp", "webhook-signature", "x-api-key",
-}  # fmt: skip
+    "host",
+    "content-type",
+    "content-length",
+    "accept",
+    "accept-encoding",
+    "user-agent",
+    "authorization",
+    "idempotency-key",
+    "recall-attempt",
+    "recall-lateness",
+    "traceparent",
+    "webhook-id",
+    "webhook-timestamp",
+    "webhook-signature",
+    "x-api-key",
+}
 """All that a request of ours may carry."""
 GROWTH_MOST = 64 << 20
-"""Bytes by which the daemon's memory may have grown at its highest. Each of its slots may hold an answer of 1 MiB, and what JSON makes of it."""
+"""Bytes by which the daemon's memory may have grown at its highest. Each of its slots may hold an
+answer of 1 MiB, and what JSON makes of it."""
 
 
 def seeds(*ours: int) -> list[int]:
@@ -52,12 +69,13 @@ def seeds(*ours: int) -> list[int]:
     )
 
 
-# --- a server that lies ----------------------------------------------------------------------------------------------
+# --- a server that lies ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Lie:
-    """Bytes for an answer. `then`: keep, close, reset, or stall (say no more, and wait until the peer goes). `endless`: this again and again."""
+    """Bytes for an answer. `then`: keep, close, reset, or stall (say no more, and wait until the
+    peer goes). `endless`: this again and again."""
 
     data: bytes = b""
     then: str = "close"
@@ -172,12 +190,35 @@ class Liar:
         return Heard(found[1].decode(), found[2].decode(), headers, body)
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------
 
 WORDS = [
-    *STORABLE, TOKEN, f"Bearer {TOKEN}", "\ud800", "\udfff\ud800", "\x00", "a\x00b", "x" * 300, "é" * 300, "％", "%0d%0aX-Evil:%201", "%s%n%(x)s{x}",
-    "\r\nX-Evil: 1\r\n\r\n", "\nrecall.settled", '{"event": "recall.settled"}', "..", "../../x", "．．", "‥", "%2e%2e", "", " ", "0", "-1", "null",
-]  # fmt: skip
+    *STORABLE,
+    TOKEN,
+    f"Bearer {TOKEN}",
+    "\ud800",
+    "\udfff\ud800",
+    "\x00",
+    "a\x00b",
+    "x" * 300,
+    "é" * 300,
+    "％",
+    "%0d%0aX-Evil:%201",
+    "%s%n%(x)s{x}",
+    "\r\nX-Evil: 1\r\n\r\n",
+    "\nrecall.settled",
+    '{"event": "recall.settled"}',
+    "..",
+    "../../x",
+    "．．",
+    "‥",
+    "%2e%2e",
+    "",
+    " ",
+    "0",
+    "-1",
+    "null",
+]
 STATUS_WORDS = [
     "failed",
     "error",
@@ -192,41 +233,181 @@ STATUS_WORDS = [
     "timeout",
 ]
 LOCATIONS = [
-    "/runs/1", "runs/1", "?poll=1", "#x", "", "//elsewhere/x", "http://elsewhere/x", "https://127.0.0.1:{port}/x", "http://127.0.0.1:1/x",
-    "http://user:pw@127.0.0.1:{port}/x", "http://127.0.0.1:{port}@elsewhere/x", "http://127.0.0.1:{port}/x#y", "HTTP://127.0.0.1:{port}/X",
-    "http://127.0.0.1:{port}\\@elsewhere/", "\\\\elsewhere\\x", "javascript:alert(1)", "file:///etc/passwd", "http://[::1", "http://127.0.0.1:99999/x",
-    "http://127.1:{port}/x", "http://2130706433:{port}/x", "/../../x", "/%2e%2e/x", "/a b", "/é", "/\x1b[2J", "/" + "x" * 5000, "http:///x", "http:x",
-    "///x", "/x?y=\u202e", " /x", "/x\t",
-]  # fmt: skip
+    "/runs/1",
+    "runs/1",
+    "?poll=1",
+    "#x",
+    "",
+    "//elsewhere/x",
+    "http://elsewhere/x",
+    "https://127.0.0.1:{port}/x",
+    "http://127.0.0.1:1/x",
+    "http://user:pw@127.0.0.1:{port}/x",
+    "http://127.0.0.1:{port}@elsewhere/x",
+    "http://127.0.0.1:{port}/x#y",
+    "HTTP://127.0.0.1:{port}/X",
+    "http://127.0.0.1:{port}\\@elsewhere/",
+    "\\\\elsewhere\\x",
+    "javascript:alert(1)",
+    "file:///etc/passwd",
+    "http://[::1",
+    "http://127.0.0.1:99999/x",
+    "http://127.1:{port}/x",
+    "http://2130706433:{port}/x",
+    "/../../x",
+    "/%2e%2e/x",
+    "/a b",
+    "/é",
+    "/\x1b[2J",
+    "/" + "x" * 5000,
+    "http:///x",
+    "http:x",
+    "///x",
+    "/x?y=\u202e",
+    " /x",
+    "/x\t",
+]
 AFTERS = [
-    "0", "1", "60", "-1", "1e9", "1e999", "NaN", "inf", "0x10", "٣", "１０", "9" * 400, "", " ", "5, 5", "1;2", "Wed, 21 Oct 2015 07:28:00 GMT",
-    "Wed, 21 Oct 9999 07:28:00 GMT", "Fri, 31 Feb 2027 25:61:61 GMT", "Mon, 1 Jan 0000 00:00:00 -9999", "Mon, 1 Jan 10000 00:00:00 GMT",
-    "Mon, 01 Jan 2027 00:00:00 +99999999999", "\x1b[2J", "1" + " " * 500,
-]  # fmt: skip
+    "0",
+    "1",
+    "60",
+    "-1",
+    "1e9",
+    "1e999",
+    "NaN",
+    "inf",
+    "0x10",
+    "٣",
+    "１０",
+    "9" * 400,
+    "",
+    " ",
+    "5, 5",
+    "1;2",
+    "Wed, 21 Oct 2015 07:28:00 GMT",
+    "Wed, 21 Oct 9999 07:28:00 GMT",
+    "Fri, 31 Feb 2027 25:61:61 GMT",
+    "Mon, 1 Jan 0000 00:00:00 -9999",
+    "Mon, 1 Jan 10000 00:00:00 GMT",
+    "Mon, 01 Jan 2027 00:00:00 +99999999999",
+    "\x1b[2J",
+    "1" + " " * 500,
+]
 NASTY = [
-    b"no colon here", b" folded: 1", b": no name", b"space : before", b"x\x00y: 1", b"X-Nul: a\x00b", b"X-Bare: a\rb",
-    b"X-Latin: \xe9\xff", b"X-Esc: \x1b[2J\x1b]0;owned\x07", b"X-Long: " + b"y" * 20_000, b"X" * 20_000 + b": 1", b"Content-Length: -5",
-    b"Content-Length: +2", b"Content-Length: 0x10", b"Content-Length: 2, 2", b"Content-Length: 99999999999999999999",
-    b"Content-Length: 2\r\nContent-Length: 3", b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"Transfer-Encoding: gzip, chunked",
-    b"Transfer-Encoding: \x0bchunked", b"Transfer-Encoding: x", b"Content-Encoding: gzip", b"Content-Encoding: br",
-    b"Content-Encoding: deflate, gzip, zstd", b"Connection: upgrade\r\nUpgrade: websocket", b"Connection: keep-alive, close",
-    b"Set-Cookie: a=b; Domain=127.0.0.1", b"Set-Cookie: \x00\xff=\r", b"Trailer: X", b"Keep-Alive: timeout=99999999",
-    b"X-Many: 1\r\n" * 400 + b"X-Last: 1", b"Date: never", b"Date: Mon, 1 Jan 0000 00:00:00 -9999",
-]  # fmt: skip
+    b"no colon here",
+    b" folded: 1",
+    b": no name",
+    b"space : before",
+    b"x\x00y: 1",
+    b"X-Nul: a\x00b",
+    b"X-Bare: a\rb",
+    b"X-Latin: \xe9\xff",
+    b"X-Esc: \x1b[2J\x1b]0;owned\x07",
+    b"X-Long: " + b"y" * 20_000,
+    b"X" * 20_000 + b": 1",
+    b"Content-Length: -5",
+    b"Content-Length: +2",
+    b"Content-Length: 0x10",
+    b"Content-Length: 2, 2",
+    b"Content-Length: 99999999999999999999",
+    b"Content-Length: 2\r\nContent-Length: 3",
+    b"Transfer-Encoding: chunked\r\nContent-Length: 3",
+    b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding: \x0bchunked",
+    b"Transfer-Encoding: x",
+    b"Content-Encoding: gzip",
+    b"Content-Encoding: br",
+    b"Content-Encoding: deflate, gzip, zstd",
+    b"Connection: upgrade\r\nUpgrade: websocket",
+    b"Connection: keep-alive, close",
+    b"Set-Cookie: a=b; Domain=127.0.0.1",
+    b"Set-Cookie: \x00\xff=\r",
+    b"Trailer: X",
+    b"Keep-Alive: timeout=99999999",
+    b"X-Many: 1\r\n" * 400 + b"X-Last: 1",
+    b"Date: never",
+    b"Date: Mon, 1 Jan 0000 00:00:00 -9999",
+]
 STATUS_LINES = [
-    b"HTTP/1.1 200", b"HTTP/9.9 200 OK", b"HTTP/1.1 99999 X", b"HTTP/1.1 -1 X", b"HTTP/1.1  200 OK", b"http/1.1 200 ok", b"ICY 200 OK",
-    b"HTTP/1.1 2OO OK", "HTTP/1.1 ２００ OK".encode(), b"HTTP/1.1 200 \x1b[2J", b"HTTP/1.1 200 " + b"O" * 20_000, b"HTTP/1.0 200 OK",
-    b"HTTP/1.1 600 X", b"HTTP/1.1 000 X", b"HTTP/2 200", b"\x16\x03\x01\x02\x00", b"PRI * HTTP/2.0", b"", b"\r\n\r\nHTTP/1.1 200 OK",
+    b"HTTP/1.1 200",
+    b"HTTP/9.9 200 OK",
+    b"HTTP/1.1 99999 X",
+    b"HTTP/1.1 -1 X",
+    b"HTTP/1.1  200 OK",
+    b"http/1.1 200 ok",
+    b"ICY 200 OK",
+    b"HTTP/1.1 2OO OK",
+    "HTTP/1.1 ２００ OK".encode(),
+    b"HTTP/1.1 200 \x1b[2J",
+    b"HTTP/1.1 200 " + b"O" * 20_000,
+    b"HTTP/1.0 200 OK",
+    b"HTTP/1.1 600 X",
+    b"HTTP/1.1 000 X",
+    b"HTTP/2 200",
+    b"\x16\x03\x01\x02\x00",
+    b"PRI * HTTP/2.0",
+    b"",
+    b"\r\n\r\nHTTP/1.1 200 OK",
     b"220 smtp ESMTP",
-]  # fmt: skip
+]
 INTERIM = [
-    b"HTTP/1.1 100 Continue\r\n\r\n" * 3, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", b"HTTP/1.1 199 X\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n",
+    b"HTTP/1.1 199 X\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
-]  # fmt: skip
+]
 STATUSES = [
-    200, 200, 200, 200, 201, 202, 202, 204, 205, 206, 226, 300, 301, 302, 304, 307, 400, 401, 403, 404, 404, 405, 407, 408, 409, 409, 410, 411,
-    413, 414, 415, 418, 421, 422, 423, 425, 426, 429, 431, 451, 500, 500, 501, 502, 503, 504, 505, 507, 511, 599,
-]  # fmt: skip
+    200,
+    200,
+    200,
+    200,
+    201,
+    202,
+    202,
+    204,
+    205,
+    206,
+    226,
+    300,
+    301,
+    302,
+    304,
+    307,
+    400,
+    401,
+    403,
+    404,
+    404,
+    405,
+    407,
+    408,
+    409,
+    409,
+    410,
+    411,
+    413,
+    414,
+    415,
+    418,
+    421,
+    422,
+    423,
+    425,
+    426,
+    429,
+    431,
+    451,
+    500,
+    500,
+    501,
+    502,
+    503,
+    504,
+    505,
+    507,
+    511,
+    599,
+]
 
 
 def document(dice: random.Random) -> bytes:
@@ -261,7 +442,10 @@ def document(dice: random.Random) -> bytes:
         case 3:
             return b'{"status": NaN, "run_id": Infinity, "error": -Infinity}'
         case 4:
-            return b'{"status": "running", "status": "failed", "run_id": "a", "run_id": "b", "error": "\\ud800\\udc00\\ud800"}'
+            return (
+                b'{"status": "running", "status": "failed", "run_id": "a", "run_id": "b", '
+                b'"error": "\\ud800\\udc00\\ud800"}'
+            )
         case 5:
             return text.encode("utf-16", "replace")
         case 6:
@@ -281,7 +465,10 @@ def document(dice: random.Random) -> bytes:
         case 13:
             return b'{"error": "' + b"e" * (2 << 20) + b'"}'
         case 14:
-            return b'{"error": {"message": {"message": "x"}}, "detail": [{"msg": "\\u0000"}], "message": "\\u001b[2J\\r\\n\\u202e"}'
+            return (
+                b'{"error": {"message": {"message": "x"}}, "detail": [{"msg": "\\u0000"}], '
+                b'"message": "\\u001b[2J\\r\\n\\u202e"}'
+            )
         case 15:
             # Few of these: each is polled for a while.
             return json.dumps(
@@ -294,7 +481,8 @@ def document(dice: random.Random) -> bytes:
 
 
 def framed(dice: random.Random, body: bytes) -> tuple[bytes, bytes]:
-    """A header that says how long the body is, truly or not, and the body as it goes over the wire."""
+    """A header that says how long the body is, truly or not, and the body as it goes over the
+    wire."""
     size = b"%x" % len(body)
     match dice.randrange(14):
         case 0:
@@ -348,7 +536,8 @@ def framed(dice: random.Random, body: bytes) -> tuple[bytes, bytes]:
 
 
 def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
-    """An answer, whole or broken, of which any part may be wrong. Most have few wrong parts, to get far."""
+    """An answer, whole or broken, of which any part may be wrong. Most have few wrong parts, to get
+    far."""
     if dice.random() < 0.04:
         return Lie(
             dice.choice(
@@ -364,7 +553,8 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
             dice.choice(["close", "reset"]),
         )
     if dice.random() < 0.05:
-        # A run that is accepted as it should be, but for its name or place: it is polled there, or not at all.
+        # A run that is accepted as it should be, but for its name or place: it is polled there, or
+        # not at all.
         named = json.dumps(
             {
                 "run_id": dice.choice([*WORDS, "r" * 5_000, "é" * 200_000]),
@@ -427,13 +617,14 @@ def lie(dice: random.Random, port: int, polled: bool = False) -> Lie:
         + sent
         + behind
     )
-    # Where the length lies, the daemon waits for the rest until its time is up: seldom, as that takes a second each.
+    # Where the length lies, the daemon waits for the rest until its time is up: seldom, as that
+    # takes a second each.
     ways = ["close", "close", "reset", "keep", "keep"]
     true = length == b"Content-Length: %d\r\n" % len(sent)
     return Lie(data, dice.choice(ways if true or dice.random() < 0.04 else ways[:3]))
 
 
-# --- the account -----------------------------------------------------------------------------------------------------
+# --- the account ----------------------------------------------------------------------------------
 
 
 def memory(daemon: Daemon) -> int:
@@ -448,7 +639,8 @@ def memory(daemon: Daemon) -> int:
 
 
 def said_nothing_wrong(daemon: Daemon) -> None:
-    """Every line of the log is one JSON document, no call broke the worker, no row could not be written, the token is nowhere."""
+    """Every line of the log is one JSON document, no call broke the worker, no row could not be
+    written, the token is nowhere."""
     assert daemon.talk == []
     assert (
         daemon.told("worker.error")
@@ -467,7 +659,8 @@ async def insert(db: Connection, **columns: Any) -> None:
     )
     await db.execute(
         sql.SQL(
-            "insert into session_recalls ({}, trigger_at, created_at, updated_at) values ({}, now(), now(), now())"
+            "insert into session_recalls ({}, trigger_at, created_at, updated_at) values ({}, "
+            "now(), now(), now())"
         ).format(
             sql.SQL(", ").join(map(sql.Identifier, row)),
             sql.SQL(", ").join(sql.Placeholder() * len(row)),
@@ -516,14 +709,16 @@ def honest(protocol: str, request: Heard) -> Lie:
 
 
 async def lied_to(protocol: str, seed: int, recalls: int, database: str, db: Connection) -> None:
-    """So many recalls of one session, whose trouble alone can't open the breaker, are called until each is over or cancelled.
+    """So many recalls of one session, whose trouble alone can't open the breaker, are called until
+    each is over or cancelled.
 
     Now and then there is a good one, which must be called on time.
     """
     dice = random.Random(seed)
 
     def answer(request: Heard) -> Lie:
-        # Agno is asked for its settings before each post: a server that lies about these is never called.
+        # Agno is asked for its settings before each post: a server that lies about these is never
+        # called.
         others = (
             GOOD in request.path
             or GOOD.encode() in request.body
@@ -552,9 +747,12 @@ async def lied_to(protocol: str, seed: int, recalls: int, database: str, db: Con
                 assert settled["outcome"] == "answered" or protocol != "native", settled
                 assert settled["lag_ms"] < 5_000
                 await eventually(
-                    db, "select where (select count(*) from session_recalls where id like 'r%%' and last_outcome is null) <= %s",
-                    [recalls * (3 - n) // 4], within=100,
-                )  # fmt: skip
+                    db,
+                    "select where (select count(*) from session_recalls where id like 'r%%' and "
+                    "last_outcome is null) <= %s",
+                    [recalls * (3 - n) // 4],
+                    within=100,
+                )
             await account(protocol, liar, daemon, db)
             assert memory(daemon) - before < GROWTH_MOST
             assert daemon.told("breaker.opened") == []
@@ -565,15 +763,18 @@ async def lied_to(protocol: str, seed: int, recalls: int, database: str, db: Con
 
 ODD = """
 select id, status, reason from session_recalls
-where not (status = 'fired' or reason is not null or lease is not null) or reason ~ '[[:cntrl:]]' or length(reason) > 2000
+where not (status = 'fired' or reason is not null or lease is not null) or reason ~ '[[:cntrl:]]'
+    or length(reason) > 2000
 """
 
 
 async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> None:
-    """Every request is on record and every recall has ended, or waits, with a reason; what waits is cancelled."""
+    """Every request is on record and every recall has ended, or waits, with a reason; what waits is
+    cancelled."""
     assert await rows(db, ODD) == []
     await db.execute(
-        "update session_recalls set status = 'cancelled', reason = 'enough' where status in ('pending', 'running')"
+        "update session_recalls set status = 'cancelled', reason = 'enough' where status in "
+        "('pending', 'running')"
     )
     await eventually(
         db, "select where not exists (select from session_recalls where lease is not null)"
@@ -587,11 +788,13 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
     posted = Counter(request.headers["idempotency-key"].partition(":")[0] for request in calls)
     marks = await rows(
         db,
-        "select recall_id, sum(calls) as n from recall_attempts where called_at is not null group by 1",
+        "select recall_id, sum(calls) as n from recall_attempts where called_at is not null "
+        "group by 1",
     )
     marked = {mark["recall_id"]: mark["n"] for mark in marks}
     if protocol == "agno":
-        # A session that turns out to be somebody's is posted to again, with its owner's name: one call, two requests.
+        # A session that turns out to be somebody's is posted to again, with its owner's name: one
+        # call, two requests.
         assert set(marked) == set(posted) and all(posted[id] <= 2 * marked[id] for id in marked)
     else:
         # A server may hang up while a request is on its way to it: what it never read is unknown.
@@ -599,7 +802,8 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
         assert Counter(marked) == posted + unread
         lost = await rows(
             db,
-            "select recall_id, sum(calls) as n from recall_attempts where outcome = 'unknown' and reason ~ 'broke off' group by 1",
+            "select recall_id, sum(calls) as n from recall_attempts where outcome = 'unknown' "
+            "and reason ~ 'broke off' group by 1",
         )
         assert (
             unread <= Counter({mark["recall_id"]: mark["n"] for mark in lost})
@@ -621,7 +825,8 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
 
 @pytest.mark.parametrize("seed", seeds(1))
 async def test_hostile_answers(seed: int, database: str, db: Connection) -> None:
-    """A hundred and twenty answers, drawn from all that can be wrong with one: the daemon goes on, and accounts for each."""
+    """A hundred and twenty answers, drawn from all that can be wrong with one: the daemon goes on,
+    and accounts for each."""
     await lied_to("native", seed, 120, database, db)
 
 
@@ -635,7 +840,7 @@ async def test_many_hostile_answers(
     await lied_to(protocol, seed, 300 if protocol == "native" else 150, database, db)
 
 
-# --- without end -----------------------------------------------------------------------------------------------------
+# --- without end ----------------------------------------------------------------------------------
 
 START = b"HTTP/1.1 200 OK\r\n"
 KIB = b"x" * 1024
@@ -667,7 +872,8 @@ BODIES = {"a body", "a body of a terabyte", "chunks", "tiny chunks"}
 
 
 async def test_answers_without_end(database: str, db: Connection) -> None:
-    """Whatever goes on without end, in all slots at once: none is read for ever or kept in memory, each ends, and others are called on time."""
+    """Whatever goes on without end, in all slots at once: none is read for ever or kept in memory,
+    each ends, and others are called on time."""
 
     def answer(request: Heard) -> Lie:
         return ENDLESS.get(unquote(request.path.split("/")[2]), ok())
@@ -685,7 +891,8 @@ async def test_answers_without_end(database: str, db: Connection) -> None:
             await insert(db, id="good", session_id="good")
             for name in ENDLESS:
                 settled = (await daemon.hears("recall.settled", recall=name, within=60))[0]
-                # As much of a body as counts may be read in time; all else has no end that could be an answer.
+                # As much of a body as counts may be read in time; all else has no end that could be
+                # an answer.
                 assert settled["outcome"] in {"unknown"} | (
                     {"answered", "misconfigured"} if name in BODIES else set()
                 ), settled
@@ -696,14 +903,60 @@ async def test_answers_without_end(database: str, db: Connection) -> None:
             assert await daemon.stop() == 0
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 PARTS = [
-    *(text for text in STORABLE if text), "..", ".", "/", "//", "/../", "%2e%2e%2f", "%00", "%0d%0a", "％２ｅ", "．．", "‥", "…", "⁄", "∕",
-    "\\", "?", "#", "&", "=", ":", "@", ";", "{session_id}", "%s", "%(id)s", "{}", "$1", "'", '"', "`", "--", "-h", "--yes", " ", "  ",
-    "a", "é", "e\u0301", "漢", "🙂", "ﷺ" * 3, "\u0300" * 20, "HTTP/1.1", "Host: elsewhere", "\r\n\r\nGET /admin HTTP/1.1\r\n\r\n",
-    '{"event":"recall.settled"}', "<b>", "$(id)", "`id`",
-]  # fmt: skip
+    *(text for text in STORABLE if text),
+    "..",
+    ".",
+    "/",
+    "//",
+    "/../",
+    "%2e%2e%2f",
+    "%00",
+    "%0d%0a",
+    "％２ｅ",
+    "．．",
+    "‥",
+    "…",
+    "⁄",
+    "∕",
+    "\\",
+    "?",
+    "#",
+    "&",
+    "=",
+    ":",
+    "@",
+    ";",
+    "{session_id}",
+    "%s",
+    "%(id)s",
+    "{}",
+    "$1",
+    "'",
+    '"',
+    "`",
+    "--",
+    "-h",
+    "--yes",
+    " ",
+    "  ",
+    "a",
+    "é",
+    "e\u0301",
+    "漢",
+    "🙂",
+    "ﷺ" * 3,
+    "\u0300" * 20,
+    "HTTP/1.1",
+    "Host: elsewhere",
+    "\r\n\r\nGET /admin HTTP/1.1\r\n\r\n",
+    '{"event":"recall.settled"}',
+    "<b>",
+    "$(id)",
+    "`id`",
+]
 
 
 def words(dice: random.Random, most: int) -> str:
@@ -711,7 +964,8 @@ def words(dice: random.Random, most: int) -> str:
 
 
 async def test_hostile_rows(database: str, db: Connection) -> None:
-    """Forty rows, any text in any column: each is delivered to its own session and nowhere else, and neither logs nor commands are led astray."""
+    """Forty rows, any text in any column: each is delivered to its own session and nowhere else,
+    and neither logs nor commands are led astray."""
     await hostile_rows(1, 40, database, db)
 
 
@@ -727,14 +981,20 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
     made: dict[str, dict[str, Any]] = {}
     while len(made) < count:
         row = {
-            "id": words(dice, 600), "session_id": words(dice, 600), "additional_context_message": words(dice, 600),
-            "internal_comment": f"hush {words(dice, 600)}", "leased_by": words(dice, 600), "last_outcome": words(dice, 600),
-            "reason": words(dice, 600), "body_hash": words(dice, 600),
-        }  # fmt: skip
+            "id": words(dice, 600),
+            "session_id": words(dice, 600),
+            "additional_context_message": words(dice, 600),
+            "internal_comment": f"hush {words(dice, 600)}",
+            "leased_by": words(dice, 600),
+            "last_outcome": words(dice, 600),
+            "reason": words(dice, 600),
+            "body_hash": words(dice, 600),
+        }
         if dice.random() < 0.1:
             row["additional_context_message"] *= (1 << 20) // len(row["additional_context_message"])
         if dice.random() < 0.2:
-            # A reference that somebody wrote there: to be polled at the endpoint's own origin, or not at all.
+            # A reference that somebody wrote there: to be polled at the endpoint's own origin, or
+            # not at all.
             row["run_reference"] = dice.choice(LOCATIONS).format(port=1) + words(dice, 50)
         sessions = {other["session_id"] for other in made.values()}
         if row["session_id"] not in sessions | {".", ".."} and row["id"] not in made:
@@ -744,8 +1004,12 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
     ) as liar:
         settings = SETTINGS | {"max_attempts": 1, "run_timeout": 2}
         async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": liar.url}) as daemons:
-            over = "select where (select count(*) from session_recalls where status in ('fired', 'failed')) = %s"
-            # Half of them for a daemon that writes for machines, half for one that writes for people.
+            over = (
+                "select where (select count(*) from session_recalls where status in ('fired', "
+                "'failed')) = %s"
+            )
+            # Half of them for a daemon that writes for machines, half for one that writes for
+            # people.
             daemon = await daemons.start(**settings, concurrency=10)
             for row in [*made.values()][: count // 2]:
                 await insert(db, **row)
@@ -759,7 +1023,8 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
                 await insert(db, **row)
             await eventually(db, over, [count], within=60)
             assert await plain.stop() == 0
-        # The log for people: a line an event, which begins with its time, and holds nothing but what can be printed.
+        # The log for people: a line an event, which begins with its time, and holds nothing but
+        # what can be printed.
         assert len(plain.talk) > count and plain.events == []
         for line in plain.talk:
             assert line.isprintable() and re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z \[", line), line
@@ -789,7 +1054,8 @@ async def hostile_rows(seed: int, count: int, database: str, db: Connection) -> 
 def commands_are_not_led_astray(
     database: str, made: Mapping[str, Mapping[str, Any]], dice: random.Random
 ) -> None:
-    """list, show, why: in a pipe and on a terminal, of these rows; each prints text that can be read, and JSON holds what the rows hold."""
+    """list, show, why: in a pipe and on a terminal, of these rows; each prints text that can be
+    read, and JSON holds what the rows hold."""
 
     def printable(text: str) -> bool:
         return all(line.isprintable() for line in SGR.sub("", text).split("\n"))

@@ -1,4 +1,5 @@
-"""Half-open: one connection's peer is gone without a word, as behind a router that forgot it. It is noticed in time, and replaced."""
+"""Half-open: one connection's peer is gone without a word, as behind a router that forgot it. It is
+noticed in time, and replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ LEASE = 4.0
 async def test_a_line_of_the_ledger(
     n: int, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Whichever of claims, settles and renewals it is: within a lease it is replaced, nothing is broken off, lost, or called twice."""
+    """Whichever of claims, settles and renewals it is: within a lease it is replaced, nothing is
+    broken off, lost, or called twice."""
     gate = Gate()
     endpoint.script("open", gate)
     async with Proxy(database) as proxy:
@@ -40,12 +42,14 @@ async def test_a_line_of_the_ledger(
         await daemon.hears("recall.settled", session="meanwhile", within=LEASE)
         await eventually(
             db,
-            "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
+            "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 "
+            "second'",
             [3 * LEASE],
         )
         gate.open()
         await daemon.hears("recall.settled", recall=recall, attempt=1)
-        # What a look at a ring found dead was replaced before anybody else asked: then there was nothing to tell.
+        # What a look at a ring found dead was replaced before anybody else asked: then there was
+        # nothing to tell.
         assert [len(daemon.told(f"database.{what}")) for what in ("lost", "found")] in (
             [1, 1],
             [0, 0],
@@ -70,7 +74,8 @@ async def test_a_line_of_the_ledger(
 async def test_the_bell(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """It rings itself every other second, gives that five, and a question five more: then it connects anew, and hears what is rung."""
+    """It rings itself every other second, gives that five, and a question five more: then it
+    connects anew, and hears what is rung."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(lease=LEASE, listen_dsn=proxy.dsn, poll_interval=30)
         proxy.forget(0)
@@ -83,7 +88,8 @@ async def test_the_bell(
 
 
 async def test_postgresql_has_bounds_for_a_silence_too(database: str) -> None:
-    """On a connection that has arrived the server's own deadlines are drawn from the lease: a vanished worker's locks end before that does."""
+    """On a connection that has arrived the server's own deadlines are drawn from the lease: a
+    vanished worker's locks end before that does."""
     conn = await psycopg.AsyncConnection.connect(database, autocommit=True)
     assert await session_setup(conn, Deadlines.within(LEASE).statement)
     for name, value in {

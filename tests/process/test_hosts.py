@@ -1,6 +1,8 @@
-"""Hosts: two workers, the database and the API, each in a network namespace with an address of its own. Each pair is parted, and healed.
+"""Hosts: two workers, the database and the API, each in a network namespace with an address of its
+own. Each pair is parted, and healed.
 
-The account is drawn from the API's own record of requests: what was run, under which key, from when to when.
+The account is drawn from the API's own record of requests: what was run, under which key, from when
+to when.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Hosts:
         return await started.start(lease=LEASE, concurrency=concurrency, poll_interval=30)
 
     async def held(self, kinds: dict[str, str]) -> dict[str, Gate]:
-        """A run that stays open for each of these sessions, and for whoever calls a second time in it."""
+        """A run that stays open for each of these sessions, and for whoever calls a second time in
+        it."""
         gates = {}
         for session, kind in kinds.items():
             gates[session] = first = Gate()
@@ -102,7 +105,8 @@ async def run(_: Request) -> Raw:
 
 
 async def account(hosts: Hosts, *, again: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Nothing lost, nothing doubled, no two runs at once in a session. `again`: sessions that were called twice under one key."""
+    """Nothing lost, nothing doubled, no two runs at once in a session. `again`: sessions that were
+    called twice under one key."""
     by_key: dict[str, list[Request]] = defaultdict(list)
     by_session: dict[str, list[Request]] = defaultdict(list)
     for request in hosts.api.requests:
@@ -131,7 +135,8 @@ async def account(hosts: Hosts, *, again: set[str] = frozenset()) -> None:  # ty
 
 ALL_RUN = """
     select 1 from session_recalls
-    having bool_and(case call_type when 'recurring' then occurrence > 1 else status = 'fired' end and lease is null)
+    having bool_and(case call_type when 'recurring' then occurrence > 1 else status = 'fired' end
+        and lease is null)
 """
 
 
@@ -150,7 +155,8 @@ async def end(hosts: Hosts, gates: dict[str, Gate], *daemons: Daemon) -> None:
     [("one", "silent"), ("two", "silent"), ("one", "answers vanish"), ("one", "barred")],
 )
 async def test_a_worker_and_the_database(hosts: Hosts, cut_off: str, how: str) -> None:
-    """The cut-off worker breaks its calls off before its leases end, the other takes them up when they do, and both work again soon."""
+    """The cut-off worker breaks its calls off before its leases end, the other takes them up when
+    they do, and both work again soon."""
     await part(hosts, cut_off, how)
 
 
@@ -172,7 +178,8 @@ async def test_a_planted_defect_is_found(
 
 
 async def part(hosts: Hosts, cut_off: str, how: str) -> None:
-    """Part a worker from the database for three leases, with runs open on both, and heal. Raises AssertionError where that is not borne."""
+    """Part a worker from the database for three leases, with runs open on both, and heal. Raises
+    AssertionError where that is not borne."""
     hosts.api.default = run
     other = {"one": "two", "two": "one"}[cut_off]
     lost = await hosts.start(cut_off, concurrency=2)
@@ -204,8 +211,12 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
     await promise(hosts.app, "meanwhile")
     await kept.hears("recall.settled", session="meanwhile", within=5)
     # The kept runs have been renewed all the while.
-    await eventually(hosts.db, "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
-                     [PARTED + LEASE], within=60)  # fmt: skip
+    await eventually(
+        hosts.db,
+        "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
+        [PARTED + LEASE],
+        within=60,
+    )
     healed_at = time.monotonic()
     hosts.net.heal()
     await lost.hears("database.found", within=10)
@@ -233,7 +244,8 @@ def test_the_hosts_are_removed_also_after_a_failure() -> None:
 
 
 async def test_both_workers_and_the_database(hosts: Hosts) -> None:
-    """The database is alone: both break off, nobody takes anything, and afterwards each run is called again under its key."""
+    """The database is alone: both break off, nobody takes anything, and afterwards each run is
+    called again under its key."""
     hosts.api.default = run
     one = await hosts.start("one", concurrency=2)
     gates = await hosts.held({"once": "once", "recurring": "recurring"})
@@ -261,7 +273,8 @@ async def test_both_workers_and_the_database(hosts: Hosts) -> None:
 
 
 async def test_a_worker_and_the_api(hosts: Hosts) -> None:
-    """Runs that are open stay open and are renewed; what the API answers meanwhile arrives; new calls are kept; nobody calls twice."""
+    """Runs that are open stay open and are renewed; what the API answers meanwhile arrives; new
+    calls are kept; nobody calls twice."""
     hosts.api.default = run
     one = await hosts.start("one", concurrency=4)
     gates = await hosts.held({"once": "once", "recurring": "recurring"})
@@ -270,8 +283,12 @@ async def test_a_worker_and_the_api(hosts: Hosts) -> None:
     for n in range(6):
         await promise(hosts.app, f"meanwhile {n}")
     gates["once"].open()
-    await eventually(hosts.db, "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
-                     [PARTED + LEASE], within=60)  # fmt: skip
+    await eventually(
+        hosts.db,
+        "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
+        [PARTED + LEASE],
+        within=60,
+    )
     hosts.net.heal()
     await promise(hosts.app, "afterwards")
     await end(hosts, gates, one, two)
@@ -292,8 +309,12 @@ async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
     gates |= await hosts.held({"two's": "once"})
     hosts.net.cut("one", "two")
     await promise(hosts.app, "meanwhile")
-    await eventually(hosts.db, "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
-                     [PARTED + LEASE], within=60)  # fmt: skip
+    await eventually(
+        hosts.db,
+        "select 1 from session_recalls where lease_until > leased_at + %s * interval '1 second'",
+        [PARTED + LEASE],
+        within=60,
+    )
     hosts.net.heal()
     await end(hosts, gates, one, two)
     await account(hosts)
@@ -311,7 +332,8 @@ async def test_a_worker_and_a_worker(hosts: Hosts) -> None:
 
 
 async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its host says nothing any more, and answers no probe: the call breaks off as one that may have run, long before a run's time is up."""
+    """Its host says nothing any more, and answers no probe: the call breaks off as one that may
+    have run, long before a run's time is up."""
     async with AsyncExitStack() as stack:
         net = stack.enter_context(network.Network("one", "api"))
         api = Endpoint()

@@ -359,7 +359,8 @@ async def test_a_row_that_cannot_be_written_in_time(
 async def test_a_row_that_cannot_be_settled_in_time(
     db: Connection, sink: Sink, workers: Daemons
 ) -> None:
-    """The trigger sleeps only where the row ends: what ended with it is settled, and so is what comes later."""
+    """The trigger sleeps only where the row ends: what ended with it is settled, and so is what
+    comes later."""
     await db.execute(SLOW.replace("'r-slow'", "'r-slow' and new.status = 'fired'").encode())
     async with db.transaction():
         await put(db, "slow", 10)

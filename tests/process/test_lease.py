@@ -1,4 +1,5 @@
-"""The lease: who may settle, what becomes of the runs of workers that die, stall or are cut off, and what a lock does to it."""
+"""The lease: who may settle, what becomes of the runs of workers that die, stall or are cut off,
+and what a lock does to it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ async def rows(db: Connection, query: str, values: Sequence[Any] = ()) -> list[d
 async def eventually(
     db: Connection, query: str, values: Sequence[Any] = (), within: float = 20.0
 ) -> dict[str, Any]:
-    """Ask until the query answers with a row, and return that. Raises TimeoutError with the table as it stands."""
+    """Ask until the query answers with a row, and return that. Raises TimeoutError with the table
+    as it stands."""
     try:
         async with asyncio.timeout(within):
             while True:
@@ -55,7 +57,8 @@ async def calls(db: Connection, recall: str) -> list[dict[str, Any]]:
     """The marks that the recall's calls left, in order."""
     return await rows(
         db,
-        "select * from recall_attempts where recall_id = %s order by occurrence, rekey, attempt, outcome",
+        "select * from recall_attempts where recall_id = %s order by occurrence, rekey, attempt, "
+        "outcome",
         [recall],
     )
 
@@ -67,7 +70,8 @@ HELD = "select 1 from session_recalls where session_id = %s and lease_until > no
 async def test_a_dead_workers_run_is_taken_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGKILL in mid-run: another worker calls again when the lease ends, under the same key with the same body, as attempt 2."""
+    """SIGKILL in mid-run: another worker calls again when the lease ends, under the same key with
+    the same body, as attempt 2."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     first = await daemons.start(lease=2)
@@ -101,7 +105,8 @@ async def test_a_dead_workers_run_is_taken_up(
 async def test_a_long_run_is_renewed(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run of more than three leases, with another worker about, stays its owner's and is called once."""
+    """A run of more than three leases, with another worker about, stays its owner's and is called
+    once."""
     gate = Gate()
     endpoint.script("s", gate)
     owner = await daemons.start(lease=1.5)
@@ -121,7 +126,8 @@ async def test_a_long_run_is_renewed(
 async def test_a_stopped_worker_settles_nothing(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGSTOP for longer than the lease: another takes the run, and what the first one brings after SIGCONT changes nothing."""
+    """SIGSTOP for longer than the lease: another takes the run, and what the first one brings after
+    SIGCONT changes nothing."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     stopped = await daemons.start(lease=1)
@@ -147,7 +153,8 @@ async def test_a_stopped_worker_settles_nothing(
 async def test_a_stalled_worker_does_not_take_its_own_run_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A worker that stood still for longer than its lease, with nobody else about, goes on with the run that it has in hand."""
+    """A worker that stood still for longer than its lease, with nobody else about, goes on with the
+    run that it has in hand."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=1.5)
@@ -171,7 +178,8 @@ async def test_a_stalled_worker_does_not_take_its_own_run_up(
 async def test_a_recall_that_kills_its_worker_is_buried(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Each attempt counts when it is claimed: after RECALL_MAX_ATTEMPTS dead workers a one-shot fails, a recurring one goes on."""
+    """Each attempt counts when it is claimed: after RECALL_MAX_ATTEMPTS dead workers a one-shot
+    fails, a recurring one goes on."""
     sessions = ("single", "again")
     victim: Daemon | None = None
 
@@ -212,7 +220,8 @@ async def test_a_recall_that_kills_its_worker_is_buried(
 async def test_a_row_that_the_application_holds_locked(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Its run ends under a lock that outlives the lease: others settle meanwhile, it settles afterwards, and nothing fires twice."""
+    """Its run ends under a lock that outlives the lease: others settle meanwhile, it settles
+    afterwards, and nothing fires twice."""
     gate = Gate()
     endpoint.script("locked", gate)
     owner = await daemons.start(lease=2)
@@ -240,7 +249,8 @@ async def test_a_row_that_the_application_holds_locked(
 async def test_a_run_whose_row_is_held_locked(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Its lease can't be renewed for two leases, but nobody else can take it either: it goes on, and is settled."""
+    """Its lease can't be renewed for two leases, but nobody else can take it either: it goes on,
+    and is settled."""
     gate = Gate()
     endpoint.script("locked", gate)
     owner = await daemons.start(lease=2)
@@ -266,7 +276,8 @@ async def test_a_run_whose_row_is_held_locked(
 async def test_a_cancel_in_mid_run_aborts_by_the_bell(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The application's own cancel of a recall that is being run breaks the call off at once, long before a renewal."""
+    """The application's own cancel of a recall that is being run breaks the call off at once, long
+    before a renewal."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=60)
@@ -286,7 +297,8 @@ async def test_a_cancel_in_mid_run_aborts_by_the_bell(
 async def test_a_cancel_in_mid_run_aborts_by_renewal(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Where the bell's connection is half-open the next renewal finds the cancel, and breaks the call off."""
+    """Where the bell's connection is half-open the next renewal finds the cancel, and breaks the
+    call off."""
     gate = Gate()
     endpoint.script("s", gate)
     async with Proxy(database) as proxy:
@@ -306,7 +318,8 @@ async def test_a_cancel_in_mid_run_aborts_by_renewal(
 async def test_marked_in_mid_run_by_the_application(
     how: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A recall that its application marks by id in mid-run stays as marked, and does not fire again."""
+    """A recall that its application marks by id in mid-run stays as marked, and does not fire
+    again."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start()
@@ -321,12 +334,16 @@ async def test_marked_in_mid_run_by_the_application(
     assert len(endpoint.requests) == 1
 
 
-# --- somebody else settles what is leased ---------------------------------------------------------------------------
+# --- somebody else settles what is leased ---------------------------------------------------------
 
 AS_AFTER_A_RUN = """
-update session_recalls set trigger_at = now() + interval_seconds * interval '1 second', updated_at = now() where id = $1
+update session_recalls set trigger_at = now() + interval_seconds * interval '1 second',
+    updated_at = now() where id = $1
 """
-BY_FIVE_MINUTES = "update session_recalls set trigger_at = now() + interval '5 minutes', updated_at = now() where id = $1"
+BY_FIVE_MINUTES = (
+    "update session_recalls set trigger_at = now() + interval '5 minutes', updated_at = now() "
+    "where id = $1"
+)
 LONG_AGO = (
     "update session_recalls set trigger_at = '-infinity', updated_at = '-infinity' where id = $1"
 )
@@ -358,7 +375,8 @@ LONG_AGO = (
 async def test_a_lease_that_somebody_violates(
     statement: str, told: list[str], app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A leased recall that others settle is told, loudly and once; what an application may do in mid-run is not."""
+    """A leased recall that others settle is told, loudly and once; what an application may do in
+    mid-run is not."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=30)

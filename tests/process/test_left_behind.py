@@ -240,7 +240,8 @@ async def test_a_run_that_was_paused_before_it_was_sent_costs_no_attempt(
     """Taken up, paused, and its second worker died before the call: it has its last attempt yet."""
     recall = await promise(app, "s", "once")
     await db.execute(
-        "update session_recalls set lease = gen_random_uuid(), lease_until = now() - interval '1 min',"
+        "update session_recalls set lease = gen_random_uuid(), lease_until = now() - interval '1 "
+        "min',"
         " leased_at = now() - interval '1 min', leased_by = 'dead', attempt = 2, paused_at = now(),"
         " begun_at = now() - interval '2 min', takeovers = 1"
     )

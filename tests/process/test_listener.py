@@ -17,7 +17,8 @@ from .test_lease import eventually, promise, rows
 from .test_outage import terminate
 
 AT_REST = """
-select 1 from pg_stat_activity where datname = current_database() and application_name like 'recall-worker ledger %'
+select 1 from pg_stat_activity where datname = current_database()
+    and application_name like 'recall-worker ledger %'
 having count(*) > 0 and bool_and(state = 'idle' and state_change < now() - interval '1 second')
 """
 
@@ -29,7 +30,8 @@ class Rings:
         self._conn = conn
 
     async def until_now(self) -> int:
-        """How many rings the transactions that were committed before this call have made since the last one."""
+        """How many rings the transactions that were committed before this call have made since the
+        last one."""
         await self._conn.execute("notify barrier")
         rings = 0
         async for notification in self._conn.notifies(timeout=20):
@@ -65,7 +67,8 @@ async def test_an_insert_wakes_a_sleeping_worker(
 async def test_an_insert_while_the_bell_is_away(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """What was inserted while the bell had no connection is found by the look after it has one again."""
+    """What was inserted while the bell had no connection is found by the look after it has one
+    again."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(poll_interval=30, listen_dsn=proxy.dsn)
         await eventually(db, AT_REST)
@@ -84,7 +87,8 @@ async def test_an_insert_while_the_bell_is_away(
 async def test_the_bells_backend_is_terminated(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Inserted in the instant after the bell's backend was ended, a recall is called within moments all the same."""
+    """Inserted in the instant after the bell's backend was ended, a recall is called within moments
+    all the same."""
     daemon = await daemons.start(poll_interval=30)
     for n in range(3):
         await daemon.hears("listener.listening", times=n + 1)
@@ -98,7 +102,8 @@ async def test_the_bells_backend_is_terminated(
 async def test_a_silent_host_before_the_right_one(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Of two hosts in the DSN the first takes connections and says nothing: the second is asked in time, by bell and ledger."""
+    """Of two hosts in the DSN the first takes connections and says nothing: the second is asked in
+    time, by bell and ledger."""
     async with Proxy(database) as silent, Proxy(database) as right:
         silent.blackhole()
         parts = psycopg.conninfo.conninfo_to_dict(right.dsn)
@@ -168,7 +173,8 @@ async def test_rescheduled_to_earlier(
 async def test_rescheduled_to_later(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A timer that was armed for a recall that is then moved away does nothing, and the new time is kept."""
+    """A timer that was armed for a recall that is then moved away does nothing, and the new time is
+    kept."""
     await daemons.start(poll_interval=30)
     recall = await promise(app, "s", "once", 1.0)
     assert await app.reschedule(recall, soon(2.0))
@@ -178,7 +184,8 @@ async def test_rescheduled_to_later(
 
 
 async def test_what_rings(app: Application, database: str, db: Connection) -> None:
-    """Inserts within the horizon of a minute and moves to earlier ring once; what is far off, later or idle does not."""
+    """Inserts within the horizon of a minute and moves to earlier ring once; what is far off, later
+    or idle does not."""
     async with connected(database) as conn:
         rings = await listening(conn)
         near = await promise(app, "near", "once", 50)
@@ -203,7 +210,8 @@ async def test_what_rings(app: Application, database: str, db: Connection) -> No
 async def test_the_workers_own_writing_is_silent(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Claims, renewals, settles and next occurrences ring nobody; only the application's inserts did."""
+    """Claims, renewals, settles and next occurrences ring nobody; only the application's inserts
+    did."""
     daemon = await daemons.start(lease=1)
     async with connected(database) as conn:
         rings = await listening(conn)
@@ -232,7 +240,8 @@ async def test_beyond_the_horizon(
 async def test_due_and_locked_is_no_busy_loop(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Something due that the application holds locked is looked for about once a second, and called soon after it is let go."""
+    """Something due that the application holds locked is looked for about once a second, and called
+    soon after it is let go."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(poll_interval=30, dsn=proxy.dsn)
         async with connected(database) as holder:
@@ -279,7 +288,8 @@ async def test_due_behind_a_run_is_no_busy_loop(
 async def test_an_idle_worker_asks_little(
     server: str, app: Application, database: str, daemons: Daemons
 ) -> None:
-    """A worker with nothing due, and a recall due tomorrow, makes at most ten transactions a minute."""
+    """A worker with nothing due, and a recall due tomorrow, makes at most ten transactions a
+    minute."""
     await promise(app, "s", "once", 86_400)
     await daemons.start()
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]

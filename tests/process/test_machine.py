@@ -1,8 +1,10 @@
-"""Three replicas as an operator installs them: the wheel, the units and the credentials on a machine that systemd boots.
+"""Three replicas as an operator installs them: the wheel, the units and the credentials on a
+machine that systemd boots.
 
-While recalls fall due every 100 ms one replica hangs, one is killed, one is stopped in mid-run, and the code and the schema are upgraded
-replica by replica. What counts is asked of the endpoint, on a raw socket: each occurrence requested once, or again under its key only where
-its worker died with it in hand; none late by more than a second.
+While recalls fall due every 100 ms one replica hangs, one is killed, one is stopped in mid-run, and
+the code and the schema are upgraded replica by replica. What counts is asked of the endpoint, on a
+raw socket: each occurrence requested once, or again under its key only where its worker died with
+it in hand; none late by more than a second.
 
 The machine shares this one's network; PostgreSQL and the endpoint are out here.
 """
@@ -41,13 +43,15 @@ LATE_MOST = 1.0
 REPLICAS = [f"recall-worker@{n}.service" for n in (1, 2, 3)]
 LEASE = 5
 OVERRIDE = "[Service]\nWatchdogSec=6\nRestartSec=1\n"
-"""So that a hung worker is found within this test and not in a minute and a half; all else is as shipped."""
+"""So that a hung worker is found within this test and not in a minute and a half; all else is as
+shipped."""
 NEXT_VERSION = "9.9.9"
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Path]]:
-    """The wheel, the next version's wheel (with a schema of its own), and a folder with what they need."""
+    """The wheel, the next version's wheel (with a schema of its own), and a folder with what they
+    need."""
     folder = tmp_path_factory.mktemp("wheels")
     wheel = machine.build_wheel(folder / "this")
     machine.fetch_wheels(folder / "needed", wheel)
@@ -67,7 +71,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
     )
     number = statements.generation() + 1
     (source / "sql" / "migrations" / f"{number:04d}_next.sql").write_text(
-        "-- works with code from: 1\nalter table recall_workers add column next_version_was_here boolean;\n",
+        "-- works with code from: 1\nalter table recall_workers add column next_version_was_here "
+        "boolean;\n",
         encoding="utf-8",
     )
     yield wheel, machine.build_wheel(folder / "next", source), folder / "needed"
@@ -93,7 +98,8 @@ class Load:
         return gate
 
     async def flow(self) -> None:
-        """One recall every 100 ms, each in a session of its own, due a second after it was promised."""
+        """One recall every 100 ms, each in a session of its own, due a second after it was
+        promised."""
         # On a connection of its own, as the test does other things meanwhile.
         app = await Application.connect(self.dsn)
         started, n = time.monotonic(), 0
@@ -106,10 +112,12 @@ class Load:
         await app.close()
 
     async def dies(self, worker: str) -> None:
-        """Note what a worker that can't go on has in hand: those runs are taken up by others, under the same keys."""
+        """Note what a worker that can't go on has in hand: those runs are taken up by others, under
+        the same keys."""
         found = await rows(
             self.db,
-            "select id from session_recalls where leased_by = %s and status in ('pending', 'running')",
+            "select id from session_recalls where leased_by = %s and status in ('pending', "
+            "'running')",
             [worker],
         )
         self.died_in_hand |= {row["id"] for row in found}
@@ -135,7 +143,8 @@ class Load:
             lateness.items(), key=lambda item: -item[1]
         )[:10]
         print(
-            f"{len(self.due)} recalls, {len(again)} again, late by {max(lateness.values()):.3f} s at most"
+            f"{len(self.due)} recalls, {len(again)} again, late by {max(lateness.values()):.3f} "
+            f"s at most"
         )
 
 
@@ -206,7 +215,8 @@ async def until(box: Machine, unit: str, name: str, wanted: str, within: float =
 
 
 async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path, Path]) -> None:
-    """Installed, started, hung, killed, stopped in mid-run, upgraded: none lost, none doubled, none late."""
+    """Installed, started, hung, killed, stopped in mid-run, upgraded: none lost, none doubled, none
+    late."""
     await asyncio.to_thread(box.systemctl, "start", "recall-worker-migrate.service")
     await asyncio.to_thread(
         box.systemctl,
@@ -290,7 +300,8 @@ async def test_three_replicas(box: Machine, load: Load, wheels: tuple[Path, Path
             [NEXT_VERSION],
         )
 
-    # Nothing that systemd or the programs said tells a secret, and what runs is nobody on this machine.
+    # Nothing that systemd or the programs said tells a secret, and what runs is nobody on this
+    # machine.
     said = await asyncio.to_thread(box.log)
     assert "tok-5eed" not in said
     assert await asyncio.to_thread(box.show, REPLICAS[0], "DynamicUser") == "yes"

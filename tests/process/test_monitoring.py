@@ -1,6 +1,8 @@
-"""monitoring/ against the real thing: what alerts and dashboard name is what a daemon exports, and Prometheus takes all of it.
+"""monitoring/ against the real thing: what alerts and dashboard name is what a daemon exports, and
+Prometheus takes all of it.
 
-promtool and prometheus are Debian's package `prometheus`; where it is missing these tests skip, and .ci/run installs it.
+promtool and prometheus are Debian's package `prometheus`; where it is missing these tests skip, and
+.ci/run installs it.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def query(expression: str) -> str:
 
 
 async def test_whatever_is_named_is_exported(app: Application, daemons: Daemons) -> None:
-    """Each metric, and each label with its value, that alerts and dashboard name is on a real daemon's page."""
+    """Each metric, and each label with its value, that alerts and dashboard name is on a real
+    daemon's page."""
     daemon = await daemons.start(ops_listen=0)
     await promise(app, "s")
     await daemon.hears("recall.settled")
@@ -95,7 +98,8 @@ async def test_prometheus_likes_the_page(app: Application, daemons: Daemons) -> 
 
 @promtool
 def test_the_alerts_are_alerts() -> None:
-    """`promtool check rules` finds each of them, and `promtool test rules` sees it fire, and a healthy fleet be quiet."""
+    """`promtool check rules` finds each of them, and `promtool test rules` sees it fire, and a
+    healthy fleet be quiet."""
     done = checked("check", "rules", "--lint=all", "--lint-fatal", ALERTS)
     assert done.returncode == 0 and f"{len(RULES)} rules found" in done.stdout, (
         done.stdout + done.stderr
@@ -119,7 +123,8 @@ def test_no_alert_goes_untested(name: str, tmp_path: Path) -> None:
 
 
 def test_each_alert_has_its_page_in_the_runbook() -> None:
-    """docs/monitoring.md has a heading for each alert, and none for one that there isn't; the alert points there."""
+    """docs/monitoring.md has a heading for each alert, and none for one that there isn't; the alert
+    points there."""
     headings = re.findall(
         r"^### (Recall\w+)$",
         (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"),
@@ -132,7 +137,8 @@ def test_each_alert_has_its_page_in_the_runbook() -> None:
 
 
 def test_the_dashboard_is_well_made() -> None:
-    """Each panel has a title, a description, a place of its own and the dashboard's data source; ids are unique."""
+    """Each panel has a title, a description, a place of its own and the dashboard's data source;
+    ids are unique."""
     assert (
         len({panel["id"] for panel in PANELS})
         == len({panel["title"] for panel in PANELS})
@@ -154,7 +160,8 @@ def test_the_dashboard_is_well_made() -> None:
 
 @pytest.fixture
 def configuration(tmp_path: Path) -> Iterator[Path]:
-    """A Prometheus that scrapes every second, with the alerts as they stand; its targets stand in targets.json."""
+    """A Prometheus that scrapes every second, with the alerts as they stand; its targets stand in
+    targets.json."""
     (tmp_path / "alerts.yml").write_bytes(ALERTS.read_bytes())
     job = {
         "job_name": "recall-worker",
@@ -171,7 +178,8 @@ def configuration(tmp_path: Path) -> Iterator[Path]:
 
 @prometheus
 async def test_a_real_prometheus(configuration: Path, app: Application, daemons: Daemons) -> None:
-    """Prometheus scrapes two workers, evaluates each alert without an error, and every panel of the dashboard shows something."""
+    """Prometheus scrapes two workers, evaluates each alert without an error, and every panel of the
+    dashboard shows something."""
     workers = [await daemons.start(ops_listen=0) for _ in range(2)]
     targets = [(await address(worker)).removeprefix("http://") for worker in workers]
     (configuration / "targets.json").write_text(

@@ -1,4 +1,5 @@
-"""The pages of RECALL_OPS_LISTEN, read from a real daemon: what it counts against what its endpoint counted, alive, ready, refused."""
+"""The pages of RECALL_OPS_LISTEN, read from a real daemon: what it counts against what its endpoint
+counted, alive, ready, refused."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ async def until(daemon: Daemon, path: str, status: int, within: float = 30.0) ->
 async def test_the_counts_are_the_endpoints_own(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Outcomes, verdicts, runs and durations on /metrics are as many as the requests that the endpoint has read and how it answered them."""
+    """Outcomes, verdicts, runs and durations on /metrics are as many as the requests that the
+    endpoint has read and how it answered them."""
     endpoint.script("busy", reply(409, headers={"retry-after": "1"}), reply())
     endpoint.script("refused", reply(422))
     endpoint.script("gone", reply(404, {"code": "session_not_found"}))
@@ -103,9 +105,16 @@ async def test_the_counts_are_the_endpoints_own(
     answered = (
         sum(1 for request in endpoint.requests if request.session not in ("refused", "gone")) - 1
     )
-    assert {o: value(found, "outcomes_total", outcome=o) for o in ("answered", "busy", "refused", "gone", "unknown")} == {
-        "answered": answered, "busy": 1, "refused": 1, "gone": 1, "unknown": 0,
-    }  # fmt: skip
+    assert {
+        o: value(found, "outcomes_total", outcome=o)
+        for o in ("answered", "busy", "refused", "gone", "unknown")
+    } == {
+        "answered": answered,
+        "busy": 1,
+        "refused": 1,
+        "gone": 1,
+        "unknown": 0,
+    }
     assert value(found, "settles_total", verdict="finish", status="fired") == answered
     assert value(found, "settles_total", verdict="finish", status="failed") == 1
     assert value(found, "settles_total", verdict="finish", status="cancelled") == 1
@@ -135,7 +144,8 @@ async def test_the_counts_are_the_endpoints_own(
 async def test_a_fleets_counts_add_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Three workers share two hundred recalls that end in all kinds of ways: together they count what the endpoint read and the marks say."""
+    """Three workers share two hundred recalls that end in all kinds of ways: together they count
+    what the endpoint read and the marks say."""
     for n in range(0, 200, 5):
         endpoint.script(f"s{n}", reply(409, headers={"retry-after": "1"}), reply())
         endpoint.script(f"s{n + 1}", reply(200, {"status": "failed"}), reply())
@@ -145,7 +155,8 @@ async def test_a_fleets_counts_add_up(
         await promise(app, f"s{n}")
     await eventually(
         db,
-        "select 1 from session_recalls having count(*) filter (where status in ('pending', 'running')) = 0",
+        "select 1 from session_recalls having count(*) filter (where status in ('pending', "
+        "'running')) = 0",
         within=60,
     )
     for worker in workers:
@@ -184,7 +195,8 @@ async def test_a_fleets_counts_add_up(
 async def test_what_is_due_and_in_nobodys_hand(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With the one slot taken, what is due is overdue; what waits for its own session's run, is paused or lies ahead is not."""
+    """With the one slot taken, what is due is overdue; what waits for its own session's run, is
+    paused or lies ahead is not."""
     gate = Gate()
     endpoint.script("first", gate)
     daemon = await daemons.start(ops_listen=0, concurrency=1)
@@ -221,7 +233,8 @@ async def test_the_breaker_and_what_it_meets(
 async def test_taken_and_lost_leases(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A worker that stood still lost its lease and counts that; the one that took it up counts that."""
+    """A worker that stood still lost its lease and counts that; the one that took it up counts
+    that."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     first = await daemons.start(ops_listen=0, lease=2)
@@ -255,7 +268,8 @@ async def test_a_cancelled_run_is_counted(
 
 
 async def test_who_asks_for_what(daemons: Daemons) -> None:
-    """GET and HEAD; other methods are refused, other addresses are not there; formats as asked for; no word on what serves it."""
+    """GET and HEAD; other methods are refused, other addresses are not there; formats as asked for;
+    no word on what serves it."""
     daemon = await daemons.start(ops_listen="127.0.0.1:0")
     for path in ("/livez", "/readyz", "/metrics"):
         whole, head = await read(daemon, path), await read(daemon, path, "HEAD")
@@ -295,7 +309,8 @@ async def test_a_daemon_that_says_nothing_it_was_not_asked(
 
 
 async def test_an_address_that_is_taken(daemons: Daemons) -> None:
-    """Refused in a sentence with what to do, before anything is claimed; so is one that isn't this host's."""
+    """Refused in a sentence with what to do, before anything is claimed; so is one that isn't this
+    host's."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for where, says in (
@@ -333,7 +348,8 @@ async def test_a_worker_that_stands_still_is_not_alive(daemons: Daemons) -> None
 async def test_without_postgresql_alive_but_not_ready(
     own_server: EmbeddedServer, replicas: Daemons
 ) -> None:
-    """PostgreSQL killed: /readyz says so, /livez goes on, /metrics has what needs no database; all of it comes back."""
+    """PostgreSQL killed: /readyz says so, /livez goes on, /metrics has what needs no database; all
+    of it comes back."""
     daemon = await replicas.start(ops_listen=0)
     assert (await read(daemon, "/readyz")).text == "ready\n"
     own_server.kill()
@@ -372,7 +388,8 @@ async def test_a_schema_that_asks_for_newer_code(db: Connection, daemons: Daemon
     daemon = await daemons.start(ops_listen=0)
     await until(daemon, "/readyz", 200)
     await db.execute(
-        "update recall_schema set oldest_code = 9999 where version = (select max(version) from recall_schema)"
+        "update recall_schema set oldest_code = 9999 where version = (select max(version) from "
+        "recall_schema)"
     )
     page = await until(daemon, "/readyz", 503)
     assert (
@@ -382,7 +399,8 @@ async def test_a_schema_that_asks_for_newer_code(db: Connection, daemons: Daemon
 
 
 async def test_a_drain_is_not_ready(app: Application, endpoint: Endpoint, daemons: Daemons) -> None:
-    """From the first signal on /readyz is 503, /livez goes on, and both are gone when the last run has ended."""
+    """From the first signal on /readyz is 503, /livez goes on, and both are gone when the last run
+    has ended."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(ops_listen=0)
@@ -418,7 +436,8 @@ async def test_readers_that_hang_on_hold_up_no_stop(daemons: Daemons) -> None:
 async def test_scrapes_cost_one_question(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """However often it is scraped, PostgreSQL is asked at most every five seconds: rows that fall due in between are seen by the next one."""
+    """However often it is scraped, PostgreSQL is asked at most every five seconds: rows that fall
+    due in between are seen by the next one."""
     gate = Gate()
     endpoint.script("first", gate)
     daemon = await daemons.start(ops_listen=0, concurrency=1)
@@ -449,7 +468,8 @@ def bare_proc() -> list[str]:
 async def test_the_process_is_told_of_where_proc_is_bare(
     bare_proc: list[str], daemons: Daemons
 ) -> None:
-    """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the process are on the page all the same."""
+    """Below systemd's ProcSubset=pid, as our units have it, memory, CPU, files and the start of the
+    process are on the page all the same."""
     async with Daemons(daemons.environ, before=bare_proc) as elsewhere:
         daemon = await elsewhere.start(ops_listen=0)
         found = {name: number for (name, _), number in (await scrape(daemon)).items()}

@@ -1,4 +1,5 @@
-"""The ops port under attack: it costs bounded descriptors and a bounded log, answers those who ask, and stops no recall."""
+"""The ops port under attack: it costs bounded descriptors and a bounded log, answers those who ask,
+and stops no recall."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ async def connect(at: int, head: bytes = b"") -> Stream:
 
 @asynccontextmanager
 async def crowd(at: int, size: int) -> AsyncIterator[list[Stream]]:
-    """So many connections, half of them silent and half in mid-head, each opened again when it is closed."""
+    """So many connections, half of them silent and half in mid-head, each opened again when it is
+    closed."""
 
     async def one(n: int) -> None:
         while True:
@@ -84,7 +86,8 @@ async def ends(stream: Stream, within: float) -> float:
 async def test_half_open_connections_stop_nothing(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """370 connections without a request, at 256 descriptors: recalls are fired, /livez answers, the log stays small."""
+    """370 connections without a request, at 256 descriptors: recalls are fired, /livez answers, the
+    log stays small."""
     async with Daemons(daemons.environ, before=FEW_FILES) as elsewhere:
         daemon = await elsewhere.start(ops_listen=0)
         async with crowd(await port(daemon), 370):
@@ -104,7 +107,8 @@ async def test_half_open_connections_stop_nothing(
 
 @pytest.mark.parametrize("drip", [b"", b"x"], ids=["silent", "drips"])
 async def test_a_head_has_a_deadline(drip: bytes, daemons: Daemons) -> None:
-    """A connection that sends nothing, and one that sends a byte at a time, are closed when a head's time is up."""
+    """A connection that sends nothing, and one that sends a byte at a time, are closed when a
+    head's time is up."""
     daemon = await daemons.start(ops_listen=0)
     stream = await connect(await port(daemon), HALF)
     closing = asyncio.create_task(ends(stream, HEAD_DEADLINE + 5))
@@ -119,7 +123,8 @@ async def test_a_head_has_a_deadline(drip: bytes, daemons: Daemons) -> None:
 
 
 async def test_a_connection_is_for_one_request(daemons: Daemons) -> None:
-    """An answer says that the connection ends, and it does: none stays open for a request that may come."""
+    """An answer says that the connection ends, and it does: none stays open for a request that may
+    come."""
     daemon = await daemons.start(ops_listen=0)
     reader, writer = await connect(await port(daemon), b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
     said = await asyncio.wait_for(reader.read(), 3)
@@ -129,7 +134,8 @@ async def test_a_connection_is_for_one_request(daemons: Daemons) -> None:
 
 
 async def test_an_answer_that_nobody_reads(daemons: Daemons) -> None:
-    """A client that asks and does not go on, here with its body, holds its connection for a bounded time."""
+    """A client that asks and does not go on, here with its body, holds its connection for a bounded
+    time."""
     daemon = await daemons.start(ops_listen=0)
     head = b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
     stream = await connect(await port(daemon), head)
@@ -138,7 +144,8 @@ async def test_an_answer_that_nobody_reads(daemons: Daemons) -> None:
 
 
 async def test_no_descriptors_left(app: Application, daemons: Daemons) -> None:
-    """Where accept itself has no descriptor left that is told once, and the port answers when there are some again."""
+    """Where accept itself has no descriptor left that is told once, and the port answers when there
+    are some again."""
     daemon = await daemons.start(ops_listen=0)
     at = await port(daemon)
     await until(daemon, "/livez", 200)

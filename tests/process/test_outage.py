@@ -1,4 +1,5 @@
-"""Outages: PostgreSQL killed, away, restarted, read-only, full, half-open. The same process goes on, and nothing is lost."""
+"""Outages: PostgreSQL killed, away, restarted, read-only, full, half-open. The same process goes
+on, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ async def terminate(db: Connection, name: str) -> int:
     """End the backends whose application_name begins so; how many there were."""
     ended = await rows(
         db,
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name like %s",
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = "
+        "current_database() and application_name like %s",
         [name + " %"],
     )
     return len(ended)
@@ -67,7 +69,8 @@ async def terminate(db: Connection, name: str) -> int:
 async def test_killed_for_three_leases_under_load(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """PostgreSQL is killed under load with runs open, for three leases: both daemons go on, nothing is lost, nothing is called twice."""
+    """PostgreSQL is killed under load with runs open, for three leases: both daemons go on, nothing
+    is lost, nothing is called twice."""
     lease, sessions = 2.0, [f"s{n}" for n in range(36)]
     kinds = dict(zip(sessions, ("once", "recurring", "immediate") * 12, strict=True))
     gates = {session: Gate() for session in sessions[:6]}
@@ -135,7 +138,8 @@ async def test_killed_for_three_leases_under_load(
             db,
             """
             select 1 from session_recalls having count(*) = 36
-                and bool_and(case call_type when 'recurring' then occurrence > 2 else status = 'fired' end)
+                and bool_and(case call_type when 'recurring' then occurrence > 2
+                    else status = 'fired' end)
             """,
             within=30,
         )
@@ -143,10 +147,12 @@ async def test_killed_for_three_leases_under_load(
         twice = {key: n for key, n in Counter(endpoint.keys).items() if n > 1}
         unknown = await rows(
             db,
-            "select recall_id, occurrence from recall_attempts where outcome = 'unknown' and called_at is not null",
+            "select recall_id, occurrence from recall_attempts where outcome = 'unknown' and "
+            "called_at is not null",
         )
         assert twice == {}, f"called again, and not because of {unknown}"
-        # What was claimed by a statement whose answer was lost had no run; all others stay their owners'.
+        # What was claimed by a statement whose answer was lost had no run; all others stay their
+        # owners'.
         taken = {e["recall"] for d in (one, two) for e in d.told("lease.taken")}
         assert taken.isdisjoint(e["recall"] for d in (one, two) for e in d.told("lease.lost"))
         assert not any(d.told("lease.lost") for d in (one, two))
@@ -180,7 +186,8 @@ async def test_started_while_it_is_away(
 async def test_connections_terminated(
     name: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Each of its connections ended by pg_terminate_backend, again and again with a run open: it recovers and misses nothing."""
+    """Each of its connections ended by pg_terminate_backend, again and again with a run open: it
+    recovers and misses nothing."""
     gate = Gate()
     endpoint.script("open", gate)
     daemon = await daemons.start(lease=3, concurrency=5, poll_interval=30)
@@ -200,12 +207,14 @@ async def test_connections_terminated(
 
 
 async def test_every_connection_is_named(database: str, db: Connection, daemons: Daemons) -> None:
-    """What pg_stat_activity shows of a daemon says which replica it is and what the connection is for; they are few."""
+    """What pg_stat_activity shows of a daemon says which replica it is and what the connection is
+    for; they are few."""
     daemon = await daemons.start()
     await eventually(db, "select 1 from recall_workers")
     found = await rows(
         db,
-        "select application_name from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
+        "select application_name from pg_stat_activity where datname = current_database() and "
+        "pid <> pg_backend_pid()",
     )
     names = Counter(str(f["application_name"]) for f in found)
     assert set(names) == {
@@ -218,7 +227,8 @@ async def test_every_connection_is_named(database: str, db: Connection, daemons:
 async def test_cut_in_mid_run(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The network to PostgreSQL is away for longer than the lease while a run ends: nobody else about, it is settled, called once."""
+    """The network to PostgreSQL is away for longer than the lease while a run ends: nobody else
+    about, it is settled, called once."""
     gate = Gate()
     endpoint.script("s", gate)
     async with Proxy(database) as proxy:
@@ -245,7 +255,8 @@ async def test_cut_in_mid_run(
 async def test_slow_network(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With every round trip to PostgreSQL taking a third of a second runs are renewed, settled and called once."""
+    """With every round trip to PostgreSQL taking a third of a second runs are renewed, settled and
+    called once."""
     gate = Gate()
     endpoint.script("slow", gate)
     async with Proxy(database) as proxy:
@@ -267,7 +278,8 @@ async def test_slow_network(
 async def test_half_open_connections(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """All connections half-open, which raises nothing: the bell notices by its probe, the ledger by its deadline, and both go on."""
+    """All connections half-open, which raises nothing: the bell notices by its probe, the ledger by
+    its deadline, and both go on."""
     gate = Gate()
     endpoint.script("open", gate)
     async with Proxy(database) as proxy:
@@ -308,7 +320,8 @@ async def test_half_open_bell(
 
 @pytest.mark.full
 async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: Endpoint) -> None:
-    """The account has no connection left: a daemon that is up loses its own and goes on when there are some again; so does a new one."""
+    """The account has no connection left: a daemon that is up loses its own and goes on when there
+    are some again; so does a new one."""
     parts = urlsplit(own_server.dsn())
     dsn = urlunsplit(parts._replace(netloc="limited@"))
     async with (
@@ -346,7 +359,8 @@ async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: End
 async def test_restarted_read_only(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """PostgreSQL comes back taking no writes, and takes them later: nothing is called meanwhile, and the open run is settled."""
+    """PostgreSQL comes back taking no writes, and takes them later: nothing is called meanwhile,
+    and the open run is settled."""
     gate = Gate()
     endpoint.script("open", gate)
     daemon = await replicas.start(lease=2)

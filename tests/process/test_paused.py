@@ -1,4 +1,5 @@
-"""Paused: PostgreSQL stopped, which takes connections and says nothing; and a worker stopped for longer than its lease."""
+"""Paused: PostgreSQL stopped, which takes connections and says nothing; and a worker stopped for
+longer than its lease."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ async def test_postgresql(
     replicas: Daemons,  # noqa: F811
     endpoint: Endpoint,
 ) -> None:
-    """A paused PostgreSQL can't be told from one that others reach: runs are broken off, and called again under their keys when it goes on."""
+    """A paused PostgreSQL can't be told from one that others reach: runs are broken off, and called
+    again under their keys when it goes on."""
     gates = {session: Gate() for session in ("once", "recurring", "also")}
     for session, gate in gates.items():
         endpoint.script(session, gate, reply())
@@ -59,7 +61,8 @@ async def test_postgresql(
     async with connected(own_server.dsn()) as db:
         await eventually(
             db,
-            "select 1 from session_recalls having bool_and(case call_type when 'recurring' then occurrence = 2 else status = 'fired' end)",
+            "select 1 from session_recalls having bool_and(case call_type when 'recurring' then "
+            "occurrence = 2 else status = 'fired' end)",
             within=30,
         )
         for session in gates:
@@ -77,7 +80,8 @@ async def test_postgresql(
 async def test_a_worker(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Stopped with a run open for longer than its lease: it finds the lease gone, breaks the call off, and settles nothing."""
+    """Stopped with a run open for longer than its lease: it finds the lease gone, breaks the call
+    off, and settles nothing."""
     gate, successor = Gate(), Gate()
     endpoint.script("s", gate, successor)
     stopped = await daemons.start(lease=LEASE)

@@ -1,6 +1,8 @@
-"""PgBouncer in transaction mode: all that goes through it, and what does not: the ring, which needs a direct connection, and is missed loudly.
+"""PgBouncer in transaction mode: all that goes through it, and what does not: the ring, which needs
+a direct connection, and is missed loudly.
 
-Several server connections are in the pool, and other clients use them, so that what was left behind on one would be found.
+Several server connections are in the pool, and other clients use them, so that what was left behind
+on one would be found.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from .test_listener import listening
 from .test_ops import read, scrape, value
 from .test_outage import same_process
 
-POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
+POOLER = (
+    "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does "
+    "not pass"
+)
 
 
 @pytest.fixture
@@ -42,7 +47,8 @@ def pooled(database: str, bouncer: PgBouncer) -> str:
 
 @asynccontextmanager
 async def busy(dsn: str, clients: int = 3) -> AsyncIterator[None]:
-    """Other clients of the pool, so that no two transactions of ours in a row get the same server connection by habit."""
+    """Other clients of the pool, so that no two transactions of ours in a row get the same server
+    connection by habit."""
 
     async def client() -> None:
         async with connected(dsn) as conn:
@@ -61,16 +67,19 @@ async def busy(dsn: str, clients: int = 3) -> AsyncIterator[None]:
 
 
 async def left_behind(pooled: str) -> list[dict[str, object]]:
-    """What the pool's server connections hold that their servers did not give them: asked on several of them at once."""
+    """What the pool's server connections hold that their servers did not give them: asked on
+    several of them at once."""
 
     async def ask() -> dict[str, object]:
         async with await psycopg.AsyncConnection.connect(pooled) as conn:
             conn.prepare_threshold = None
             cursor = await conn.execute(
-                "select pg_backend_pid(), current_setting('lock_timeout'), current_setting('statement_timeout'), "
+                "select pg_backend_pid(), current_setting('lock_timeout'), "
+                "current_setting('statement_timeout'), "
                 "current_setting('default_transaction_isolation'), current_setting('search_path'), "
                 "(select count(*) from pg_prepared_statements), "
-                "(select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()), pg_sleep(0.2)"
+                "(select count(*) from pg_locks where locktype = 'advisory' and pid = "
+                "pg_backend_pid()), pg_sleep(0.2)"
             )
             [(pid, *found, _)] = await cursor.fetchall()
             return {"pid": pid, "found": found}
@@ -86,7 +95,8 @@ async def test_the_daemon_through_it(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Queries through the pooler, LISTEN beside it: rung at once, renewed, cancelled in mid-run, settled; nothing is left on its connections."""
+    """Queries through the pooler, LISTEN beside it: rung at once, renewed, cancelled in mid-run,
+    settled; nothing is left on its connections."""
     gates = {session: Gate() for session in ("long", "unwanted")}
     for session, gate in gates.items():
         endpoint.script(session, gate)
@@ -111,7 +121,8 @@ async def test_the_daemon_through_it(
         # Longer than two leases: they were renewed.
         await eventually(
             db,
-            "select 1 from session_recalls where session_id = 'long' and lease_until > leased_at + interval '6 s'",
+            "select 1 from session_recalls where session_id = 'long' and lease_until > leased_at "
+            "+ interval '6 s'",
         )
         assert await app.cancel_session("unwanted") == 1
         await gates["unwanted"].hung_up.wait()
@@ -150,7 +161,8 @@ async def test_without_a_direct_connection(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Nothing rings: said once and loudly, in the log, in `workers`; what is inserted comes by the poll, what was known before on the instant."""
+    """Nothing rings: said once and loudly, in the log, in `workers`; what is inserted comes by the
+    poll, what was known before on the instant."""
     with pooler(database, **settings) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=1)
         [event] = await daemon.hears("listener.deaf")
@@ -182,7 +194,8 @@ async def test_without_a_direct_connection(
 async def test_session_pooling_rings(
     database: str, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A pooler in session mode passes LISTEN: one DSN is enough, and the bell has heard itself through it."""
+    """A pooler in session mode passes LISTEN: one DSN is enough, and the bell has heard itself
+    through it."""
     with pooler(database, pool_mode="session", default_pool_size=20) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=30)
         recall = await promise(app, "s")
@@ -197,7 +210,8 @@ async def test_session_pooling_rings(
 async def test_a_bell_that_hears_again(
     database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The address behind RECALL_LISTEN_DSN leads to a pooler first and then to the server: the bell finds out by itself, and says so."""
+    """The address behind RECALL_LISTEN_DSN leads to a pooler first and then to the server: the bell
+    finds out by itself, and says so."""
     with pooler(database) as bouncer:
         async with Proxy(bouncer.dsn) as proxy:
             daemon = await daemons.start(listen_dsn=proxy.dsn, dsn=database, poll_interval=30)
@@ -220,7 +234,8 @@ async def test_a_bell_in_another_database(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A RECALL_LISTEN_DSN that names another database hears nothing, though PostgreSQL takes the LISTEN: that is noticed, and named."""
+    """A RECALL_LISTEN_DSN that names another database hears nothing, though PostgreSQL takes the
+    LISTEN: that is noticed, and named."""
     with postgres.database(server, template) as elsewhere:
         daemon = await daemons.start(listen_dsn=elsewhere, poll_interval=1)
         [event] = await daemon.hears("listener.deaf")
@@ -230,7 +245,8 @@ async def test_a_bell_in_another_database(
 
 
 async def test_the_bell_wakes_nobody_by_ringing_itself(database: str, daemons: Daemons) -> None:
-    """Whether it hears the bell asks on a channel of its own: on the one that wakes workers nothing is heard of it."""
+    """Whether it hears the bell asks on a channel of its own: on the one that wakes workers nothing
+    is heard of it."""
     async with connected(database) as conn:
         rings = await listening(conn)
         daemon = await daemons.start()
@@ -254,7 +270,8 @@ async def eventually_heard(database: str, workers: int) -> None:
 async def test_the_pooler_is_restarted(
     database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The pooler is killed with a run open and comes back: the same process goes on, and the run is settled once."""
+    """The pooler is killed with a run open and comes back: the same process goes on, and the run is
+    settled once."""
     gate = Gate()
     endpoint.script("open", gate, reply())
     with pooler(database) as bouncer:
@@ -273,11 +290,12 @@ async def test_the_pooler_is_restarted(
         assert len(endpoint.requests) == 2 and same_process(daemon)
 
 
-# --- commands and the application's side -----------------------------------------------------------------------------
+# --- commands and the application's side ----------------------------------------------------------
 
 
 async def test_commands_through_it(pooled: str, app: Application, database: str) -> None:
-    """Every command that asks the database, again and again on the pool's connections: all are done."""
+    """Every command that asks the database, again and again on the pool's connections: all are
+    done."""
     for session in ("s", "t"):
         await app.create_session(session, "ann")
     async with busy(pooled):
@@ -297,11 +315,14 @@ async def test_commands_through_it(pooled: str, app: Application, database: str)
 
 
 async def test_pruning_in_many_batches(pooled: str, app: Application, db: Connection) -> None:
-    """A statement that is repeated past psycopg's threshold is not prepared: the next batch may go to another connection."""
+    """A statement that is repeated past psycopg's threshold is not prepared: the next batch may go
+    to another connection."""
     await app.create_session("s", "ann")
     await db.execute(
-        "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at) "
-        "select 'old' || n, 's', 'once', now(), 'm', 'fired', now() - interval '1 d', now() - interval '1 d' from generate_series(1, 12000) n"
+        "insert into session_recalls (id, session_id, call_type, trigger_at, "
+        "additional_context_message, status, created_at, updated_at) "
+        "select 'old' || n, 's', 'once', now(), 'm', 'fired', now() - interval '1 d', now() - "
+        "interval '1 d' from generate_series(1, 12000) n"
     )
     async with busy(pooled):
         said = await asyncio.to_thread(operate, pooled, "prune", "--older-than", "1h", "--yes")
@@ -310,7 +331,8 @@ async def test_pruning_in_many_batches(pooled: str, app: Application, db: Connec
 
 
 async def test_migrating_through_it(empty_database: str, bouncer: PgBouncer) -> None:
-    """`migrate` refuses the pooler, where its lock and settings would stay behind, and goes by RECALL_LISTEN_DSN where that is set."""
+    """`migrate` refuses the pooler, where its lock and settings would stay behind, and goes by
+    RECALL_LISTEN_DSN where that is set."""
     pooled = bouncer.way_to(empty_database)
     said = operate(pooled, "migrate")
     assert (said.status, said.out) == (1, "")
@@ -322,7 +344,8 @@ async def test_migrating_through_it(empty_database: str, bouncer: PgBouncer) -> 
 
 
 async def test_recalls_through_it(pooled: str, app: Application) -> None:
-    """`Recalls` on a pool of psycopg's defaults, each method often enough to be prepared, beside others: all is as without a pooler."""
+    """`Recalls` on a pool of psycopg's defaults, each method often enough to be prepared, beside
+    others: all is as without a pooler."""
     await app.create_session("s", "ann")
     async with (
         busy(pooled),
@@ -345,7 +368,8 @@ async def test_recalls_through_it(pooled: str, app: Application) -> None:
 async def test_the_pages_through_a_pooler(
     pooled: str, database: str, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """What /readyz and /metrics ask goes through it like all the rest, and leaves nothing behind."""
+    """What /readyz and /metrics ask goes through it like all the rest, and leaves nothing
+    behind."""
     gate = Gate()
     endpoint.script("first", gate)
     daemon = await daemons.start(dsn=pooled, listen_dsn=database, ops_listen=0, concurrency=1)

@@ -1,4 +1,5 @@
-"""RECALL_PRUNE: the daemon deletes what is over, beside its work, through outages, and stops when it is told to."""
+"""RECALL_PRUNE: the daemon deletes what is over, beside its work, through outages, and stops when
+it is told to."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ __all__ = ["own_server", "replicas"]  # fixtures
 
 OLD = """
 insert into sessions select 'old' || n, 'ann' from generate_series(1, {n}) n on conflict do nothing;
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at)
-select 'old' || n, 'old' || n, 'once', now() - interval '1 year', 'long ago', (array['fired', 'cancelled', 'failed'])[1 + n % 3],
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at)
+select 'old' || n, 'old' || n, 'once', now() - interval '1 year', 'long ago', (array['fired',
+    'cancelled', 'failed'])[1 + n % 3],
     now() - interval '1 year', now() - interval '1 year'
 from generate_series(1, {n}) n on conflict do nothing;
 """
@@ -34,7 +37,8 @@ PRUNED = ("fired", "cancelled", "failed")
 async def test_it_deletes_what_is_over_and_nothing_else(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Old rows go in the background, while recalls are called; an hour's are kept. It is told, and counted, and one replica does it."""
+    """Old rows go in the background, while recalls are called; an hour's are kept. It is told, and
+    counted, and one replica does it."""
     await db.execute(OLD.format(n=3000).encode())
     fleet = [await daemons.start(prune="24s,calls=1h", ops_listen=0) for _ in range(2)]
     recalls = [await promise(app, f"s{n}") for n in range(20)]
@@ -77,7 +81,8 @@ async def test_off_unless_it_is_switched_on(
 async def test_a_draining_worker_does_not_prune(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run is open, the worker was told to stop: what becomes old meanwhile stays, and the run is settled."""
+    """A run is open, the worker was told to stop: what becomes old meanwhile stays, and the run is
+    settled."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start(prune="24s")
@@ -87,7 +92,10 @@ async def test_a_draining_worker_does_not_prune(
     daemon.signal(signal.SIGTERM)
     await daemon.hears("worker.draining")
     # The walk that may have been under way is over when the pruner's connection is gone.
-    walks = "select from pg_stat_activity where datname = current_database() and query ~ 'recall_chores' and pid <> pg_backend_pid()"
+    walks = (
+        "select from pg_stat_activity where datname = current_database() and query ~ "
+        "'recall_chores' and pid <> pg_backend_pid()"
+    )
     await eventually(db, f"select 1 where not exists ({walks})")
     told = len(daemon.told("rows.pruned"))
     await db.execute(OLD.format(n=3).encode())
@@ -102,7 +110,8 @@ async def test_a_draining_worker_does_not_prune(
 async def test_it_survives_an_outage(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:
-    """PostgreSQL is killed in mid-walk: the pruner tells no outage of its own, and begins again when PostgreSQL is back."""
+    """PostgreSQL is killed in mid-walk: the pruner tells no outage of its own, and begins again
+    when PostgreSQL is back."""
 
     def fill() -> None:
         with psycopg.connect(own_server.dsn(), autocommit=True) as conn:
@@ -128,7 +137,8 @@ async def test_it_survives_an_outage(
 async def test_work_does_not_wait_for_it(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """While hundreds of thousands of rows are being deleted, recalls are called within milliseconds of being due."""
+    """While hundreds of thousands of rows are being deleted, recalls are called within milliseconds
+    of being due."""
     await db.execute(OLD.format(n=400_000).encode())
     daemon = await daemons.start(prune="24s", concurrency=20)
     await eventually(db, "select from recall_chores")

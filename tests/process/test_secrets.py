@@ -1,7 +1,9 @@
-"""Secrets: token, signing secret and the DSN's password come out nowhere, whatever goes wrong on the way.
+"""Secrets: token, signing secret and the DSN's password come out nowhere, whatever goes wrong on
+the way.
 
-In the log at level debug, on a command's stdout and stderr, in tracebacks, tables, PostgreSQL's list of sessions and the system's of processes.
-What goes well is in test_bad_setting; here things fail: passwords, certificates, networks, servers that lie, and the worker itself.
+In the log at level debug, on a command's stdout and stderr, in tracebacks, tables, PostgreSQL's
+list of sessions and the system's of processes. What goes well is in test_bad_setting; here things
+fail: passwords, certificates, networks, servers that lie, and the worker itself.
 """
 
 from __future__ import annotations
@@ -39,11 +41,23 @@ HUSH = "xylophone-4711"
 TOKEN, SIGNING = f"{HUSH}-token", f"{HUSH}-signing"
 SECRETS = {"RECALL_RUN_TOKEN": TOKEN, "RECALL_SIGNING_SECRET": SIGNING}
 COMMANDS = [
-    ["list"], ["list", "--user", "u", "--json"], ["show", "x"], ["why", "x"], ["stats"], ["workers", "--json"], ["cancel", "x"], ["skip", "x"],
-    ["pause", "x"], ["retry", "x"], ["fire", "x"], ["reschedule", "x", "--in", "1h"], ["schedule", "s", "m"],
+    ["list"],
+    ["list", "--user", "u", "--json"],
+    ["show", "x"],
+    ["why", "x"],
+    ["stats"],
+    ["workers", "--json"],
+    ["cancel", "x"],
+    ["skip", "x"],
+    ["pause", "x"],
+    ["retry", "x"],
+    ["fire", "x"],
+    ["reschedule", "x", "--in", "1h"],
+    ["schedule", "s", "m"],
     ["prune", "--older-than", "1d", "--yes"],
-    ["migrate"], ["migrate", "--check"],
-]  # fmt: skip
+    ["migrate"],
+    ["migrate", "--check"],
+]
 
 
 def pieces(text: str, secret: str = HUSH) -> set[str]:
@@ -51,7 +65,7 @@ def pieces(text: str, secret: str = HUSH) -> set[str]:
     return {piece for n in range(len(secret) - 4) if (piece := secret[n : n + 5]) in text}
 
 
-# --- databases that can't be had -------------------------------------------------------------------------------------
+# --- databases that can't be had ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +165,8 @@ async def failing(
 async def test_commands_that_fail(
     way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command, whatever keeps it from the database, says so in a sentence with a hint, without a traceback and without the password."""
+    """Every command, whatever keeps it from the database, says so in a sentence with a hint,
+    without a traceback and without the password."""
     async with failing(way, locked, tmp_path, monkeypatch) as dsn:
         secret = str(conninfo_to_dict(dsn)["password"])
         for words in COMMANDS:
@@ -174,7 +189,8 @@ async def test_daemons_that_fail(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The daemon stays up and says at level debug why it has no database, for claims as for the bell, and not by which password."""
+    """The daemon stays up and says at level debug why it has no database, for claims as for the
+    bell, and not by which password."""
     async with failing(way, locked, tmp_path, monkeypatch) as dsn:
         environ = {
             "RECALL_DSN": dsn,
@@ -192,17 +208,25 @@ async def test_daemons_that_fail(
             )
 
 
-# --- DSNs that are none ----------------------------------------------------------------------------------------------
+# --- DSNs that are none ---------------------------------------------------------------------------
 
 MARKS = st.text(st.sampled_from("@/:?#%&=+ '\"\\[]{},;|"), min_size=0, max_size=3)
 SHAPES = [
-    "postgresql://ann:{p}@127.0.0.1:1/app", "postgres://ann:{p}@127.0.0.1:1/app", "postgresql://ann:{p}@127.0.0.1:x/app",
-    "postgresql://ann:{p}@[::1/app", "postgresql://127.0.0.1:1/app?password={p}", "postgresql://127.0.0.1:1/app?user=ann&pass={p}",
-    "ann:{p}@127.0.0.1:1/app", "host=127.0.0.1 port=1 password={p}", "host=127.0.0.1 port=1 password='{p}' x=y",
-    "host=127.0.0.1 port=1 passwd={p}", "postgresql+asyncpg://ann:{p}@127.0.0.1:1/app",
-    "jdbc:postgresql://127.0.0.1:1/app?user=ann&password={p}", "host=127.0.0.1 port=1 password={p} dbname='a",
+    "postgresql://ann:{p}@127.0.0.1:1/app",
+    "postgres://ann:{p}@127.0.0.1:1/app",
+    "postgresql://ann:{p}@127.0.0.1:x/app",
+    "postgresql://ann:{p}@[::1/app",
+    "postgresql://127.0.0.1:1/app?password={p}",
+    "postgresql://127.0.0.1:1/app?user=ann&pass={p}",
+    "ann:{p}@127.0.0.1:1/app",
+    "host=127.0.0.1 port=1 password={p}",
+    "host=127.0.0.1 port=1 password='{p}' x=y",
+    "host=127.0.0.1 port=1 passwd={p}",
+    "postgresql+asyncpg://ann:{p}@127.0.0.1:1/app",
+    "jdbc:postgresql://127.0.0.1:1/app?user=ann&password={p}",
+    "host=127.0.0.1 port=1 password={p} dbname='a",
     "postgresql://ann:{p}@127.0.0.1:1,127.0.0.1:y/app",
-]  # fmt: skip
+]
 
 
 @settings(max_examples=150, deadline=None)
@@ -210,27 +234,31 @@ SHAPES = [
 @example(shape=SHAPES[0], before="", between="@", after="")
 @example(shape=SHAPES[7], before="", between=" ", after="")
 def test_a_dsn_in_any_shape(shape: str, before: str, between: str, after: str) -> None:
-    """A password with any marks in it, not escaped, in a DSN of any shape: what is said of it quotes no five characters of it."""
+    """A password with any marks in it, not escaped, in a DSN of any shape: what is said of it
+    quotes no five characters of it."""
     dsn = shape.format(p=f"{before}xylo4{between}phone11{after}")
     said = operate(dsn, "list")
     assert said.status in (USAGE, UNREACHABLE), said
     assert not pieces(said.out + said.err, "xylo4") | pieces(said.out + said.err, "phone11"), said
 
 
-# --- an API that fails -----------------------------------------------------------------------------------------------
+# --- an API that fails ----------------------------------------------------------------------------
 
 
 async def test_a_server_that_repeats_what_it_was_sent(
     app: Application, database: str, db: Connection, endpoint: Endpoint
 ) -> None:
-    """The token in an error's text, a redirect, a type, a run's end, a retry's reason: neither rows, nor calls, nor commands, nor logs have it."""
+    """The token in an error's text, a redirect, a type, a run's end, a retry's reason: neither
+    rows, nor calls, nor commands, nor logs have it."""
     answers = {
-        "error": reply(400, {"error": f"bad token {TOKEN}"}), "detail": reply(500, {"detail": {"message": f"Bearer {TOKEN}"}}),
+        "error": reply(400, {"error": f"bad token {TOKEN}"}),
+        "detail": reply(500, {"detail": {"message": f"Bearer {TOKEN}"}}),
         "redirect": reply(302, headers={"location": f"http://elsewhere/?token={TOKEN}"}),
         "type": reply(200, text=b"x", headers={"content-type": TOKEN}),
-        "failed": reply(200, {"status": "failed", "error": TOKEN}), "elsewhere": reply(202, headers={"location": f"http://elsewhere/{TOKEN}"}),
+        "failed": reply(200, {"status": "failed", "error": TOKEN}),
+        "elsewhere": reply(202, headers={"location": f"http://elsewhere/{TOKEN}"}),
         "header": reply(200, headers={TOKEN: "x\r\nbad header"}),
-    }  # fmt: skip
+    }
     for session, answer in answers.items():
         endpoint.script(session, answer)
     environ = {"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url, **SECRETS}
@@ -263,7 +291,8 @@ async def test_a_server_that_repeats_what_it_was_sent(
 async def test_an_endpoint_that_is_not_trusted(
     app: Application, database: str, db: Connection, tmp_path: Path
 ) -> None:
-    """A certificate that nobody vouches for gets nothing, least of all the token; what is said of it says which certificate."""
+    """A certificate that nobody vouches for gets nothing, least of all the token; what is said of
+    it says which certificate."""
     pem, seen = tmp_path / "server.pem", bytearray()
     pem.write_text(KEY + CERTIFICATE, encoding="ascii")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -288,7 +317,7 @@ async def test_an_endpoint_that_is_not_trusted(
     server.close()
 
 
-# --- a worker that breaks --------------------------------------------------------------------------------------------
+# --- a worker that breaks -------------------------------------------------------------------------
 
 BROKEN = """
 import sys
@@ -315,16 +344,25 @@ async def broken(where: str, environ: dict[str, str]) -> Daemon:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
     return Daemon(
         await asyncio.create_subprocess_exec(
-            sys.executable, "-c", BROKEN, where, "run",
-            env=kept | {"RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "debug", **SECRETS} | environ,
-            stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL, limit=1 << 22,
+            sys.executable,
+            "-c",
+            BROKEN,
+            where,
+            "run",
+            env=kept
+            | {"RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "debug", **SECRETS}
+            | environ,
+            stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
+            limit=1 << 22,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("where", ["call", "loop"])
 async def test_a_traceback(where: str, app: Application, database: str, endpoint: Endpoint) -> None:
-    """A defect is told with its traceback, in the log or at the process's end: where it was, and not with which values."""
+    """A defect is told with its traceback, in the log or at the process's end: where it was, and
+    not with which values."""
     dsn = make_conninfo(database, password=HUSH)
     daemon = await broken(where, {"RECALL_DSN": dsn, "RECALL_RUN_URL": endpoint.url})
     try:
@@ -341,7 +379,7 @@ async def test_a_traceback(where: str, app: Application, database: str, endpoint
         await daemon.kill()
 
 
-# --- the list of processes -------------------------------------------------------------------------------------------
+# --- the list of processes ------------------------------------------------------------------------
 
 
 def command_lines() -> str:
@@ -367,7 +405,8 @@ def open_folder() -> Iterator[Path]:
 async def test_the_process_list(
     database: str, db: Connection, endpoint: Endpoint, open_folder: Path
 ) -> None:
-    """A daemon, one with its own PostgreSQL and all its children, and a command that waits: no secret is in anybody's command line."""
+    """A daemon, one with its own PostgreSQL and all its children, and a command that waits: no
+    secret is in anybody's command line."""
     secrets = {"RECALL_RUN_URL": endpoint.url, **SECRETS}
     async with Daemons(secrets) as daemons:
         one = await daemons.start(dsn=make_conninfo(database, password=HUSH))
@@ -403,7 +442,8 @@ async def test_the_process_list(
     ],
 )
 def test_a_password_in_an_option(words: list[str], database: str) -> None:
-    """A password that is given on the command line stands in the list of processes: that is told, and where it belongs."""
+    """A password that is given on the command line stands in the list of processes: that is told,
+    and where it belongs."""
     dsn = make_conninfo(database, password=HUSH)
     said = operate(None, *words, "--dsn", dsn)
     note = [line for line in said.err.splitlines() if line.startswith("Note: ")]

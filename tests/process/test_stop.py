@@ -1,4 +1,5 @@
-"""Stopping: SIGTERM drains, then releases; a second signal releases now. What was put back is another replica's at once."""
+"""Stopping: SIGTERM drains, then releases; a second signal releases now. What was put back is
+another replica's at once."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def mute_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_with_nothing_to_do(number: signal.Signals, db: Connection, daemons: Daemons) -> None:
-    """A worker without runs ends at once, with status 0, leaves the table of workers, and says so in order."""
+    """A worker without runs ends at once, with status 0, leaves the table of workers, and says so
+    in order."""
     daemon = await daemons.start()
     await eventually(db, "select 1 from recall_workers")
     asked = time.monotonic()
@@ -64,7 +66,8 @@ async def test_with_nothing_to_do(number: signal.Signals, db: Connection, daemon
 async def test_a_run_is_drained(
     number: signal.Signals, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """With a run open it claims nothing new, waits for the run's end, settles it, and ends with status 0."""
+    """With a run open it claims nothing new, waits for the run's end, settles it, and ends with
+    status 0."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(drain_timeout=30)
@@ -76,7 +79,8 @@ async def test_a_run_is_drained(
     await promise(app, "late")
     await eventually(
         db,
-        "select 1 from session_recalls where session_id = 'late' and trigger_at < now() - interval '1.2 seconds'",
+        "select 1 from session_recalls where session_id = 'late' and trigger_at < now() - "
+        "interval '1.2 seconds'",
     )
     assert endpoint.of("late") == []
     gate.open()
@@ -94,7 +98,8 @@ async def test_a_run_is_drained(
 async def test_a_call_that_was_sent_is_unknown(
     second: bool, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that does not end is broken off: Unknown, its attempt spent, called again by another replica under the same key."""
+    """A run that does not end is broken off: Unknown, its attempt spent, called again by another
+    replica under the same key."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     daemon = await daemons.start(lease=60, drain_timeout=600 if second else 0.5)
@@ -139,7 +144,8 @@ async def test_a_call_that_was_sent_is_unknown(
 async def test_a_call_not_yet_sent_is_given_back(
     second: bool, app: Application, db: Connection, daemons: Daemons
 ) -> None:
-    """A call that still waits for its connection goes back as it was: no attempt spent, due at once, no call on record."""
+    """A call that still waits for its connection goes back as it was: no attempt spent, due at
+    once, no call on record."""
     with mute_port() as port:
         daemon = await daemons.start(
             drain_timeout=600 if second else 0.5, run_url=f"http://127.0.0.1:{port}/{{session_id}}"
@@ -192,7 +198,8 @@ async def test_what_is_put_back_is_taken_at_once(
 async def test_an_unknown_run_waits_for_its_backoff_elsewhere(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """What a leaving worker had sent is called by another at the instant its backoff ends, not at that one's poll."""
+    """What a leaving worker had sent is called by another at the instant its backoff ends, not at
+    that one's poll."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     leaving = await daemons.start(drain_timeout=0)
@@ -224,7 +231,8 @@ async def test_with_nothing_to_do_while_postgresql_is_away(
 async def test_with_a_run_while_postgresql_is_away(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM during an outage, with a run that has ended and can't be settled: it ends all the same, and another takes the run up."""
+    """SIGTERM during an outage, with a run that has ended and can't be settled: it ends all the
+    same, and another takes the run up."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     async with Proxy(database) as proxy:
@@ -245,7 +253,8 @@ async def test_with_a_run_while_postgresql_is_away(
 async def test_by_a_second_signal_while_postgresql_is_away(
     how: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Who asks twice does not wait for a PostgreSQL that is lost: neither in the drain nor for the settles; the lease ends by itself."""
+    """Who asks twice does not wait for a PostgreSQL that is lost: neither in the drain nor for the
+    settles; the lease ends by itself."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     async with Proxy(database) as proxy:
@@ -271,7 +280,8 @@ async def test_by_a_second_signal_while_postgresql_is_away(
 async def test_at_startup(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGTERM at any moment of the start ends the process soon and in order, and leaves nothing leased that was not called."""
+    """SIGTERM at any moment of the start ends the process soon and in order, and leaves nothing
+    leased that was not called."""
     began = time.monotonic()
     first = await daemons.start(ready=False)
     await first.hears("worker.ready")
@@ -307,7 +317,8 @@ async def test_in_the_instant_of_readiness(
 async def test_with_a_row_that_stays_locked(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that has ended but can't be settled, as the application holds its row, does not keep the process for ever."""
+    """A run that has ended but can't be settled, as the application holds its row, does not keep
+    the process for ever."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(lease=2, drain_timeout=0.5)
@@ -324,7 +335,8 @@ async def test_with_a_row_that_stays_locked(
 
 @pytest.mark.full
 async def test_with_half_open_connections(database: str, daemons: Daemons) -> None:
-    """SIGTERM while a claim waits for an answer that never comes: the process ends within the claim's own deadline."""
+    """SIGTERM while a claim waits for an answer that never comes: the process ends within the
+    claim's own deadline."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(dsn=proxy.dsn, poll_interval=0.5)
         asked = proxy.asked

@@ -1,4 +1,5 @@
-"""What systemd is told: READY when the loop turns, STOPPING at the first signal, WATCHDOG as long as the work goes on."""
+"""What systemd is told: READY when the loop turns, STOPPING at the first signal, WATCHDOG as long
+as the work goes on."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from .test_lease import promise
 
 
 class Manager:
-    """The receiving end of NOTIFY_SOCKET. `heard` are the datagrams so far, with their monotonic instants."""
+    """The receiving end of NOTIFY_SOCKET. `heard` are the datagrams so far, with their monotonic
+    instants."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -76,7 +78,8 @@ async def at_path(tmp_path: Path) -> AsyncIterator[Manager]:
 
 
 async def test_ready_and_stopping(manager: Manager, daemons: Daemons) -> None:
-    """READY=1 once, at the start; STOPPING=1 at the signal; and, where no watchdog was asked for, nothing else."""
+    """READY=1 once, at the start; STOPPING=1 at the signal; and, where no watchdog was asked for,
+    nothing else."""
     daemons.environ["NOTIFY_SOCKET"] = manager.address
     daemon = await daemons.start()
     await manager.hears("READY=1")
@@ -86,7 +89,8 @@ async def test_ready_and_stopping(manager: Manager, daemons: Daemons) -> None:
 
 
 async def test_ready_without_postgresql(at_path: Manager, database: str, daemons: Daemons) -> None:
-    """Without PostgreSQL the worker is ready and fed all the same: to restart it would help nobody."""
+    """Without PostgreSQL the worker is ready and fed all the same: to restart it would help
+    nobody."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "150000"}
     async with Proxy(database) as proxy:
         proxy.cut()
@@ -100,7 +104,8 @@ async def test_ready_without_postgresql(at_path: Manager, database: str, daemons
 async def test_a_refused_schema_is_a_stop(
     at_path: Manager, db: Connection, daemons: Daemons
 ) -> None:
-    """A worker that the schema comes to exclude says STOPPING=1, is fed, and ends as the units expect it to."""
+    """A worker that the schema comes to exclude says STOPPING=1, is fed, and ends as the units
+    expect it to."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "150000"}
     daemon = await daemons.start(lease=5)
     await db.execute(
@@ -130,7 +135,8 @@ async def test_a_draining_worker_is_fed(
 
 
 async def test_the_watchdog_is_fed(at_path: Manager, daemons: Daemons) -> None:
-    """WATCHDOG=1 comes three times in the time that systemd allows; a worker that stands still sends none."""
+    """WATCHDOG=1 comes three times in the time that systemd allows; a worker that stands still
+    sends none."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "900000"}
     daemon = await daemons.start()
     fed = await at_path.hears("WATCHDOG=1", times=6)
@@ -195,7 +201,8 @@ async def test_a_long_drain_is_fed(
 async def test_half_open_connections_are_no_standstill(
     at_path: Manager, database: str, daemons: Daemons
 ) -> None:
-    """While statements wait for answers that never come, the worker is fed through all their deadlines."""
+    """While statements wait for answers that never come, the worker is fed through all their
+    deadlines."""
     daemons.environ |= {"NOTIFY_SOCKET": at_path.address, "WATCHDOG_USEC": "3000000"}
     async with Proxy(database) as proxy:
         daemon = await daemons.start(dsn=proxy.dsn, poll_interval=30)

@@ -1,4 +1,5 @@
-"""Traces, as an OTLP collector receives them: one a run, hung together with what the API got in `traceparent`."""
+"""Traces, as an OTLP collector receives them: one a run, hung together with what the API got in
+`traceparent`."""
 
 from __future__ import annotations
 
@@ -59,11 +60,19 @@ class Collector:
                 for scope in resource.scope_spans:
                     self.spans += [
                         Span(
-                            s.trace_id.hex(), s.span_id.hex(), s.parent_span_id.hex(), s.name, s.kind, s.start_time_unix_nano,
-                            s.end_time_unix_nano, s.status.code == 2, plain(s.attributes), plain(resource.resource.attributes),
+                            s.trace_id.hex(),
+                            s.span_id.hex(),
+                            s.parent_span_id.hex(),
+                            s.name,
+                            s.kind,
+                            s.start_time_unix_nano,
+                            s.end_time_unix_nano,
+                            s.status.code == 2,
+                            plain(s.attributes),
+                            plain(resource.resource.attributes),
                         )
                         for s in scope.spans
-                    ]  # fmt: skip
+                    ]
             self._changed.notify_all()
         return web.Response(content_type="application/x-protobuf")
 
@@ -102,7 +111,8 @@ async def collector(daemons: Daemons) -> AsyncIterator[Collector]:
 async def test_one_trace_a_run(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
-    """Each run is a trace of four spans, in order and without a gap; its call is the parent that the API was told of."""
+    """Each run is a trace of four spans, in order and without a gap; its call is the parent that
+    the API was told of."""
     daemon = await daemons.start()
     for n in range(5):
         await promise(app, f"s{n}")
@@ -142,7 +152,8 @@ async def test_one_trace_a_run(
 async def test_runs_that_go_wrong(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
-    """A retry is a trace of its own and both are of one recall; what is cancelled in mid-run says so; a busy session is no error."""
+    """A retry is a trace of its own and both are of one recall; what is cancelled in mid-run says
+    so; a busy session is no error."""
     gate = Gate()
     endpoint.script("broken", reply(500), reply())
     endpoint.script("busy", reply(409, headers={"retry-after": "60"}))
@@ -159,9 +170,13 @@ async def test_runs_that_go_wrong(
         s: [span for span in collector.of(s) if span.name == "recall"]
         for s in ("broken", "busy", "cancelled")
     }
-    assert [(s.failed, s.facts["recall.outcome"]) for s in sorted(roots["broken"], key=lambda s: s.began)] == [
-        (True, "unknown"), (False, "answered"),
-    ]  # fmt: skip
+    assert [
+        (s.failed, s.facts["recall.outcome"])
+        for s in sorted(roots["broken"], key=lambda s: s.began)
+    ] == [
+        (True, "unknown"),
+        (False, "answered"),
+    ]
     assert len({s.trace for s in roots["broken"]}) == 2
     assert [s.failed for s in roots["busy"]] == [False]
     assert [(s.failed, s.facts["recall.status"]) for s in roots["cancelled"]] == [
@@ -172,10 +187,13 @@ async def test_runs_that_go_wrong(
 async def test_what_the_operator_sets(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
-    """OpenTelemetry's own variables hold: the service's name, headers, and a sampler, whose answer the API is told, too."""
+    """OpenTelemetry's own variables hold: the service's name, headers, and a sampler, whose answer
+    the API is told, too."""
     daemons.environ |= {
-        "OTEL_SERVICE_NAME": "callbacks", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=k", "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
-    }  # fmt: skip
+        "OTEL_SERVICE_NAME": "callbacks",
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-key=k",
+        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
+    }
     daemon = await daemons.start()
     await promise(app, "s")
     await collector.until(lambda: len(collector.spans) == 4)
@@ -220,7 +238,8 @@ async def test_a_collector_that_is_away(app: Application, daemons: Daemons) -> N
 
 
 async def test_what_is_off_is_not_there(app: Application, daemons: Daemons) -> None:
-    """Where neither is switched on, the running daemon has imported neither OpenTelemetry nor prometheus-client."""
+    """Where neither is switched on, the running daemon has imported neither OpenTelemetry nor
+    prometheus-client."""
     daemons.environ["PYTHONPROFILEIMPORTTIME"] = "1"
     daemon = await daemons.start()
     await promise(app, "s")

@@ -1,4 +1,5 @@
-"""Waking: due instants are kept to the moment, and PostgreSQL's clock alone decides when that is."""
+"""Waking: due instants are kept to the moment, and PostgreSQL's clock alone decides when that
+is."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ STEP = timedelta(milliseconds=200)
 
 
 async def schedule_in_steps(app: Application, db: Connection, count: int) -> dict[str, datetime]:
-    """One recall a session at distinct instants, inserted in no order; when each is due, the first in a second."""
+    """One recall a session at distinct instants, inserted in no order; when each is due, the first
+    in a second."""
     [start] = await rows(db, "select clock_timestamp() + interval '1 second' as at")
     due = {f"s{n}": start["at"] + n * STEP for n in range(count)}
     for session in due:
@@ -54,7 +56,8 @@ async def asked_at(database: str, endpoint: Endpoint) -> dict[str, datetime]:
 async def test_distinct_instants_are_kept(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Twenty recalls 200 ms apart: none is requested before its time, and none as late as the next look by poll would be."""
+    """Twenty recalls 200 ms apart: none is requested before its time, and none as late as the next
+    look by poll would be."""
     asked = await asked_at(database, endpoint)
     daemon = await daemons.start(poll_interval=30)
     due = await schedule_in_steps(app, db, 20)
@@ -68,7 +71,8 @@ async def test_distinct_instants_are_kept(
 async def test_many_at_one_instant(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """More recalls than slots due at one instant: all are called, one after the other, the slots never idle until a poll."""
+    """More recalls than slots due at one instant: all are called, one after the other, the slots
+    never idle until a poll."""
     daemon = await daemons.start(poll_interval=30, concurrency=2)
     [start] = await rows(db, "select clock_timestamp() + interval '0.5 seconds' as at")
     for n in range(12):
@@ -77,7 +81,8 @@ async def test_many_at_one_instant(
     await daemon.hears("recall.settled", times=12)
     [late] = await rows(
         db,
-        "select max(extract(epoch from called_at - scheduled_for))::float8 as most from recall_attempts",
+        "select max(extract(epoch from called_at - scheduled_for))::float8 as most from "
+        "recall_attempts",
     )
     assert 0 <= late["most"] < 10
 
@@ -104,7 +109,8 @@ async def test_a_wrong_clock_of_the_host(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A host whose clock is hours off, or is set in mid-work, calls at the same instants; its log alone is wrong."""
+    """A host whose clock is hours off, or is set in mid-work, calls at the same instants; its log
+    alone is wrong."""
     offset = tmp_path / "offset"
     offset.write_text("+7h\n" if hours == "jumps" else f"{hours}\n")
     asked = await asked_at(database, endpoint)
@@ -134,7 +140,8 @@ async def test_a_wrong_clock_of_the_host(
 async def test_those_who_come_first_may_be_gone(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """In a fleet not all look at once. Whoever is left does, also where all that come before it stand still: at rings, and at due instants."""
+    """In a fleet not all look at once. Whoever is left does, also where all that come before it
+    stand still: at rings, and at due instants."""
     fleet = [await daemons.start(poll_interval=30) for _ in range(5)]
     await eventually(db, "select 1 from recall_workers having count(*) = 5")
     last = max(fleet, key=lambda daemon: daemon.name)
@@ -154,7 +161,8 @@ async def test_those_who_come_first_may_be_gone(
 async def test_what_is_over_costs_no_look(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """One claim for each that rings; none after its end, where nothing can have waited for it. What waits behind a run is claimed when that ends."""
+    """One claim for each that rings; none after its end, where nothing can have waited for it. What
+    waits behind a run is claimed when that ends."""
 
     async def run(_: Request) -> Raw:
         await asyncio.sleep(0.1)
@@ -184,7 +192,8 @@ async def test_what_is_over_costs_no_look(
 
 @contextmanager
 def answering_at_once() -> Iterator[str]:
-    """An endpoint that takes a fraction of a millisecond to answer, as a thread of its own does: its URL."""
+    """An endpoint that takes a fraction of a millisecond to answer, as a thread of its own does:
+    its URL."""
     length = re.compile(rb"(?i)\r\ncontent-length: (\d+)\r\n")
 
     def answer(conn: socket.socket) -> None:
@@ -210,8 +219,8 @@ def answering_at_once() -> Iterator[str]:
 async def test_what_is_over_at_once_costs_no_look(
     app: Application, db: Connection, daemons: Daemons
 ) -> None:
-    """Nor where a run has ended before it was asked what is next, or meanwhile; and of one session's recalls each is claimed when the one before
-    it has ended."""
+    """Nor where a run has ended before it was asked what is next, or meanwhile; and of one
+    session's recalls each is claimed when the one before it has ended."""
     with answering_at_once() as url:
         daemon = await daemons.start(run_url=url, poll_interval=30)
         await db.execute("select pg_sleep(0.5)")
@@ -223,8 +232,10 @@ async def test_what_is_over_at_once_costs_no_look(
             await db.execute("select pg_sleep(0.1)")
             assert [told["recalls"] for told in daemon.told("claim.answered")[before:]] == [1]
         await db.execute(
-            "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at)"
-            " select 'r' || n, 's', 'once', now() - n * interval '1 second', 'now', 'running', now(), now() from generate_series(1, 20) n"
+            "insert into session_recalls (id, session_id, call_type, trigger_at, "
+            "additional_context_message, status, created_at, updated_at)"
+            " select 'r' || n, 's', 'once', now() - n * interval '1 second', 'now', 'running', "
+            "now(), now() from generate_series(1, 20) n"
         )
         await db.execute("select pg_notify('session_recalls', '')")
         settled = await daemon.hears("recall.settled", times=30)

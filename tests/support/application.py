@@ -1,10 +1,12 @@
-"""The agent application's own code: asyncpg and plain SQL, as it stood before there was a recall-worker.
+"""The agent application's own code: asyncpg and plain SQL, as it stood before there was a
+recall-worker.
 
-It owns `sessions` and `session_recalls`, and goes on doing to them what it always did: its statements name its own ten
-columns, and it knows two refusals only, "this session has one already" (by the words in the error's text) and the rest.
+It owns `sessions` and `session_recalls`, and goes on doing to them what it always did: its
+statements name its own ten columns, and it knows two refusals only, "this session has one already"
+(by the words in the error's text) and the rest.
 
-Never here: an import of recall_worker, or anything that the application could not have known. If a test needs a change
-in this file, recall-worker has broken its promise.
+Never here: an import of recall_worker, or anything that the application could not have known. If a
+test needs a change in this file, recall-worker has broken its promise.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ create table if not exists session_recalls (
 
 create index if not exists idx_recalls_trigger_at_status on session_recalls (trigger_at, status);
 create index if not exists idx_recalls_session_status on session_recalls (session_id, status);
-create unique index if not exists idx_recalls_active_pending on session_recalls (session_id) where status = 'pending';
+create unique index if not exists idx_recalls_active_pending on session_recalls (session_id)
+    where status = 'pending';
 """
 
 COLUMNS = """
@@ -92,7 +95,8 @@ order by trigger_at
 NEXT_TRIGGER = "select min(trigger_at) from session_recalls where status = 'pending'"
 
 SESSIONS_WITH_PENDING = """
-select distinct session_id from session_recalls where session_id = any($1::text[]) and status = 'pending'
+select distinct session_id from session_recalls where session_id = any($1::text[])
+    and status = 'pending'
 """
 
 
@@ -101,7 +105,8 @@ class AlreadyScheduled(Exception):
 
 
 class Application:
-    """The agent application's recalls, on one asyncpg connection (or a pool's: it asks for execute and fetch only)."""
+    """The agent application's recalls, on one asyncpg connection (or a pool's: it asks for execute
+    and fetch only)."""
 
     def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         self.connection = connection
@@ -165,7 +170,8 @@ class Application:
         return _rows(await self.connection.execute(CANCEL_SESSION, session_id))
 
     async def skip_next(self, session_id: str) -> bool:
-        """Leaves out the next occurrence of the session's recurring recall; False where it has none."""
+        """Leaves out the next occurrence of the session's recurring recall; False where it has
+        none."""
         return _rows(await self.connection.execute(SKIP_NEXT, session_id)) > 0
 
     async def reschedule(self, id: str, trigger_at: datetime) -> bool:

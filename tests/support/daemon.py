@@ -57,7 +57,8 @@ class Daemon:
     async def hears(
         self, event: str, times: int = 1, within: float = 20.0, **facts: Any
     ) -> list[Event]:
-        """Wait until the daemon has told an event (so many times). Raises TimeoutError with its log."""
+        """Wait until the daemon has told an event (so many times). Raises TimeoutError with its
+        log."""
         await self.until(
             lambda: len(self.told(event, **facts)) >= times, within, f"{event} {facts}"
         )
@@ -118,7 +119,8 @@ class Daemons:
         self._all: list[Daemon] = []
 
     async def start(self, *options: str, ready: bool = True, **settings: Any) -> Daemon:
-        """`settings`: `lease=3` becomes RECALL_LEASE=3. Waits until the daemon listens, unless told not to."""
+        """`settings`: `lease=3` becomes RECALL_LEASE=3. Waits until the daemon listens, unless told
+        not to."""
         more = {"RECALL_" + name.upper(): str(value) for name, value in settings.items()}
         daemon = await Daemon.start(self.environ | more, *options, before=self._before)
         self._all.append(daemon)

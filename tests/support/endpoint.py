@@ -1,7 +1,9 @@
-"""An agent API on a raw socket: it counts requests byte by byte and answers by script, well or badly.
+"""An agent API on a raw socket: it counts requests byte by byte and answers by script, well or
+badly.
 
-It knows nothing of recall-worker's code. Requests are recorded when they have been read whole, before they are answered. Answers are
-chosen by session id: a list is worked off one by one, and its last stays; a session without a script gets 200 and `{}`.
+It knows nothing of recall-worker's code. Requests are recorded when they have been read whole,
+before they are answered. Answers are chosen by session id: a list is worked off one by one, and its
+last stays; a session without a script gets 200 and `{}`.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Raw:
 
 @dataclass(slots=True)
 class Gate:
-    """Answers `then` when it is opened; until then the run goes on. `hung_up` is set when the caller leaves before."""
+    """Answers `then` when it is opened; until then the run goes on. `hung_up` is set when the
+    caller leaves before."""
 
     then: Answer = field(default_factory=lambda: reply())
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,7 +138,8 @@ class Endpoint:
         return [request.key for request in self.requests]
 
     async def until(self, condition: Callable[[], object], within: float = 20.0) -> None:
-        """Wait until `condition()` holds; it is asked whenever a request arrives or ends. Raises TimeoutError."""
+        """Wait until `condition()` holds; it is asked whenever a request arrives or ends. Raises
+        TimeoutError."""
         async with asyncio.timeout(within), self._changed:
             await self._changed.wait_for(condition)
 
@@ -155,7 +159,8 @@ class Endpoint:
         self.host, self.port = self._server.sockets[0].getsockname()[:2]
 
     async def stop(self) -> None:
-        """Refuse connections from now on, and break those that are open. `start()` takes the same port again."""
+        """Refuse connections from now on, and break those that are open. `start()` takes the same
+        port again."""
         if self._server is not None:
             self._server.close()
             for writer in list(self._open):
@@ -205,7 +210,8 @@ class Endpoint:
     async def _answer(
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
-        # Calls are answered by the session's script, polls and aborts by that of `GET <run>` and `DELETE <run>`.
+        # Calls are answered by the session's script, polls and aborts by that of `GET <run>` and
+        # `DELETE <run>`.
         script = self.scripts.get(
             request.session if request.method == "POST" else f"{request.method} {request.session}",
             [],

@@ -1,7 +1,9 @@
-"""A machine with systemd, booted for a test: a Debian folder (debootstrap) in a systemd-nspawn container that shares our network.
+"""A machine with systemd, booted for a test: a Debian folder (debootstrap) in a systemd-nspawn
+container that shares our network.
 
-Owns the folder, which is made once and kept (RECALL_TEST_CACHE, else `~/.cache/recall-worker-tests`), its copies, wheels and what is
-installed from them, and the container's life. Needs root, debootstrap and systemd-nspawn; `missing()` names what is not there.
+Owns the folder, which is made once and kept (RECALL_TEST_CACHE, else
+`~/.cache/recall-worker-tests`), its copies, wheels and what is installed from them, and the
+container's life. Needs root, debootstrap and systemd-nspawn; `missing()` names what is not there.
 
 Never here: anything of recall-worker's beyond its wheel.
 """
@@ -54,7 +56,8 @@ def cache() -> Path:
 
 
 def debian(packages: str = PACKAGES) -> Path:
-    """The folder with a Debian that has these packages, made where it is not there yet. Not to be changed: copy it."""
+    """The folder with a Debian that has these packages, made where it is not there yet. Not to be
+    changed: copy it."""
     made = cache() / f"{SUITE}-{hashlib.sha256(packages.encode()).hexdigest()[:8]}"
     if not made.is_dir():
         half = made.with_name(f"{made.name}.{uuid4().hex[:8]}")
@@ -88,17 +91,40 @@ def build_wheel(folder: Path, source: Path = HERE) -> Path:
 
 
 def fetch_wheels(folder: Path, wheel: Path) -> None:
-    """What the wheel needs, for the machine's Python, so that the machine installs without a network."""
+    """What the wheel needs, for the machine's Python, so that the machine installs without a
+    network."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), "--only-binary=:all:", "--python-version", PYTHON,
-         "--implementation", "cp", "--abi", f"cp{PYTHON.replace('.', '')}", "--abi", "abi3", "--abi", "none", *platforms, str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "-d",
+            str(folder),
+            "--only-binary=:all:",
+            "--python-version",
+            PYTHON,
+            "--implementation",
+            "cp",
+            "--abi",
+            f"cp{PYTHON.replace('.', '')}",
+            "--abi",
+            "abi3",
+            "--abi",
+            "none",
+            *platforms,
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
 
 
 class Machine:
-    """A booted container. Paths are as the machine sees them; `root / path` is where they lie here."""
+    """A booted container. Paths are as the machine sees them; `root / path` is where they lie
+    here."""
 
     def __init__(self, root: Path, process: subprocess.Popen[bytes], console: Path) -> None:
         self.root = root
@@ -109,15 +135,30 @@ class Machine:
     @classmethod
     @contextmanager
     def boot(cls, root: Path, folder: Path) -> Iterator[Self]:
-        """Boot `root`; `folder` takes the console's log. Powered off at the end, whatever happens."""
+        """Boot `root`; `folder` takes the console's log. Powered off at the end, whatever
+        happens."""
         console = folder / "console"
         name = f"recall-{uuid4().hex[:8]}"
         with console.open("wb") as log:
             process = subprocess.Popen(
-                ["systemd-nspawn", "-q", "-D", str(root), "-M", name, "--boot", "--register=no", "--keep-unit", "--resolv-conf=off",
-                 "--timezone=off", "--console=pipe"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [
+                    "systemd-nspawn",
+                    "-q",
+                    "-D",
+                    str(root),
+                    "-M",
+                    name,
+                    "--boot",
+                    "--register=no",
+                    "--keep-unit",
+                    "--resolv-conf=off",
+                    "--timezone=off",
+                    "--console=pipe",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         machine = cls(root, process, console)
         try:
             machine._wait_until_up()
@@ -128,12 +169,27 @@ class Machine:
     def run(
         self, *command: str, check: bool = True, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside, as its root. Where it fails: AssertionError with what it said, unless `check` is False."""
+        """Run a command inside, as its root. Where it fails: AssertionError with what it said,
+        unless `check` is False."""
         done = subprocess.run(
-            ["nsenter", "-t", str(self._leader), "-a", "--wdns=/", "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "PAGER=cat",
-             *command],
-            capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            [
+                "nsenter",
+                "-t",
+                str(self._leader),
+                "-a",
+                "--wdns=/",
+                "env",
+                "-i",
+                "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+                "LANG=C.UTF-8",
+                "PAGER=cat",
+                *command,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done
 
@@ -174,7 +230,8 @@ class Machine:
                     return
             time.sleep(0.1)
         raise AssertionError(
-            f"the machine did not come up ({state or 'silent'}): {self._console.read_text(errors='replace')[-2000:]}"
+            f"the machine did not come up ({state or 'silent'}): "
+            f"{self._console.read_text(errors='replace')[-2000:]}"
         )
 
     def _power_off(self) -> None:

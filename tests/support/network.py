@@ -1,10 +1,13 @@
-"""Hosts on one machine: Linux network namespaces with addresses of their own, joined by a switch, whose paths can be cut.
+"""Hosts on one machine: Linux network namespaces with addresses of their own, joined by a switch,
+whose paths can be cut.
 
-A path is cut by sending what leaves for the other host to a hardware address that nobody has: it vanishes, as in a switch that has failed,
-and nobody is told. Or it is barred: each packet is answered with "no route to host", as a router does.
+A path is cut by sending what leaves for the other host to a hardware address that nobody has: it
+vanishes, as in a switch that has failed, and nobody is told. Or it is barred: each packet is
+answered with "no route to host", as a router does.
 
-Namespaces are named after this process and removed at the end; those of a process that died before it could are removed by the next.
-Needs Linux, root and iproute2. Never here: what runs in the hosts, but for the ways to start it there.
+Namespaces are named after this process and removed at the end; those of a process that died before
+it could are removed by the next. Needs Linux, root and iproute2. Never here: what runs in the
+hosts, but for the ways to start it there.
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ def _ip(*words: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One namespace. `address` is its IPv4 address, the same in no other network of this process."""
+    """One namespace. `address` is its IPv4 address, the same in no other network of this
+    process."""
 
     name: str
     namespace: str
@@ -76,7 +80,8 @@ class Host:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have this thread make its sockets and its processes here. Not to be left for another task in between."""
+        """Have this thread make its sockets and its processes here. Not to be left for another task
+        in between."""
         libc = ctypes.CDLL(None, use_errno=True)
         own = Path(f"/proc/self/task/{threading.get_native_id()}/ns/net")
         with own.open() as home, Path(f"/run/netns/{self.namespace}").open() as here:
@@ -94,7 +99,8 @@ class Host:
 
 
 class Network:
-    """Hosts by their names, each reaching each until a path is cut. A context manager; its end removes them, whatever runs there."""
+    """Hosts by their names, each reaching each until a path is cut. A context manager; its end
+    removes them, whatever runs there."""
 
     def __init__(self, *names: str) -> None:
         number = next(_numbers)
@@ -151,7 +157,8 @@ class Network:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
     def cut(self, a: str, b: str, *, both: bool = True) -> None:
-        """What a sends to b vanishes from now on; `both`: and what b sends to a. No connection is told."""
+        """What a sends to b vanishes from now on; `both`: and what b sends to a. No connection is
+        told."""
         self._lead(a, b, NOWHERE)
         if both:
             self._lead(b, a, NOWHERE)

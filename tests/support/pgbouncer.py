@@ -1,7 +1,7 @@
 """PgBouncer as a process, from Debian's package: a pooler between whoever is tested and PostgreSQL.
 
-Owns its configuration (a temporary folder), its process and its end. It runs as the account `postgres` where we are root, which it
-refuses. It listens on 127.0.0.1 and trusts whoever knocks.
+Owns its configuration (a temporary folder), its process and its end. It runs as the account
+`postgres` where we are root, which it refuses. It listens on 127.0.0.1 and trusts whoever knocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def needed() -> str:
     found = program()
     if found is None:
         pytest.skip(
-            "pgbouncer is not installed (Debian: apt-get install pgbouncer): poolers are NOT tested here"
+            "pgbouncer is not installed (Debian: apt-get install pgbouncer): poolers are NOT "
+            "tested here"
         )
     return found
 
@@ -51,10 +52,17 @@ class PgBouncer:
         self._direct = dsn
         self._folder = folder
         self._settings = {
-            "pool_mode": "transaction", "listen_addr": "127.0.0.1", "listen_port": free_port(), "auth_type": "trust",
-            "auth_file": folder / "users.txt", "admin_users": self._user, "unix_socket_dir": "", "max_client_conn": 500,
-            "default_pool_size": 5, "server_reset_query": "discard all",
-        } | settings  # fmt: skip
+            "pool_mode": "transaction",
+            "listen_addr": "127.0.0.1",
+            "listen_port": free_port(),
+            "auth_type": "trust",
+            "auth_file": folder / "users.txt",
+            "admin_users": self._user,
+            "unix_socket_dir": "",
+            "max_client_conn": 500,
+            "default_pool_size": 5,
+            "server_reset_query": "discard all",
+        } | settings
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -109,10 +117,15 @@ class PgBouncer:
                 os.chown(path, account.pw_uid, account.pw_gid)
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [needed(), str(self._folder / "pgbouncer.ini")], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
-                user=account.pw_uid if account else None, group=account.pw_gid if account else None,
+                [needed(), str(self._folder / "pgbouncer.ini")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                user=account.pw_uid if account else None,
+                group=account.pw_gid if account else None,
                 extra_groups=[] if account else None,
-            )  # fmt: skip
+            )
         until = time.monotonic() + PATIENCE
         while True:
             try:

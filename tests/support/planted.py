@@ -50,7 +50,8 @@ def plant(defect: Path, root: Path) -> list[Path]:
 
 
 def copy_with(defect: Path, folder: Path) -> list[Path]:
-    """Copy the package and its SQL into the folder, and plant the defect there; the changed files."""
+    """Copy the package and its SQL into the folder, and plant the defect there; the changed
+    files."""
     for name in ("recall_worker", "sql"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return plant(defect, folder)

@@ -1,10 +1,12 @@
 """The databases of the tests: one server a session, as many databases on it as the tests like.
 
-Owns where the server comes from. In this order: RECALL_TEST_DSN, whose account may create databases; the binaries in
-RECALL_TEST_PG_BINDIR (`/usr/lib/postgresql/15/bin`), run by our own EmbeddedServer; Docker through testcontainers, if
-an engine answers at once (the image is RECALL_TEST_PG_IMAGE, postgres:18); the EmbeddedServer with its wheel.
+Owns where the server comes from. In this order: RECALL_TEST_DSN, whose account may create
+databases; the binaries in RECALL_TEST_PG_BINDIR (`/usr/lib/postgresql/15/bin`), run by our own
+EmbeddedServer; Docker through testcontainers, if an engine answers at once (the image is
+RECALL_TEST_PG_IMAGE, postgres:18); the EmbeddedServer with its wheel.
 
-Never here: RECALL_DSN, which is never read, and any database that is not named recall_test_<pid>_<n>.
+Never here: RECALL_DSN, which is never read, and any database that is not named
+recall_test_<pid>_<n>.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def server() -> Iterator[str]:
 
 
 def embedded(*, tcp: bool = False, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-    """A server of the caller's own, not yet started, to be killed and started again; RECALL_TEST_PG_BINDIR counts."""
+    """A server of the caller's own, not yet started, to be killed and started again;
+    RECALL_TEST_PG_BINDIR counts."""
     bindir = os.environ.get("RECALL_TEST_PG_BINDIR") or None
     return EmbeddedServer(
         base=_memory(), bindir=bindir, tcp=tcp, settings=SETTINGS | dict(settings or {})
@@ -76,10 +79,12 @@ def database(maintenance: str, template: str | None = None) -> Iterator[str]:
 
 
 def create_database(maintenance: str, template: str | None = None) -> str:
-    """A new database, empty or a copy of `template` (a name or a DSN; nobody may be connected to it), as a URL."""
+    """A new database, empty or a copy of `template` (a name or a DSN; nobody may be connected to
+    it), as a URL."""
     source = "template0" if template is None else _name(template)
     with psycopg.connect(maintenance, autocommit=True) as connection:
-        # A copy of the files takes half the time of one by the log, but begins and ends with a checkpoint.
+        # A copy of the files takes half the time of one by the log, but begins and ends with a
+        # checkpoint.
         files = connection.info.server_version >= 150000 and connection.execute(
             "show fsync"
         ).fetchone() == ("off",)
@@ -100,7 +105,8 @@ def create_database(maintenance: str, template: str | None = None) -> str:
 
 
 def drop_database(maintenance: str, database: str) -> None:
-    """Drops a database of ours (a name or a DSN), whoever is connected to it; it may be gone already."""
+    """Drops a database of ours (a name or a DSN), whoever is connected to it; it may be gone
+    already."""
     name = _name(database)
     if not name.startswith(PREFIX):
         raise ValueError(f"{name!r} is not a test's database")
@@ -111,7 +117,8 @@ def drop_database(maintenance: str, database: str) -> None:
 
 
 def address(dsn: str, dbname: str) -> str:
-    """The same server's database `dbname`, as a URL: psycopg takes other spellings too, asyncpg takes no other."""
+    """The same server's database `dbname`, as a URL: psycopg takes other spellings too, asyncpg
+    takes no other."""
     parts = {key: str(value) for key, value in conninfo_to_dict(dsn).items() if value is not None}
     parts.pop("dbname", None)
     login = quote(parts.pop("user", ""), safe="")
@@ -128,7 +135,8 @@ def address(dsn: str, dbname: str) -> str:
 
 
 def engine_answers() -> bool:
-    """Whether a Docker engine answers, asked the way testcontainers asks, and never for longer than a moment."""
+    """Whether a Docker engine answers, asked the way testcontainers asks, and never for longer than
+    a moment."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -168,7 +176,8 @@ def _container() -> Iterator[str]:
 
 
 def _memory() -> Path | None:
-    """Linux's tmpfs, if it has room (a container's 64 MB are none): there a database is copied in 5 ms, not in 70."""
+    """Linux's tmpfs, if it has room (a container's 64 MB are none): there a database is copied in 5
+    ms, not in 70."""
     memory = Path("/dev/shm")
     if (
         memory.is_dir()

@@ -1,6 +1,8 @@
-"""A wire between a daemon and its PostgreSQL that can be made to fail: cut, slow, or half-open (a peer that is there and silent).
+"""A wire between a daemon and its PostgreSQL that can be made to fail: cut, slow, or half-open (a
+peer that is there and silent).
 
-It counts what is asked through it, so a test can say how many round trips something costs. It reads nothing of what passes.
+It counts what is asked through it, so a test can say how many round trips something costs. It reads
+nothing of what passes.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Proxy:
         self.connections = 0
         """Connections that were asked for so far."""
         self.asked = 0
-        """Pieces that came from clients so far: one a statement, and two or three for each connection."""
+        """Pieces that came from clients so far: one a statement, and two or three for each
+        connection."""
         self.port = 0
 
     @property
@@ -51,7 +54,8 @@ class Proxy:
         )
 
     def lead(self, dsn: str) -> None:
-        """Lead every connection that is asked for from now on to another server, as an address that was moved does; break the others."""
+        """Lead every connection that is asked for from now on to another server, as an address that
+        was moved does; break the others."""
         self._target = conninfo_to_dict(dsn)
         for line in list(self._lines):
             _reset(line)
@@ -73,7 +77,8 @@ class Proxy:
             line.dead = True
 
     def forget(self, n: int) -> None:
-        """Let one connection, the n-th of those that are open, hear nothing any more; new ones pass: as behind a router that forgot it."""
+        """Let one connection, the n-th of those that are open, hear nothing any more; new ones
+        pass: as behind a router that forgot it."""
         list(self._lines)[n].dead = True
 
     @property
@@ -82,12 +87,14 @@ class Proxy:
         return len(self._lines)
 
     def heal(self) -> None:
-        """Let new connections pass. Those that were half-open stay so, as behind a router that forgot them."""
+        """Let new connections pass. Those that were half-open stay so, as behind a router that
+        forgot them."""
         self._refusing = self._silent = False
         self.seconds = 0.0
 
     async def until(self, condition: Callable[[], object], within: float = 20.0) -> None:
-        """Wait until `condition()` holds; it is asked whenever a connection or a piece comes. Raises TimeoutError."""
+        """Wait until `condition()` holds; it is asked whenever a connection or a piece comes.
+        Raises TimeoutError."""
         async with asyncio.timeout(within), self._changed:
             await self._changed.wait_for(condition)
 

@@ -1,9 +1,12 @@
-"""The scheduler that ran inside the application's process, as it stood before there was a recall-worker.
+"""The scheduler that ran inside the application's process, as it stood before there was a
+recall-worker.
 
-It polls for what is pending and due, runs the agent for as long as that takes, and only then marks the row: fired, put off by its interval
-from now, or cancelled where the run failed. What it has in hand it knows by heart; the table does not tell.
+It polls for what is pending and due, runs the agent for as long as that takes, and only then marks
+the row: fired, put off by its interval from now, or cancelled where the run failed. What it has in
+hand it knows by heart; the table does not tell.
 
-Never here: an import of recall_worker, a look at a lease. That it can't live beside the daemon is what docs/migration.md is about.
+Never here: an import of recall_worker, a look at a lease. That it can't live beside the daemon is
+what docs/migration.md is about.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Scheduler:
         await asyncio.gather(*list(self._runs.values()))
 
     async def kill(self) -> None:
-        """What becomes of it when the application's process dies: runs break off, nothing is marked."""
+        """What becomes of it when the application's process dies: runs break off, nothing is
+        marked."""
         await self._stop_polling()
         runs = list(self._runs.values())
         for run in runs:
