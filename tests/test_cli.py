@@ -749,14 +749,32 @@ HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2
 @pytest.mark.parametrize(
     "words",
     [
-        ["list"], ["list", "--session", HOSTILE], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE], ["resume", HOSTILE], ["fire", HOSTILE],
-        ["reschedule", HOSTILE, "--in", "1h"], ["skip", HOSTILE], ["cancel", HOSTILE], ["retry", HOSTILE], ["show", HOSTILE + "no"],
-        ["cancel", "--session", HOSTILE, "--yes"], ["cancel", "--session", HOSTILE + "no", "--yes"], ["cancel", "--session", HOSTILE],
-        ["schedule", HOSTILE, "again"], ["schedule", HOSTILE + "no", "m"], ["schedule", "s", "m", "--in", HOSTILE], ["list", "--status", HOSTILE],
-        [HOSTILE], ["list", HOSTILE], ["list", "--limit", HOSTILE], ["workers"],
+        ["list"],
+        ["list", "--session", HOSTILE],
+        ["show", HOSTILE],
+        ["why", HOSTILE],
+        ["pause", HOSTILE],
+        ["resume", HOSTILE],
+        ["fire", HOSTILE],
+        ["reschedule", HOSTILE, "--in", "1h"],
+        ["skip", HOSTILE],
+        ["cancel", HOSTILE],
+        ["retry", HOSTILE],
+        ["show", HOSTILE + "no"],
+        ["cancel", "--session", HOSTILE, "--yes"],
+        ["cancel", "--session", HOSTILE + "no", "--yes"],
+        ["cancel", "--session", HOSTILE],
+        ["schedule", HOSTILE, "again"],
+        ["schedule", HOSTILE + "no", "m"],
+        ["schedule", "s", "m", "--in", HOSTILE],
+        ["list", "--status", HOSTILE],
+        [HOSTILE],
+        ["list", HOSTILE],
+        ["list", "--limit", HOSTILE],
+        ["workers"],
     ],
     ids=lambda words: " ".join(words).encode("unicode_escape").decode()[:40],
-)  # fmt: skip
+)
 async def test_hostile_texts_come_out_harmless(
     words: list[str], app: Application, database: str
 ) -> None:

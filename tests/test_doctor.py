@@ -292,10 +292,16 @@ async def test_several_hosts(ward: Ward) -> None:
 @pytest.mark.parametrize(
     ("table", "right"),
     [
-        ("session_recalls", "update"), ("session_recalls", "select"), ("recall_attempts", "insert"), ("recall_attempts", "delete"),
-        ("recall_workers", "delete"), ("recall_workers", "insert"), ("recall_endpoints", "update"), ("recall_schema", "select"),
+        ("session_recalls", "update"),
+        ("session_recalls", "select"),
+        ("recall_attempts", "insert"),
+        ("recall_attempts", "delete"),
+        ("recall_workers", "delete"),
+        ("recall_workers", "insert"),
+        ("recall_endpoints", "update"),
+        ("recall_schema", "select"),
     ],
-)  # fmt: skip
+)
 async def test_a_right_that_is_missing(table: str, right: str, ward: Ward) -> None:
     """Each right that the worker needs is asked for, and the table named where it is missing."""
     ward.change(f"revoke {right} on {table} from ROLE")

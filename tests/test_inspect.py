@@ -1379,9 +1379,17 @@ def test_a_million_rows(server: str, template: str) -> None:
                 f"{planned(conn, 'reads', 'stats_recalls', {})[1]:8.2f} ms"
             )
         for words in (
-            ["why", "live5"], ["show", "old5"], ["list"], ["list", "--user", "few"], ["list", "--user", "many"], ["list", "--user", "deep"],
-            ["list", "--session", "s1004"], ["list", "--status", "failed"], ["stats"], ["workers"],
-        ):  # fmt: skip
+            ["why", "live5"],
+            ["show", "old5"],
+            ["list"],
+            ["list", "--user", "few"],
+            ["list", "--user", "many"],
+            ["list", "--user", "deep"],
+            ["list", "--session", "s1004"],
+            ["list", "--status", "failed"],
+            ["stats"],
+            ["workers"],
+        ):
             began = time.perf_counter()
             assert operate(dsn, *words).status == 0
             inside = time.perf_counter() - began

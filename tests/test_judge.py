@@ -598,9 +598,17 @@ def test_waiting_comes_to_an_end(outcome: Outcome, age: float) -> None:
 )
 @settings(deadline=None, max_examples=300)
 def test_what_every_verdict_keeps(
-    outcome: Outcome, call_type: str, move: str, attempt: int, deferrals: int, rekey: int, begun_age: float | None, after: float,
-    breaker_closed: bool, chance: float,
-) -> None:  # fmt: skip
+    outcome: Outcome,
+    call_type: str,
+    move: str,
+    attempt: int,
+    deferrals: int,
+    rekey: int,
+    begun_age: float | None,
+    after: float,
+    breaker_closed: bool,
+    chance: float,
+) -> None:
     """Whatever is judged: waits are never negative nor over a day (or the cadence), numbers never
     fall, and reasons are given."""
     claim = claimed(

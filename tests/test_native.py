@@ -177,11 +177,20 @@ def test_body() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attempt": 3}, {"deferrals": 9}, {"rekey": 2}, {"lease": UUID(int=7)}, {"begun_age": 99.0}, {"lag": 5.0}, {"lateness": 500.0},
-        {"taken_from": "w1"}, {"due": False}, {"interval": 900}, {"trigger": "x", "trigger_at": datetime(2030, 1, 1, tzinfo=UTC)},
+        {"attempt": 3},
+        {"deferrals": 9},
+        {"rekey": 2},
+        {"lease": UUID(int=7)},
+        {"begun_age": 99.0},
+        {"lag": 5.0},
+        {"lateness": 500.0},
+        {"taken_from": "w1"},
+        {"due": False},
+        {"interval": 900},
+        {"trigger": "x", "trigger_at": datetime(2030, 1, 1, tzinfo=UTC)},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
     """Nothing that changes between two calls of an occurrence is in the body, byte for byte."""
     assert body(claim_with(**changes)) == body(claim_with())
@@ -227,10 +236,14 @@ def test_signature_with_a_secret_of_plain_text() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [("whsec_AAAA", "k:1", 5, b"{}"), ("whsec_c2VjcmV0", "k:2", 5, b"{}"), ("whsec_c2VjcmV0", "k:1", 6, b"{}"),
-     ("whsec_c2VjcmV0", "k:1", 5, b"[]")],
+    [
+        ("whsec_AAAA", "k:1", 5, b"{}"),
+        ("whsec_c2VjcmV0", "k:2", 5, b"{}"),
+        ("whsec_c2VjcmV0", "k:1", 6, b"{}"),
+        ("whsec_c2VjcmV0", "k:1", 5, b"[]"),
+    ],
     ids=["secret", "key", "time", "body"],
-)  # fmt: skip
+)
 def test_a_signature_covers_everything(changed: tuple[str, str, int, bytes]) -> None:
     """Another secret, key, time or body makes another signature."""
     assert signature(*changed) != signature("whsec_c2VjcmV0", "k:1", 5, b"{}")
@@ -452,13 +465,20 @@ def test_reasons_are_short() -> None:
     status=st.integers(100, 599),
     content=st.one_of(
         st.binary(max_size=200),
-        st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner) | st.dictionaries(
-            st.sampled_from(["status", "code", "type", "detail", "error", "message"]), inner), max_leaves=6).map(
-                lambda document: json.dumps(document).encode()),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.text(max_size=20),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["status", "code", "type", "detail", "error", "message"]), inner
+                )
+            ),
+            max_leaves=6,
+        ).map(lambda document: json.dumps(document).encode()),
     ),
     content_type=st.sampled_from(["", "application/json", "text/html", "json", "\xff"]),
     truncated=st.booleans(),
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=300)
 def test_any_answer_is_some_outcome(
     status: int, content: bytes, content_type: str, truncated: bool

@@ -309,10 +309,17 @@ def test_columns(tried: str) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["delete from session_recalls", "select * from recall_attempts", "select * from recall_workers", "select * from recall_endpoints",
-     "select * from recall_chores", "delete from recall_attempts", "insert into recall_attempts select * from recall_attempts where false",
-     "update recall_workers set breaker = 'open'"],
-)  # fmt: skip
+    [
+        "delete from session_recalls",
+        "select * from recall_attempts",
+        "select * from recall_workers",
+        "select * from recall_endpoints",
+        "select * from recall_chores",
+        "delete from recall_attempts",
+        "insert into recall_attempts select * from recall_attempts where false",
+        "update recall_workers set breaker = 'open'",
+    ],
+)
 def test_what_the_application_may_not(statement: str, tried: str) -> None:
     """What the worker keeps besides the recalls is none of the application's business; nor does it
     delete recalls but with their session."""
@@ -603,11 +610,23 @@ def test_the_commands_that_look(tried: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["cancel", "r"], ["cancel", "--session", "s", "--yes"], ["skip", "r"], ["skip", "--session", "s"], ["pause", "r"], ["resume", "r"],
-     ["retry", "r"], ["fire", "r"], ["reschedule", "r", "--in", "1h"], ["schedule", "s", "m"], ["prune", "--older-than", "0s", "--yes"],
-     ["migrate"], ["migrate", "--roles"]],
+    [
+        ["cancel", "r"],
+        ["cancel", "--session", "s", "--yes"],
+        ["skip", "r"],
+        ["skip", "--session", "s"],
+        ["pause", "r"],
+        ["resume", "r"],
+        ["retry", "r"],
+        ["fire", "r"],
+        ["reschedule", "r", "--in", "1h"],
+        ["schedule", "s", "m"],
+        ["prune", "--older-than", "0s", "--yes"],
+        ["migrate"],
+        ["migrate", "--roles"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_the_commands_that_act_are_refused(words: list[str], tried: str) -> None:
     """A command that would change something ends with 1, an error in a sentence and a hint; nothing
     has changed."""

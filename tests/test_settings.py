@@ -86,10 +86,13 @@ def test_every_setting_has_its_variable(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "means"),
     [
-        ("9464", ("127.0.0.1", 9464)), ("0.0.0.0:9464", ("0.0.0.0", 9464)), ("[::1]:9464", ("::1", 9464)),
-        ("ops.example:0", ("ops.example", 0)), ("", None),
+        ("9464", ("127.0.0.1", 9464)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("ops.example:0", ("ops.example", 0)),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_where_the_pages_are(given: str, means: tuple[str, int] | None) -> None:
     """A port alone is this host's own: the pages ask nobody who they are."""
     assert settings.read({"RECALL_OPS_LISTEN": given}).ops_address == means

@@ -407,9 +407,16 @@ class Hand:
             promise.maybe_ended = False  # It was over already.
 
     async def promise(
-        self, kind: str, ahead: float, *, interval: int | None = None, times: int | None = None, chain: int = 0, session: str | None = None,
+        self,
+        kind: str,
+        ahead: float,
+        *,
+        interval: int | None = None,
+        times: int | None = None,
+        chain: int = 0,
+        session: str | None = None,
         **more: Any,
-    ) -> Promise | None:  # fmt: skip
+    ) -> Promise | None:
         """Schedule a recall, by default in a new session. None where the session has one
         pending."""
         fresh = session is None

@@ -177,9 +177,18 @@ class Lives(RuleBasedStateMachine):
         jitter=st.none() | st.just(20),
     )
     def schedule(
-        self, session: str, kind: str, ahead: int, interval: int, which: tuple[str, str], times: int | None, days: int | None,
-        failures: int | None, grace: int | None, jitter: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        session: str,
+        kind: str,
+        ahead: int,
+        interval: int,
+        which: tuple[str, str],
+        times: int | None,
+        days: int | None,
+        failures: int | None,
+        grace: int | None,
+        jitter: int | None,
+    ) -> None:
         """The application inserts a recall, if the session's slot is free or can be freed."""
         self.numbers += 1
         trigger = self.now + timedelta(seconds=ahead)

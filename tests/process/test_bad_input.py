@@ -179,9 +179,18 @@ INDEXED = "".join(uuid.uuid5(uuid.NAMESPACE_OID, str(n)).hex for n in range(84))
         ({"call_type": "ONCE"}, "call_type is 'ONCE'"),
         ({"call_type": "once\u202e\x1b[2J"}, "call_type is 'once\\u202e\\x1b[2J'"),
         ({"call_type": "recurring"}, "interval_seconds of at least 1, not null"),
-        ({"call_type": "recurring", "interval_seconds": 0}, "interval_seconds of at least 1, not 0"),
-        ({"call_type": "recurring", "interval_seconds": -1}, "interval_seconds of at least 1, not -1"),
-        ({"call_type": "recurring", "interval_seconds": -(2**31)}, "interval_seconds of at least 1, not -2147483648"),
+        (
+            {"call_type": "recurring", "interval_seconds": 0},
+            "interval_seconds of at least 1, not 0",
+        ),
+        (
+            {"call_type": "recurring", "interval_seconds": -1},
+            "interval_seconds of at least 1, not -1",
+        ),
+        (
+            {"call_type": "recurring", "interval_seconds": -(2**31)},
+            "interval_seconds of at least 1, not -2147483648",
+        ),
         ({"session_id": ""}, "session_id is ''"),
         ({"session_id": "."}, "session_id is '.'"),
         ({"session_id": ".."}, "session_id is '..'"),
@@ -192,11 +201,24 @@ INDEXED = "".join(uuid.uuid5(uuid.NAMESPACE_OID, str(n)).hex for n in range(84))
         ({"id": "x" * 100_000}, "id is 100000 bytes long"),
     ],
     ids=[
-        "unknown type", "no type", "type in capitals", "type with controls", "no interval", "interval 0", "interval -1", "least interval",
-        "no session", "session .", "session ..", "id 2 kB", "id of two-byte characters", "id as long as an index takes", "id 8 kB",
+        "unknown type",
+        "no type",
+        "type in capitals",
+        "type with controls",
+        "no interval",
+        "interval 0",
+        "interval -1",
+        "least interval",
+        "no session",
+        "session .",
+        "session ..",
+        "id 2 kB",
+        "id of two-byte characters",
+        "id as long as an index takes",
+        "id 8 kB",
         "id 100 kB",
     ],
-)  # fmt: skip
+)
 @shared
 async def test_rows_that_can_not_be_run(house: House, columns: dict[str, Any], reason: str) -> None:
     """A row that makes no sense is failed, with its reason, without a call; the daemon goes on."""

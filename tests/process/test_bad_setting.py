@@ -369,18 +369,28 @@ async def test_a_failover_under_a_running_daemon(
     "all_of",
     [
         [
-            "datestyle = 'German, DMY'", "timezone = 'Asia/Kolkata'", "default_transaction_isolation = serializable",
-            "statement_timeout = '1ms'", "idle_session_timeout = '200ms'", "intervalstyle = sql_standard",
-            "standard_conforming_strings = off", "client_encoding = 'LATIN1'",
+            "datestyle = 'German, DMY'",
+            "timezone = 'Asia/Kolkata'",
+            "default_transaction_isolation = serializable",
+            "statement_timeout = '1ms'",
+            "idle_session_timeout = '200ms'",
+            "intervalstyle = sql_standard",
+            "standard_conforming_strings = off",
+            "client_encoding = 'LATIN1'",
         ],
         [
-            "datestyle = 'SQL, MDY'", "timezone = 'America/St_Johns'", "default_transaction_isolation = 'repeatable read'",
-            "lock_timeout = '1ms'", "extra_float_digits = -15", "bytea_output = escape", "plan_cache_mode = force_custom_plan",
+            "datestyle = 'SQL, MDY'",
+            "timezone = 'America/St_Johns'",
+            "default_transaction_isolation = 'repeatable read'",
+            "lock_timeout = '1ms'",
+            "extra_float_digits = -15",
+            "bytea_output = escape",
+            "plan_cache_mode = force_custom_plan",
             "client_encoding = 'SJIS'",
         ],
     ],
     ids=["one", "another"],
-)  # fmt: skip
+)
 async def test_what_the_database_sets_for_others(
     all_of: list[str],
     server: str,
@@ -672,9 +682,13 @@ async def test_secrets_stay_secret(
     """In every log line at level debug, in the process's own command line, in every table and in
     PostgreSQL's list of queries: no secret."""
     for session, answer in {
-        "fine": reply(), "redirect": reply(302, headers={"location": "http://elsewhere/"}), "refused": reply(400), "unknown": reply(500),
-        "token": reply(401), "garbage": reply(200, text=b"<html>"),
-    }.items():  # fmt: skip
+        "fine": reply(),
+        "redirect": reply(302, headers={"location": "http://elsewhere/"}),
+        "refused": reply(400),
+        "unknown": reply(500),
+        "token": reply(401),
+        "garbage": reply(200, text=b"<html>"),
+    }.items():
         endpoint.script(session, answer)
     environ = {
         "RECALL_DSN": secret_dsn(database),

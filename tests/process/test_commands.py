@@ -1,8 +1,9 @@
-"""Every command that a document shows is executed, as it stands there, by bash, in a sandbox: a database, the reference API, a worker that is
-about, and a copy of this checkout to stand in.
+"""Every command that a document shows is executed, as it stands there, by bash, in a sandbox: a
+database, the reference API, a worker that is about, and a copy of this checkout to stand in.
 
-What can't be done here (systemd, engines, clusters, what installs, what takes an hour) is listed with its reason and with the test that does
-it. A command that is neither executed nor listed fails, and so does a listed one that no document shows any more.
+What can't be done here (systemd, engines, clusters, what installs, what takes an hour) is listed
+with its reason and with the test that does it. A command that is neither executed nor listed fails,
+and so does a listed one that no document shows any more.
 """
 
 from __future__ import annotations
@@ -40,26 +41,60 @@ PATIENCE = 100.0
 
 ELSEWHERE: dict[str, tuple[str, str, str]] = {
     # What fits: where it is done, a text that stands there, why not here.
-    r"python3 -m venv \.venv": (".ci/run", "readme demo", "CI executes both of the README's blocks as they stand"),
-    r"\.venv/bin/pip install .*": (".ci/run", "readme test", "the same"),
-    r"\.venv/bin/recall-worker demo": (".ci/run", "readme demo", "the same; and tests/process/test_demo.py"),
-    r"\.venv/bin/python -m tests": (".ci/run", "readme test", "this test is a part of it"),
-    r"\.venv/bin/python -m tests --full|\.ci/run": (".ci/run", "-m full", "takes the better part of an hour"),
-    r"pip install '\.\[embedded,bench\]'|python -m benchmarks .*": (
-        "tests/test_benchmarks.py", '"benchmarks", "--quick"', "takes the machine to itself for half an hour",
+    r"python3 -m venv \.venv": (
+        ".ci/run",
+        "readme demo",
+        "CI executes both of the README's blocks as they stand",
     ),
-    r"\.venv/bin/python -m tests\.chaos .*": (".ci/run", "-m tests.chaos --seed", "takes minutes, and a small file system of its own"),
+    r"\.venv/bin/pip install .*": (".ci/run", "readme test", "the same"),
+    r"\.venv/bin/recall-worker demo": (
+        ".ci/run",
+        "readme demo",
+        "the same; and tests/process/test_demo.py",
+    ),
+    r"\.venv/bin/python -m tests": (".ci/run", "readme test", "this test is a part of it"),
+    r"\.venv/bin/python -m tests --full|\.ci/run": (
+        ".ci/run",
+        "-m full",
+        "takes the better part of an hour",
+    ),
+    r"pip install '\.\[embedded,bench\]'|python -m benchmarks .*": (
+        "tests/test_benchmarks.py",
+        '"benchmarks", "--quick"',
+        "takes the machine to itself for half an hour",
+    ),
+    r"\.venv/bin/python -m tests\.chaos .*": (
+        ".ci/run",
+        "-m tests.chaos --seed",
+        "takes minutes, and a small file system of its own",
+    ),
     r"pip install fastapi .*|DATABASE_URL=.* uvicorn .*|RECALL_RUN_URL=.* recall-worker run &": (
-        "tests/process/test_example.py", '"uvicorn", "app:app"', "that test plays the person, too",
+        "tests/process/test_example.py",
+        '"uvicorn", "app:app"',
+        "that test plays the person, too",
     ),
     r"python3 -m venv /opt/.*|/opt/.*/bin/pip install \.": (
-        "tests/process/test_machine.py", 'machine.install(root, "/opt/recall-worker-1"', "into a machine that systemd boots",
+        "tests/process/test_machine.py",
+        'machine.install(root, "/opt/recall-worker-1"',
+        "into a machine that systemd boots",
     ),
-    r"systemctl .*": ("tests/process/test_machine.py", 'box.systemctl, "enable", "--now"', "on a machine that systemd boots"),
-    r"docker build .*": ("tests/process/test_docker.py", 'engine.docker("build"', "needs an engine"),
+    r"systemctl .*": (
+        "tests/process/test_machine.py",
+        'box.systemctl, "enable", "--now"',
+        "on a machine that systemd boots",
+    ),
+    r"docker build .*": (
+        "tests/process/test_docker.py",
+        'engine.docker("build"',
+        "needs an engine",
+    ),
     r"docker compose .*": ("tests/process/test_docker.py", 'compose("exec"', "needs an engine"),
-    r"kubectl .*": ("tests/test_kubernetes.py", "No cluster runs here", "needs a cluster: not run at all, and docs/deployment.md says so"),
-}  # fmt: skip
+    r"kubectl .*": (
+        "tests/test_kubernetes.py",
+        "No cluster runs here",
+        "needs a cluster: not run at all, and docs/deployment.md says so",
+    ),
+}
 
 UNTIL = {"recall-worker run": "worker.ready"}
 """What does not end by itself: what it says when it is there. SIGTERM ends it then, well."""
@@ -103,7 +138,8 @@ HERE = [command for command in COMMANDS if command.elsewhere is None]
 
 @dataclass
 class Sandbox:
-    """Where commands are executed: a copy of this checkout, and folders of its own in place of the machine's."""
+    """Where commands are executed: a copy of this checkout, and folders of its own in place of the
+    machine's."""
 
     folder: Path
     dsn: str
@@ -119,7 +155,8 @@ class Sandbox:
             conn.execute(
                 b"""insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message,
                         status, created_at, updated_at)
-                    values (%s, %s, 'recurring', now() + interval '1 hour', 3600, 'm', 'pending', now(), now())""",
+                    values (%s, %s, 'recurring', now() + interval '1 hour', 3600, 'm', 'pending',
+                        now(), now())""",
                 [id, session],
             )
             conn.execute(b"update session_recalls set status = %s where id = %s", [status, id])
@@ -156,14 +193,22 @@ class Sandbox:
             if not k.startswith("RECALL_") or k.startswith("RECALL_TEST_")
         }
         return kept | {
-            "PATH": f"{BIN}:{os.environ['PATH']}", "RECALL_DSN": self.dsn, "RECALL_RUN_URL": self.url, "RECALL_RUN_TOKEN": TOKEN,
-        }  # fmt: skip
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RECALL_DSN": self.dsn,
+            "RECALL_RUN_URL": self.url,
+            "RECALL_RUN_TOKEN": TOKEN,
+        }
 
     def start(self, script: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", script], cwd=self.folder / "checkout", env=self.environ | more, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder / "checkout",
+            env=self.environ | more,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def heard(process: subprocess.Popen[str], word: str) -> str:
@@ -278,14 +323,16 @@ def settings_blocks() -> list[tuple[str, dict[str, str]]]:
     ids=[f"{d} {' '.join(g)}" for d, g in settings_blocks()],
 )
 def test_settings(document: str, given: dict[str, str]) -> None:
-    """A block of settings is taken by the worker as it stands; what is OpenTelemetry's is not ours to judge."""
+    """A block of settings is taken by the worker as it stands; what is OpenTelemetry's is not ours
+    to judge."""
     assert all(name.startswith(("RECALL_", "OTEL_")) for name in given), document
     assert ignored(given) == []
     read(given)
 
 
 def test_no_shell_hides() -> None:
-    """A block that is not said to be a shell's has no command of ours in it, so that none goes unseen."""
+    """A block that is not said to be a shell's has no command of ours in it, so that none goes
+    unseen."""
     hidden = []
     for document in DOCUMENTS:
         for block in BLOCK.finditer(document.read_text(encoding="utf-8")):
@@ -322,7 +369,7 @@ def test_in_passing(document: str, words: list[str]) -> None:
     try:
         command.make_context(name, rest).close()
     except Exception as error:
-        # Mentioned by its name, or with the option that is spoken of: what else it needs is said elsewhere. Which module this error comes
-        # from differs between typer's versions.
+        # Mentioned by its name, or with the option that is spoken of: what else it needs is said
+        # elsewhere. Which module this error comes from differs between typer's versions.
         if type(error).__name__ != "MissingParameter":
             raise

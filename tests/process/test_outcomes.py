@@ -1,8 +1,10 @@
-"""The outcome table, row by row: what the real daemon makes of each answer that a raw socket gives it, with requests counted.
+"""The outcome table, row by row: what the real daemon makes of each answer that a raw socket gives
+it, with requests counted.
 
-One daemon, one database and one endpoint serve the whole table; each case has a session of its own. What a settle wrote is noted by
-a trigger in the test's database, with the distance to the next due time by the database's own clock, so that nothing has to be
-caught before the daemon moves on. Where minutes would have to pass, the row is made due at once as nobody's move: `trigger_at` and
+One daemon, one database and one endpoint serve the whole table; each case has a session of its own.
+What a settle wrote is noted by a trigger in the test's database, with the distance to the next due
+time by the database's own clock, so that nothing has to be caught before the daemon moves on. Where
+minutes would have to pass, the row is made due at once as nobody's move: `trigger_at` and
 `planned_at` together.
 
 A session in trouble is followed by a calm one, as two in a row would open the breaker.
@@ -37,13 +39,16 @@ CALL_TYPES = ("once", "immediate", "recurring")
 
 NOTE_SETTLES = """
 create table settles (
-    n bigint generated always as identity, id text, session_id text, status text, occurrence integer, rekey integer, attempt integer,
+    n bigint generated always as identity, id text, session_id text, status text,
+        occurrence integer, rekey integer, attempt integer,
     deferrals integer, last_outcome text, reason text, wait float8, ended boolean
 );
 create function note_settle() returns trigger language plpgsql as $$
 begin
-    insert into settles (id, session_id, status, occurrence, rekey, attempt, deferrals, last_outcome, reason, wait, ended)
-    values (new.id, new.session_id, new.status, new.occurrence, new.rekey, new.attempt, new.deferrals, new.last_outcome, new.reason,
+    insert into settles (id, session_id, status, occurrence, rekey, attempt, deferrals,
+        last_outcome, reason, wait, ended)
+    values (new.id, new.session_id, new.status, new.occurrence, new.rekey, new.attempt,
+        new.deferrals, new.last_outcome, new.reason,
         extract(epoch from new.trigger_at - now()), new.ended_at is not null);
     return null;
 end
@@ -203,7 +208,7 @@ async def id_of(table: Table, session: str) -> str:
     return str(table.api.of(session)[0].document["recall"]["id"])
 
 
-# --- Answered -------------------------------------------------------------------------------------------------------
+# --- Answered -------------------------------------------------------------------------------------
 
 
 def large(size: int) -> bytes:
@@ -230,7 +235,8 @@ ANSWERED: dict[str, Raw] = {
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("answer", ANSWERED.values(), ids=list(ANSWERED))
 async def test_answered(table: Table, answer: Raw, call_type: str) -> None:
-    """The run went well: a one-shot has fired, a recurring recall waits for its next occurrence an interval on; one request."""
+    """The run went well: a one-shot has fired, a recurring recall waits for its next occurrence an
+    interval on; one request."""
     [settle] = await table.plays("s", call_type, answer)
     assert (settle.last_outcome, settle.reason) == ("answered", None)
     if call_type == "recurring":
@@ -266,7 +272,7 @@ async def test_answered(table: Table, answer: Raw, call_type: str) -> None:
     )
 
 
-# --- Busy, Unavailable, Misconfigured: deferred ---------------------------------------------------------------------
+# --- Busy, Unavailable, Misconfigured: deferred ---------------------------------------------------
 
 
 WEB_PAGE = reply(
@@ -318,7 +324,8 @@ DEFERRED: dict[str, Deferral] = {
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("row", DEFERRED.values(), ids=list(DEFERRED))
 async def test_deferred(table: Table, row: Deferral, call_type: str) -> None:
-    """The occurrence waits, its attempt given back, and is called again under the same key; deferrals fold into one mark."""
+    """The occurrence waits, its attempt given back, and is called again under the same key;
+    deferrals fold into one mark."""
     first, second, last = await table.plays("s", call_type, row.answer, row.answer, reply())
     for n, settle in enumerate((first, second)):
         assert (settle.status, settle.occurrence, settle.rekey, settle.attempt, settle.ended) == (
@@ -355,7 +362,8 @@ async def test_deferred(table: Table, row: Deferral, call_type: str) -> None:
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects(table: Table, status: int, call_type: str) -> None:
-    """A redirect is not followed, as the token would go with it: the target sees no connection, and the reason names it."""
+    """A redirect is not followed, as the token would go with it: the target sees no connection, and
+    the reason names it."""
     async with Endpoint() as target:
         moved = reply(status, headers={"location": target.url})
         deferred, _ = await table.plays("s", call_type, moved, reply())
@@ -374,7 +382,8 @@ async def test_redirects(table: Table, status: int, call_type: str) -> None:
 @a_case
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 async def test_no_connection(table: Table, call_type: str) -> None:
-    """Nobody listens: nothing was sent, no attempt spent; the calls leave their mark, and the same key is called later."""
+    """Nobody listens: nothing was sent, no attempt spent; the calls leave their mark, and the same
+    key is called later."""
     await table.api.stop()
     id = await table.schedule("s", call_type)
     first = (await table.settles("s", 1))[0]
@@ -429,7 +438,8 @@ RETRY_AFTER = {
 async def test_retry_after(
     table: Table, headers: dict[str, str], wait: float, status: int, call_type: str
 ) -> None:
-    """The API says when to come back, in seconds or as a date by its own clock: that is when, at most a day on."""
+    """The API says when to come back, in seconds or as a date by its own clock: that is when, at
+    most a day on."""
     [settle] = await table.plays("s", call_type, reply(status, headers=headers))
     assert (settle.status, settle.attempt) == ("pending", 0)
     assert wait - 20 < settle.wait <= wait
@@ -448,12 +458,15 @@ async def test_a_retry_after_that_can_not_be_read(table: Table, value: str) -> N
 
 @a_case
 async def test_what_is_kept_of_folded_calls(table: Table) -> None:
-    """A mark says who called, for which due moment, when first and last, with what end: the last of the calls that it stands for."""
+    """A mark says who called, for which due moment, when first and last, with what end: the last of
+    the calls that it stands for."""
     await table.plays("s", "once", reply(409), reply(423), reply(409), reply())
     found = await table.db.execute(
         b"""select a.*, a.scheduled_for = r.scheduled_for as of_this_occurrence, called_at < last_called_at as in_order,
-            last_called_at <= a.ended_at as called_before_it_ended, r.begun_at = a.called_at as begun_with_it
-            from recall_attempts a join session_recalls r on r.id = a.recall_id order by a.ended_at"""
+            last_called_at <= a.ended_at as called_before_it_ended,
+                r.begun_at = a.called_at as begun_with_it
+            from recall_attempts a join session_recalls r on r.id = a.recall_id
+                order by a.ended_at"""
     )
     busy, answered = await found.fetchall()
     assert (busy["outcome"], busy["calls"], busy["http_status"], busy["settled"]) == (
@@ -481,7 +494,7 @@ async def test_what_is_kept_of_folded_calls(table: Table) -> None:
     assert answered["lease"] != busy["lease"]
 
 
-# --- Gone and Refused: over -----------------------------------------------------------------------------------------
+# --- Gone and Refused: over -----------------------------------------------------------------------
 
 
 GONE: dict[str, Raw] = {
@@ -499,7 +512,8 @@ GONE: dict[str, Raw] = {
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("answer", GONE.values(), ids=list(GONE))
 async def test_gone(table: Table, answer: Raw, call_type: str) -> None:
-    """The API names the session as one that does not exist: cancelled, whatever the call type, after one request."""
+    """The API names the session as one that does not exist: cancelled, whatever the call type,
+    after one request."""
     [settle] = await table.plays("s", call_type, answer)
     assert (settle.status, settle.occurrence, settle.last_outcome, settle.ended) == (
         "cancelled",
@@ -516,7 +530,8 @@ async def test_gone(table: Table, answer: Raw, call_type: str) -> None:
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("status", [400, 402, 410, 413, 415, 422, 431, 451])
 async def test_refused(table: Table, status: int, call_type: str) -> None:
-    """The API will never take this request: a one-shot has failed, a recurring recall waits for the next; one request, and its words."""
+    """The API will never take this request: a one-shot has failed, a recurring recall waits for the
+    next; one request, and its words."""
     [settle] = await table.plays(
         "s", call_type, reply(status, {"error": {"message": "the message is too rude"}})
     )
@@ -542,10 +557,13 @@ async def test_refused(table: Table, status: int, call_type: str) -> None:
     ]
 
 
-# --- Unknown: retried under the same key ----------------------------------------------------------------------------
+# --- Unknown: retried under the same key ----------------------------------------------------------
 
 
-HALF = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"answer": "al'
+HALF = (
+    b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"answer": '
+    b'"al'
+)
 
 UNKNOWN: dict[str, Raw] = {
     **{str(status): reply(status) for status in (500, 501, 502, 504, 505, 520)},
@@ -565,7 +583,8 @@ UNKNOWN: dict[str, Raw] = {
 def check_retries(
     settles: Sequence[Settle], call_type: str, outcome: str, rekeys: Sequence[int]
 ) -> None:
-    """Three attempts with backoff between, then the end of a one-shot, or the next occurrence of a recurring recall."""
+    """Three attempts with backoff between, then the end of a one-shot, or the next occurrence of a
+    recurring recall."""
     *retried, last = settles
     for n, settle in enumerate(retried):
         assert (settle.status, settle.occurrence, settle.attempt, settle.deferrals) == (
@@ -588,7 +607,8 @@ def check_retries(
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("answer", UNKNOWN.values(), ids=list(UNKNOWN))
 async def test_unknown(table: Table, answer: Raw, call_type: str) -> None:
-    """It may have run: three attempts under the same key with the same body, then over, with a reason; three requests."""
+    """It may have run: three attempts under the same key with the same body, then over, with a
+    reason; three requests."""
     settles = await table.plays("s", call_type, answer, answer, answer)
     check_retries(settles, call_type, "unknown", [0, 0, 0])
     requests = table.api.of("s")
@@ -603,13 +623,17 @@ async def test_unknown(table: Table, answer: Raw, call_type: str) -> None:
 @a_case
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 async def test_unknown_then_busy_then_answered(table: Table, call_type: str) -> None:
-    """An attempt that is spent stays spent, a deferral between gives back its own alone, and the key stays the same."""
+    """An attempt that is spent stays spent, a deferral between gives back its own alone, and the
+    key stays the same."""
     settles = await table.plays(
         "s", call_type, reply(500), reply(409), reply(503), reply(502), reply()
     )
     assert [(settle.last_outcome, settle.attempt, settle.deferrals) for settle in settles[:4]] == [
-        ("unknown", 1, 0), ("busy", 1, 1), ("unavailable", 1, 2), ("unknown", 2, 0),
-    ]  # fmt: skip
+        ("unknown", 1, 0),
+        ("busy", 1, 1),
+        ("unavailable", 1, 2),
+        ("unknown", 2, 0),
+    ]
     assert settles[4].status == ("pending" if call_type == "recurring" else "fired")
     requests = table.api.of("s")
     assert [request.headers["recall-attempt"] for request in requests] == ["1", "2", "2", "2", "3"]
@@ -618,7 +642,8 @@ async def test_unknown_then_busy_then_answered(table: Table, call_type: str) -> 
 
 @a_case
 async def test_the_next_occurrence_has_a_key_of_its_own(table: Table) -> None:
-    """After an occurrence that was buried, the next begins with all its attempts, under its own key, with its own body."""
+    """After an occurrence that was buried, the next begins with all its attempts, under its own
+    key, with its own body."""
     table.api.script("s", *[reply(500)] * 3, reply(500), reply())
     id = await table.schedule("s", "recurring")
     for n in range(1, 5):
@@ -633,14 +658,15 @@ async def test_the_next_occurrence_has_a_key_of_its_own(table: Table) -> None:
     assert len({request.headers["traceparent"] for request in requests}) == 5
 
 
-# --- Failed: retried under a new key --------------------------------------------------------------------------------
+# --- Failed: retried under a new key --------------------------------------------------------------
 
 
 @a_case
 @pytest.mark.parametrize("call_type", CALL_TYPES)
 @pytest.mark.parametrize("word", ["failed", "error", "cancelled"])
 async def test_failed(table: Table, word: str, call_type: str) -> None:
-    """The API itself reports the run as failed: three attempts, each under a new key, then over, with the API's words."""
+    """The API itself reports the run as failed: three attempts, each under a new key, then over,
+    with the API's words."""
     answer = reply(body={"status": word, "error": "the model is gone"})
     settles = await table.plays("s", call_type, answer, answer, answer)
     check_retries(settles, call_type, "failed", [0, 1, 2])
@@ -658,7 +684,8 @@ async def test_failed(table: Table, word: str, call_type: str) -> None:
 
 @a_case
 async def test_failed_then_unknown(table: Table) -> None:
-    """A retry of an unknown end keeps the key that the failure before it brought; the limit counts them together."""
+    """A retry of an unknown end keeps the key that the failure before it brought; the limit counts
+    them together."""
     settles = await table.plays(
         "s", "once", reply(body={"status": "failed"}), reply(500), reply(body={"status": "failed"})
     )
@@ -667,7 +694,7 @@ async def test_failed_then_unknown(table: Table) -> None:
     assert settles[-1].status == "failed"
 
 
-# --- what leaves the house ------------------------------------------------------------------------------------------
+# --- what leaves the house ------------------------------------------------------------------------
 
 
 SESSIONS = [
@@ -687,7 +714,8 @@ SESSIONS = [
 @a_case
 @pytest.mark.parametrize("session", SESSIONS, ids=ascii)
 async def test_hostile_sessions_stay_in_their_place(table: Table, session: str) -> None:
-    """A session's id, whatever is in it, is one segment of the address and nothing else; the body has it as it is."""
+    """A session's id, whatever is in it, is one segment of the address and nothing else; the body
+    has it as it is."""
     await table.plays(session, "once", reply())
     [request] = table.api.of(session)
     assert request.line == f"POST /sessions/{quote(session, safe='')}/run HTTP/1.1"
@@ -715,13 +743,15 @@ async def test_sessions_that_can_not_be_named(table: Table, session: str, call_t
 @a_case
 @pytest.mark.parametrize("interval", [None, 0, -60], ids=str)
 async def test_an_interval_that_was_there_before_us(table: Table, interval: int | None) -> None:
-    """A recurring recall without an interval, from before the migration: failed, with its reason, and never requested."""
+    """A recurring recall without an interval, from before the migration: failed, with its reason,
+    and never requested."""
     await table.app.create_session("s", "ann")
     async with table.db.transaction():
         await table.db.execute(b"alter table session_recalls disable trigger recall_before_insert")
         await table.db.execute(
             b"""insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message,
-                created_at, updated_at) values ('old', 's', 'recurring', now(), %s, 'look', now(), now())""",
+                created_at, updated_at) values ('old', 's', 'recurring', now(), %s, 'look', now(),
+                    now())""",
             (interval,),
         )
         await table.db.execute(b"alter table session_recalls enable trigger recall_before_insert")
@@ -746,7 +776,8 @@ KEYS = {
 @a_case
 @pytest.mark.parametrize(("id", "header"), KEYS.items(), ids=map(ascii, KEYS))
 async def test_hostile_keys_stay_in_their_header(table: Table, id: str, header: str) -> None:
-    """A recall's id, whatever is in it, is percent-encoded in the key's header and adds no other; again and again the same."""
+    """A recall's id, whatever is in it, is percent-encoded in the key's header and adds no other;
+    again and again the same."""
     table.api.script("s", reply(500), reply())
     await table.schedule("s", "once", id)
     await table.settles("s", 1)
@@ -756,14 +787,23 @@ async def test_hostile_keys_stay_in_their_header(table: Table, id: str, header: 
     assert [request.key for request in requests] == [header, header]
     assert all(request.document["recall"]["id"] == id for request in requests)
     assert set(requests[0].headers) == {
-        "host", "accept", "accept-encoding", "user-agent", "content-type", "content-length", "idempotency-key", "recall-attempt",
-        "recall-lateness", "traceparent",
-    }  # fmt: skip
+        "host",
+        "accept",
+        "accept-encoding",
+        "user-agent",
+        "content-type",
+        "content-length",
+        "idempotency-key",
+        "recall-attempt",
+        "recall-lateness",
+        "traceparent",
+    }
 
 
 @a_case
 async def test_what_is_sent(table: Table) -> None:
-    """The request is DESIGN's: a JSON document, and headers that say which call this is and how late."""
+    """The request is DESIGN's: a JSON document, and headers that say which call this is and how
+    late."""
     await table.plays("s", "recurring", reply())
     [request] = table.api.of("s")
     document = request.document
@@ -780,7 +820,7 @@ async def test_what_is_sent(table: Table) -> None:
     assert "authorization" not in request.headers and "webhook-signature" not in request.headers
 
 
-# --- settings that change the table: daemons of their own -----------------------------------------------------------
+# --- settings that change the table: daemons of their own -----------------------------------------
 
 
 @pytest.fixture
@@ -796,7 +836,8 @@ def noted(database: str) -> Iterator[str]:
 async def test_timeout(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A run longer than RECALL_RUN_TIMEOUT is hung up on and Unknown: three requests under one key, then over."""
+    """A run longer than RECALL_RUN_TIMEOUT is hung up on and Unknown: three requests under one key,
+    then over."""
     gates = {session: [Gate() for _ in range(3)] for session in ("once", "recurring")}
     for session, each in gates.items():
         endpoint.script(session, *each)
@@ -834,7 +875,8 @@ async def test_one_attempt(
 async def test_our_own_fault_is_never_given_up(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """RECALL_GIVE_UP is not for Misconfigured: the recall is kept until somebody has put the settings right."""
+    """RECALL_GIVE_UP is not for Misconfigured: the recall is kept until somebody has put the
+    settings right."""
     table = Table(app, db, endpoint, await daemons.start(give_up=0))
     *kept, last = await table.plays(
         "s", "once", reply(401), reply(404), WEB_PAGE, reply(405), reply()
@@ -853,7 +895,8 @@ async def test_our_own_fault_is_never_given_up(
 async def test_giving_up_on_a_busy_session(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Past RECALL_GIVE_UP a session that stays busy is given up: a one-shot has failed, a recurring recall takes its next turn."""
+    """Past RECALL_GIVE_UP a session that stays busy is given up: a one-shot has failed, a recurring
+    recall takes its next turn."""
     table = Table(app, db, endpoint, await daemons.start(give_up=1, busy_delay=0.3))
     for session in ("once", "immediate", "recurring"):
         endpoint.script(session, reply(409))
@@ -896,7 +939,8 @@ async def test_giving_up_on_an_api_that_is_away(
     listening: bool,
     call_type: str,
 ) -> None:
-    """Past RECALL_GIVE_UP, counted from the first call (also one that found no connection), one session's wait is over."""
+    """Past RECALL_GIVE_UP, counted from the first call (also one that found no connection), one
+    session's wait is over."""
     table = Table(app, db, endpoint, await daemons.start(give_up=600))
     endpoint.script("s", reply(503))
     if not listening:
@@ -906,7 +950,8 @@ async def test_giving_up_on_an_api_that_is_away(
     await table.hasten("s")
     await table.settles("s", 2)
     aged = await db.execute(
-        b"update session_recalls set begun_at = begun_at - interval '601 seconds' where begun_at is not null"
+        b"update session_recalls set begun_at = begun_at - interval '601 seconds' where begun_at "
+        b"is not null"
     )
     assert aged.rowcount == 1
     await table.hasten("s")
@@ -925,7 +970,8 @@ async def test_giving_up_on_an_api_that_is_away(
 async def test_nothing_is_given_up_while_the_breaker_is_open(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """In an outage of the API every recall is kept, however long it lasts, and is answered afterwards under its first key."""
+    """In an outage of the API every recall is kept, however long it lasts, and is answered
+    afterwards under its first key."""
     gates = {session: Gate(reply(503, headers={"retry-after": "60"})) for session in ("one", "two")}
     for session, gate in gates.items():
         endpoint.script(session, gate, reply(503), reply())
@@ -954,7 +1000,8 @@ async def test_nothing_is_given_up_while_the_breaker_is_open(
 async def test_cookies_do_not_come_back(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A cookie that one session's answer sets goes neither with its own next call nor with another session's.
+    """A cookie that one session's answer sets goes neither with its own next call nor with another
+    session's.
 
     The endpoint goes by its name here, as no jar keeps the cookies of an address.
     """
@@ -972,7 +1019,8 @@ async def test_cookies_do_not_come_back(
 async def test_the_token_goes_with_every_call(
     noted: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """RECALL_RUN_TOKEN is a bearer token, on the first call as on the next, and is written nowhere."""
+    """RECALL_RUN_TOKEN is a bearer token, on the first call as on the next, and is written
+    nowhere."""
     daemon = await daemons.start(run_token="open-sesame")
     table = Table(app, db, endpoint, daemon)
     await table.plays("s", "once", reply(401), reply())

@@ -306,10 +306,23 @@ async def test_commands_through_it(pooled: str, app: Application, database: str)
             assert said.status == 0, said.err
             id = said.document["id"]
             for words in (
-                ("list", "--json"), ("list", "--user", "ann"), ("show", id), ("why", id), ("skip", id), ("pause", id), ("resume", id),
-                ("reschedule", id, "--in", "2h"), ("fire", id), ("workers",), ("stats",), ("cancel", id), ("retry", id),
-                ("cancel", "--session", "s", "--yes"), ("prune", "--older-than", "0s", "--yes"), ("migrate", "--check"),
-            ):  # fmt: skip
+                ("list", "--json"),
+                ("list", "--user", "ann"),
+                ("show", id),
+                ("why", id),
+                ("skip", id),
+                ("pause", id),
+                ("resume", id),
+                ("reschedule", id, "--in", "2h"),
+                ("fire", id),
+                ("workers",),
+                ("stats",),
+                ("cancel", id),
+                ("retry", id),
+                ("cancel", "--session", "s", "--yes"),
+                ("prune", "--older-than", "0s", "--yes"),
+                ("migrate", "--check"),
+            ):
                 said = await asyncio.to_thread(operate, pooled, *words)
                 assert said.status == 0, (words, said.err)
 

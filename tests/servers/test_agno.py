@@ -304,10 +304,20 @@ def test_what_a_poll_means(
 
 
 @given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner) | st.dictionaries(
-        st.sampled_from(["status", "run_id", "data", "id", "metadata", "recall_key", "x"]), inner), max_leaves=9),
-    st.integers(0, 400), st.sampled_from([200, 202, 404, 500]),
-)  # fmt: skip
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["status", "run_id", "data", "id", "metadata", "recall_key", "x"]),
+                inner,
+            )
+        ),
+        max_leaves=9,
+    ),
+    st.integers(0, 400),
+    st.sampled_from([200, 202, 404, 500]),
+)
 @settings(deadline=None)
 def test_any_answer_can_be_read(document: Any, cut: int, status: int) -> None:
     """Whatever JSON a server gives, and wherever it breaks off, reading it gives an outcome;

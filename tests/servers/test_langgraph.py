@@ -202,8 +202,17 @@ def test_body() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attempt": 3}, {"deferrals": 9}, {"begun_age": 99.0}, {"lag": 5.0}, {"taken_from": "w1"}, {"due": False}], ids=repr
-)  # fmt: skip
+    "changes",
+    [
+        {"attempt": 3},
+        {"deferrals": 9},
+        {"begun_age": 99.0},
+        {"lag": 5.0},
+        {"taken_from": "w1"},
+        {"due": False},
+    ],
+    ids=repr,
+)
 def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
     """Nothing that changes between two calls of an occurrence is in the body, byte for byte."""
     assert body(claim_with(**changes), "agent") == body(claim_with(), "agent")
@@ -273,8 +282,10 @@ async def test_the_base_may_be_a_path(base: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "session", [THREAD, THREAD.upper(), THREAD.replace("-", ""), f"{{{THREAD}}}", f"urn:uuid:{THREAD}"], ids=str
-)  # fmt: skip
+    "session",
+    [THREAD, THREAD.upper(), THREAD.replace("-", ""), f"{{{THREAD}}}", f"urn:uuid:{THREAD}"],
+    ids=str,
+)
 async def test_a_thread_however_it_is_written(session: str) -> None:
     """Every way to write a UUID that the server takes leads to the same address."""
     async with impostor({POST: PENDING}) as (protocol, server):
@@ -283,8 +294,21 @@ async def test_a_thread_however_it_is_written(session: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "session", ["s1", "search", "", "..", "a/../b", f"{THREAD}/state", f"{THREAD}?x=", f"{THREAD}\r\nx: y", "%2e", THREAD + "0"], ids=repr
-)  # fmt: skip
+    "session",
+    [
+        "s1",
+        "search",
+        "",
+        "..",
+        "a/../b",
+        f"{THREAD}/state",
+        f"{THREAD}?x=",
+        f"{THREAD}\r\nx: y",
+        "%2e",
+        THREAD + "0",
+    ],
+    ids=repr,
+)
 async def test_a_session_that_is_no_thread(session: str) -> None:
     """A session whose id is no UUID can never run there: its row is malformed, and nothing is sent
     for it."""
@@ -575,8 +599,10 @@ async def test_find(answer: Raw, expected: Outcome | type[Outcome] | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("runs", "at", "pages"), [(250, 249, 3), (250, None, 3), (PAGE, None, 2), (PAGE * PAGES + 7, None, PAGES)], ids=repr
-)  # fmt: skip
+    ("runs", "at", "pages"),
+    [(250, 249, 3), (250, None, 3), (PAGE, None, 2), (PAGE * PAGES + 7, None, PAGES)],
+    ids=repr,
+)
 async def test_find_turns_pages(runs: int, at: int | None, pages: int) -> None:
     """All runs of a thread are looked through, newest first, page by page, but no more than a
     thousand."""
