@@ -143,6 +143,12 @@ class Row:
         )
         return None if self._past_its_end(waits, self.occurrence + k) else waits
 
+    @property
+    def as_before(self) -> str:
+        """How the recall ends before an occurrence that is not called: as the last one did."""
+        failed = self.failures > 0 or self.last_outcome not in (None, "answered")
+        return "failed" if failed else "fired"
+
     # --- what happens -----------------------------------------------------------------------------
 
     def claim(self, worker: str, now: datetime) -> str:
@@ -162,7 +168,9 @@ class Row:
             number = self.occurrence + (k or (0 if fresh else 1))
             nominal, on_moment = self._named(k)
             if self.trigger > now or (self.cadence == "cron" and on_moment and nominal > now):
-                self._next(number, nominal if on_moment else None, "fired", None, called=False)
+                self._next(
+                    number, nominal if on_moment else None, self.as_before, None, called=False
+                )
                 return "put back"
             if self.recurring and self.cadence == "cron":
                 self.interval = self.distance(nominal)
@@ -178,7 +186,7 @@ class Row:
                 self.attempt, self.deferrals, self.begun, self.planned = 1, 0, None, self.trigger
         if fresh:
             if self._past_its_end(self.scheduled, self.occurrence):
-                self._finish("fired", "expired", called=False)
+                self._finish(self.as_before, "expired", called=False)
                 return "ended"
             allowed = None if self.grace is None else max(1, self.grace) + (self.jitter or 0)
             if allowed is not None and (now - self.scheduled).total_seconds() > allowed:
@@ -208,7 +216,7 @@ class Row:
                 self._next(
                     self.occurrence + (k or (1 if self.begun else 0)),
                     nominal if on_moment else None,
-                    "fired",
+                    self.as_before,
                     None,
                     called=False,
                 )
@@ -216,7 +224,7 @@ class Row:
                 k = self.skipped()
                 nominal, on_moment = self._named(k)
                 self._next(
-                    self.occurrence + (k or 1), nominal if on_moment else None, "fired", outcome
+                    self.occurrence + (k or 1), nominal if on_moment else None, "failed", outcome
                 )
             case "unknown" | "failed":
                 backoff = CHANCE * min(300, 5 * 4 ** (self.attempt - 1))
@@ -252,11 +260,11 @@ class Row:
         nominal, on_moment = self._named(k)
         number = self.occurrence + (k or (1 if self.begun else 0))
         if self._past_its_end(nominal, number):
-            self.status, self.planned = "fired", self.trigger
+            self.status, self.planned = self.as_before, self.trigger
             self.attempt = self.deferrals = self.missed = 0
             self.begun = None
             return
-        self._next(number, nominal if on_moment else None, "fired", None)
+        self._next(number, nominal if on_moment else None, self.as_before, None)
         self.scheduled = nominal
 
     def _named(self, k: int) -> tuple[datetime, bool]:

@@ -57,6 +57,7 @@ def live(copy: Path) -> subprocess.CompletedProcess[str]:
         "-m",
         "not full",
         "--tb=short",
+        "--timeout=230",
         "tests/model/test_model.py",
     ]
     return subprocess.run(
