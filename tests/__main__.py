@@ -1,4 +1,5 @@
-"""`python -m tests`: everything that is checked, in one word. The fast tier; `--full` adds what needs minutes or the machine to itself.
+"""`python -m tests`: everything that is checked, in one word. The fast tier; `--full` adds what
+needs minutes or the machine to itself.
 
 Format, lint, types, layers, tests; stops at the first that fails and says which.
 """
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> int:
         print("$", " ".join([Path(step[0]).name, *step[1:]]), flush=True)
         status = subprocess.run(step, cwd=HERE, check=False).returncode
         print(
-            f"  {'ok' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.1f} s",
+            f"  {'ok' if status == 0 else f'FAILED ({status})'} in "
+            f"{time.monotonic() - began:.1f} s",
             flush=True,
         )
         if status:

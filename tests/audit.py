@@ -1,8 +1,10 @@
 """`python -m tests.audit`: are there known vulnerabilities in what is installed with recall-worker?
 
-Asks pip-audit about the exact versions that are installed here of all that recall-worker needs to run (the extras `embedded` and `otel` included,
-the tools of development not): PyPI's own list first, OSV's for what that does not answer. One that is found fails. A list that can't be had
-fails nothing, as that is the network's doing, but it is said loudly: pip-audit itself calls what it could not look up "no known vulnerabilities".
+Asks pip-audit about the exact versions that are installed here of all that recall-worker needs to
+run (the extras `embedded` and `otel` included, the tools of development not): PyPI's own list
+first, OSV's for what that does not answer. One that is found fails. A list that can't be had fails
+nothing, as that is the network's doing, but it is said loudly: pip-audit itself calls what it could
+not look up "no known vulnerabilities".
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ LISTS = {"pypi": "PyPI's JSON API", "osv": "api.osv.dev"}
 PATIENCE = 300.0
 
 Ask = Callable[[str, Mapping[str, str]], Any]
-"""From a list's name and versions by name to pip-audit's report, or None where it could not make one."""
+"""From a list's name and versions by name to pip-audit's report, or None where it could not make
+one."""
 
 
 @dataclass(slots=True)
@@ -125,10 +128,12 @@ def main(ask: Ask = pip_audit) -> int:
         print(f"VULNERABLE: {said}")
     if result.unknown:
         print(
-            f"NOT AUDITED: {', '.join(sorted(result.unknown))}. Neither {' nor '.join(LISTS.values())} told anything about them: "
+            f"NOT AUDITED: {', '.join(sorted(result.unknown))}. Neither "
+            f"{' nor '.join(LISTS.values())} told anything about them: "
         )
         print(
-            "             is there a way to them from here? This says NOTHING about their vulnerabilities, and fails nothing."
+            "             is there a way to them from here? This says NOTHING about their "
+            "vulnerabilities, and fails nothing."
         )
     return 1 if result.vulnerable else 0
 

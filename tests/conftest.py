@@ -1,4 +1,5 @@
-"""What every test may ask for: a database of its own, a scripted endpoint on a raw socket, daemons as real processes."""
+"""What every test may ask for: a database of its own, a scripted endpoint on a raw socket, daemons
+as real processes."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from psycopg.rows import dict_row
 
 from recall_worker import schema
 
-from . import postgres
-from .application import CREATE_TABLES, Application
-from .daemon import Daemons
-from .endpoint import Endpoint
-from .pgbouncer import PgBouncer, pooler
+from .support import postgres
+from .support.application import CREATE_TABLES, Application
+from .support.daemon import Daemons
+from .support.endpoint import Endpoint
+from .support.pgbouncer import PgBouncer, pooler
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -26,7 +27,8 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     and threading.current_thread() is threading.main_thread()
 ):
-    # Run in a script's background, we were told to ignore it, and every process that a test starts would be, too.
+    # Run in a script's background, we were told to ignore it, and every process that a test starts
+    # would be, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -39,7 +41,8 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
-    """A database with the application's tables, adopted; copied for each test that asks for `database`."""
+    """A database with the application's tables, adopted; copied for each test that asks for
+    `database`."""
     with postgres.database(server) as dsn:
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(CREATE_TABLES.encode())
@@ -99,6 +102,7 @@ async def endpoint() -> AsyncIterator[Endpoint]:
 
 @pytest.fixture
 async def daemons(database: str, endpoint: Endpoint) -> AsyncIterator[Daemons]:
-    """Starts daemons on the test's database and endpoint; whatever still runs at the end is killed."""
+    """Starts daemons on the test's database and endpoint; whatever still runs at the end is
+    killed."""
     async with Daemons({"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url}) as started:
         yield started

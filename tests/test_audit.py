@@ -1,4 +1,5 @@
-"""The audit of dependencies: what is found fails, and what could not be asked for is never called clean."""
+"""The audit of dependencies: what is found fails, and what could not be asked for is never called
+clean."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def report(clean: list[str] = [], bad: list[str] = [], skipped: list[str] = []) 
 
 
 def test_what_is_audited() -> None:
-    """All that recall-worker needs to run, and what that needs, in the versions that are installed; none of the tools."""
+    """All that recall-worker needs to run, and what that needs, in the versions that are installed;
+    none of the tools."""
     found = installed()
     assert {
         "aiohttp",
@@ -49,7 +51,8 @@ def test_what_is_audited() -> None:
 
 
 def test_what_one_list_does_not_know_the_other_is_asked_for() -> None:
-    """Skipped is not clean: it goes to the next list, and is left as unknown where none knows it."""
+    """Skipped is not clean: it goes to the next list, and is left as unknown where none knows
+    it."""
     asked: list[tuple[str, list[str]]] = []
 
     def ask(name: str, versions: Mapping[str, str]) -> Any:
@@ -66,7 +69,8 @@ def test_what_one_list_does_not_know_the_other_is_asked_for() -> None:
 
 
 def test_a_list_that_can_not_be_had(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a network nothing fails, and it is said that nothing is known; least of all that all is well."""
+    """Without a network nothing fails, and it is said that nothing is known; least of all that all
+    is well."""
     assert main(lambda name, versions: None) == 0
     said = capsys.readouterr().out
     assert (
@@ -78,14 +82,16 @@ def test_a_list_that_can_not_be_had(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_vulnerability_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is known fails, with its name and the release that mends it, also where the rest could not be asked for."""
+    """One that is known fails, with its name and the release that mends it, also where the rest
+    could not be asked for."""
     assert main(lambda name, versions: report(bad=["aiohttp"]) if name == "pypi" else None) == 1
     said = capsys.readouterr().out
     assert "VULNERABLE: aiohttp 1: CVE-1, mended in 2" in said and "NOT AUDITED: " in said
 
 
 def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the first list knows everything the second is not asked, and there is nothing to shout about."""
+    """Where the first list knows everything the second is not asked, and there is nothing to shout
+    about."""
 
     def ask(name: str, versions: Mapping[str, str]) -> Any:
         assert name == "pypi"

@@ -57,12 +57,25 @@ def test_the_document_is_written_from_figures_wherever_they_are(tmp_path: Path) 
 @pytest.mark.full
 @pytest.mark.timeout(180)
 def test_a_quick_run_measures_and_reports(tmp_path: Path) -> None:
-    """Inserts and an idle replica, quickly: whichever peers are installed, recall-worker's own figures are there, as JSON and as tables."""
+    """Inserts and an idle replica, quickly: whichever peers are installed, recall-worker's own
+    figures are there, as JSON and as tables."""
     found = tmp_path / "found.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick", "--only", "inserting,idle", "--json", str(found)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "--quick",
+            "--only",
+            "inserting,idle",
+            "--json",
+            str(found),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     measures = json.loads(found.read_text(encoding="utf-8"))["measures"]
     assert {measure["commit"] for measure in measures.values()} == {commit()}

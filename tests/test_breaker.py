@@ -1,4 +1,5 @@
-"""The breaker: pure state. When it opens, which calls it lets through meanwhile, and what closes it."""
+"""The breaker: pure state. When it opens, which calls it lets through meanwhile, and what closes
+it."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_closed_at_first() -> None:
 @pytest.mark.parametrize("second", TROUBLE, ids=repr)
 @pytest.mark.parametrize("first", TROUBLE, ids=repr)
 def test_two_sessions_in_a_row_open_it(first: Outcome, second: Outcome) -> None:
-    """Trouble in one session, then in another, with no answer between, opens it, whatever kinds of trouble they are."""
+    """Trouble in one session, then in another, with no answer between, opens it, whatever kinds of
+    trouble they are."""
     breaker = Breaker()
     assert breaker.note(call_of("a"), first, 1.0) is None
     assert breaker.allowance(1.0) == (None, 0.0)
@@ -94,7 +96,8 @@ def test_one_session_never_opens_it(outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=repr)
 def test_an_answer_between_keeps_it_closed(answer: Outcome) -> None:
-    """Any answer, also a bad one, shows that the endpoint is worth calling: the count begins anew."""
+    """Any answer, also a bad one, shows that the endpoint is worth calling: the count begins
+    anew."""
     breaker = Breaker()
     for session in "abcdef":
         assert breaker.note(call_of(session), LATER, 1.0) is None
@@ -104,7 +107,8 @@ def test_an_answer_between_keeps_it_closed(answer: Outcome) -> None:
 
 @pytest.mark.parametrize("silence", SILENCE, ids=repr)
 def test_silence_between_says_nothing(silence: Outcome) -> None:
-    """A call without an answer neither opens the breaker nor counts as an answer between two troubles."""
+    """A call without an answer neither opens the breaker nor counts as an answer between two
+    troubles."""
     breaker = Breaker()
     for session in "abc":
         assert breaker.note(call_of(session), silence, 1.0) is None
@@ -114,7 +118,8 @@ def test_silence_between_says_nothing(silence: Outcome) -> None:
 
 
 def test_probes_double_to_a_bound() -> None:
-    """Probes that meet trouble are 1 s apart at first, then twice as long each time, to 30 s, with jitter that shortens only."""
+    """Probes that meet trouble are 1 s apart at first, then twice as long each time, to 30 s, with
+    jitter that shortens only."""
     now = 100.0
     breaker = opened(now)
     longest = PROBE_FIRST
@@ -148,7 +153,8 @@ def test_an_answered_probe_closes_it(answer: Outcome) -> None:
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=repr)
 def test_an_answer_to_a_call_sent_before_does_not_close_it(answer: Outcome) -> None:
-    """A run that began while all was well says nothing of now; one that was sent since then does."""
+    """A run that began while all was well says nothing of now; one that was sent since then
+    does."""
     breaker = opened(100.0)
     assert breaker.note(call_of("long", 99.0), answer, 160.0) is None
     assert breaker.state == "open"
@@ -156,7 +162,8 @@ def test_an_answer_to_a_call_sent_before_does_not_close_it(answer: Outcome) -> N
 
 
 def test_trouble_of_others_while_open_changes_nothing() -> None:
-    """Calls that were out when it opened, and meet the same trouble, neither put the probe off nor tell anything."""
+    """Calls that were out when it opened, and meet the same trouble, neither put the probe off nor
+    tell anything."""
     breaker = opened(100.0)
     for session in "cdef":
         assert breaker.note(call_of(session, 99.5), LATER, 100.2) is None
@@ -183,7 +190,8 @@ def test_a_probe_that_was_never_sent_is_made_again(outcome: Outcome) -> None:
 
 
 def test_a_probe_that_runs_for_a_while_closes_it() -> None:
-    """Trouble is quick to show: a probe that was sent and is still being run after a while is a run. One not sent is not."""
+    """Trouble is quick to show: a probe that was sent and is still being run after a while is a
+    run. One not sent is not."""
     breaker = opened(100.0)
     probe = call_of("c", None)
     breaker.probing(probe)
@@ -205,7 +213,8 @@ def test_a_probe_that_runs_for_a_while_closes_it() -> None:
 )
 @settings(deadline=None)
 def test_what_is_told_is_what_happened(story: list[tuple[str, Outcome]]) -> None:
-    """In any story, `opened` is told exactly when it opens and `closed` when it closes; probes are told only while it is open."""
+    """In any story, `opened` is told exactly when it opens and `closed` when it closes; probes are
+    told only while it is open."""
     breaker, now = Breaker(), 100.0
     for session, outcome in story:
         allowed, wait = breaker.allowance(now)

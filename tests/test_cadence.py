@@ -23,7 +23,8 @@ INTERVALS = st.integers(1, 2**31 - 1)
 
 @pytest.mark.parametrize("interval", [None, 0, -1, -(2**31)], ids=str)
 def test_an_interval_that_would_make_a_hot_loop(interval: int | None) -> None:
-    """A recurring recall without an interval of at least a second can't go on, and the reason names what stands there."""
+    """A recurring recall without an interval of at least a second can't go on, and the reason names
+    what stands there."""
     reason = cadence.problem(claim_with(call_type="recurring", interval=interval))
     assert reason is not None and "interval_seconds" in reason
     assert ("null" if interval is None else str(interval)) in reason
@@ -63,7 +64,8 @@ def test_a_one_shot_needs_no_interval(call_type: str, interval: int | None) -> N
     ids=str,
 )
 def test_skipped(moved_by: timedelta, skipped: int) -> None:
-    """Whole intervals onwards are skips; any other move, also one backwards, names a time of its own."""
+    """Whole intervals onwards are skips; any other move, also one backwards, names a time of its
+    own."""
     assert (
         cadence.skipped(claim_with(call_type="recurring", interval=60, trigger_at=NOON + moved_by))
         == skipped
@@ -110,13 +112,14 @@ def test_any_other_move_is_no_skip(interval: int, times: int, rest: int) -> None
 @given(interval=INTERVALS, skip=st.integers(0, 1000))
 @settings(deadline=None)
 def test_following(interval: int, skip: int) -> None:
-    """The next occurrence falls one interval after the run ended, and one more for each that is passed over."""
+    """The next occurrence falls one interval after the run ended, and one more for each that is
+    passed over."""
     claim = claim_with(call_type="recurring", interval=interval)
     assert cadence.following(claim) == After(float(interval))
     assert cadence.following(claim, skip) == After(float(interval) * (1 + skip))
 
 
-# --- a new recall's plan ---------------------------------------------------------------------------------------------
+# --- a new recall's plan --------------------------------------------------------------------------
 
 HOUR = timedelta(hours=1)
 
@@ -154,7 +157,8 @@ def test_a_plan_that_makes_no_sense_is_refused(told: dict[str, Any], said: str) 
 
 
 def test_the_first_occurrence() -> None:
-    """One interval from now, or where it is named; on cron the first moment from there on, which a named start may be itself."""
+    """One interval from now, or where it is named; on cron the first moment from there on, which a
+    named start may be itself."""
     assert cadence.plan(NOON, 0.0, every=HOUR).after == 3600.0
     assert cadence.plan(NOON, 0.0, grid=HOUR, at=NOON).at == NOON
     daily: dict[str, Any] = {"cron": "0 12 * * *"}
@@ -177,31 +181,41 @@ def test_a_time_in_a_zone_of_ours() -> None:
     """What `preview` gives can be copied, pickled, and scheduled again."""
     when = datetime(2027, 7, 1, 9, tzinfo=cadence.zone("Europe/Berlin"))
     assert copy.deepcopy(when) == pickle.loads(pickle.dumps(when)) == when
-    assert (
-        cadence.plan(NOON, 0.0, at=when).at == when
-        and cadence.plan(NOON, 0.0, at=when).at.tzinfo is UTC
-    )  # type: ignore[union-attr]
+    planned = cadence.plan(NOON, 0.0, at=when).at
+    assert planned is not None
+    assert planned == when and planned.tzinfo is UTC
 
 
 @pytest.mark.parametrize(("grace", "late"), [(-5, 1), (0, 1), (1, 1), (60, 60)])
 def test_too_late(grace: int, late: int) -> None:
-    """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in the instant at which it is due."""
+    """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in
+    the instant at which it is due."""
     claim = claim_with(call_type="recurring", interval=60, grace=grace, lateness=late)
     assert cadence.too_late(claim) is None
     said = cadence.too_late(claim._replace(lateness=late + 0.6))
     assert said == f"{late + 1} s late, past its grace of {late} s"
 
 
-# --- what is ahead ---------------------------------------------------------------------------------------------------
+# --- what is ahead --------------------------------------------------------------------------------
 
 
 def recall_with(**changes: Any) -> Recall:
     """An hourly recall that waits for noon."""
     columns: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Recall)) | {
-        "id": "r1", "session_id": "s1", "call_type": "recurring", "trigger_at": NOON, "planned_at": NOON, "interval_seconds": 3600,
-        "additional_context_message": "look", "status": "pending", "created_at": NOON, "updated_at": NOON, "occurrence": 1, "attempt": 0,
+        "id": "r1",
+        "session_id": "s1",
+        "call_type": "recurring",
+        "trigger_at": NOON,
+        "planned_at": NOON,
+        "interval_seconds": 3600,
+        "additional_context_message": "look",
+        "status": "pending",
+        "created_at": NOON,
+        "updated_at": NOON,
+        "occurrence": 1,
+        "attempt": 0,
         "cadence": "grid",
-    }  # fmt: skip
+    }
     return Recall(**columns | changes)
 
 
@@ -235,7 +249,8 @@ RUNNING = {"leased_by": "w1", "scheduled_for": NOON}
             },
             [24, 48, 72],
         ),
-        # A second's distance goes into many a time that somebody names: no three thousand and six hundred skips.
+        # A second's distance goes into many a time that somebody names: no three thousand and six
+        # hundred skips.
         (
             {
                 "cadence": "cron",

@@ -1,4 +1,5 @@
-"""`check-endpoint` against APIs that keep the contract, and against APIs that each break one promise of it, over real HTTP."""
+"""`check-endpoint` against APIs that keep the contract, and against APIs that each break one
+promise of it, over real HTTP."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ from recall_worker.contract.reference_api import Call, ReferenceAPI, Run
 from recall_worker.protocols.native import body
 from recall_worker.settings import Settings
 
-from .endpoint import Endpoint, Raw, Request, reply
-from .postgres import free_port
+from .support.endpoint import Endpoint, Raw, Request, reply
+from .support.postgres import free_port
 from .test_recall import claim_with
 
 RUN = 0.5
-"""Seconds that the agents take: long enough for two runs to meet, whatever else the machine does."""
+"""Seconds that the agents take: long enough for two runs to meet, whatever else the machine
+does."""
 TOKEN = "secret"
 EVERYTHING = set(PROPERTIES)
 ON_RUNS = EVERYTHING - {"answers", "redirect", "token", "missing"}
@@ -50,7 +52,7 @@ async def broken_agent(session_id: str, user_message: str, recall: Mapping[str, 
     raise RuntimeError("no model")
 
 
-# --- APIs that break one promise each -------------------------------------------------------------------------------
+# --- APIs that break one promise each -------------------------------------------------------------
 
 
 class Lenient(dict[str, Run | None]):
@@ -254,14 +256,16 @@ async def _always_busy(_: web.Request) -> web.Response:
 
 
 async def _pending(request: web.Request) -> web.Response:
-    """As LangGraph answers POST /threads/{id}/runs, with `enqueue`, and knows neither keys nor this address for polls."""
+    """As LangGraph answers POST /threads/{id}/runs, with `enqueue`, and knows neither keys nor this
+    address for polls."""
     if request.method != "POST":
         return web.json_response({"detail": "Not Found"}, status=404)
     return web.json_response({"run_id": str(uuid4()), "status": "pending"})
 
 
 class LangGraph(Small):
-    """As LangGraph answers /runs/wait with `reject`: busy is 409, keys are ignored, a missing thread is a 404 without a code."""
+    """As LangGraph answers /runs/wait with `reject`: busy is 409, keys are ignored, a missing
+    thread is a 404 without a code."""
 
     def __init__(self) -> None:
         super().__init__(self._wait)
@@ -350,7 +354,8 @@ async def checked(api: API | Small, turn: asyncio.Semaphore) -> Seen:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Seen]:
-    """What the check says of each API; several are checked beside one another, as a check mostly waits."""
+    """What the check says of each API; several are checked beside one another, as a check mostly
+    waits."""
 
     async def all_of_them() -> dict[str, Seen]:
         apis: dict[str, API | Small] = {name: make() for name, make in KEEPERS.items()}
@@ -364,7 +369,8 @@ def seen() -> dict[str, Seen]:
             )
         )
         for name, (make, expected) in BREAKERS.items():
-            # It judges by time: where the machine was held up, the runs blur, and it is asked once more, alone.
+            # It judges by time: where the machine was held up, the runs blur, and it is asked once
+            # more, alone.
             if found[name].having(FAIL) != expected:
                 found[name] = await checked(make(), turn)
         return found
@@ -407,7 +413,8 @@ def test_every_row_is_documented() -> None:
 def test_an_api_that_keeps_its_promises_passes(
     seen: dict[str, Seen], name: str, not_shown: set[str]
 ) -> None:
-    """No row fails where the contract is kept, whichever of its ways an API goes; what can't be shown is not passed off as shown."""
+    """No row fails where the contract is kept, whichever of its ways an API goes; what can't be
+    shown is not passed off as shown."""
     assert (seen[name].having(FAIL), seen[name].having(NOT_SHOWN)) == (set(), not_shown), str(
         seen[name]
     )
@@ -421,7 +428,8 @@ def test_where_nothing_runs_nothing_is_passed(seen: dict[str, Seen], name: str) 
 
 
 def test_requests_are_bounded(seen: dict[str, Seen]) -> None:
-    """No API gets the check to ask more often than it promises, and one that keeps the contract stays below that."""
+    """No API gets the check to ask more often than it promises, and one that keeps the contract
+    stays below that."""
     assert max(one.requests for one in seen.values()) <= REQUESTS < 60
     assert seen["answers when the run has ended"].requests < 40
 
@@ -446,12 +454,12 @@ def test_what_was_seen_is_said(seen: dict[str, Seen], name: str, row: str, says:
     assert says in found.seen and found.todo
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
-    """Each probe has the shape of the worker's own calls and says what it is; a key has one body, but where that is the question;
-    no cookie is kept."""
+    """Each probe has the shape of the worker's own calls and says what it is; a key has one body,
+    but where that is the question; no cookie is kept."""
 
     async def guarded(request: Request) -> Raw:
         known = request.headers.get("authorization") == f"Bearer {TOKEN}"
@@ -490,7 +498,7 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
     assert sorted(map(len, bodies.values()))[-2:] == [1, 2]
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 Command = Callable[..., Awaitable[tuple[int, str, str]]]
@@ -510,7 +518,8 @@ async def run_command(*arguments: str, **environ: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process, on a thread with an event loop of its own: what the console script would do."""
+    """The command in this process, on a thread with an event loop of its own: what the console
+    script would do."""
 
     async def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
         for name in [name for name in os.environ if name.startswith("RECALL_")]:
@@ -552,7 +561,8 @@ async def test_the_reference_api_passes(accept_after: float | None) -> None:
 
 
 async def test_a_failure_is_exit_status_1() -> None:
-    """Exit status 1, and one JSON document with each row, where something failed; the URL may be an argument."""
+    """Exit status 1, and one JSON document with each row, where something failed; the URL may be an
+    argument."""
     api = MakesMissingSessions(agent=quick_agent)
     url = await api.start()
     try:
@@ -668,7 +678,8 @@ async def _endless(request: Request) -> Raw:
     ],
 )
 async def test_hostile_answers(endpoint: Endpoint, command: Command, answer: Any) -> None:
-    """Whatever a server sends ends in rows: nothing steers the terminal, nothing is unpacked, no traceback is seen."""
+    """Whatever a server sends ends in rows: nothing steers the terminal, nothing is unpacked, no
+    traceback is seen."""
     endpoint.default = answer
     status, said, talk = await command(
         endpoint.url, "--session", "s", "--timeout", "5", RECALL_RUN_TOKEN=TOKEN

@@ -1,6 +1,8 @@
-"""The command line as a stranger meets it: documents, exit statuses, errors with hints, tables on a terminal and in a pipe.
+"""The command line as a stranger meets it: documents, exit statuses, errors with hints, tables on a
+terminal and in a pipe.
 
-Most commands are run in this process, through the console script's own entry; what only a process or a terminal shows, in one of theirs.
+Most commands are run in this process, through the console script's own entry; what only a process
+or a terminal shows, in one of theirs.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from recall_worker.cli import main
 from recall_worker.cli.app import app as commands
 from recall_worker.terminal import Trouble, local, relative, seconds, span
 
-from . import postgres
-from .application import COLUMNS, Application
+from .support import postgres
+from .support.application import COLUMNS, Application
 
 NOWHERE = "postgresql://u:sekret@127.0.0.1:1/x"
 
@@ -72,7 +74,8 @@ def operate(
     environ: Mapping[str, str] | None = None,
     columns: int | None = None,
 ) -> Said:
-    """`recall-worker <words>` in this process, with nothing but RECALL_DSN set; on a terminal of so many columns, if told."""
+    """`recall-worker <words>` in this process, with nothing but RECALL_DSN set; on a terminal of so
+    many columns, if told."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
     kept |= (
         ({} if dsn is None else {"RECALL_DSN": dsn})
@@ -153,13 +156,15 @@ def rows_of(dsn: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def calm(server: str, template: str) -> Iterator[str]:
-    """The DSN of a database for all that changes nothing: sessions `s`, with a recall `r` that waits, and `t`, without."""
+    """The DSN of a database for all that changes nothing: sessions `s`, with a recall `r` that
+    waits, and `t`, without."""
     with postgres.database(server, template) as dsn:
         with psycopg.connect(dsn) as conn:
             conn.execute("insert into sessions values ('s', 'ann'), ('t', 'ann')")
             conn.execute(
                 """insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at,
-                   updated_at) values ('r', 's', 'once', now() + interval '1 hour', 'Look again.', 'pending', now(), now())"""
+                   updated_at) values ('r', 's', 'once', now() + interval '1 hour', 'Look again.',
+                       'pending', now(), now())"""
             )
         yield dsn
 
@@ -181,7 +186,7 @@ async def waiting(app: Application, database: str) -> str:
     return database
 
 
-# --- documents -------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 DATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 SHOWING = [
@@ -210,7 +215,8 @@ SHOWING = [
 async def test_json_is_one_document(
     words: list[str], kind: type, app: Application, waiting: str
 ) -> None:
-    """Every command that shows data takes --json: one document on stdout and nothing else, its dates RFC 3339 in UTC."""
+    """Every command that shows data takes --json: one document on stdout and nothing else, its
+    dates RFC 3339 in UTC."""
     for session in ("t", "u", "v"):
         await app.create_session(session, "ann")
     soon = datetime.now(UTC) + timedelta(hours=1)
@@ -274,13 +280,27 @@ async def test_talk_goes_to_stderr(waiting: str) -> None:
     assert shown.out == "" and shown.err.startswith("r: due "), "a person needs to be told once"
 
 
-# --- exit statuses ---------------------------------------------------------------------------------------------------
+# --- exit statuses --------------------------------------------------------------------------------
 
 NEEDING = [
-    ["schedule", "s", "m"], ["list"], ["show", "r"], ["why", "r"], ["cancel", "r"], ["skip", "r"], ["pause", "r"], ["resume", "r"],
-    ["retry", "r"], ["fire", "r"], ["reschedule", "r", "--in", "1h"], ["workers"], ["stats"], ["prune", "--older-than", "1d", "--yes"],
-    ["migrate"], ["migrate", "--check"], ["run", "--run-url", "http://127.0.0.1:9/"],
-]  # fmt: skip
+    ["schedule", "s", "m"],
+    ["list"],
+    ["show", "r"],
+    ["why", "r"],
+    ["cancel", "r"],
+    ["skip", "r"],
+    ["pause", "r"],
+    ["resume", "r"],
+    ["retry", "r"],
+    ["fire", "r"],
+    ["reschedule", "r", "--in", "1h"],
+    ["workers"],
+    ["stats"],
+    ["prune", "--older-than", "1d", "--yes"],
+    ["migrate"],
+    ["migrate", "--check"],
+    ["run", "--run-url", "http://127.0.0.1:9/"],
+]
 
 
 @pytest.mark.parametrize("words", NEEDING, ids=" ".join)
@@ -291,7 +311,8 @@ def test_without_a_dsn(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", NEEDING[:-1], ids=" ".join)
 def test_an_unreachable_database(words: list[str]) -> None:
-    """A database that can't be reached is exit status 3, and its password is not told. (`run` waits for it instead.)"""
+    """A database that can't be reached is exit status 3, and its password is not told. (`run` waits
+    for it instead.)"""
     said = operate(NOWHERE, *words)
     assert "can't be reached" in trouble(said, 3)
     assert "sekret" not in said.out + said.err
@@ -341,7 +362,8 @@ REFUSED = [
     ("words", "what"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
 )
 def test_refused_or_not_found(words: list[str], what: str, calm: str) -> None:
-    """What can't be done to what is there is exit status 1: the reason, and what to do instead; nothing is changed."""
+    """What can't be done to what is there is exit status 1: the reason, and what to do instead;
+    nothing is changed."""
     before = rows_of(calm)
     assert what in trouble(operate(calm, *words), 1)
     assert rows_of(calm) == before
@@ -419,7 +441,8 @@ def test_usage(words: list[str], calm: str) -> None:
 
 
 def trouble(said: Said, status: int) -> str:
-    """A command's trouble: `Error: …`, then `Try: …`, nothing else on stderr but talk of what was done, no traceback."""
+    """A command's trouble: `Error: …`, then `Try: …`, nothing else on stderr but talk of what was
+    done, no traceback."""
     assert said.status == status, said
     lines = said.err.splitlines()
     at = next(n for n, line in enumerate(lines) if "Error: " in line)
@@ -451,10 +474,15 @@ async def test_a_bulk_cancel_asks(answer: str, status: str, waiting: str) -> Non
 
 
 UNREADABLE = [
-    "postgresql://u:se/kret@127.0.0.1:1/x", "postgresql://u:p@sekret@127.0.0.1:1/x", "postgresql://u:se%kret@h/x",
-    "postgresql://u:sekret@127.0.0.1:1/x?passw=sekret", "host=x password=sekret foo=bar", "user=u password=two sekret",
-    "password='sekret host=h", "sekret",
-]  # fmt: skip
+    "postgresql://u:se/kret@127.0.0.1:1/x",
+    "postgresql://u:p@sekret@127.0.0.1:1/x",
+    "postgresql://u:se%kret@h/x",
+    "postgresql://u:sekret@127.0.0.1:1/x?passw=sekret",
+    "host=x password=sekret foo=bar",
+    "user=u password=two sekret",
+    "password='sekret host=h",
+    "sekret",
+]
 UNREACHABLE = [
     "postgresql://u:sekret@127.0.0.1:1/x",
     "postgresql://u:sekret@127.0.0.1:port/x",
@@ -504,7 +532,8 @@ def test_as_a_process(waiting: str) -> None:
 
 
 def test_the_daemon_is_started_without_what_takes_command_lines_apart(database: str) -> None:
-    """`run` with nothing behind it, as units have it: what only people need is not in its memory for good."""
+    """`run` with nothing behind it, as units have it: what only people need is not in its memory
+    for good."""
     program = """
 import sys
 from recall_worker.cli import main
@@ -528,7 +557,7 @@ main()
     assert (done.returncode, done.stdout) == (0, "and no more\n"), done.stderr
 
 
-# --- help and completion ---------------------------------------------------------------------------------------------
+# --- help and completion --------------------------------------------------------------------------
 
 OF = getattr(get_command(commands), "commands")  # noqa: B009 - a Group, which typer's types don't tell
 NAMES = sorted(OF)
@@ -536,7 +565,8 @@ NAMES = sorted(OF)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_every_command(name: str) -> None:
-    """`--help` and `-h` tell what a command does and explain each of its options, without a database."""
+    """`--help` and `-h` tell what a command does and explain each of its options, without a
+    database."""
     said = operate(None, name, "--help")
     assert said.status == 0 and said.err == ""
     assert said.out.startswith("Usage: recall-worker " + name)
@@ -562,7 +592,8 @@ def test_help_without_a_command() -> None:
     ("shell", "mark"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")]
 )
 def test_completion(shell: str, mark: str) -> None:
-    """Each shell gets its completion script, and the script's question is answered with the commands."""
+    """Each shell gets its completion script, and the script's question is answered with the
+    commands."""
     environ = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     script = process(None, "--show-completion", shell, environ=environ)
     assert script.returncode == 0 and mark in script.stdout and "recall-worker" in script.stdout
@@ -585,7 +616,7 @@ def test_completion(shell: str, mark: str) -> None:
     assert {"resume", "retry", "reschedule"} <= set(re.findall(r"[a-z]+", answer.stdout)), answer
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 LONG = (
     "Read the inbox and tell me what is new since yesterday evening, in three sentences at most. "
@@ -596,7 +627,8 @@ UUID = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
 @pytest.fixture
 async def populated(app: Application, database: str) -> str:
-    """Recalls and calls with long ids, long messages, wide characters, in several states; a worker that is about."""
+    """Recalls and calls with long ids, long messages, wide characters, in several states; a worker
+    that is about."""
     await app.create_session("a-session-with-a-long-name-0123456789-0123456789", "ann")
     await app.create_session("会話", "ann")
     soon = datetime.now(UTC) + timedelta(hours=1)
@@ -609,13 +641,16 @@ async def populated(app: Application, database: str) -> str:
         conn.execute(
             """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, calls, scheduled_for,
                called_at, last_called_at, ended_at, http_status, reason, settled)
-               select %s, n, 1, 2, 'misconfigured', 's', 'a-worker-with-a-long-name-12345-abcd', gen_random_uuid(), 12345, now(), now(), now(),
-               now() + interval '700 s', 404, repeat('no such address ', 10), 'pending' from generate_series(1, 3) n""",
+               select %s, n, 1, 2, 'misconfigured', 's', 'a-worker-with-a-long-name-12345-abcd',
+                   gen_random_uuid(), 12345, now(), now(), now(),
+               now() + interval '700 s', 404, repeat('no such address ', 10), 'pending'
+                   from generate_series(1, 3) n""",
             (UUID,),
         )
         conn.execute(
             """insert into recall_workers (worker, host, pid, version, slots, settings)
-               values ('a-worker-with-a-long-name-12345-abcd', 'h', 1, '0.1.0', 1000, '{"lease": 60, "poll_interval": 30}')"""
+               values ('a-worker-with-a-long-name-12345-abcd', 'h', 1, '0.1.0', 1000,
+                   '{"lease": 60, "poll_interval": 30}')"""
         )
     return database
 
@@ -631,7 +666,8 @@ def _cells(line: str) -> int:
 
 @pytest.mark.parametrize("words", WIDE, ids=" ".join)
 async def test_nothing_wraps_on_a_terminal(words: list[str], populated: str) -> None:
-    """However wide the terminal is, no line is wider, none ends in blanks, and a recall's id stands there whole from 80 columns on."""
+    """However wide the terminal is, no line is wider, none ends in blanks, and a recall's id stands
+    there whole from 80 columns on."""
     for columns in (40, 80, 81, 100, 120, 200):
         shown = operate(populated, *words, columns=columns).out
         lines = plain(shown).splitlines()
@@ -682,7 +718,8 @@ async def test_a_pipe_gets_everything(populated: str) -> None:
 
 
 async def test_local_time_says_so(waiting: str) -> None:
-    """Times for people are local and carry their distance from UTC, in a form that --at takes back; --json has UTC."""
+    """Times for people are local and carry their distance from UTC, in a form that --at takes back;
+    --json has UTC."""
     zone = {"TZ": "Asia/Kolkata"}
     due = rows_of(waiting)[0]["trigger_at"]
     shown = process(waiting, "show", "r", environ=zone).stdout
@@ -703,7 +740,7 @@ async def test_local_time_says_so(waiting: str) -> None:
     )
 
 
-# --- hostile texts ---------------------------------------------------------------------------------------------------
+# --- hostile texts --------------------------------------------------------------------------------
 
 HOSTILE = "a\x1b[31mred\x1b]0;title\x07\n\rb\t\u202egnihton\u2066\u200b\x9b2J\u2028\x7f"
 HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
@@ -712,18 +749,37 @@ HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2
 @pytest.mark.parametrize(
     "words",
     [
-        ["list"], ["list", "--session", HOSTILE], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE], ["resume", HOSTILE], ["fire", HOSTILE],
-        ["reschedule", HOSTILE, "--in", "1h"], ["skip", HOSTILE], ["cancel", HOSTILE], ["retry", HOSTILE], ["show", HOSTILE + "no"],
-        ["cancel", "--session", HOSTILE, "--yes"], ["cancel", "--session", HOSTILE + "no", "--yes"], ["cancel", "--session", HOSTILE],
-        ["schedule", HOSTILE, "again"], ["schedule", HOSTILE + "no", "m"], ["schedule", "s", "m", "--in", HOSTILE], ["list", "--status", HOSTILE],
-        [HOSTILE], ["list", HOSTILE], ["list", "--limit", HOSTILE], ["workers"],
+        ["list"],
+        ["list", "--session", HOSTILE],
+        ["show", HOSTILE],
+        ["why", HOSTILE],
+        ["pause", HOSTILE],
+        ["resume", HOSTILE],
+        ["fire", HOSTILE],
+        ["reschedule", HOSTILE, "--in", "1h"],
+        ["skip", HOSTILE],
+        ["cancel", HOSTILE],
+        ["retry", HOSTILE],
+        ["show", HOSTILE + "no"],
+        ["cancel", "--session", HOSTILE, "--yes"],
+        ["cancel", "--session", HOSTILE + "no", "--yes"],
+        ["cancel", "--session", HOSTILE],
+        ["schedule", HOSTILE, "again"],
+        ["schedule", HOSTILE + "no", "m"],
+        ["schedule", "s", "m", "--in", HOSTILE],
+        ["list", "--status", HOSTILE],
+        [HOSTILE],
+        ["list", HOSTILE],
+        ["list", "--limit", HOSTILE],
+        ["workers"],
     ],
     ids=lambda words: " ".join(words).encode("unicode_escape").decode()[:40],
-)  # fmt: skip
+)
 async def test_hostile_texts_come_out_harmless(
     words: list[str], app: Application, database: str
 ) -> None:
-    """Nothing that a row or an argument holds steers a terminal: not in tables, sentences, errors or hints; lines stay lines."""
+    """Nothing that a row or an argument holds steers a terminal: not in tables, sentences, errors
+    or hints; lines stay lines."""
     await app.create_session(HOSTILE, "ann")
     await app.schedule(
         HOSTILE,
@@ -741,18 +797,21 @@ async def test_hostile_texts_come_out_harmless(
         conn.execute(
             """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
                called_at, last_called_at, ended_at, reason, settled)
-               values (%s, 1, 0, 1, 'refused', 's', %s, gen_random_uuid(), now(), now(), now(), now(), %s, '')""",
+               values (%s, 1, 0, 1, 'refused', 's', %s, gen_random_uuid(), now(), now(), now(),
+                   now(), %s, '')""",
             (HOSTILE, HOSTILE, HOSTILE),
         )
         conn.execute(
             """insert into recall_workers (worker, host, pid, version, slots, settings)
-               values (%s, 'h', 1, '0.1.0', 3, '{"lease": 60}'), ('other', 'h', 1, '0.1.0', 3, '{"lease": "\\u001b[31m"}')""",
+               values (%s, 'h', 1, '0.1.0', 3, '{"lease": 60}'), ('other', 'h', 1, '0.1.0', 3,
+                   '{"lease": "\\u001b[31m"}')""",
             (HOSTILE,),
         )
     if words[0] == "workers":
         with psycopg.connect(database) as conn:
             conn.execute(
-                "update recall_workers set settings = jsonb_build_object('lease', 5, 'run_url', %s::text) where worker = 'other'",
+                "update recall_workers set settings = jsonb_build_object('lease', 5, 'run_url', "
+                "%s::text) where worker = 'other'",
                 (HOSTILE,),
             )
     said = operate(database, *words)
@@ -781,7 +840,7 @@ async def test_hostile_texts_are_whole_in_json(
     ]
 
 
-# --- how people write and read times -------------------------------------------------------------------------------------
+# --- how people write and read times --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -829,7 +888,8 @@ def test_dates_at_the_ends_of_time() -> None:
 
 
 def test_migrate_check_tells(empty_database: str) -> None:
-    """`migrate --check` changes nothing, exits with 1 while there is something to do, and says what in --json."""
+    """`migrate --check` changes nothing, exits with 1 while there is something to do, and says what
+    in --json."""
     said = operate(empty_database, "migrate", "--check", "--json")
     assert said.status == 1 and said.document["up_to_date"] is False and said.document["pending"]
     assert schema.pending(empty_database)
@@ -840,11 +900,12 @@ def test_migrate_check_tells(empty_database: str) -> None:
     }
 
 
-# --- recurring recalls -----------------------------------------------------------------------------------------------
+# --- recurring recalls ----------------------------------------------------------------------------
 
 
 def test_schedule_by_cron(waiting: str) -> None:
-    """The next working day's half past nine in Berlin, said and stored; `list`, `show` and `preview` tell of it."""
+    """The next working day's half past nine in Berlin, said and stored; `list`, `show` and
+    `preview` tell of it."""
     assert operate(waiting, "cancel", "r").status == 0
     made = operate(
         waiting,
@@ -880,7 +941,8 @@ def test_schedule_by_cron(waiting: str) -> None:
 
 
 def test_preview_around_a_change_of_clocks() -> None:
-    """Half past two in New York on the night that has none: once, at three, and said to be after a change. No database is asked."""
+    """Half past two in New York on the night that has none: once, at three, and said to be after a
+    change. No database is asked."""
     said = operate(
         None,
         "preview",
@@ -895,8 +957,10 @@ def test_preview_around_a_change_of_clocks() -> None:
     assert said.status == 0
     lines = said.out.splitlines()[1:]
     assert [line[:38] for line in lines] == [
-        "Sat 2026-03-07 02:30:00  EST   -05:00 ", "Sun 2026-03-08 03:00:00  EDT   -04:00 ", "Mon 2026-03-09 02:30:00  EDT   -04:00 ",
-    ]  # fmt: skip
+        "Sat 2026-03-07 02:30:00  EST   -05:00 ",
+        "Sun 2026-03-08 03:00:00  EDT   -04:00 ",
+        "Mon 2026-03-09 02:30:00  EDT   -04:00 ",
+    ]
     assert "clocks changed from -05:00" in lines[1] and "clocks" not in lines[0] + lines[2]
 
 
@@ -936,7 +1000,8 @@ def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
 
 
 def test_preview_after_a_skip(waiting: str) -> None:
-    """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand for the time before."""
+    """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand
+    for the time before."""
     assert operate(waiting, "cancel", "r").status == 0
     id = operate(waiting, "schedule", "s", "m", "--grid", "1h", "--jitter", "1m").out.strip()
     before = [

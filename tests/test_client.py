@@ -1,4 +1,5 @@
-"""`Recalls`, as an application in Python uses it: on a pool and inside its own transaction, beside the application's plain SQL on the same rows."""
+"""`Recalls`, as an application in Python uses it: on a pool and inside its own transaction, beside
+the application's plain SQL on the same rows."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from psycopg_pool import AsyncConnectionPool
 import recall_worker
 from recall_worker import Recall, RecallExists, Recalls
 
-from .application import AlreadyScheduled, Application
 from .conftest import Connection
+from .support.application import AlreadyScheduled, Application
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
@@ -49,7 +50,7 @@ async def now(db: Connection) -> datetime:
     return found
 
 
-# --- schedule --------------------------------------------------------------------------------------------------------
+# --- schedule -------------------------------------------------------------------------------------
 
 SOON = datetime(2031, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 SCHEDULED: list[tuple[str, dict[str, Any], str, timedelta | datetime, int | None]] = [
@@ -91,7 +92,8 @@ async def test_schedule(
     db: Connection,
     app: Application,
 ) -> None:
-    """Each way to name a time makes the row that the application's own insert would make, and returns it."""
+    """Each way to name a time makes the row that the application's own insert would make, and
+    returns it."""
     before = await now(db)
     recall = await recalls.schedule("a", "Look.", comment="a note", **times)
     after = await now(db)
@@ -116,7 +118,8 @@ async def test_schedule(
 
 
 async def test_an_id_of_ones_own(recalls: Recalls) -> None:
-    """An application may name its recalls; a name that is taken is PostgreSQL's own error, and no RecallExists."""
+    """An application may name its recalls; a name that is taken is PostgreSQL's own error, and no
+    RecallExists."""
     assert (await recalls.schedule("a", "m", id="mine")).id == "mine"
     with pytest.raises(errors.UniqueViolation, match="session_recalls_pkey"):
         await recalls.schedule("b", "m", id="mine")
@@ -158,7 +161,8 @@ async def test_other_values_that_make_no_sense(recalls: Recalls) -> None:
 
 
 async def test_errors_of_postgresql_pass(recalls: Recalls) -> None:
-    """A session that does not exist, text that PostgreSQL can't store, a time beyond its years: psycopg's own errors."""
+    """A session that does not exist, text that PostgreSQL can't store, a time beyond its years:
+    psycopg's own errors."""
     with pytest.raises(errors.ForeignKeyViolation):
         await recalls.schedule("nobody", "m")
     with pytest.raises(psycopg.DataError):
@@ -168,7 +172,8 @@ async def test_errors_of_postgresql_pass(recalls: Recalls) -> None:
 
 
 async def test_a_session_has_one(recalls: Recalls, app: Application) -> None:
-    """RecallExists names the session; it is what the application's own insert reads as "has one already"."""
+    """RecallExists names the session; it is what the application's own insert reads as "has one
+    already"."""
     await recalls.schedule("a", "first", after=HOUR)
     with pytest.raises(RecallExists, match="session a has a pending recall already") as caught:
         await recalls.schedule("a", "second")
@@ -181,7 +186,7 @@ async def test_a_session_has_one(recalls: Recalls, app: Application) -> None:
     ]
 
 
-# --- the caller's transaction ----------------------------------------------------------------------------------------
+# --- the caller's transaction ---------------------------------------------------------------------
 
 
 async def previewed(recalls: Recalls, conn: Any) -> list[datetime]:
@@ -232,7 +237,8 @@ async def test_rolled_back_with_the_caller(
     pool: AsyncConnectionPool,
     app: Application,
 ) -> None:
-    """With `conn=` a method works inside the caller's transaction: unseen by others until that commits, undone where it is rolled back."""
+    """With `conn=` a method works inside the caller's transaction: unseen by others until that
+    commits, undone where it is rolled back."""
     await app.schedule("a", "recurring", SOON, "m", 60, id="r")
     before = await snapshot(app)
     async with pool.connection() as conn:
@@ -265,7 +271,8 @@ async def test_reading_sees_what_the_caller_wrote(
     pool: AsyncConnectionPool,
     app: Application,
 ) -> None:
-    """Inside the caller's transaction the methods that read see what it has written so far; others do not."""
+    """Inside the caller's transaction the methods that read see what it has written so far; others
+    do not."""
     async with pool.connection() as conn:
         await recalls.schedule("a", "m", at=datetime(2020, 1, 1, tzinfo=UTC), conn=conn)
         assert await act(recalls, conn)
@@ -277,7 +284,8 @@ async def test_reading_sees_what_the_caller_wrote(
 async def test_the_callers_transaction_may_begin_with_it(
     refused: bool, recalls: Recalls, app: Application, database: str
 ) -> None:
-    """On a connection whose transaction is implicit the call may be the first statement, and is undone with the rest, refused or not."""
+    """On a connection whose transaction is implicit the call may be the first statement, and is
+    undone with the rest, refused or not."""
     if refused:
         await app.schedule("a", "once", SOON, "m")
     before = await snapshot(app)
@@ -296,7 +304,8 @@ async def test_the_callers_transaction_may_begin_with_it(
 async def test_recall_exists_leaves_the_transaction_usable(
     autocommit: bool, recalls: Recalls, app: Application, database: str
 ) -> None:
-    """A refused schedule is confined to a savepoint: the caller's transaction goes on, and commits what else it did."""
+    """A refused schedule is confined to a savepoint: the caller's transaction goes on, and commits
+    what else it did."""
     await app.schedule("a", "once", SOON, "m", id="r")
     async with await psycopg.AsyncConnection.connect(database, autocommit=autocommit) as conn:
         async with conn.transaction():
@@ -308,7 +317,8 @@ async def test_recall_exists_leaves_the_transaction_usable(
 
 
 async def test_an_autocommit_connection(recalls: Recalls, app: Application, database: str) -> None:
-    """Outside a transaction, on a connection in autocommit mode, each call commits by itself, whatever its row and cursor factories."""
+    """Outside a transaction, on a connection in autocommit mode, each call commits by itself,
+    whatever its row and cursor factories."""
     async with await psycopg.AsyncConnection.connect(
         database, autocommit=True, row_factory=tuple_row, cursor_factory=psycopg.AsyncClientCursor
     ) as conn:
@@ -333,7 +343,7 @@ async def test_the_connection_is_left_as_it_was(
             await (await conn.execute("select 'infinity'::timestamptz")).fetchone()
 
 
-# --- beside the application's own SQL --------------------------------------------------------------------------------
+# --- beside the application's own SQL -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -357,7 +367,8 @@ def as_rows(found: list[Recall]) -> list[dict[str, Any]]:
 
 
 async def test_lists_are_the_applications(recalls: Recalls, crowd: Application) -> None:
-    """By session and by owner, in pages: the very rows, in the very order, that the application's own SQL gives."""
+    """By session and by owner, in pages: the very rows, in the very order, that the application's
+    own SQL gives."""
     for session in ("a", "b", "c", "z", "nobody"):
         assert as_rows(await recalls.list(session_id=session)) == await crowd.list_by_session(
             session
@@ -381,7 +392,8 @@ async def test_lists_are_the_applications(recalls: Recalls, crowd: Application) 
 async def test_what_is_due_is_the_applications(
     recalls: Recalls, crowd: Application, db: Connection
 ) -> None:
-    """What is due, when the next one is, and which sessions have one: as the application asks it, as long as no worker is about."""
+    """What is due, when the next one is, and which sessions have one: as the application asks it,
+    as long as no worker is about."""
     assert as_rows(await recalls.due()) == await crowd.due(await now(db))
     assert await recalls.next_trigger_at() == await crowd.next_trigger()
     for ids in (["a", "b", "c", "z", "nobody"], ["c"], []):
@@ -394,7 +406,8 @@ async def test_what_is_due_is_the_applications(
 async def test_due_means_waiting(recalls: Recalls, crowd: Application, db: Connection) -> None:
     """A recall that is in a run or paused is neither due nor next: nobody has to come for it."""
     await db.execute(
-        "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 minute' where id = 'a1'"
+        "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 "
+        "minute' where id = 'a1'"
     )
     await db.execute("update session_recalls set paused_at = now() where id = 'b1'")
     assert await recalls.due() == []
@@ -431,7 +444,8 @@ async def test_changes_are_the_applications(
     crowd: Application,
     db: Connection,
 ) -> None:
-    """The same operation by Recalls and by the application's own SQL: the same answer, and the same rows but for the second they were changed in."""
+    """The same operation by Recalls and by the application's own SQL: the same answer, and the same
+    rows but for the second they were changed in."""
 
     async def rows() -> list[dict[str, Any]]:
         return await (await db.execute("select * from session_recalls order by id")).fetchall()
@@ -456,7 +470,8 @@ async def test_changes_are_the_applications(
 
 
 async def test_final_recalls_stay_as_they_are(recalls: Recalls, crowd: Application) -> None:
-    """By id, Recalls changes live recalls only: what is fired or cancelled is history. (The application's own SQL asks no such question.)"""
+    """By id, Recalls changes live recalls only: what is fired or cancelled is history. (The
+    application's own SQL asks no such question.)"""
     before = await crowd.list_by_session("b") + await crowd.list_by_session("c")
     for id in ("b0", "c0"):
         assert not await recalls.mark_fired(id)
@@ -468,7 +483,8 @@ async def test_final_recalls_stay_as_they_are(recalls: Recalls, crowd: Applicati
 async def test_dates_that_python_does_not_hold(
     recalls: Recalls, app: Application, db: Connection
 ) -> None:
-    """Infinite dates, and those of other ages, come as the nearest that Python holds; the list is whole."""
+    """Infinite dates, and those of other ages, come as the nearest that Python holds; the list is
+    whole."""
     dates = ("-infinity", "infinity", "0044-03-15 BC", "20000-01-01", "9999-12-31 23:59:59+00")
     for n, date in enumerate(dates):
         await app.create_session(f"d{n}", "dan")
@@ -489,10 +505,12 @@ async def test_dates_that_python_does_not_hold(
 
 
 async def test_inside_a_run(recalls: Recalls, app: Application, db: Connection) -> None:
-    """While a one-shot is being run its session's slot is free: schedule moves it out, and cancel acts on the newer one."""
+    """While a one-shot is being run its session's slot is free: schedule moves it out, and cancel
+    acts on the newer one."""
     await recalls.schedule("a", "first", id="first")
     await db.execute(
-        "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 minute', leased_by = 'w'"
+        "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 "
+        "minute', leased_by = 'w'"
     )
     await recalls.schedule("a", "second", after=HOUR, id="second")
     assert {r.id: (r.status, r.leased_by) for r in await recalls.list(session_id="a")} == {
@@ -507,7 +525,7 @@ async def test_inside_a_run(recalls: Recalls, app: Application, db: Connection) 
     assert await recalls.mark_cancelled("first")
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------
 
 USE = """
 from datetime import UTC, datetime, timedelta
@@ -554,7 +572,8 @@ def mypy(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.full
 def test_the_package_is_typed(tmp_path: Path) -> None:
-    """py.typed is there: the whole of the public API passes mypy --strict, and each misuse is found."""
+    """py.typed is there: the whole of the public API passes mypy --strict, and each misuse is
+    found."""
     right = mypy(tmp_path, USE)
     assert right.returncode == 0, right.stdout + right.stderr
     wrong = mypy(
@@ -572,17 +591,21 @@ def test_the_package_is_typed(tmp_path: Path) -> None:
 def test_the_public_names() -> None:
     """`from recall_worker import …` gives three names, late, and says so of any other."""
     assert sorted(recall_worker.__all__) == ["Recall", "RecallExists", "Recalls"]
-    command = "import sys, recall_worker; assert 'psycopg' not in sys.modules; recall_worker.Recalls; assert 'psycopg' in sys.modules"
+    command = (
+        "import sys, recall_worker; assert 'psycopg' not in sys.modules; recall_worker.Recalls; "
+        "assert 'psycopg' in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         recall_worker.Nope  # noqa: B018
 
 
-# --- cadence ---------------------------------------------------------------------------------------------------------
+# --- cadence --------------------------------------------------------------------------------------
 
 
 async def test_cron_and_its_ends(recalls: Recalls) -> None:
-    """By cron in a zone: the first moment from now on, the distance to the one behind it, and all that was said of ends."""
+    """By cron in a zone: the first moment from now on, the distance to the one behind it, and all
+    that was said of ends."""
     until = datetime.now(UTC) + timedelta(days=400)
     made = await recalls.schedule(
         "a",
@@ -652,7 +675,8 @@ async def test_a_cadence_that_makes_no_sense(told: dict[str, Any], recalls: Reca
 
 
 async def test_a_preview_of_nothing(recalls: Recalls) -> None:
-    """An id that there is not is a LookupError; six fields, and what never comes, are a ValueError."""
+    """An id that there is not is a LookupError; six fields, and what never comes, are a
+    ValueError."""
     with pytest.raises(LookupError):
         await recalls.preview("nobody")
     with pytest.raises(ValueError):

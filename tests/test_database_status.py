@@ -1,4 +1,5 @@
-"""Whether expired leases may be taken: never while PostgreSQL is lost, nor for a third of a lease after it answers again."""
+"""Whether expired leases may be taken: never while PostgreSQL is lost, nor for a third of a lease
+after it answers again."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_nothing_is_taken_while_postgresql_is_lost(clock: list[float]) -> None:
-    """A claim that is asked for in an outage may be the first thing that PostgreSQL answers: before living owners could renew."""
+    """A claim that is asked for in an outage may be the first thing that PostgreSQL answers: before
+    living owners could renew."""
     seen = DatabaseStatus(Events(worker="w"), LEASE)
     assert seen.may_take_expired
     seen.lost("connection refused")

@@ -1,4 +1,5 @@
-"""The documents against the code, so that they can't drift apart. `python -m tests.test_docs` writes what is generated."""
+"""The documents against the code, so that they can't drift apart. `python -m tests.test_docs`
+writes what is generated."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from recall_worker.ops.metrics import Metrics
 from recall_worker.settings import Settings, variable
 from recall_worker.worker.worker import WorkerStatus
 
-from .application import Application
 from .conftest import Connection
+from .support.application import Application
 from .test_operations import COMMANDS, STATEMENTS, STATES, Cell, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 LAYERS_MARK = (
-    "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+    "<!-- the lines below are written by `python -m tests.test_docs`, from pyproject.toml -->\n"
 )
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -91,12 +93,14 @@ def metrics_table() -> str:
 def layers() -> str:
     """The rooms, top first, as `lint-imports` holds them apart."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        contract, *_ = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    [contract] = [c for c in contracts if c["name"] == "imports run downwards only"]
     rooms = [
         [room.strip().removeprefix("recall_worker.") for room in layer.split("|")]
         for layer in contract["layers"]
     ]
-    return " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms) + "\n"
+    names = " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms)
+    return textwrap.fill(names, 100) + "\n"
 
 
 def operations_tables() -> str:
@@ -142,7 +146,8 @@ def test_the_operations_documented_are_those_shown() -> None:
 
 
 def test_the_layers_documented_are_those_checked() -> None:
-    """CONTRIBUTING.md lists the layers of pyproject.toml, and each of them is a room that is there."""
+    """CONTRIBUTING.md lists the layers of pyproject.toml, and each of them is a room that is
+    there."""
     assert LAYERS_MARK + layers() in CONTRIBUTING.read_text(encoding="utf-8")
     for room in re.findall(r"`(\w+)`", layers()):
         assert any((ROOT / "recall_worker" / name).exists() for name in (room, f"{room}.py"))
@@ -178,7 +183,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_is_there(path: Path) -> None:
-    """Each file and folder that a document names exists, each link leads somewhere, and to a heading that is there."""
+    """Each file and folder that a document names exists, each link leads somewhere, and to a
+    heading that is there."""
     text = path.read_text(encoding="utf-8")
     assert [
         name
@@ -236,7 +242,8 @@ def blocks(path: Path, language: str) -> list[str]:
     ids=["application.md", "README.md", "cadence.md"],
 )
 async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Application) -> None:
-    """Every statement of a document's SQL runs as it stands, in order, through the application's own driver, and finds its row."""
+    """Every statement of a document's SQL runs as it stands, in order, through the application's
+    own driver, and finds its row."""
     await app.create_session("session-1", "ann")
     [text] = blocks(path, "sql")
     statements = [
@@ -246,13 +253,15 @@ async def test_the_sql_does_what_it_says(path: Path, tags: list[str], app: Appli
 
 
 async def test_the_statements_move_and_skip(app: Application, db: Connection) -> None:
-    """The document's recurring recall is due in an hour, then skipped to two, then moved to ten minutes, then cancelled."""
+    """The document's recurring recall is due in an hour, then skipped to two, then moved to ten
+    minutes, then cancelled."""
     await app.create_session("session-1", "ann")
     due = []
     for statement in re.sub(r"--.*", "", blocks(APPLICATION, "sql")[0]).split(";")[:-1]:
         await app.connection.execute(statement)
         cursor = await db.execute(
-            "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status from session_recalls"
+            "select round(extract(epoch from trigger_at - created_at) / 60)::int as due, status "
+            "from session_recalls"
         )
         due.append(tuple((await cursor.fetchall())[0].values()))
     assert due == [
@@ -281,7 +290,8 @@ async def python(app: Application) -> dict[str, Any]:
 async def test_the_example_for_psycopg(
     python: dict[str, Any], app: Application, database: str
 ) -> None:
-    """The message and the recall are written together; the second time the message is, and the session keeps the recall it has."""
+    """The message and the recall are written together; the second time the message is, and the
+    session keeps the recall it has."""
     async with AsyncConnectionPool(database, open=False, min_size=1, max_size=2) as pool:
         recall = await python["psycopg"](pool, "session-1")
         assert await python["psycopg"](pool, "session-1") == "has one already"
@@ -290,7 +300,8 @@ async def test_the_example_for_psycopg(
 
 
 async def test_the_example_for_asyncpg(python: dict[str, Any], app: Application) -> None:
-    """One recall is scheduled; the second time the session has one already, and the connection is still good."""
+    """One recall is scheduled; the second time the session has one already, and the connection is
+    still good."""
     recall = await python["asyncpg"](app.connection, "session-1")
     assert await python["asyncpg"](app.connection, "session-1") == "has one already"
     assert [row["id"] for row in await app.list_by_session("session-1")] == [recall]
@@ -328,5 +339,5 @@ if __name__ == "__main__":
         path.write_text(text[: text.index(mark)] + mark + generated, encoding="utf-8")
     before, _, after = CONTRIBUTING.read_text(encoding="utf-8").partition(LAYERS_MARK)
     CONTRIBUTING.write_text(
-        before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8"
+        before + LAYERS_MARK + layers() + "\n" + after.partition("\n\n")[2], encoding="utf-8"
     )

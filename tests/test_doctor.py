@@ -1,4 +1,5 @@
-"""`doctor`: each line against a real cause, on a real PostgreSQL; what it must not do; and how it looks to people and to programs."""
+"""`doctor`: each line against a real cause, on a real PostgreSQL; what it must not do; and how it
+looks to people and to programs."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ from recall_worker.doctor import backlog, examination, listener
 from recall_worker.doctor import schema as doctor_schema
 from recall_worker.doctor import server as doctor_server
 
-from . import postgres
 from .conftest import Connection, connected
-from .endpoint import Endpoint, Raw, Request, reply
-from .house.test_lease import eventually
-from .house.test_listener import listening
-from .house.test_wake import faketime  # noqa: F401 - a fixture
-from .pgbouncer import pooler
+from .process.test_lease import eventually
+from .process.test_listener import listening
+from .process.test_wake import faketime  # noqa: F401 - a fixture
+from .support import postgres
+from .support.endpoint import Endpoint, Raw, Request, reply
+from .support.pgbouncer import pooler
 from .test_cli import NOWHERE, Said, operate, plain
 from .test_http import CERTIFICATE, KEY, authority  # noqa: F401 - a fixture
 
@@ -40,8 +41,10 @@ PASSWORD = "pa55word-that-nobody-may-see"
 _numbers = count(1)
 
 INSERT = """
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at)
-values (%(id)s, %(session)s, 'once', now() + %(due)s * interval '1 second', 'm', 'pending', now(), now())
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at)
+values (%(id)s, %(session)s, 'once', now() + %(due)s * interval '1 second', 'm', 'pending', now(),
+    now())
 """
 WORKER = """
 insert into recall_workers (worker, host, pid, version, slots, settings)
@@ -51,7 +54,8 @@ values (%(worker)s, 'h', 1, '0.1.0', 3, '{"lease": 60}')
 
 @dataclass
 class Ward:
-    """A database in good health, its account, its endpoint, and a hand to spoil it with (`db`, a superuser's)."""
+    """A database in good health, its account, its endpoint, and a hand to spoil it with (`db`, a
+    superuser's)."""
 
     dsn: str
     role: str
@@ -71,7 +75,8 @@ class Ward:
     async def finds(
         self, check: str, state: str, words: str, *, status: int = 0, **environ: Any
     ) -> dict[str, Any]:
-        """Examine; there is a finding of this check in this state that says so, and nothing else is a problem."""
+        """Examine; there is a finding of this check in this state that says so, and nothing else is
+        a problem."""
         said = await self.examine("--json", **environ)
         rows = said.document["checks"]
         found: list[dict[str, Any]] = [
@@ -110,7 +115,8 @@ def account(dsn: str) -> Iterator[tuple[str, str]]:
         )
         for words in (
             "grant select, update on session_recalls to {}",
-            "grant select, insert, update, delete on recall_attempts, recall_workers, recall_endpoints to {}",
+            "grant select, insert, update, delete on recall_attempts, recall_workers, "
+            "recall_endpoints to {}",
             "grant select on recall_schema to {}",
         ):
             conn.execute(sql.SQL(words).format(sql.Identifier(role)))
@@ -124,7 +130,8 @@ def account(dsn: str) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 async def ward(database: str, endpoint: Endpoint) -> AsyncIterator[Ward]:
-    """All is well: an account with the worker's rights, a worker that is about, an API that wants its token and takes it."""
+    """All is well: an account with the worker's rights, a worker that is about, an API that wants
+    its token and takes it."""
 
     async def answer(request: Request) -> Raw:
         return reply(405 if request.headers.get("authorization") == f"Bearer {TOKEN}" else 401)
@@ -139,11 +146,12 @@ async def ward(database: str, endpoint: Endpoint) -> AsyncIterator[Ward]:
         yield made
 
 
-# --- all is well, and how that looks -----------------------------------------------------------------------------------
+# --- all is well, and how that looks --------------------------------------------------------------
 
 
 async def test_in_good_health(ward: Ward, endpoint: Endpoint) -> None:
-    """Exit 0, no problem, a line for each check; what remains are notes on the tests' own server, which does without fsync."""
+    """Exit 0, no problem, a line for each check; what remains are notes on the tests' own server,
+    which does without fsync."""
     said = await ward.examine("--json")
     document = said.document
     assert said.status == 0 and document["verdict"] in ("ok", "note")
@@ -182,7 +190,8 @@ async def test_nothing_secret_is_told(ward: Ward) -> None:
 
 
 async def test_on_a_terminal(ward: Ward) -> None:
-    """States are coloured, long lines go on under their beginning, what to try stands beneath; in a pipe a line is a line."""
+    """States are coloured, long lines go on under their beginning, what to try stands beneath; in a
+    pipe a line is a line."""
     ward.change("alter table session_recalls disable trigger recall_ring_earlier")
     said = await ward.examine(columns=80, TERM="xterm", NO_COLOR=None)
     lines = said.out.splitlines()
@@ -217,7 +226,7 @@ async def test_a_hostile_row(ward: Ward) -> None:
     )
 
 
-# --- usage, and a database that is not there ---------------------------------------------------------------------------
+# --- usage, and a database that is not there ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,7 +257,7 @@ async def test_a_variable_that_is_no_setting(ward: Ward) -> None:
     )
 
 
-# --- the database ------------------------------------------------------------------------------------------------------
+# --- the database ---------------------------------------------------------------------------------
 
 
 async def test_takes_no_writes(ward: Ward) -> None:
@@ -260,7 +269,8 @@ async def test_takes_no_writes(ward: Ward) -> None:
 
 
 async def test_several_hosts(ward: Ward) -> None:
-    """Several hosts, and any of them will do: that leads to a standby one day. Left unsaid, the one that takes writes is meant."""
+    """Several hosts, and any of them will do: that leads to a standby one day. Left unsaid, the one
+    that takes writes is meant."""
     parts = {k: str(v) for k, v in conninfo_to_dict(ward.dsn).items() if v is not None}
     parts |= {
         name: f"{parts.get(name, '5432')},{parts.get(name, '5432')}" for name in ("host", "port")
@@ -282,10 +292,16 @@ async def test_several_hosts(ward: Ward) -> None:
 @pytest.mark.parametrize(
     ("table", "right"),
     [
-        ("session_recalls", "update"), ("session_recalls", "select"), ("recall_attempts", "insert"), ("recall_attempts", "delete"),
-        ("recall_workers", "delete"), ("recall_workers", "insert"), ("recall_endpoints", "update"), ("recall_schema", "select"),
+        ("session_recalls", "update"),
+        ("session_recalls", "select"),
+        ("recall_attempts", "insert"),
+        ("recall_attempts", "delete"),
+        ("recall_workers", "delete"),
+        ("recall_workers", "insert"),
+        ("recall_endpoints", "update"),
+        ("recall_schema", "select"),
     ],
-)  # fmt: skip
+)
 async def test_a_right_that_is_missing(table: str, right: str, ward: Ward) -> None:
     """Each right that the worker needs is asked for, and the table named where it is missing."""
     ward.change(f"revoke {right} on {table} from ROLE")
@@ -312,11 +328,12 @@ async def test_row_security(ward: Ward) -> None:
     await ward.finds("rights", "problem", "row security is active on session_recalls", status=1)
 
 
-# --- the schema --------------------------------------------------------------------------------------------------------
+# --- the schema -----------------------------------------------------------------------------------
 
 
 async def test_a_schema_that_is_not_there(ward: Ward, empty_database: str) -> None:
-    """In a database without a schema that is the one problem, and what depends on it is not asked."""
+    """In a database without a schema that is the one problem, and what depends on it is not
+    asked."""
     found = await ward.finds(
         "schema", "problem", "to be done: 0010 baseline", status=1, dsn=empty_database
     )
@@ -386,14 +403,15 @@ async def test_a_trigger_that_does_not_fire(trigger: str, how: str, said: str, w
 
 
 def test_what_migrations_make() -> None:
-    """The indexes and triggers are those of the migrations themselves, so that a new one is looked for, too."""
+    """The indexes and triggers are those of the migrations themselves, so that a new one is looked
+    for, too."""
     assert {"recall_before_insert", "recall_ring_earlier"} <= set(doctor_schema.made("trigger"))
     assert {"idx_recalls_active_pending", "idx_recalls_due", "idx_recalls_one_run"} <= set(
         doctor_schema.made("index")
     )
 
 
-# --- waking ------------------------------------------------------------------------------------------------------------
+# --- waking ---------------------------------------------------------------------------------------
 
 
 async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
@@ -426,7 +444,8 @@ async def test_a_bell_that_has_no_connection(ward: Ward) -> None:
 
 
 async def test_a_queue_of_notifications(endpoint: Endpoint) -> None:
-    """A listener that sits in a transaction lets PostgreSQL's queue fill up, until inserts fail: found at half of it."""
+    """A listener that sits in a transaction lets PostgreSQL's queue fill up, until inserts fail:
+    found at half of it."""
     own = postgres.embedded()
     own._settings["max_notify_queue_pages"] = "64"
     try:
@@ -452,7 +471,8 @@ async def test_a_queue_of_notifications(endpoint: Endpoint) -> None:
 
 
 async def test_a_pooler_without_a_direct_way(ward: Ward, database: str) -> None:
-    """PgBouncer in transaction mode, and no RECALL_LISTEN_DSN: cause and consequence are told, each with what to do, and nothing is left."""
+    """PgBouncer in transaction mode, and no RECALL_LISTEN_DSN: cause and consequence are told, each
+    with what to do, and nothing is left."""
     with pooler(database) as bouncer:
         said = await ward.examine("--json", dsn=bouncer.dsn)
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
@@ -462,7 +482,8 @@ async def test_a_pooler_without_a_direct_way(ward: Ward, database: str) -> None:
             row["todo"] == "the server's own address in RECALL_LISTEN_DSN: it must be direct"
             for row in wrong
         )
-        # On which of the pool's connections a LISTEN would have stayed nobody knows: several are asked at once.
+        # On which of the pool's connections a LISTEN would have stayed nobody knows: several are
+        # asked at once.
         async with (
             connected(bouncer.dsn) as one,
             connected(bouncer.dsn) as two,
@@ -536,16 +557,31 @@ async def test_pooling_by_statement(ward: Ward, database: str) -> None:
     ],
 )
 async def test_a_clock_that_is_off(
-    secret: str | None, words: str, ward: Ward, faketime: str, tmp_path: Path
-) -> None:  # noqa: F811
-    """A host's clock that is seven hours ahead is measured, and is no problem; where it goes into signatures, that is said."""
+    secret: str | None,
+    words: str,
+    ward: Ward,
+    faketime: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A host's clock that is seven hours ahead is measured, and is no problem; where it goes into
+    signatures, that is said."""
     offset = tmp_path / "offset"
     offset.write_text("+7h\n")
-    script = "import sys; from recall_worker.cli import main; sys.argv[1:] = ['doctor', '--json']; main()"
+    script = (
+        "import sys; from recall_worker.cli import main; sys.argv[1:] = ['doctor', '--json']; "
+        "main()"
+    )
     environ = {
-        "LD_PRELOAD": faketime, "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1", "RECALL_DSN": ward.dsn, "RECALL_RUN_URL": ward.url, "RECALL_RUN_TOKEN": TOKEN, "PATH": "/usr/bin:/bin",
-    } | ({"RECALL_SIGNING_SECRET": secret} if secret else {})  # fmt: skip
+        "LD_PRELOAD": faketime,
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "RECALL_DSN": ward.dsn,
+        "RECALL_RUN_URL": ward.url,
+        "RECALL_RUN_TOKEN": TOKEN,
+        "PATH": "/usr/bin:/bin",
+    } | ({"RECALL_SIGNING_SECRET": secret} if secret else {})
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", script],
@@ -560,7 +596,7 @@ async def test_a_clock_that_is_off(
     assert said.status == 0 and row["state"] == "note" and re.search(words, row["seen"]), row
 
 
-# --- how the server is set ---------------------------------------------------------------------------------------------
+# --- how the server is set ------------------------------------------------------------------------
 
 
 async def test_too_few_connections(ward: Ward) -> None:
@@ -601,7 +637,7 @@ async def test_a_long_transaction(ward: Ward) -> None:
     assert "pg_terminate_backend" in found["todo"]
 
 
-# --- who is about, and what waits --------------------------------------------------------------------------------------
+# --- who is about, and what waits -----------------------------------------------------------------
 
 
 async def test_no_worker(ward: Ward) -> None:
@@ -639,13 +675,15 @@ async def test_a_worker_in_trouble(change: str, state: str, words: str, ward: Wa
 
 
 async def test_a_backlog(ward: Ward) -> None:
-    """What is overdue is counted, the oldest named; a moment of it is a note, more is a problem; an expired lease is told apart."""
+    """What is overdue is counted, the oldest named; a moment of it is a note, more is a problem; an
+    expired lease is told apart."""
     ward.recall("young", "a", due=-20)
     await ward.finds("backlog", "note", r"1 overdue, the oldest \(young\)")
     ward.recall("old", "b", due=-3600)
     ward.recall("dead", "c", due=-3600, lease="00000000-0000-0000-0000-000000000001", leased_by="x")
     ward.change(
-        "update session_recalls set lease_until = now() - interval '2 minutes', leased_at = now() where id = 'dead'"
+        "update session_recalls set lease_until = now() - interval '2 minutes', leased_at = "
+        "now() where id = 'dead'"
     )
     found = await ward.finds(
         "backlog",
@@ -660,7 +698,8 @@ async def test_what_waits_for_its_sessions_run_is_no_backlog(ward: Ward) -> None
     """A recall whose session is in a run waits as it should."""
     ward.recall("run", "s", due=-3600)
     ward.change(
-        "update session_recalls set lease = gen_random_uuid(), leased_by = 'w', leased_at = now(), lease_until = now() + interval '1 min'"
+        "update session_recalls set lease = gen_random_uuid(), leased_by = 'w', leased_at = "
+        "now(), lease_until = now() + interval '1 min'"
     )
     ward.recall("next", "s", due=-1800)
     await ward.finds("backlog", "ok", "nothing is overdue")
@@ -675,19 +714,24 @@ async def test_all_slots_taken(ward: Ward) -> None:
 
 
 async def test_a_fleet_at_its_cap(ward: Ward) -> None:
-    """Where RECALL_FLEET_CONCURRENCY holds recalls back, that is the cause, with whose leases fill it."""
+    """Where RECALL_FLEET_CONCURRENCY holds recalls back, that is the cause, with whose leases fill
+    it."""
     ward.change('update recall_workers set settings = \'{"lease": 60, "fleet_concurrency": 2}\'')
     for n, (worker, left) in enumerate((("w", 60), ("dead", -5))):
         ward.recall(f"held{n}", f"h{n}", due=-120)
         ward.change(
-            "update session_recalls set lease = gen_random_uuid(), leased_by = %(worker)s, leased_at = now(), "
+            "update session_recalls set lease = gen_random_uuid(), leased_by = %(worker)s, "
+            "leased_at = now(), "
             "lease_until = now() + %(left)s * interval '1 second' where id = %(id)s",
-            worker=worker, left=left, id=f"held{n}",
-        )  # fmt: skip
+            worker=worker,
+            left=left,
+            id=f"held{n}",
+        )
     ward.recall(due=-3600)
     found = await ward.finds("backlog", "problem", "1 overdue", status=1)
     assert found["seen"].endswith(
-        "; the fleet runs as many as RECALL_FLEET_CONCURRENCY (2) allows: 2 leases count against it "
+        "; the fleet runs as many as RECALL_FLEET_CONCURRENCY (2) allows: 2 leases count against "
+        "it "
         "(1 of live workers, 1 that has ended, counted until 20.0 s after its end)"
     )
     assert found["todo"].startswith("a higher RECALL_FLEET_CONCURRENCY")
@@ -734,12 +778,13 @@ async def test_a_check_with_a_defect_stands_alone(ward: Ward) -> None:
 async def test_what_is_held_back(
     columns: dict[str, Any], state: str, words: str, ward: Ward
 ) -> None:
-    """What is held back is told with its reason: trouble at the endpoint is a problem, a busy session is none."""
+    """What is held back is told with its reason: trouble at the endpoint is a problem, a busy
+    session is none."""
     ward.recall(**columns)
     await ward.finds("held", state, words, status=1 if state == "problem" else 0)
 
 
-# --- the endpoint ------------------------------------------------------------------------------------------------------
+# --- the endpoint ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -802,7 +847,8 @@ async def test_an_untrusted_endpoint(ward: Ward, tmp_path: Path, authority: str)
 
 
 async def test_no_token(ward: Ward, endpoint: Endpoint) -> None:
-    """An API that wants a token that is not set is a problem; one that wants none is worth a note."""
+    """An API that wants a token that is not set is a problem; one that wants none is worth a
+    note."""
     await ward.finds(
         "endpoint", "problem", "wants a token, and none is set", status=1, RECALL_RUN_TOKEN=None
     )
@@ -817,20 +863,24 @@ async def test_no_endpoint(ward: Ward, endpoint: Endpoint) -> None:
 
 
 async def test_a_token_that_a_get_does_not_show(ward: Ward, endpoint: Endpoint) -> None:
-    """An API that answers a GET alike with and without it: the last call tells, and where there is none, check-endpoint would."""
+    """An API that answers a GET alike with and without it: the last call tells, and where there is
+    none, check-endpoint would."""
     endpoint.default = reply(405)
     found = await ward.finds("endpoint", "note", "whether it takes the token, a GET does not show")
     assert "check-endpoint" in found["todo"]
     ward.change(
-        "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, "
-        "ended_at, settled) values ('r', 1, 0, 1, 'answered', 's', 'w', gen_random_uuid(), now(), now(), now(), 'fired')"
+        "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, "
+        "session_id, worker, lease, scheduled_for, called_at, "
+        "ended_at, settled) values ('r', 1, 0, 1, 'answered', 's', 'w', gen_random_uuid(), "
+        "now(), now(), now(), 'fired')"
     )
     await ward.finds("endpoint", "ok", "the last call, now, was let in with its token: answered")
 
 
 @pytest.mark.parametrize(("protocol", "path"), [("langgraph", "/threads/"), ("agno", "/config")])
 async def test_other_protocols(protocol: str, path: str, ward: Ward, endpoint: Endpoint) -> None:
-    """An agent server of another kind is asked for what it has, as harmlessly, with its own kind of token."""
+    """An agent server of another kind is asked for what it has, as harmlessly, with its own kind of
+    token."""
     base = f"http://127.0.0.1:{endpoint.port}"
     await ward.finds(
         "endpoint",
@@ -861,7 +911,8 @@ async def test_a_check_that_breaks_stands_alone(ward: Ward) -> None:
 
 
 async def test_rights_to_prune(ward: Ward) -> None:
-    """A worker that is to prune has to be let delete recalls, and take turns; one that is not needs neither."""
+    """A worker that is to prune has to be let delete recalls, and take turns; one that is not needs
+    neither."""
     assert (await ward.examine()).status == 0
     said = await ward.examine("--json", RECALL_PRUNE="30d")
     found = [
@@ -897,7 +948,8 @@ async def test_the_database_is_as_it_was(ward: Ward, db: Connection) -> None:
     assert await all_of() == before
     await eventually(
         db,
-        "select 1 from pg_stat_activity having count(*) filter (where application_name like 'recall-worker doctor%') = 0",
+        "select 1 from pg_stat_activity having count(*) filter (where application_name like "
+        "'recall-worker doctor%') = 0",
     )
 
 
@@ -905,7 +957,8 @@ async def test_the_database_is_as_it_was(ward: Ward, db: Connection) -> None:
     "once_settled", [False, True], ids=["instead of the workers", "after them"]
 )
 async def test_recalls_that_somebody_else_marks(once_settled: bool, ward: Ward) -> None:
-    """What was marked fired past the workers, since they have been about, is named: does an old scheduler run beside them?"""
+    """What was marked fired past the workers, since they have been about, is named: does an old
+    scheduler run beside them?"""
     ward.change("update recall_workers set started_at = now() - interval '5 minutes'")
     ward.recall("before", "b", due=-600, status="fired")
     ward.change("update session_recalls set updated_at = now() - interval '6 minutes'")

@@ -39,9 +39,26 @@ def test_durations(text: str, value: float, bare: bool) -> None:
 
 
 NONE = [
-    "", " ", "h", "1x", "1 fortnight", "-5s", "5s-", "1h?", "1,5h", "1 000", "90 5m", "5m 90", "5m30",
-    "1h60", "1h1.5", "30m 1h", "1h1h", "1h 30 s 5", "١h",
-]  # fmt: skip
+    "",
+    " ",
+    "h",
+    "1x",
+    "1 fortnight",
+    "-5s",
+    "5s-",
+    "1h?",
+    "1,5h",
+    "1 000",
+    "90 5m",
+    "5m 90",
+    "5m30",
+    "1h60",
+    "1h1.5",
+    "30m 1h",
+    "1h1h",
+    "1h 30 s 5",
+    "١h",
+]
 
 
 @pytest.mark.parametrize("text", [*NONE, "nan", "inf", "1e3", "-5"])

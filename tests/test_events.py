@@ -1,4 +1,5 @@
-"""Events: what happened, told once, with a loudness of its own; to the log as a line, and to whoever else listens."""
+"""Events: what happened, told once, with a loudness of its own; to the log as a line, and to
+whoever else listens."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def constants(file: Path) -> set[str]:
 
 
 def tellings(file: Path) -> set[str]:
-    """The first arguments of all calls of `….tell(…)` and `…._tell(…)` in a module, where they are plain strings."""
+    """The first arguments of all calls of `….tell(…)` and `…._tell(…)` in a module, where they are
+    plain strings."""
     calls = [
         n
         for n in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -48,7 +50,8 @@ def tellings(file: Path) -> set[str]:
 
 
 def test_names_are_nouns_with_past_participles() -> None:
-    """An event is `noun.past_participle` (or a state that was reached), and how loud it is is known to the log."""
+    """An event is `noun.past_participle` (or a state that was reached), and how loud it is is known
+    to the log."""
     for name, loudness in LOUDNESS.items():
         noun, _, done = name.partition(".")
         assert noun.isalpha() and done.isalpha() and name == name.lower()
@@ -73,7 +76,8 @@ def test_an_event_that_nobody_knows() -> None:
 
 
 def test_told_once_to_the_log_and_to_each_listener() -> None:
-    """One telling makes one line, with the context in it, and one call of each listener, with the facts alone."""
+    """One telling makes one line, with the context in it, and one call of each listener, with the
+    facts alone."""
     heard: list[tuple[str, dict[str, Any]]] = []
     with capture_logs() as lines:
         events = Events(worker="w1")
@@ -103,7 +107,8 @@ def test_loudness(name: str, loudness: str) -> None:
 @given(st.text())
 @settings(deadline=None)
 def test_harmless_text_is_printable(text: str) -> None:
-    """Nothing is left that could steer a terminal or hide in a line, and what was printable stays as it is."""
+    """Nothing is left that could steer a terminal or hide in a line, and what was printable stays
+    as it is."""
     shown = escape_controls(text)
     assert shown.isprintable()
     shown.encode()
@@ -130,7 +135,8 @@ def test_harmless(text: str, shown: str) -> None:
 
 
 def lines_of(format: str, level: str) -> list[str]:
-    """What a process of its own writes to stderr of three events, so that the tests' own log stays as it is."""
+    """What a process of its own writes to stderr of three events, so that the tests' own log stays
+    as it is."""
     program = f"""
 from recall_worker import events
 events.configure({level!r}, {format!r})
@@ -158,7 +164,8 @@ print("data")
     ("level", "events"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 1)]
 )
 def test_json_lines(level: str, events: int) -> None:
-    """As JSON each event is one line, whatever its facts hold; quieter ones than the level are left out."""
+    """As JSON each event is one line, whatever its facts hold; quieter ones than the level are left
+    out."""
     lines = [json.loads(line) for line in lines_of("json", level)]
     assert [line["event"] for line in lines] == [
         "recall.claimed",
@@ -179,7 +186,8 @@ def test_json_lines(level: str, events: int) -> None:
 
 @pytest.mark.parametrize("format", ["console", "json", "auto"])
 def test_no_format_lets_a_fact_steer_the_terminal(format: str) -> None:
-    """Hostile facts stay inside their line, in every format; `auto` is JSON where nobody watches."""
+    """Hostile facts stay inside their line, in every format; `auto` is JSON where nobody
+    watches."""
     lines = lines_of(format, "info")
     assert not set("".join(lines)) & {"\x1b", "\x07", "\u202e", "\r"}
     assert sum("recall.settled" in line for line in lines) == 1
@@ -202,7 +210,8 @@ class Paper:
 
 
 def test_lines_of_one_turn_are_one_write() -> None:
-    """What is told in one turn of the loop is written at its end, in order; the next turn's is another write."""
+    """What is told in one turn of the loop is written at its end, in order; the next turn's is
+    another write."""
     paper = Paper()
 
     async def tell() -> None:
@@ -247,7 +256,8 @@ def test_a_line_outside_of_a_loop_is_written_at_once() -> None:
 
 
 def test_the_last_lines_are_not_lost() -> None:
-    """What was told in the very turn in which the loop ended is written before the process ends, even where that ends with a defect."""
+    """What was told in the very turn in which the loop ended is written before the process ends,
+    even where that ends with a defect."""
     program = """
 import asyncio
 from recall_worker import events

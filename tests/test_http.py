@@ -1,7 +1,8 @@
 """The transport over raw sockets: what became of one request, and whether anything of it was sent.
 
-The peer here is a listening socket that each test plays by hand. It reads every byte that arrives, so "nothing was sent" is
-counted and not believed: wherever the wire says so, the peer has seen no byte of the request.
+The peer here is a listening socket that each test plays by hand. It reads every byte that arrives,
+so "nothing was sent" is counted and not believed: wherever the wire says so, the peer has seen no
+byte of the request.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ BODY = b'{"a":"' + b"x" * 300 + b'"}'
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 PATIENCE = 20.0
 
-# A key for nothing but this file, and the certificate that it signed for itself: 127.0.0.1, years 2000 to 9999.
+# A key for nothing but this file, and the certificate that it signed for itself: 127.0.0.1, years
+# 2000 to 9999.
 KEY = """-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgIsUYYHC7xjIejLzo
 59SvmnjYwvEfNo6qu+YZX6yWIfahRANCAAQaIxkjVxCq57Tar1nnDLjsGFM2/jEJ
@@ -125,7 +127,8 @@ class Peer:
         return self.conns[-1]
 
     async def seen(self) -> bytes:
-        """Every byte that came over any connection, those included that were never accepted; reads until the callers hang up."""
+        """Every byte that came over any connection, those included that were never accepted; reads
+        until the callers hang up."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 self.conns.append(Conn(self._sock.accept()[0]))
@@ -219,7 +222,7 @@ async def kept(wire: HttpClient, peer: Peer) -> Conn:
     return conn
 
 
-# --- nothing was sent -----------------------------------------------------------------------------------------------
+# --- nothing was sent -----------------------------------------------------------------------------
 
 
 async def test_refused(wire: HttpClient, peer: Peer) -> None:
@@ -259,7 +262,8 @@ async def test_the_runs_time_is_over_before_there_is_a_connection(wire: HttpClie
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
 async def test_the_peer_hangs_up_unread(wire: HttpClient, peer: Peer, ending: str) -> None:
-    """A server that hangs up on everybody is tried a few times as long as nothing was sent, and never once something was."""
+    """A server that hangs up on everybody is tried a few times as long as nothing was sent, and
+    never once something was."""
 
     async def hang_up() -> None:
         while True:
@@ -292,12 +296,13 @@ async def test_an_address_that_is_none(wire: HttpClient, url: str) -> None:
     await Posting(wire, url).unanswered(sent=False)
 
 
-# --- TLS ------------------------------------------------------------------------------------------------------------
+# --- TLS ------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
 async def secured(tmp_path: Path, seen: list[bytes]) -> AsyncIterator[int]:
-    """A TLS server on 127.0.0.1 that answers each request; yields its port. `seen` takes what came through the handshake."""
+    """A TLS server on 127.0.0.1 that answers each request; yields its port. `seen` takes what came
+    through the handshake."""
     file = tmp_path / "server.pem"
     file.write_text(KEY + CERTIFICATE, encoding="ascii")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -323,7 +328,8 @@ async def secured(tmp_path: Path, seen: list[bytes]) -> AsyncIterator[int]:
 async def test_an_authority_that_is_trusted(
     tmp_path: Path, authority: str, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With RECALL_CA_FILE a private endpoint is trusted, and so it is by the system's authorities; two requests go over one connection."""
+    """With RECALL_CA_FILE a private endpoint is trusted, and so it is by the system's authorities;
+    two requests go over one connection."""
     seen: list[bytes] = []
     if given == "system":
         monkeypatch.setenv("SSL_CERT_FILE", authority)
@@ -341,7 +347,8 @@ async def test_an_authority_that_is_trusted(
 async def test_a_certificate_that_is_not_trusted(
     tmp_path: Path, authority: str, wrong: str
 ) -> None:
-    """An unknown authority, or the certificate of another host: nothing was sent, and the reason names the certificate."""
+    """An unknown authority, or the certificate of another host: nothing was sent, and the reason
+    names the certificate."""
     seen: list[bytes] = []
     wire = HttpClient(
         Settings(run_url="https://localhost", ca_file=None if wrong == "authority" else authority)
@@ -364,7 +371,7 @@ async def test_a_handshake_that_fails(peer: Peer, wire: HttpClient, peer_does: s
     await posting.unanswered(sent=False)
 
 
-# --- it was sent ----------------------------------------------------------------------------------------------------
+# --- it was sent ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["fin", "rst"])
@@ -392,7 +399,8 @@ async def test_the_peer_reads_and_hangs_up(wire: HttpClient, peer: Peer, ending:
 async def test_a_head_that_breaks_off_is_not_quoted(
     wire: HttpClient, peer: Peer, data: bytes
 ) -> None:
-    """What stood in the head of a broken answer, such as another user's cookie, does not come into a reason, and so not into a row or a log."""
+    """What stood in the head of a broken answer, such as another user's cookie, does not come into
+    a reason, and so not into a row or a log."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
@@ -470,7 +478,8 @@ async def test_a_refusal_says_enough_with_its_status(
 
 @pytest.mark.parametrize("until", ["request", "head", "body"])
 async def test_timeout_once_sent(wire: HttpClient, peer: Peer, until: str) -> None:
-    """The time for the run covers everything until the last byte of the answer; then the connection is given up."""
+    """The time for the run covers everything until the last byte of the answer; then the connection
+    is given up."""
     posting = Posting(wire, peer.url, timeout=0.4)
     conn = await peer.accept()
     await conn.request()
@@ -495,7 +504,7 @@ async def test_an_answer_in_good_time(wire: HttpClient, peer: Peer) -> None:
     assert (answer.status, answer.body, answer.truncated) == (200, b"{}", False)
 
 
-# --- kept connections -----------------------------------------------------------------------------------------------
+# --- kept connections -----------------------------------------------------------------------------
 
 
 async def test_a_connection_is_kept(wire: HttpClient, peer: Peer) -> None:
@@ -514,14 +523,16 @@ async def test_a_connection_is_kept(wire: HttpClient, peer: Peer) -> None:
 async def test_a_kept_connection_that_was_closed_right_before(
     wire: HttpClient, peer: Peer, ending: str, moment: str
 ) -> None:
-    """The server hangs up in the moment before the next request: exactly one request arrives, on another connection, and is answered."""
+    """The server hangs up in the moment before the next request: exactly one request arrives, on
+    another connection, and is answered."""
     conn = await kept(wire, peer)
 
     def hang_up() -> dict[str, str]:
         conn.reset() if ending == "rst" else conn.close()
         return {}
 
-    # Without a turn of the loop in between: the client has not seen the end when it takes the connection up.
+    # Without a turn of the loop in between: the client has not seen the end when it takes the
+    # connection up.
     if moment == "before the call":
         hang_up()
     posting = Posting(wire, peer.url, headers=hang_up)
@@ -597,7 +608,8 @@ STRAY = {
 async def test_bytes_that_wait_on_an_idle_connection(
     wire: HttpClient, peer: Peer, data: bytes, moment: str
 ) -> None:
-    """What a proxy says on an idle connection is no answer to the next request, which goes over another connection."""
+    """What a proxy says on an idle connection is no answer to the next request, which goes over
+    another connection."""
     conn = await kept(wire, peer)
 
     def speak() -> dict[str, str]:
@@ -643,7 +655,7 @@ async def test_nothing_listens_any_more_behind_a_kept_connection(
     await Posting(wire, peer.url).unanswered(sent=False)
 
 
-# --- cancelling -----------------------------------------------------------------------------------------------------
+# --- cancelling -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh connection", "kept connection"])
@@ -671,7 +683,8 @@ async def test_cancelled_after_any_number_of_turns(peer: Peer, reused: bool) -> 
 
 
 async def test_cancelled_in_mid_run(wire: HttpClient, peer: Peer) -> None:
-    """A call that is aborted hangs up at once, so that the API can stop the run; the connection is not used again."""
+    """A call that is aborted hangs up at once, so that the API can stop the run; the connection is
+    not used again."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()
@@ -694,11 +707,12 @@ async def test_closing_breaks_open_calls_off(wire: HttpClient, peer: Peer) -> No
     assert await conn.rest() == b""
 
 
-# --- what is sent, and what is read ---------------------------------------------------------------------------------
+# --- what is sent, and what is read ---------------------------------------------------------------
 
 
 async def test_what_is_sent(wire: HttpClient, peer: Peer) -> None:
-    """The address goes as it is given, the body as it is, the headers once each; nothing asks for packing or an upgrade."""
+    """The address goes as it is given, the body as it is, the headers once each; nothing asks for
+    packing or an upgrade."""
     url = f"http://127.0.0.1:{peer.port}/%41/sessions/a%2F..%2Fb%3Fc%23d%252e/run?x=%20"
     posting = Posting(
         wire, url, headers=lambda: {"Content-Type": "application/json", "Idempotency-Key": "r1:1"}
@@ -712,9 +726,14 @@ async def test_what_is_sent(wire: HttpClient, peer: Peer) -> None:
     headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
     assert len(headers) == len(fields)
     assert headers == {
-        "host": f"127.0.0.1:{peer.port}", "accept": "application/json", "accept-encoding": "identity", "user-agent": "recall-worker",
-        "content-type": "application/json", "idempotency-key": "r1:1", "content-length": str(len(BODY)),
-    }  # fmt: skip
+        "host": f"127.0.0.1:{peer.port}",
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "user-agent": "recall-worker",
+        "content-type": "application/json",
+        "idempotency-key": "r1:1",
+        "content-length": str(len(BODY)),
+    }
     assert body == BODY
 
 
@@ -732,7 +751,8 @@ async def test_a_large_body_arrives_whole(wire: HttpClient, peer: Peer) -> None:
 
 
 async def test_headers_are_asked_for_when_the_request_is_made(wire: HttpClient, peer: Peer) -> None:
-    """A request that has to take another connection asks for its headers again: what they say of the time is true."""
+    """A request that has to take another connection asks for its headers again: what they say of
+    the time is true."""
     conn = await kept(wire, peer)
     conn.close()
     asked: list[int] = []
@@ -750,7 +770,8 @@ async def test_headers_are_asked_for_when_the_request_is_made(wire: HttpClient, 
 
 
 async def test_cookies_are_not_kept(wire: HttpClient, peer: Peer) -> None:
-    """What one answer sets is not sent with the next request. By name: no jar keeps cookies of an address."""
+    """What one answer sets is not sent with the next request. By name: no jar keeps cookies of an
+    address."""
     url = f"http://localhost:{peer.port}/run"
     posting = Posting(wire, url)
     conn = await peer.accept()
@@ -792,7 +813,8 @@ async def test_no_proxy_from_the_environment(peer: Peer, monkeypatch: pytest.Mon
 
 
 async def test_gzip_is_left_packed(wire: HttpClient, peer: Peer) -> None:
-    """A server that packs though nobody asked is not unpacked: a small answer can't become a large one."""
+    """A server that packs though nobody asked is not unpacked: a small answer can't become a large
+    one."""
     packed = gzip.compress(b"{}" + b" " * (8 << 20))
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
@@ -813,7 +835,8 @@ async def test_gzip_is_left_packed(wire: HttpClient, peer: Peer) -> None:
 async def test_the_limit(
     wire: HttpClient, peer: Peer, size: int, truncated: bool, length: str
 ) -> None:
-    """An answer of exactly 1 MiB is read whole; of one byte more, 1 MiB is read and the rest is left."""
+    """An answer of exactly 1 MiB is read whole; of one byte more, 1 MiB is read and the rest is
+    left."""
     head = {
         "content-length": f"content-length: {size}\r\n",
         "chunked": "transfer-encoding: chunked\r\n",
@@ -836,7 +859,8 @@ async def test_the_limit(
 
 
 async def test_an_endless_answer_is_left(wire: HttpClient, peer: Peer) -> None:
-    """A server that never stops talking is hung up on past the limit; the next call takes another connection."""
+    """A server that never stops talking is hung up on past the limit; the next call takes another
+    connection."""
     posting = Posting(wire, peer.url)
     conn = await peer.accept()
     await conn.request()

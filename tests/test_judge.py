@@ -1,4 +1,5 @@
-"""The judge: every outcome, for every call type, moved or not, with attempts left or not; and what holds for all of them."""
+"""The judge: every outcome, for every call type, moved or not, with attempts left or not; and what
+holds for all of them."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def verdict_on(claim: Claim, outcome: Outcome, **more: Any) -> Verdict:
     return judge(ended(claim, outcome, **more), POLICY, half)
 
 
-# --- one row a case: the outcome table ------------------------------------------------------------------------------
+# --- one row a case: the outcome table ------------------------------------------------------------
 
 
 BACKOFF_OF_FIRST = After(2.5)
@@ -158,7 +159,8 @@ UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     ),
     (Expired("it had all"), Finish("fired", "it had all"), Finish("fired", "it had all")),
 ]
-"""outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody moved the recall."""
+"""outcome, verdict on once and immediate, verdict on recurring: a first attempt of three, nobody
+moved the recall."""
 
 
 def test_the_table_is_whole() -> None:
@@ -170,7 +172,8 @@ def test_the_table_is_whole() -> None:
     ("outcome", "one_shot", "recurring"), UNMOVED, ids=[repr(row[0]) for row in UNMOVED]
 )
 def test_first_attempt(outcome: Outcome, one_shot: Verdict, recurring: Verdict) -> None:
-    """What the row becomes after a first call that nobody interfered with: DESIGN's outcome table."""
+    """What the row becomes after a first call that nobody interfered with: DESIGN's outcome
+    table."""
     assert verdict_on(claimed("once"), outcome) == one_shot
     assert verdict_on(claimed("immediate"), outcome) == one_shot
     assert verdict_on(claimed("recurring"), outcome) == recurring
@@ -179,7 +182,8 @@ def test_first_attempt(outcome: Outcome, one_shot: Verdict, recurring: Verdict) 
 @pytest.mark.parametrize("outcome", [Unknown("broke off"), Failed("failed", 200)], ids=name_of)
 @pytest.mark.parametrize("attempt", [3, 4, 1000])
 def test_no_attempts_left(outcome: Outcome, attempt: int) -> None:
-    """After the last attempt a one-shot has failed, and a recurring recall waits for its next occurrence; both say why."""
+    """After the last attempt a one-shot has failed, and a recurring recall waits for its next
+    occurrence; both say why."""
     reason = reason_of(outcome)
     assert verdict_on(claimed("once", attempt=attempt), outcome) == Finish("failed", reason)
     assert verdict_on(claimed("immediate", attempt=attempt), outcome) == Finish("failed", reason)
@@ -206,11 +210,13 @@ def test_attempts_do_not_matter_elsewhere(outcome: Outcome) -> None:
 @pytest.mark.parametrize("attempt", [1, 3], ids=["attempts left", "none left"])
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=name_of)
 def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: str) -> None:
-    """The application's move is honoured by every ending that leaves the recall live, and costs k numbers for k intervals.
+    """The application's move is honoured by every ending that leaves the recall live, and costs k
+    numbers for k intervals.
 
-    An occurrence that is over gives way to the one that the move names: after a skip, an interval after the run and one more for
-    each skipped; after any other move, the new time as it stands, also for a one-shot. One that is not over gives way, too, as
-    its key stands for one due moment only.
+    An occurrence that is over gives way to the one that the move names: after a skip, an interval
+    after the run and one more for each skipped; after any other move, the new time as it stands,
+    also for a one-shot. One that is not over gives way, too, as its key stands for one due moment
+    only.
     """
     claim = claimed(call_type, move, attempt=attempt, begun_age=0.5)
     skips = {"skipped once": 1, "skipped twice": 2}.get(move, 0) if call_type == "recurring" else 0
@@ -250,13 +256,14 @@ def test_moved_in_mid_run(outcome: Outcome, attempt: int, call_type: str, move: 
 
 
 def test_a_move_before_the_first_call_keeps_the_number() -> None:
-    """A recall that was moved after its claim, and given back unsent, has not begun: its occurrence keeps its number."""
+    """A recall that was moved after its claim, and given back unsent, has not begun: its occurrence
+    keeps its number."""
     assert verdict_on(claimed("once", "rescheduled"), Unsent("moved")) == Next(5, AsMoved())
     assert verdict_on(claimed("recurring", "rescheduled"), Unsent("moved")) == Next(5, AsMoved())
     assert verdict_on(claimed("recurring", "skipped twice"), Unsent("moved")) == Next(7, AsMoved())
 
 
-# --- waiting and giving up ------------------------------------------------------------------------------------------
+# --- waiting and giving up ------------------------------------------------------------------------
 
 
 GIVES_UP: list[Outcome] = [
@@ -290,7 +297,8 @@ GIVES_UP: list[Outcome] = [
 def test_give_up(
     outcome: Outcome, begun_age: float | None, after: float, breaker_closed: bool, gives_up: bool
 ) -> None:
-    """Waiting ends past RECALL_GIVE_UP, counted from the occurrence's first call, and only by calls under a closed breaker."""
+    """Waiting ends past RECALL_GIVE_UP, counted from the occurrence's first call, and only by calls
+    under a closed breaker."""
     for call_type in CALL_TYPES:
         verdict = verdict_on(
             claimed(call_type, begun_age=begun_age),
@@ -381,7 +389,7 @@ def test_what_the_backoff_counts(outcome: Outcome, changes: dict[str, Any], n: i
     assert verdict.when == After(backoff(n, half))
 
 
-# --- before a call --------------------------------------------------------------------------------------------------
+# --- before a call --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,8 @@ def test_what_the_backoff_counts(outcome: Outcome, changes: dict[str, Any], n: i
     ids=lambda value: repr(value)[:60],
 )
 def test_what_can_not_be_called(changes: dict[str, Any], says: str) -> None:
-    """A row that can't be run is malformed before anything is sent, and the reason names what is wrong with it."""
+    """A row that can't be run is malformed before anything is sent, and the reason names what is
+    wrong with it."""
     outcome = before_call(claim_with(**changes), max_attempts=3)
     assert isinstance(outcome, Malformed) and says in outcome.reason
 
@@ -420,12 +429,13 @@ def test_what_can_not_be_called(changes: dict[str, Any], says: str) -> None:
     ids=lambda value: repr(value)[:60],
 )
 def test_a_recall_that_kills_its_workers_is_buried(changes: dict[str, Any], buried: bool) -> None:
-    """Only a claim that takes up a dead worker's last attempt is Unknown without a call; all others are called."""
+    """Only a claim that takes up a dead worker's last attempt is Unknown without a call; all others
+    are called."""
     outcome = before_call(claim_with(**changes), max_attempts=3)
     assert isinstance(outcome, Unknown) if buried else outcome is None
 
 
-# --- what a move means for a claimed row ----------------------------------------------------------------------------
+# --- what a move means for a claimed row ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -446,7 +456,8 @@ def test_a_recall_that_kills_its_workers_is_buried(changes: dict[str, Any], buri
     ids=str,
 )
 def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: int | None) -> None:
-    """A skip consumes a number for each interval; any other move keeps the number of what was never called."""
+    """A skip consumes a number for each interval; any other move keeps the number of what was never
+    called."""
     expected = None if occurrence is None else Placement(occurrence, AsMoved(), 0)
     assert resolve_move(claimed(call_type, move, **changes)) == expected
 
@@ -461,7 +472,8 @@ def test_honour(call_type: str, move: str, changes: dict[str, Any], occurrence: 
 def test_skipping_k_intervals_consumes_exactly_k_numbers(
     interval: int, k: int, occurrence: int, attempt: int
 ) -> None:
-    """However a recall is met by a skip of k (waiting, between two calls, in mid-run), exactly k numbers are left out."""
+    """However a recall is met by a skip of k (waiting, between two calls, in mid-run), exactly k
+    numbers are left out."""
     claim = claim_with(
         call_type="recurring", interval=interval, occurrence=occurrence, attempt=attempt,
         trigger_at=NOON + timedelta(seconds=interval) * k,
@@ -496,7 +508,7 @@ def test_honouring_never_passes_the_last_number(move: str) -> None:
     assert resolve_move(claim) == Placement(LAST, AsMoved(), 0)
 
 
-# --- what holds whatever happens ------------------------------------------------------------------------------------
+# --- what holds whatever happens ------------------------------------------------------------------
 
 
 RUNS = st.one_of(
@@ -542,7 +554,8 @@ def settled(claim: Claim, ending: Ending, verdict: Verdict) -> Claim | None:
 def test_a_one_shot_spends_no_more_than_its_attempts(
     outcomes: list[Outcome], chance: float, most: int
 ) -> None:
-    """Whatever order of outcomes it meets, a one-shot is over at the latest with its last attempt; deferrals spend none."""
+    """Whatever order of outcomes it meets, a one-shot is over at the latest with its last attempt;
+    deferrals spend none."""
     policy = Policy(busy_delay=60.0, max_attempts=most, give_up=86_400.0)
     claim: Claim | None = claim_with()
     spent, keys = 0, set()
@@ -585,10 +598,19 @@ def test_waiting_comes_to_an_end(outcome: Outcome, age: float) -> None:
 )
 @settings(deadline=None, max_examples=300)
 def test_what_every_verdict_keeps(
-    outcome: Outcome, call_type: str, move: str, attempt: int, deferrals: int, rekey: int, begun_age: float | None, after: float,
-    breaker_closed: bool, chance: float,
-) -> None:  # fmt: skip
-    """Whatever is judged: waits are never negative nor over a day (or the cadence), numbers never fall, and reasons are given."""
+    outcome: Outcome,
+    call_type: str,
+    move: str,
+    attempt: int,
+    deferrals: int,
+    rekey: int,
+    begun_age: float | None,
+    after: float,
+    breaker_closed: bool,
+    chance: float,
+) -> None:
+    """Whatever is judged: waits are never negative nor over a day (or the cadence), numbers never
+    fall, and reasons are given."""
     claim = claimed(
         call_type, move, attempt=attempt, deferrals=deferrals, rekey=rekey, begun_age=begun_age
     )
@@ -620,7 +642,8 @@ def test_what_every_verdict_keeps(
 
 
 def test_dice_are_cast_only_where_they_decide() -> None:
-    """A verdict that needs no chance asks for none: what the API or the settings say is done to the second."""
+    """A verdict that needs no chance asks for none: what the API or the settings say is done to the
+    second."""
 
     def loaded() -> float:
         raise AssertionError("the dice were cast")

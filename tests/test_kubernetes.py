@@ -1,7 +1,9 @@
-"""kubernetes/: well formed by Kubernetes's own schemas, and in agreement with the image, the settings and the commands.
+"""kubernetes/: well formed by Kubernetes's own schemas, and in agreement with the image, the
+settings and the commands.
 
-No cluster runs here: what a scheduler, a kubelet and a runtime would make of it is not shown. tests/house/test_docker.py runs the image as
-it is run here: nobody's account, a read-only root, no capabilities.
+No cluster runs here: what a scheduler, a kubelet and a runtime would make of it is not shown.
+tests/process/test_docker.py runs the image as it is run here: nobody's account, a read-only root,
+no capabilities.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "kubernetes").glob("*.yaml"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 GOODBYE = 5.0
-"""Seconds: what a worker may take beyond its last settles, to take leave and to send its last traces."""
+"""Seconds: what a worker may take beyond its last settles, to take leave and to send its last
+traces."""
 
 Object = dict[str, Any]
 OBJECTS: list[Object] = [
@@ -58,16 +61,20 @@ def environment(spec: Object) -> dict[str, str]:
 def test_what_there_is() -> None:
     """One of each, by name; everything that makes pods is among those that the tests look at."""
     assert sorted(BY_KIND) == [
-        "ConfigMap/recall-worker", "CronJob/recall-worker-prune", "Deployment/recall-worker", "Job/recall-worker-migrate",
+        "ConfigMap/recall-worker",
+        "CronJob/recall-worker-prune",
+        "Deployment/recall-worker",
+        "Job/recall-worker-migrate",
         "PodDisruptionBudget/recall-worker",
-    ]  # fmt: skip
+    ]
     assert len(PODS) == 3
 
 
 @pytest.mark.parametrize("release", ["1.27", "1.34", "1.37"])
 @pytest.mark.parametrize("name", BY_KIND)
 def test_kubernetes_takes_it(name: str, release: str) -> None:
-    """By the schemas of old and new releases, strictly: a field that is unknown, or in the wrong place, is refused."""
+    """By the schemas of old and new releases, strictly: a field that is unknown, or in the wrong
+    place, is refused."""
     kubernetes_validate.validate(BY_KIND[name], release, strict=True)
 
 
@@ -84,7 +91,8 @@ def test_the_schemas_are_strict() -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_the_settings_exist(name: str, tmp_path: Path) -> None:
-    """Each variable is a setting, with a value that it takes; its secrets are files of a volume that is mounted there."""
+    """Each variable is a setting, with a value that it takes; its secrets are files of a volume
+    that is mounted there."""
     spec = PODS[name]
     given = environment(spec)
     assert ignored(given) == []
@@ -125,7 +133,8 @@ def test_the_command_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_it_has_no_more_rights_than_it_needs(name: str) -> None:
-    """What Kubernetes calls the restricted standard, a read-only root, the image's own account, no token of the cluster's."""
+    """What Kubernetes calls the restricted standard, a read-only root, the image's own account, no
+    token of the cluster's."""
     spec = PODS[name]
     [container] = spec["containers"]
     account = spec["securityContext"]
@@ -135,8 +144,10 @@ def test_it_has_no_more_rights_than_it_needs(name: str) -> None:
         and account["fsGroup"] == account["runAsGroup"]
     )
     assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
-    }  # fmt: skip
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
     assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
     assert {"hostNetwork", "hostPID", "hostIPC"}.isdisjoint(spec)
     assert "memory" in container["resources"]["limits"] and set(
@@ -145,7 +156,8 @@ def test_it_has_no_more_rights_than_it_needs(name: str) -> None:
 
 
 def test_probes_ask_where_the_worker_answers() -> None:
-    """Both probes go to the port that RECALL_OPS_LISTEN opens on every address of the pod, and to pages that there are."""
+    """Both probes go to the port that RECALL_OPS_LISTEN opens on every address of the pod, and to
+    pages that there are."""
     spec = PODS["Deployment/recall-worker"]
     [container] = spec["containers"]
     [port] = container["ports"]
@@ -179,7 +191,8 @@ def selected(by: dict[str, str]) -> Iterator[str]:
 
 
 def test_selectors_mean_the_workers_alone() -> None:
-    """Deployment, budget and spread select the workers' pods, and no pod of a job; the budget lets a drained node go on."""
+    """Deployment, budget and spread select the workers' pods, and no pod of a job; the budget lets
+    a drained node go on."""
     deployment, budget = (
         BY_KIND["Deployment/recall-worker"],
         BY_KIND["PodDisruptionBudget/recall-worker"],

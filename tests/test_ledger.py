@@ -1,6 +1,8 @@
-"""The ledger against a real PostgreSQL: who may claim what, whose settle counts, and what a crowd at one table does.
+"""The ledger against a real PostgreSQL: who may claim what, whose settle counts, and what a crowd
+at one table does.
 
-A ledger (and so a connection) for each worker, the application on its own asyncpg connection, a third one for looking.
+A ledger (and so a connection) for each worker, the application on its own asyncpg connection, a
+third one for looking.
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ from recall_worker.recall import (
     Verdict,
 )
 
-from .application import AlreadyScheduled, Application
 from .conftest import Connection, connected
-from .look import look
-from .pgbouncer import PgBouncer
+from .support.application import AlreadyScheduled, Application
+from .support.claiming import claim_due
+from .support.pgbouncer import PgBouncer
 
 LEASE = 3.0
 FIRED = Finish("fired", None)
@@ -66,7 +68,8 @@ def as_moved(occurrence: int) -> Placement:
 
 @pytest.fixture(params=["direct", "pooled"])
 async def ledgers(request: pytest.FixtureRequest, database: str) -> AsyncIterator[Ledgers]:
-    """Makes ledgers, each with connections and a worker's name of its own; all that is shown holds through pgbouncer, too."""
+    """Makes ledgers, each with connections and a worker's name of its own; all that is shown holds
+    through pgbouncer, too."""
     if request.param == "pooled":
         bouncer: PgBouncer = request.getfixturevalue("bouncer")
         database = bouncer.way_to(database)
@@ -84,7 +87,8 @@ async def ledgers(request: pytest.FixtureRequest, database: str) -> AsyncIterato
 
 @pytest.fixture
 async def settled_in(db: Connection) -> None:
-    """Waits until PostgreSQL has been up for a third of a lease, as nobody takes an expired lease before."""
+    """Waits until PostgreSQL has been up for a third of a lease, as nobody takes an expired lease
+    before."""
     while not (
         await one(
             db,
@@ -96,14 +100,16 @@ async def settled_in(db: Connection) -> None:
 
 
 async def put(db: Connection, session: str, due: str | float = -1.0, **columns: Any) -> str:
-    """Insert a recall as old rows or the application may have put it; `due` in seconds from now, or a date. Returns its id."""
+    """Insert a recall as old rows or the application may have put it; `due` in seconds from now, or
+    a date. Returns its id."""
     id = str(columns.pop("id", f"r-{uuid4()}"))
     row = {"call_type": "once", "interval_seconds": None, "status": "pending"} | columns
     at = "now() + %s * interval '1 second'" if isinstance(due, float) else "%s::timestamptz"
     await db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", (session,))
     names = "".join(f", {name}" for name in row)
     await db.execute(
-        "insert into session_recalls (id, session_id, trigger_at, additional_context_message, created_at, updated_at"
+        "insert into session_recalls (id, session_id, trigger_at, additional_context_message, "
+        "created_at, updated_at"
         f"{names}) values (%s, %s, {at}, 'look again', now(), now(){', %s' * len(row)})".encode(),
         (id, session, due, *row.values()),
     )
@@ -117,12 +123,14 @@ async def one(db: Connection, query: str, *values: Any) -> dict[str, Any]:
 
 
 async def recall(db: Connection, id: str) -> dict[str, Any]:
-    """The row, and `due_in`: seconds until `trigger_at`. Dates that Python does not have are the nearest that it has."""
+    """The row, and `due_in`: seconds until `trigger_at`. Dates that Python does not have are the
+    nearest that it has."""
     db.adapters.register_loader("timestamptz", Dates)
     clamped = "least(greatest(trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz)"
     return await one(
         db,
-        f"select *, extract(epoch from {clamped} - now())::float8 as due_in from session_recalls where id = %s",
+        f"select *, extract(epoch from {clamped} - now())::float8 as due_in from session_recalls "
+        f"where id = %s",
         id,
     )
 
@@ -130,7 +138,8 @@ async def recall(db: Connection, id: str) -> dict[str, Any]:
 async def marks(db: Connection, id: str) -> list[tuple[Any, ...]]:
     """The recall's calls as they are on record: attempt, outcome, calls, settled."""
     rows = await db.execute(
-        "select attempt, outcome, calls, settled from recall_attempts where recall_id = %s order by attempt, outcome",
+        "select attempt, outcome, calls, settled from recall_attempts where recall_id = %s order "
+        "by attempt, outcome",
         (id,),
     )
     return [tuple(row.values()) for row in await rows.fetchall()]
@@ -153,7 +162,7 @@ FAR = datetime(2900, 1, 1, tzinfo=UTC)
 
 
 async def claim(ledger: Ledger, slots: int = 10, *, take_expired: bool = True) -> list[Claim]:
-    return (await look(ledger, slots, take_expired=take_expired)).claims
+    return (await claim_due(ledger, slots, take_expired=take_expired)).claims
 
 
 async def claim_one(ledger: Ledger) -> Claim:
@@ -180,18 +189,19 @@ async def settle(
     return answer
 
 
-# --- claiming --------------------------------------------------------------------------------------------------------
+# --- claiming -------------------------------------------------------------------------------------
 
 
 async def test_the_oldest_due_come_first_and_never_more_than_the_slots(
     db: Connection, ledgers: Ledgers
 ) -> None:
-    """Of five due recalls two are claimed, those that are due longest; the rest follows when asked for again."""
+    """Of five due recalls two are claimed, those that are due longest; the rest follows when asked
+    for again."""
     ids = {age: await put(db, f"s{age}", -float(age)) for age in (3, 1, 5, 2, 4)}
     ledger = ledgers()
     first = await ledger.claim(2)
     assert [c.id for c in first.claims] == [ids[5], ids[4]]
-    rest = await look(ledger, 4)
+    rest = await claim_due(ledger, 4)
     assert [c.id for c in rest.claims] == [ids[3], ids[2], ids[1]]
     assert not rest.waiting
 
@@ -199,7 +209,8 @@ async def test_the_oldest_due_come_first_and_never_more_than_the_slots(
 async def test_what_fell_due_after_the_claim_is_told_apart(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """A claim and the question what is next see the table at two instants: what fell due in between is to be claimed at once, not at leisure."""
+    """A claim and the question what is next see the table at two instants: what fell due in between
+    is to be claimed at once, not at leisure."""
     ledger = ledgers()
     for n in range(25):
         await put(db, f"s{n}", -60.0 - n)
@@ -249,20 +260,22 @@ async def test_whoever_comes_by_sees_whether_there_is_anything(
 async def test_next_in_tells_when_to_come_back(
     due: list[float | str], status: str, wanted: float | None, db: Connection, ledgers: Ledgers
 ) -> None:
-    """The answer to a claim that finds nothing due says in how many seconds the nearest live recall is, a day at the most."""
+    """The answer to a claim that finds nothing due says in how many seconds the nearest live recall
+    is, a day at the most."""
     for n, at in enumerate(due):
         await put(db, f"s{n}", at, status=status)
-    answer = await look(ledgers(), 3)
+    answer = await claim_due(ledgers(), 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == (None if wanted is None else pytest.approx(wanted, abs=5.0))
 
 
 async def test_a_leased_recall_is_due_when_its_lease_ends(db: Connection, ledgers: Ledgers) -> None:
-    """While a recall is leased, the next time to wake is the end of that lease, though its trigger has long passed."""
+    """While a recall is leased, the next time to wake is the end of that lease, though its trigger
+    has long passed."""
     await put(db, "s", -100.0)
     ledger = ledgers(lease=60.0)
     assert len(await claim(ledger)) == 1
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert (answer.claims, answer.waiting) == ([], False)
     assert answer.next_in == pytest.approx(60.0, abs=5.0)
 
@@ -270,37 +283,40 @@ async def test_a_leased_recall_is_due_when_its_lease_ends(db: Connection, ledger
 async def test_what_the_application_has_locked_is_waited_for(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """A due row in an open transaction is passed over, others are claimed, and the answer says that something waits."""
+    """A due row in an open transaction is passed over, others are claimed, and the answer says that
+    something waits."""
     locked, free = await put(db, "locked", -9.0), await put(db, "free", -1.0)
     ledger = ledgers()
     async with app.connection.transaction():
         await app.reschedule(locked, datetime.now(UTC))
-        answer = await look(ledger, 3)
+        answer = await claim_due(ledger, 3)
         assert [c.id for c in answer.claims] == [free] and answer.waiting
     assert [c.id for c in await claim(ledger)] == [locked]
 
 
 async def test_a_paused_recall_is_not_due(db: Connection, ledgers: Ledgers) -> None:
-    """What an operator holds back is neither claimed nor waited for, and does not stand in its session's way."""
+    """What an operator holds back is neither claimed nor waited for, and does not stand in its
+    session's way."""
     held = await put(db, "s", -9.0, status="running", paused_at=datetime.now(UTC))
     free = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert [c.id for c in answer.claims] == [free]
     assert isinstance(await settle(ledger, answer.claims[0]), Settled)
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert (answer.claims, answer.next_in, answer.waiting) == ([], None, False)
     assert (await recall(db, held))["lease"] is None
 
 
 async def test_one_run_a_session(db: Connection, ledgers: Ledgers) -> None:
-    """Of two due recalls of one session the older is claimed; the other waits until that is settled, and follows at once."""
+    """Of two due recalls of one session the older is claimed; the other waits until that is
+    settled, and follows at once."""
     older = await put(db, "s", -9.0, status="running")
     newer = await put(db, "s", -1.0)
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert [c.id for c in answer.claims] == [older] and answer.waiting
-    again = await look(ledger, 3)
+    again = await claim_due(ledger, 3)
     assert again.claims == [] and again.waiting
     await settle(ledger, answer.claims[0])
     assert [c.id for c in await claim(ledger)] == [newer]
@@ -309,13 +325,14 @@ async def test_one_run_a_session(db: Connection, ledgers: Ledgers) -> None:
 async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """After a cancel in mid-run the session takes a new recall at once, which is called when the old call is known to be broken off."""
+    """After a cancel in mid-run the session takes a new recall at once, which is called when the
+    old call is known to be broken off."""
     await put(db, "s")
     ledger = ledgers()
     running = await claim_one(ledger)
     assert await app.cancel_session("s") == 1
     newer = await app.schedule("s", "immediate", datetime.now(UTC), "instead")
-    other = await look(ledgers(), 3)
+    other = await claim_due(ledgers(), 3)
     assert other.claims == [] and other.waiting
     assert await settle(ledger, running, Release("cancelled"), Unknown("broken off")) == Ended(
         "cancelled"
@@ -326,7 +343,8 @@ async def test_a_cancelled_run_keeps_its_session_until_it_has_let_go(
 async def test_a_cancelled_run_of_a_dead_worker_keeps_its_session_for_a_lease(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Where nobody is left to let go, the session is free when the cancelled recall's lease has ended."""
+    """Where nobody is left to let go, the session is free when the cancelled recall's lease has
+    ended."""
     id = await put(db, "s")
     await claim_one(ledgers())
     await app.cancel_session("s")
@@ -338,7 +356,8 @@ async def test_a_cancelled_run_of_a_dead_worker_keeps_its_session_for_a_lease(
 
 async def leased_twice(db: Connection) -> list[dict[str, Any]]:
     rows = await db.execute(
-        "select session_id from session_recalls where lease is not null and status in ('pending', 'running') group by 1 having count(*) > 1"
+        "select session_id from session_recalls where lease is not null and status in "
+        "('pending', 'running') group by 1 having count(*) > 1"
     )
     return await rows.fetchall()
 
@@ -347,7 +366,8 @@ async def leased_twice(db: Connection) -> list[dict[str, Any]]:
 async def test_racing_claimers_share_no_row_and_no_session(
     racers: int, rounds: int, db: Connection, ledgers: Ledgers
 ) -> None:
-    """Claimers on connections of their own at sessions with two due recalls each: every recall is run once, in a session one at a time."""
+    """Claimers on connections of their own at sessions with two due recalls each: every recall is
+    run once, in a session one at a time."""
     ours = [ledgers() for _ in range(racers)]
     for turn in range(rounds):
         ids = set()
@@ -379,12 +399,13 @@ async def test_racing_claimers_share_no_row_and_no_session(
 async def test_a_lost_race_for_a_session_is_an_empty_claim(
     db: Connection, database: str, ledgers: Ledgers
 ) -> None:
-    """A session that gets a run between a claim's look and its write: the index on one run a session says so, and nothing is claimed."""
+    """A session that gets a run between a claim's look and its write: the index on one run a
+    session says so, and nothing is claimed."""
     id = await put(db, "s")
     async with connected(database) as other:
         await other.execute("begin")
         await put(other, "s", -5.0, status="running", lease=uuid4(), lease_until=FAR)
-        claiming = asyncio.create_task(look(ledgers("loser"), 3))
+        claiming = asyncio.create_task(claim_due(ledgers("loser"), 3))
         await blocked(db, "recall-worker ledger loser")
         await other.execute("commit")
         answer = await claiming
@@ -394,19 +415,23 @@ async def test_a_lost_race_for_a_session_is_an_empty_claim(
 
 async def blocked(db: Connection, name: str) -> None:
     """Wait until a connection of this name waits for a lock."""
-    waiting = "select exists (select from pg_stat_activity where application_name = %s and wait_event_type = 'Lock') as waits"
+    waiting = (
+        "select exists (select from pg_stat_activity where application_name = %s and "
+        "wait_event_type = 'Lock') as waits"
+    )
     async with asyncio.timeout(20):
         while not (await one(db, waiting, name))["waits"]:
             pass
 
 
-# --- the fence -------------------------------------------------------------------------------------------------------
+# --- the fence ------------------------------------------------------------------------------------
 
 
 async def test_a_stale_lease_settles_nothing(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """Whoever was thought dead can't overwrite its successor: its settle, renewal and placing change nothing, and its call is on record."""
+    """Whoever was thought dead can't overwrite its successor: its settle, renewal and placing
+    change nothing, and its call is on record."""
     id = await put(db, "s")
     dead, alive = ledgers("dead"), ledgers("alive")
     old = await claim_one(dead)
@@ -432,7 +457,8 @@ async def test_a_stale_lease_settles_nothing(
 async def test_a_run_is_taken_up_when_its_lease_ends(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """The next worker gets the same key and the next attempt, and leaves the dead worker's mark; a late word of that one adds no call."""
+    """The next worker gets the same key and the next attempt, and leaves the dead worker's mark; a
+    late word of that one adds no call."""
     id = await put(db, "s")
     dead, alive = ledgers("dead"), ledgers("alive")
     old = await claim_one(dead)
@@ -458,13 +484,14 @@ async def test_a_run_is_taken_up_when_its_lease_ends(
 async def test_expired_leases_are_left_alone_when_asked_to(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """After an outage living owners come first: what is merely due is claimed, what somebody held is waited for, and still theirs."""
+    """After an outage living owners come first: what is merely due is claimed, what somebody held
+    is waited for, and still theirs."""
     id = await put(db, "held")
     owner, other = ledgers(), ledgers()
     held = await claim_one(owner)
     await expire(db, id)
     due = await put(db, "due")
-    answer = await look(other, 3, take_expired=False)
+    answer = await claim_due(other, 3, take_expired=False)
     assert [c.id for c in answer.claims] == [due] and answer.waiting
     assert await owner.renew({id: held.lease}) == {id: "renewed"}
     assert await claim(other) == []
@@ -474,7 +501,8 @@ async def test_expired_leases_are_left_alone_when_asked_to(
 async def test_a_worker_does_not_take_what_it_has_in_hand(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """A lease that ended though its run is in hand is about to be renewed or settled: its worker doesn't take it, others do, however long ago."""
+    """A lease that ended though its run is in hand is about to be renewed or settled: its worker
+    doesn't take it, others do, however long ago."""
     id = await put(db, "s")
     ledger = ledgers()
     await claim_one(ledger)
@@ -482,7 +510,7 @@ async def test_a_worker_does_not_take_what_it_has_in_hand(
         await db.execute(
             "update session_recalls set lease_until = now() - %s::interval where id = %s", (ago, id)
         )
-        answer = await look(ledger, 3, in_hand=[id])
+        answer = await claim_due(ledger, 3, in_hand=[id])
         assert answer.claims == [] and answer.waiting
     assert [c.id for c in await claim(ledgers())] == [id]
 
@@ -490,8 +518,9 @@ async def test_a_worker_does_not_take_what_it_has_in_hand(
 async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """The answer to a claim was lost with the connection: when its lease ends, the row is taken up by others, and a third of a lease later
-    by that worker itself, which may have been held up between asking what it has in hand and asking for more."""
+    """The answer to a claim was lost with the connection: when its lease ends, the row is taken up
+    by others, and a third of a lease later by that worker itself, which may have been held up
+    between asking what it has in hand and asking for more."""
     id = await put(db, "s")
     ledger = ledgers("me")
     await claim_one(ledger)
@@ -500,7 +529,7 @@ async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(
         "update session_recalls set lease_until = now() - make_interval(secs => %s) where id = %s",
         [LEASE / 5, id],
     )
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     assert answer.claims == [] and answer.waiting
     assert await claim(ledger) == []
     await db.execute(
@@ -521,7 +550,8 @@ async def test_a_worker_takes_its_own_lease_that_it_does_not_know_of(
 async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
     how: str, db: Connection, database: str, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """Its owner could not renew it, and comes first when the application is done: for a third of a lease nobody else takes the row."""
+    """Its owner could not renew it, and comes first when the application is done: for a third of a
+    lease nobody else takes the row."""
     id = await put(db, "s")
     owner, other = ledgers(), ledgers()
     held = await claim_one(owner)
@@ -532,10 +562,10 @@ async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
         await transaction.start()
         await long.execute(how, id)
         assert await owner.renew({id: held.lease}) == {id: "locked"}
-        seen = await look(other, 3)
+        seen = await claim_due(other, 3)
         assert seen.claims == [] and seen.waiting
         locked_last = time.monotonic()
-        seen = await look(other, 3)
+        seen = await claim_due(other, 3)
         await transaction.rollback()
     finally:
         await long.close()
@@ -554,7 +584,8 @@ async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
 async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
     db: Connection, database: str, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """However long the application held it: a third of a lease after that it is taken, and so is another one at once that was never locked."""
+    """However long the application held it: a third of a lease after that it is taken, and so is
+    another one at once that was never locked."""
     id, free = await put(db, "s"), await put(db, "t")
     other = ledgers()
     assert len(await claim(ledgers())) == 2
@@ -565,7 +596,7 @@ async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
             await long.execute("select from session_recalls where id = $1 for update", id)
             until = time.monotonic() + LEASE / 2
             while time.monotonic() < until:
-                assert (await look(other, 3)).waiting
+                assert (await claim_due(other, 3)).waiting
     finally:
         await long.close()
     await expire(db, free)
@@ -579,7 +610,8 @@ async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
 async def test_a_settle_is_for_one_lease_only(
     db: Connection, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """Two endings of one recall in one batch, one of a lease that was lost: each is answered for itself, and the stale one writes nothing."""
+    """Two endings of one recall in one batch, one of a lease that was lost: each is answered for
+    itself, and the stale one writes nothing."""
     for turn in range(6):
         id = await put(db, f"s{turn}")
         ledger = ledgers()
@@ -596,7 +628,7 @@ async def test_a_settle_is_for_one_lease_only(
         assert (row["status"], row["reason"], row["last_outcome"]) == ("fired", None, "answered")
 
 
-# --- attempts --------------------------------------------------------------------------------------------------------
+# --- attempts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -633,7 +665,8 @@ async def test_a_settle_is_for_one_lease_only(
 async def test_an_attempt_is_counted_at_the_claim(
     verdict: Verdict, outcome: Outcome, wanted: dict[str, int], db: Connection, ledgers: Ledgers
 ) -> None:
-    """A recall that kills its worker is not retried for ever: the claim spends the attempt, and what cost none gives it back."""
+    """A recall that kills its worker is not retried for ever: the claim spends the attempt, and
+    what cost none gives it back."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -645,7 +678,8 @@ async def test_an_attempt_is_counted_at_the_claim(
 
 
 async def test_deferrals_fold_into_one_mark(db: Connection, ledgers: Ledgers) -> None:
-    """Five busy answers to one occurrence, and the answer at last: two marks, of which one stands for five calls."""
+    """Five busy answers to one occurrence, and the answer at last: two marks, of which one stands
+    for five calls."""
     id = await put(db, "s")
     ledger = ledgers()
     for _ in range(5):
@@ -655,13 +689,14 @@ async def test_deferrals_fold_into_one_mark(db: Connection, ledgers: Ledgers) ->
     assert await marks(db, id) == [(1, "answered", 1, "fired"), (1, "busy", 5, "pending")]
 
 
-# --- settling --------------------------------------------------------------------------------------------------------
+# --- settling -------------------------------------------------------------------------------------
 
 
 async def test_one_bad_row_strands_nobody(
     db: Connection, app: Application, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """In one batch: settled, locked by the application, cancelled, deleted, moved, and lost; each is answered for what it is."""
+    """In one batch: settled, locked by the application, cancelled, deleted, moved, and lost; each
+    is answered for what it is."""
     names = ["plain", "locked", "cancelled", "deleted", "moved", "lost"]
     ids = {name: await put(db, name, -float(10 + n), id=name) for n, name in enumerate(names)}
     ledger = ledgers()
@@ -718,7 +753,8 @@ async def test_one_bad_row_strands_nobody(
 async def test_a_settle_whose_answer_was_lost(
     verdict: Verdict, outcome: Outcome, status: str, db: Connection, ledgers: Ledgers
 ) -> None:
-    """The connection broke after the settle was done: asked again it is known as done, changes nothing, and the call counts once."""
+    """The connection broke after the settle was done: asked again it is known as done, changes
+    nothing, and the call counts once."""
     id = await put(db, "s", call_type="recurring", interval_seconds=60)
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -734,7 +770,8 @@ async def test_a_settle_whose_answer_was_lost(
 async def test_a_move_in_mid_run_is_answered_and_then_honoured(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """A settle that finds another trigger than it was judged by writes nothing and says what stands there; judged by that, it is written."""
+    """A settle that finds another trigger than it was judged by writes nothing and says what stands
+    there; judged by that, it is written."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -757,7 +794,8 @@ async def test_a_move_in_mid_run_is_answered_and_then_honoured(
 async def test_a_move_to_a_date_that_python_lacks(
     date: str, db: Connection, ledgers: Ledgers
 ) -> None:
-    """The proof that nobody moved a recall is its date as PostgreSQL writes it, so that any date can be settled."""
+    """The proof that nobody moved a recall is its date as PostgreSQL writes it, so that any date
+    can be settled."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -774,7 +812,8 @@ async def test_a_move_to_a_date_that_python_lacks(
 async def test_a_table_that_is_locked_as_a_whole_strands_nothing(
     db: Connection, database: str, ledgers: Ledgers
 ) -> None:
-    """While somebody's DDL holds the table, a settle is to be asked again and a claim finds nothing; then all goes on."""
+    """While somebody's DDL holds the table, a settle is to be asked again and a claim finds
+    nothing; then all goes on."""
     await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -782,19 +821,20 @@ async def test_a_table_that_is_locked_as_a_whole_strands_nothing(
         await other.execute("begin")
         await other.execute("lock table session_recalls in share mode")
         assert await settle(ledger, claimed) == Locked()
-        waiting = await look(ledger, 3)
+        waiting = await claim_due(ledger, 3)
         assert (waiting.claims, waiting.waiting) == ([], True)
         await other.execute("rollback")
     assert await settle(ledger, claimed) == Settled("fired")
 
 
-# --- the slot --------------------------------------------------------------------------------------------------------
+# --- the slot -------------------------------------------------------------------------------------
 
 
 async def test_a_recall_out_of_its_slot_goes_back_where_it_is_free(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """A leased one-shot that made room for a newer recall is pending again after its run, once that one is gone."""
+    """A leased one-shot that made room for a newer recall is pending again after its run, once that
+    one is gone."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -810,7 +850,8 @@ async def test_a_recall_out_of_its_slot_goes_back_where_it_is_free(
 async def test_a_recall_whose_slot_is_taken_waits_beside_it(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Nothing is lost to the index: where a newer recall has the slot the older stays running, with a later due time, and is claimed then."""
+    """Nothing is lost to the index: where a newer recall has the slot the older stays running, with
+    a later due time, and is claimed then."""
     id = await put(db, "s")
     ledger = ledgers()
     claimed = await claim_one(ledger)
@@ -826,7 +867,8 @@ async def test_a_recall_whose_slot_is_taken_waits_beside_it(
 async def test_two_recalls_out_of_one_slot(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Of two recalls that go back into one slot, one gets it; each settle sees what the one before has done."""
+    """Of two recalls that go back into one slot, one gets it; each settle sees what the one before
+    has done."""
     first = await put(db, "s", -9.0)
     ledger = ledgers()
     held = await claim_one(ledger)
@@ -843,7 +885,8 @@ async def test_two_recalls_out_of_one_slot(
 async def test_a_race_for_the_slot_is_settled_for_that_row_alone(
     end: str, db: Connection, database: str, app: Application, ledgers: Ledgers
 ) -> None:
-    """The application's insert is in an open transaction, so the slot looks free: that row stays running, the rest of its batch is settled."""
+    """The application's insert is in an open transaction, so the slot looks free: that row stays
+    running, the rest of its batch is settled."""
     ids = [await put(db, f"s{n}", -float(9 - n)) for n in range(3)]
     ledger = ledgers()
     claims = await claim(ledger)
@@ -869,7 +912,8 @@ async def test_a_race_for_the_slot_is_settled_for_that_row_alone(
 async def test_a_unique_violation_is_settled_for_that_row_alone(
     db: Connection, database: str, app: Application, ledgers: Ledgers
 ) -> None:
-    """The same race, the application's transaction ending while the settle waits: the violation strands nobody."""
+    """The same race, the application's transaction ending while the settle waits: the violation
+    strands nobody."""
     await put(db, "s", -9.0)
     await put(db, "t", -8.0)
     ledger = ledgers("racer")
@@ -890,7 +934,8 @@ async def test_a_unique_violation_is_settled_for_that_row_alone(
 async def test_an_unknown_one_shot_frees_its_slot(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Its run may still go on and schedule: a one-shot whose last outcome is Unknown makes room, and is retried beside the newer one."""
+    """Its run may still go on and schedule: a one-shot whose last outcome is Unknown makes room,
+    and is retried beside the newer one."""
     id = await put(db, "s")
     ledger = ledgers()
     await settle(
@@ -906,7 +951,8 @@ async def test_an_unknown_one_shot_frees_its_slot(
 async def test_any_other_recall_keeps_its_slot(
     busy: bool, db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """One that waits, or was deferred, or recurs, leased or not: an insert is refused, in the words that the application reads."""
+    """One that waits, or was deferred, or recurs, leased or not: an insert is refused, in the words
+    that the application reads."""
     await put(db, "once", -9.0)
     await put(db, "recurring", -8.0, call_type="recurring", interval_seconds=60)
     ledger = ledgers()
@@ -922,13 +968,14 @@ async def test_any_other_recall_keeps_its_slot(
         await app.schedule("recurring", "once", FAR, "one too many")
 
 
-# --- moves -----------------------------------------------------------------------------------------------------------
+# --- moves ----------------------------------------------------------------------------------------
 
 
 async def test_skipped_occurrences_consume_their_numbers(
     db: Connection, app: Application, ledgers: Ledgers, settled_in: None
 ) -> None:
-    """Two skips of a waiting recall: it is called as its third occurrence, and whoever takes the run up calls it under the same key."""
+    """Two skips of a waiting recall: it is called as its third occurrence, and whoever takes the
+    run up calls it under the same key."""
     id = await put(db, "s", -250.0, call_type="recurring", interval_seconds=100)
     assert await app.skip_next("s") and await app.skip_next("s")
     ledger = ledgers()
@@ -948,7 +995,8 @@ async def test_skipped_occurrences_consume_their_numbers(
 async def test_a_move_between_two_calls_begins_the_next_occurrence(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Deferred and then rescheduled: the key that was sent stands for what was, the new time gets a new one."""
+    """Deferred and then rescheduled: the key that was sent stands for what was, the new time gets a
+    new one."""
     id = await put(db, "s")
     ledger = ledgers()
     first = await claim_one(ledger)
@@ -964,7 +1012,8 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(
 async def test_a_move_before_the_first_call_keeps_the_number(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Nothing was sent under the key yet: a recall that is rescheduled while it waits is still its first occurrence."""
+    """Nothing was sent under the key yet: a recall that is rescheduled while it waits is still its
+    first occurrence."""
     id = await put(db, "s", 600.0, call_type="recurring", interval_seconds=7200)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
     ledger = ledgers()
@@ -989,7 +1038,8 @@ async def test_a_move_before_the_first_call_keeps_the_number(
 async def test_which_inserts_ring(
     due: float, columns: dict[str, Any], quiet: bool, rings: bool, db: Connection, database: str
 ) -> None:
-    """What is due within a minute rings once, with nothing in it; what is due later costs nobody anything, and who inserts in bulk may be quiet."""
+    """What is due within a minute rings once, with nothing in it; what is due later costs nobody
+    anything, and who inserts in bulk may be quiet."""
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as bell:
         await bell.execute("listen session_recalls")
         if quiet:
@@ -1017,7 +1067,8 @@ async def test_a_one_shot_stands_where_it_is_put(
 async def test_what_was_moved_again_is_not_placed(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Placing is guarded by the very time that was judged: a second move in between leaves the row as it is."""
+    """Placing is guarded by the very time that was judged: a second move in between leaves the row
+    as it is."""
     id = await put(db, "s", -50.0)
     await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=20))
     ledger = ledgers()
@@ -1032,7 +1083,8 @@ async def test_what_was_moved_again_is_not_placed(
 async def test_missed_occurrences_are_counted_once(
     age: float, missed: int, db: Connection, ledgers: Ledgers
 ) -> None:
-    """Due moments after the nominal time and up to now coalesce into one run, whose number of missed ones does not change afterwards."""
+    """Due moments after the nominal time and up to now coalesce into one run, whose number of
+    missed ones does not change afterwards."""
     await put(db, "s", -age, call_type="recurring", interval_seconds=100)
     ledger = ledgers()
     first = await claim_one(ledger)
@@ -1050,8 +1102,8 @@ async def test_missed_occurrences_are_counted_once(
 async def test_what_was_ended_while_its_worker_died(
     db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Nobody takes up a recall that was cancelled in mid-run. A minute after its lease the next beat of any worker ends that, and leaves the
-    call's mark."""
+    """Nobody takes up a recall that was cancelled in mid-run. A minute after its lease the next
+    beat of any worker ends that, and leaves the call's mark."""
     fit = {
         "host": "h",
         "pid": 1,
@@ -1087,7 +1139,8 @@ async def test_what_was_ended_while_its_worker_died(
 
 
 async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) -> None:
-    """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or have not been heard of for long."""
+    """A beat tells how many come first: by name, but for those that are full, in trouble, deaf, or
+    have not been heard of for long."""
     fit = {
         "host": "h",
         "pid": 1,
@@ -1107,7 +1160,7 @@ async def test_who_is_at_hand_before_a_worker(db: Connection, ledgers: Ledgers) 
     assert await ledgers("d").heartbeat(fit, {}) == 1
 
 
-# --- odd rows --------------------------------------------------------------------------------------------------------
+# --- odd rows -------------------------------------------------------------------------------------
 
 DUE_LONG_AGO = ["-infinity", "0044-03-15 BC", "0001-01-01", "1969-12-31"]
 NOT_DUE = ["infinity", "20000-01-01", "9999-12-31"]
@@ -1118,12 +1171,13 @@ NOT_DUE = ["infinity", "20000-01-01", "9999-12-31"]
 async def test_any_date_is_claimed_or_waited_for(
     date: str, kind: str, db: Connection, app: Application, ledgers: Ledgers
 ) -> None:
-    """Infinite dates, and those that Python does not have: past ones are claimed and settled, others are waited for, a day at a time."""
+    """Infinite dates, and those that Python does not have: past ones are claimed and settled,
+    others are waited for, a day at a time."""
     id = await put(
         db, "s", date, call_type=kind, interval_seconds=60 if kind == "recurring" else None
     )
     ledger = ledgers()
-    answer = await look(ledger, 3)
+    answer = await claim_due(ledger, 3)
     if date in NOT_DUE:
         assert (answer.claims, answer.waiting) == ([], False)
         assert answer.next_in == pytest.approx(86_400.0)
@@ -1147,7 +1201,8 @@ async def test_any_date_is_claimed_or_waited_for(
 async def test_old_rows_without_a_right_interval_fail_with_their_reason(
     interval: int | None, db: Connection, ledgers: Ledgers
 ) -> None:
-    """Where such a row is there already it is claimed like any other, and judged: nothing is sent, it ends as failed, saying why."""
+    """Where such a row is there already it is claimed like any other, and judged: nothing is sent,
+    it ends as failed, saying why."""
     await db.execute("alter table session_recalls disable trigger recall_before_insert")
     id = await put(db, "s", call_type="recurring", interval_seconds=interval)
     await db.execute("alter table session_recalls enable trigger recall_before_insert")
@@ -1168,7 +1223,8 @@ async def test_old_rows_without_a_right_interval_fail_with_their_reason(
 async def test_a_recall_that_could_only_loop_is_refused(
     interval: int | None, app: Application
 ) -> None:
-    """The insert of a recurring recall without a right interval fails, in words that the application can't take for "has one already"."""
+    """The insert of a recurring recall without a right interval fails, in words that the
+    application can't take for "has one already"."""
     await app.create_session("s", "ann")
     with pytest.raises(asyncpg.CheckViolationError) as refused:
         await app.schedule("s", "recurring", FAR, "on and on", interval_seconds=interval)
@@ -1179,7 +1235,7 @@ async def test_a_recall_that_could_only_loop_is_refused(
     )
 
 
-# --- the bell --------------------------------------------------------------------------------------------------------
+# --- the bell -------------------------------------------------------------------------------------
 
 
 async def rings(database: str, act: Callable[[], Any]) -> list[str]:
@@ -1213,7 +1269,8 @@ async def rings(database: str, act: Callable[[], Any]) -> list[str]:
 async def test_an_insert_rings_within_the_horizon(
     due: float | str, kind: str, heard: bool, db: Connection, database: str
 ) -> None:
-    """What is due within a minute rings, once, with an empty payload; what is further off costs the inserter nothing."""
+    """What is due within a minute rings, once, with an empty payload; what is further off costs the
+    inserter nothing."""
 
     async def insert() -> None:
         await put(
@@ -1290,7 +1347,8 @@ async def test_what_waits_again_rings(change: str, db: Connection, database: str
 async def test_the_end_of_a_leased_recall_rings(
     change: str, heard: bool, db: Connection, database: str, ledgers: Ledgers
 ) -> None:
-    """Whoever runs a recall that somebody else ended hears of it; a move is found when the run is settled."""
+    """Whoever runs a recall that somebody else ended hears of it; a move is found when the run is
+    settled."""
     await put(db, "s")
     await claim_one(ledgers())
 
@@ -1319,7 +1377,8 @@ async def test_an_insert_that_is_rolled_back_is_silent(db: Connection, database:
 async def test_the_worker_itself_is_silent(
     db: Connection, app: Application, database: str, ledgers: Ledgers
 ) -> None:
-    """Claims, renewals, looks, placings and settles of every kind ring nobody: NOTIFY takes a lock that spans the database."""
+    """Claims, renewals, looks, placings and settles of every kind ring nobody: NOTIFY takes a lock
+    that spans the database."""
     for n in range(6):
         await put(db, f"s{n}", -100.0 - n, call_type="recurring", interval_seconds=10)
     await app.skip_next("s0")
@@ -1371,7 +1430,8 @@ async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
 async def test_a_skip_across_a_change_of_clocks(
     database: str, db: Connection, ledgers: Ledgers
 ) -> None:
-    """A day is a day also where the database's own zone has one of 23 hours in between: the application skipped one occurrence."""
+    """A day is a day also where the database's own zone has one of 23 hours in between: the
+    application skipped one occurrence."""
     name = conninfo_to_dict(database)["dbname"]
     await db.execute(f"alter database {name} set timezone = 'Europe/Berlin'".encode())
     for id, planned, moved in (
@@ -1392,8 +1452,8 @@ async def test_a_skip_across_a_change_of_clocks(
 async def test_an_ended_lease_behind_much_that_waits_is_asked_for(
     db: Connection, ledgers: Ledgers
 ) -> None:
-    """A claim that takes no ended leases is quicker, and so the usual one. Whether there are any is then said, also where the rows that wait for
-    their sessions' runs are too many to see it."""
+    """A claim that takes no ended leases is quicker, and so the usual one. Whether there are any is
+    then said, also where the rows that wait for their sessions' runs are too many to see it."""
     dead, living = ledgers(), ledgers()
     ended = await put(db, "ended")
     assert [claim.id for claim in await claim(dead)] == [ended]
@@ -1404,7 +1464,8 @@ async def test_an_ended_lease_behind_much_that_waits_is_asked_for(
             await claim(living, take_expired=False)
             await put(db, session, -999.0)
         await db.execute(
-            "update session_recalls set lease_until = now() + interval '1 hour' where lease is not null"
+            "update session_recalls set lease_until = now() + interval '1 hour' where lease is "
+            "not null"
         )
         await expire(db, ended)
         claimed = await living.claim(5)

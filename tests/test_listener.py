@@ -1,4 +1,5 @@
-"""The bell alone, on a real PostgreSQL: whether it knows that it hears, and that nothing that rings is lost while it finds out."""
+"""The bell alone, on a real PostgreSQL: whether it knows that it hears, and that nothing that rings
+is lost while it finds out."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from recall_worker.database.listener import CHANNEL, Listener
 from recall_worker.events import Events
 
 from .conftest import Connection
-from .proxy import Proxy
+from .support.proxy import Proxy
 
 Echo = Callable[[str], Awaitable[None]]
 
@@ -87,7 +88,8 @@ def echo(db: Connection) -> Echo:
 
 
 async def test_it_hears_itself(database: str, echo: Echo) -> None:
-    """Asked again and again, it is listening, says so once, and rings nobody for it but at its beginning."""
+    """Asked again and again, it is listening, says so once, and rings nobody for it but at its
+    beginning."""
     heard = Heard()
     asked = 0
 
@@ -104,7 +106,8 @@ async def test_it_hears_itself(database: str, echo: Echo) -> None:
 
 
 async def test_it_does_not_hear(database: str, echo: Echo) -> None:
-    """What is rung elsewhere does not come: told once, however often it tries; and when it does come, that is told, too."""
+    """What is rung elsewhere does not come: told once, however often it tries; and when it does
+    come, that is told, too."""
     heard = Heard()
     tries, deaf = 0, True
 
@@ -141,7 +144,8 @@ async def test_nobody_can_ring(database: str) -> None:
 
 
 async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
-    """A ring that comes in the same instant as the echo, before or behind it, is not lost: thirty of thirty."""
+    """A ring that comes in the same instant as the echo, before or behind it, is not lost: thirty
+    of thirty."""
     heard = Heard()
     sent = 0
 
@@ -186,7 +190,8 @@ async def test_a_process_that_stood_still(database: str) -> None:
 async def test_it_connects_as_soon_as_postgresql_answers(
     database: str, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While PostgreSQL is away its pauses grow; whoever finds it answering says so, and it does not sit the pause out."""
+    """While PostgreSQL is away its pauses grow; whoever finds it answering says so, and it does not
+    sit the pause out."""
     heard = Heard()
     async with Proxy(database) as proxy, listening(proxy.dsn, echo, heard) as bell:
         monkeypatch.setattr(

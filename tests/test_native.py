@@ -58,7 +58,7 @@ def answer(
     )
 
 
-# --- the address ----------------------------------------------------------------------------------------------------
+# --- the address ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,8 @@ def test_an_address_without_the_placeholder() -> None:
 @given(TEXT)
 @settings(deadline=None)
 def test_no_session_leaves_its_place(session: str) -> None:
-    """Whatever the id holds, the address has the same parts, and the id can be read back from its own."""
+    """Whatever the id holds, the address has the same parts, and the id can be read back from its
+    own."""
     parts = urlsplit(address("http://a:1/sessions/{session_id}/run?x=1", session))
     assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("http", "a:1", "x=1", "")
     *_, empty, sessions, place, run = ["", *parts.path.split("/")]
@@ -108,7 +109,7 @@ def test_no_session_leaves_its_place(session: str) -> None:
     )
 
 
-# --- the key --------------------------------------------------------------------------------------------------------
+# --- the key --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,8 @@ def test_no_session_leaves_its_place(session: str) -> None:
     ids=ascii,
 )
 def test_header_key(key: str, header: str) -> None:
-    """A key of plain ASCII goes as it is; all else is percent-encoded, so that a header can carry it."""
+    """A key of plain ASCII goes as it is; all else is percent-encoded, so that a header can carry
+    it."""
     assert header_key(key) == header
 
 
@@ -143,11 +145,12 @@ def test_keys_stay_apart_in_the_header(one: str, other: str) -> None:
     assert (header_key(one) == header_key(other)) == (one == other)
 
 
-# --- the body -------------------------------------------------------------------------------------------------------
+# --- the body -------------------------------------------------------------------------------------
 
 
 def test_body() -> None:
-    """The body is the document that DESIGN promises, and nothing else; times are RFC 3339 in UTC."""
+    """The body is the document that DESIGN promises, and nothing else; times are RFC 3339 in
+    UTC."""
     when = datetime(2026, 3, 1, 13, 30, 0, 250_000, tzinfo=timezone(timedelta(hours=1)))
     claim = claim_with(
         call_type="recurring",
@@ -174,11 +177,20 @@ def test_body() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attempt": 3}, {"deferrals": 9}, {"rekey": 2}, {"lease": UUID(int=7)}, {"begun_age": 99.0}, {"lag": 5.0}, {"lateness": 500.0},
-        {"taken_from": "w1"}, {"due": False}, {"interval": 900}, {"trigger": "x", "trigger_at": datetime(2030, 1, 1, tzinfo=UTC)},
+        {"attempt": 3},
+        {"deferrals": 9},
+        {"rekey": 2},
+        {"lease": UUID(int=7)},
+        {"begun_age": 99.0},
+        {"lag": 5.0},
+        {"lateness": 500.0},
+        {"taken_from": "w1"},
+        {"due": False},
+        {"interval": 900},
+        {"trigger": "x", "trigger_at": datetime(2030, 1, 1, tzinfo=UTC)},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
     """Nothing that changes between two calls of an occurrence is in the body, byte for byte."""
     assert body(claim_with(**changes)) == body(claim_with())
@@ -187,7 +199,8 @@ def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
 @given(session=TEXT, message=TEXT)
 @settings(deadline=None)
 def test_any_text_goes_into_the_body(session: str, message: str) -> None:
-    """The body is ASCII whatever is in it, byte for byte as the standard library would write it, and the texts can be read back."""
+    """The body is ASCII whatever is in it, byte for byte as the standard library would write it,
+    and the texts can be read back."""
     written = body(claim_with(session_id=session, message=message))
     document = json.loads(written.decode("ascii"))
     assert written == json.dumps(document, separators=(",", ":")).encode("ascii")
@@ -205,7 +218,7 @@ def test_the_body_takes_clamped_dates(year: int) -> None:
     )
 
 
-# --- signatures -----------------------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 
 def test_signature_of_the_published_vector() -> None:
@@ -223,16 +236,20 @@ def test_signature_with_a_secret_of_plain_text() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [("whsec_AAAA", "k:1", 5, b"{}"), ("whsec_c2VjcmV0", "k:2", 5, b"{}"), ("whsec_c2VjcmV0", "k:1", 6, b"{}"),
-     ("whsec_c2VjcmV0", "k:1", 5, b"[]")],
+    [
+        ("whsec_AAAA", "k:1", 5, b"{}"),
+        ("whsec_c2VjcmV0", "k:2", 5, b"{}"),
+        ("whsec_c2VjcmV0", "k:1", 6, b"{}"),
+        ("whsec_c2VjcmV0", "k:1", 5, b"[]"),
+    ],
     ids=["secret", "key", "time", "body"],
-)  # fmt: skip
+)
 def test_a_signature_covers_everything(changed: tuple[str, str, int, bytes]) -> None:
     """Another secret, key, time or body makes another signature."""
     assert signature(*changed) != signature("whsec_c2VjcmV0", "k:1", 5, b"{}")
 
 
-# --- Retry-After ----------------------------------------------------------------------------------------------------
+# --- Retry-After ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +277,8 @@ def test_a_signature_covers_everything(changed: tuple[str, str, int, bytes]) -> 
     ids=lambda value: ascii(value)[:50],
 )
 def test_retry_after_in_seconds(said: str, seconds: float | None) -> None:
-    """Whole seconds are taken, at most a day of them; what can't be read is as if it was not said."""
+    """Whole seconds are taken, at most a day of them; what can't be read is as if it was not
+    said."""
     assert retry_after({"Retry-After": said}) == seconds
     assert retry_after({}) is None
 
@@ -275,7 +293,8 @@ def test_retry_after_in_seconds(said: str, seconds: float | None) -> None:
     ids=["slow", "fast"],
 )
 def test_retry_after_as_a_date(clock: datetime, ahead: int, seconds: float) -> None:
-    """A date counts from the server's own clock, however wrong that is; one that has passed means at once."""
+    """A date counts from the server's own clock, however wrong that is; one that has passed means
+    at once."""
     then = clock + timedelta(seconds=ahead)
     headers = {
         "Retry-After": format_datetime(then, usegmt=True),
@@ -299,7 +318,7 @@ def test_retry_after_never_raises(said: str, date: str | None) -> None:
     assert waits is None or 0 <= waits <= 86_400
 
 
-# --- the outcome table ----------------------------------------------------------------------------------------------
+# --- the outcome table ----------------------------------------------------------------------------
 
 
 HTML = b"<!doctype html><title>Welcome</title>"
@@ -374,7 +393,8 @@ ANSWERS = [
     ids=[f"{a.status} {a.body[:40]!r} {kind.__name__}" for a, kind in ANSWERS],
 )
 def test_read(given_answer: Answer, kind: type[Outcome]) -> None:
-    """Each answer is the outcome that DESIGN's table names; it tells its HTTP status, and why where it is not as it should be."""
+    """Each answer is the outcome that DESIGN's table names; it tells its HTTP status, and why where
+    it is not as it should be."""
     outcome = read(given_answer)
     assert type(outcome) is kind
     if 200 <= given_answer.status < 600:
@@ -445,18 +465,26 @@ def test_reasons_are_short() -> None:
     status=st.integers(100, 599),
     content=st.one_of(
         st.binary(max_size=200),
-        st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner) | st.dictionaries(
-            st.sampled_from(["status", "code", "type", "detail", "error", "message"]), inner), max_leaves=6).map(
-                lambda document: json.dumps(document).encode()),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.text(max_size=20),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["status", "code", "type", "detail", "error", "message"]), inner
+                )
+            ),
+            max_leaves=6,
+        ).map(lambda document: json.dumps(document).encode()),
     ),
     content_type=st.sampled_from(["", "application/json", "text/html", "json", "\xff"]),
     truncated=st.booleans(),
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=300)
 def test_any_answer_is_some_outcome(
     status: int, content: bytes, content_type: str, truncated: bool
 ) -> None:
-    """Reading never raises, gives one of the outcomes of a call, and never says Answered to anything but a 2xx."""
+    """Reading never raises, gives one of the outcomes of a call, and never says Answered to
+    anything but a 2xx."""
     outcome = read(answer(status, content, truncated=truncated, content_type=content_type))
     assert name_of(outcome) in {
         "answered",
@@ -483,7 +511,8 @@ def test_any_answer_is_some_outcome(
     st.one_of(st.none(), st.text(st.characters(exclude_characters="\r\n\0"), max_size=20)),
 )
 def test_whatever_names_an_accepted_run(status: int, run_id: str, location: str | None) -> None:
-    """JSON can hold texts that are none, and texts without end: a run is followed on the endpoint's own origin, below its address, or is Unknown."""
+    """JSON can hold texts that are none, and texts without end: a run is followed on the endpoint's
+    own origin, below its address, or is Unknown."""
     headers = {} if location is None else {"Location": location}
     said = Answer(
         status, headers, json.dumps({"run_id": run_id, "status": "running"}).encode(), False

@@ -1,4 +1,5 @@
-"""docs/openapi.yaml: valid, in step with the native protocol's code, and kept by the reference API as a process."""
+"""docs/openapi.yaml: valid, in step with the native protocol's code, and kept by the reference API
+as a process."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from recall_worker.protocols.native import Native, accepted, body
 from recall_worker.recall import name_of
 from recall_worker.settings import Settings
 
-from .endpoint import Endpoint
+from .support.endpoint import Endpoint
 from .test_recall import claim_with
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "openapi.yaml"
@@ -79,7 +80,8 @@ def test_the_document_is_valid(document: dict[str, Any]) -> None:
 
 
 def test_answers_are_read_as_documented(document: dict[str, Any], run: dict[str, Any]) -> None:
-    """Each answer, with each of its examples, is to the native protocol what the document says; every outcome is explained."""
+    """Each answer, with each of its examples, is to the native protocol what the document says;
+    every outcome is explained."""
     said = set()
     for status, response in run["responses"].items():
         examples = (
@@ -118,7 +120,8 @@ def test_final_words_are_those_of_the_code(document: dict[str, Any]) -> None:
 async def test_the_workers_request_is_the_documented_one(
     document: dict[str, Any], run: dict[str, Any], endpoint: Endpoint
 ) -> None:
-    """What the native protocol sends is a valid request, and each of its headers is documented, none that it does not send."""
+    """What the native protocol sends is a valid request, and each of its headers is documented,
+    none that it does not send."""
     native = Native(Settings(run_url=endpoint.url, run_token=TOKEN, signing_secret="secret"))
     claim = claim_with(message="Look at the build.", missed=2)
     await native.call(Call(claim, time.monotonic()))
@@ -182,14 +185,29 @@ async def schemathesis(
     """Schemathesis against an API; its exit status and what it says."""
     (folder / "contract_hooks.py").write_text(HOOKS)
     process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).parent / "schemathesis"), "run", str(document), "--url", base, "--header", f"Authorization: Bearer {TOKEN}",
-        "--checks", "all",
+        str(Path(sys.executable).parent / "schemathesis"),
+        "run",
+        str(document),
+        "--url",
+        base,
+        "--header",
+        f"Authorization: Bearer {TOKEN}",
+        "--checks",
+        "all",
         # A run that was ended is still there, as cancelled.
-        "--exclude-checks", "use_after_free",
-        "--max-examples", str(examples), "--seed", "1", "--no-color", *options,
-        cwd=folder, env=os.environ | {"SCHEMATHESIS_HOOKS": "contract_hooks", "PYTHONPATH": str(folder)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+        "--exclude-checks",
+        "use_after_free",
+        "--max-examples",
+        str(examples),
+        "--seed",
+        "1",
+        "--no-color",
+        *options,
+        cwd=folder,
+        env=os.environ | {"SCHEMATHESIS_HOOKS": "contract_hooks", "PYTHONPATH": str(folder)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
     said, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, said.decode(errors="replace")
@@ -220,7 +238,8 @@ async def _holds(options: list[str], ends: set[str], folder: Path, examples: int
 async def test_the_reference_api_keeps_the_document(
     options: list[str], ends: set[str], tmp_path: Path
 ) -> None:
-    """No request that schemathesis makes of the document, valid or not, gets an answer that the document does not have."""
+    """No request that schemathesis makes of the document, valid or not, gets an answer that the
+    document does not have."""
     await _holds(options, ends, tmp_path, 5)
 
 
@@ -237,7 +256,8 @@ async def test_the_reference_api_keeps_the_document_at_length(
 async def test_what_is_not_in_the_document_is_caught(
     document: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Schemathesis finds what is to be found: without its row for 422 the document is not what the reference API does."""
+    """Schemathesis finds what is to be found: without its row for 422 the document is not what the
+    reference API does."""
     less = copy.deepcopy(document)
     del less["paths"]["/sessions/{session_id}/run"]["post"]["responses"]["422"]
     (tmp_path / "less.yaml").write_text(yaml.safe_dump(less))

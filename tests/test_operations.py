@@ -1,7 +1,9 @@
-"""Every operation in every state: what it answers, what the recall becomes, and what fires next under which key.
+"""Every operation in every state: what it answers, what the recall becomes, and what fires next
+under which key.
 
-The table below is the data: each cell is a test (the real command line, the real daemon, an endpoint that holds its runs open), and
-docs/operations.md is generated from it. Then races, a connection per actor: what comes out is always what some order gives.
+The table below is the data: each cell is a test (the real command line, the real daemon, an
+endpoint that holds its runs open), and docs/operations.md is generated from it. Then races, a
+connection per actor: what comes out is always what some order gives.
 """
 
 from __future__ import annotations
@@ -38,21 +40,35 @@ from recall_worker.recall import (
     Unsent,
 )
 
-from . import postgres
-from .application import Application
 from .conftest import Connection, connected
-from .daemon import Daemon, Daemons
-from .endpoint import Answer, Endpoint, Gate, reply
-from .look import look
+from .support import postgres
+from .support.application import Application
+from .support.claiming import claim_due
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Answer, Endpoint, Gate, reply
 from .test_cli import operate, process
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 STATES = (
-    "waiting, once", "waiting, recurring", "deferred, once", "deferred, recurring", "in a run, once", "in a run, recurring",
-    "in a run, outside", "deferred, outside", "paused", "paused in a run", "fired", "cancelled", "cancelled, call open", "failed", "missing",
-)  # fmt: skip
-"""docs/operations.md says what each of them is; `outside`: of its session's slot, as the session has scheduled another recall."""
+    "waiting, once",
+    "waiting, recurring",
+    "deferred, once",
+    "deferred, recurring",
+    "in a run, once",
+    "in a run, recurring",
+    "in a run, outside",
+    "deferred, outside",
+    "paused",
+    "paused in a run",
+    "fired",
+    "cancelled",
+    "cancelled, call open",
+    "failed",
+    "missing",
+)
+"""docs/operations.md says what each of them is; `outside`: of its session's slot, as the session
+has scheduled another recall."""
 
 ENDING_AND_SKIPPING = """
                      | cancel               | cancel --session     | skip          | skip --session
@@ -114,7 +130,8 @@ missing              | 0                    | 0             | 0             | 0 
 
 @dataclass(frozen=True)
 class Cell:
-    """What an operation comes to in one state. Keys are told without the recall's id: `1`, `1.1`."""
+    """What an operation comes to in one state. Keys are told without the recall's id: `1`,
+    `1.1`."""
 
     text: str
     answer: int
@@ -156,7 +173,7 @@ COMMANDS, STATEMENTS = (
     table(APPLICATION),
 )
 
-# --- the stage -------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 HOUR = timedelta(hours=1)
 QUIET = """
@@ -172,7 +189,8 @@ where session_id = %s and status in ('pending', 'running') and lease is null and
 """
 LEASED_ELSEWHERE = """
 update session_recalls
-set lease = gen_random_uuid(), leased_by = 'elsewhere', leased_at = now(), lease_until = now() + interval '1 hour', attempt = 1
+set lease = gen_random_uuid(), leased_by = 'elsewhere', leased_at = now(),
+    lease_until = now() + interval '1 hour', attempt = 1
 where id = %s
 """
 
@@ -308,7 +326,8 @@ async def scene(stage: Stage, state: str) -> Scene:
 
 
 async def answer(here: Scene, operation: str) -> int:
-    """Do it, by the command line or by the application's own SQL; the exit status, or how many rows there were."""
+    """Do it, by the command line or by the application's own SQL; the exit status, or how many rows
+    there were."""
     app = here.stage.app
     match operation:
         case "cancel --session":
@@ -355,7 +374,8 @@ CELLS += [
 async def test_an_operation_in_a_state(
     operation: str, state: str, cell: Cell, stage: Stage
 ) -> None:
-    """The cell: what is answered, whether the open call is aborted, what the row becomes, and the keys it fires under from then on."""
+    """The cell: what is answered, whether the open call is aborted, what the row becomes, and the
+    keys it fires under from then on."""
     here = await scene(stage, state)
     was = await here.row()
     assert await answer(here, operation) == cell.answer
@@ -383,7 +403,8 @@ async def test_an_operation_in_a_state(
 
 
 async def time_passes(here: Scene, keys: list[str]) -> None:
-    """All that is planned comes due, what is paused is resumed: these are the keys of all calls then, and the session's newer recall fires."""
+    """All that is planned comes due, what is paused is resumed: these are the keys of all calls
+    then, and the session's newer recall fires."""
     stage = here.stage
     await stage.db.execute(TIME_PASSES.encode(), [here.session])
     await here.quiet()
@@ -399,13 +420,16 @@ async def time_passes(here: Scene, keys: list[str]) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_all_calls_were_called_for(stage: Stage) -> None:
-    """At the end of all the cells: every call left its mark, and no two runs under one key were answered."""
+    """At the end of all the cells: every call left its mark, and no two runs under one key were
+    answered."""
     here = Scene(stage, "", "")
     await here.until(
-        "select 1 where not exists (select from session_recalls where lease is not null and leased_by <> 'elsewhere')"
+        "select 1 where not exists (select from session_recalls where lease is not null and "
+        "leased_by <> 'elsewhere')"
     )
     marks = await here.rows(
-        "select recall_id, occurrence, rekey, sum(calls)::int as calls from recall_attempts group by 1, 2, 3"
+        "select recall_id, occurrence, rekey, sum(calls)::int as calls from recall_attempts "
+        "group by 1, 2, 3"
     )
     asked = {key: stage.endpoint.keys.count(key) for key in set(stage.endpoint.keys)}
     assert asked == {
@@ -441,7 +465,8 @@ SEQUENCES = [
 async def test_operations_one_after_the_other(
     state: str, operations: list[str], keys: list[str], stage: Stage
 ) -> None:
-    """A skip is never lost to what an operator does after it, and no key that was called stands for another occurrence."""
+    """A skip is never lost to what an operator does after it, and no key that was called stands for
+    another occurrence."""
     here = await scene(stage, state)
     for operation in operations:
         async with asyncio.timeout(20):
@@ -454,7 +479,8 @@ async def test_operations_one_after_the_other(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_retry_of_an_accepted_run_posts_anew(stage: Stage) -> None:
-    """What the API had accepted before the cancel is not followed any more: the retry is posted, under its own key."""
+    """What the API had accepted before the cancel is not followed any more: the retry is posted,
+    under its own key."""
     here = await scene(stage, "cancelled")
     await stage.db.execute(
         "update session_recalls set run_reference = '/runs/7', delivered_at = now() where id = %s",
@@ -486,14 +512,15 @@ async def test_the_same_by_a_process(operation: str, state: str, stage: Stage) -
     await here.quiet()
 
 
-# --- races -----------------------------------------------------------------------------------------------------------
+# --- races ----------------------------------------------------------------------------------------
 
 POLICY = Policy(busy_delay=3600, max_attempts=3, give_up=86_400)
 
 
 @dataclass
 class Actor:
-    """Somebody with connections of their own: the application, an operator, and a worker's ledger."""
+    """Somebody with connections of their own: the application, an operator, and a worker's
+    ledger."""
 
     app: Application
     db: Connection
@@ -514,7 +541,7 @@ class Actor:
         """Claim as a worker does, until there is nothing that could not be claimed."""
         async with asyncio.timeout(20):
             while True:
-                claimed = await look(self.ledger, 5, take_expired=False)
+                claimed = await claim_due(self.ledger, 5, take_expired=False)
                 moved = [
                     (claim, number)
                     for claim in claimed.claims
@@ -537,7 +564,8 @@ class Actor:
                     )
 
     async def settle(self, claim: Claim, outcome: Outcome) -> str:
-        """Settle as the settler does: judged again where the row was moved, asked again where it is locked."""
+        """Settle as the settler does: judged again where the row was moved, asked again where it is
+        locked."""
         called = None if isinstance(outcome, Unsent) else 0.0
         ending = Ending(claim, outcome, called, 0.001, time.monotonic())
         async with asyncio.timeout(20):
@@ -657,7 +685,8 @@ class Arena:
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def begin(self, start: str, holder: Actor) -> str:
-        """A session whose recall `<session>-r` is in its state to begin with; where it is held, `holder` holds it."""
+        """A session whose recall `<session>-r` is in its state to begin with; where it is held,
+        `holder` holds it."""
         session = f"s{next(self.numbers)}"
         app = self.judge.app
         await app.create_session(session, "ann")
@@ -683,7 +712,8 @@ class Arena:
         return session
 
     async def end(self, session: str) -> tuple[Any, ...]:
-        """What came of it: runs in hand end, all that is live is let loose and comes due; every row, and the keys that are claimed."""
+        """What came of it: runs in hand end, all that is live is let loose and comes due; every
+        row, and the keys that are claimed."""
         ended = []
         for actor in (self.one, self.other):
             while actor.claims:
@@ -746,7 +776,8 @@ async def postgres_connection(dsn: str) -> Connection:
 async def test_a_race_ends_as_some_order_does(
     start: str, act: Act, rival: Act, rounds: int, arena: Arena
 ) -> None:
-    """Both at once come to what one after the other comes to, in one order or the other: the same answers, rows and next keys."""
+    """Both at once come to what one after the other comes to, in one order or the other: the same
+    answers, rows and next keys."""
     orders = []
     for first_is_act in (True, False):
         session = await arena.begin(start, arena.other)
@@ -778,9 +809,9 @@ WAITING_FOR_A_LOCK = (
 
 @pytest.mark.parametrize("by", ["the application's SQL", "Recalls"])
 async def test_a_cancel_that_meets_the_next_insert(by: str, arena: Arena, database: str) -> None:
-    """The one race that no order explains, documented as such: a cancel by session that waited for the insert of the session's next recall
-    counts nothing, and the next one does. `Recalls` asks again by itself.
-    """
+    """The one race that no order explains, documented as such: a cancel by session that waited for
+    the insert of the session's next recall counts nothing, and the next one does. `Recalls` asks
+    again by itself."""
     session = await arena.begin("held once", arena.other)
     async with connected(database) as conn:
         transaction = arena.one.app.connection.transaction()
@@ -801,9 +832,9 @@ async def test_a_cancel_that_meets_the_next_insert(by: str, arena: Arena, databa
 
 @pytest.mark.full
 async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
-    """Two workers run a recurring recall while two applications skip and an operator fires, pauses and resumes: each run and each skip
-    consumes exactly one number, no number is run twice, and no two runs are in hand at once.
-    """
+    """Two workers run a recurring recall while two applications skip and an operator fires, pauses
+    and resumes: each run and each skip consumes exactly one number, no number is run twice, and no
+    two runs are in hand at once."""
     session = await arena.begin("due", arena.judge)
     id, skips, busy = f"{session}-r", [0, 0], [0]
     runs: list[int] = []

@@ -1,4 +1,5 @@
-"""What the pages say and what is counted, without a daemon: the corners that a real one seldom comes into."""
+"""What the pages say and what is counted, without a daemon: the corners that a real one seldom
+comes into."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_of_an_occurrence_the_first_call_is_what_its_owner_waited_for() -> None:
 
 
 def test_what_was_fired_early_is_not_late() -> None:
-    """An operator's `fire` calls before the time: that counts as on time, as a sum must not shrink."""
+    """An operator's `fire` calls before the time: that counts as on time, as a sum must not
+    shrink."""
     metrics = Metrics(lambda: VITALS)
     metrics.hear("recall.settled", settled(lag_ms=-0.2, lateness_ms=-3_600_000.0))
     assert counted(metrics, "lateness_seconds_sum") == counted(metrics, "lag_seconds_sum") == 0
@@ -123,12 +125,14 @@ async def test_a_loop_that_does_not_turn() -> None:
     [(-500, 4), (0, 4), (9, 4), (40, 20), (186, 64), (1 << 30, 64)],
 )
 def test_how_many_connections_the_port_may_hold(spare: int, most: int) -> None:
-    """Half of what the work leaves over; a few where it leaves nothing, as a probe must be answered."""
+    """Half of what the work leaves over; a few where it leaves nothing, as a probe must be
+    answered."""
     assert connections_most(spare) == most
 
 
 async def test_many_ask_at_once_and_postgresql_is_asked_once() -> None:
-    """All who ask while the answer is on its way get the same one; it stands for a while, and then it is asked anew."""
+    """All who ask while the answer is on its way get the same one; it stands for a while, and then
+    it is asked anew."""
     asked, go = 0, asyncio.Event()
 
     async def ask() -> int:
@@ -160,7 +164,8 @@ async def test_trouble_is_an_answer(error: Exception) -> None:
 
 
 async def test_nobody_waits_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question without an answer is left open, not broken off: those who ask meanwhile are told so, and it is asked once."""
+    """A question without an answer is left open, not broken off: those who ask meanwhile are told
+    so, and it is asked once."""
     monkeypatch.setattr("recall_worker.ops.pages.PATIENCE", 0.01)
     asked = 0
 

@@ -1,4 +1,5 @@
-"""The pruner against a real PostgreSQL: whose turn it is, what goes, and what neither locks, nor stops, nor outages make of it."""
+"""The pruner against a real PostgreSQL: whose turn it is, what goes, and what neither locks, nor
+stops, nor outages make of it."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from recall_worker.worker.database_status import DatabaseStatus
 from recall_worker.worker.pruner import Pruner
 
 from .conftest import Connection, connected
-from .house.test_lease import eventually, rows
-from .pgbouncer import PgBouncer
+from .process.test_lease import eventually, rows
+from .support.pgbouncer import PgBouncer
 from .test_ledger import put
 
 DAY = 86_400.0
@@ -69,14 +70,17 @@ async def over(db: Connection, id: str, status: str, days: float, **columns: Any
     """A recall that has been in this status for so many days, with the mark of a call as old."""
     await put(db, id, -days * DAY, id=id, status=status, **columns)
     await db.execute(
-        "update session_recalls set ended_at = now() - %s * interval '1 day', updated_at = now() - %s * interval '1 day' where id = %s",
+        "update session_recalls set ended_at = now() - %s * interval '1 day', updated_at = now() "
+        "- %s * interval '1 day' where id = %s",
         [days, days, id],
     )
     await db.execute(
-        "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled) "
-        "values (%s, 1, 0, 1, 'answered', %s, 'w', gen_random_uuid(), now(), now() - %s * interval '1 day', 'fired')",
+        "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, "
+        "session_id, worker, lease, scheduled_for, ended_at, settled) "
+        "values (%s, 1, 0, 1, 'answered', %s, 'w', gen_random_uuid(), now(), now() - %s * "
+        "interval '1 day', 'fired')",
         [id, id, days],
-    )  # fmt: skip
+    )
 
 
 async def left(db: Connection) -> tuple[set[str], set[str]]:
@@ -88,7 +92,8 @@ async def left(db: Connection) -> tuple[set[str], set[str]]:
 
 
 async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> None:
-    """Each status goes by its own retention. What is live stays, with the marks of the occurrence that it is at; what has its call open stays."""
+    """Each status goes by its own retention. What is live stays, with the marks of the occurrence
+    that it is at; what has its call open stays."""
     for status in ("fired", "cancelled", "failed"):
         for days in (1, 8, 100):
             await over(db, f"{status}{days}", status, days)
@@ -102,9 +107,10 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
     ):
         await over(db, id, status, 100)
         await db.execute(
-            "update session_recalls set lease = gen_random_uuid(), lease_until = now() + %s * interval '1 day', leased_by = 'w' where id = %s",
+            "update session_recalls set lease = gen_random_uuid(), lease_until = now() + %s * "
+            "interval '1 day', leased_by = 'w' where id = %s",
             [until, id],
-        )  # fmt: skip
+        )
     await over(db, "before", "pending", 100, occurrence=2)
     replica = replicas("fired=7d,failed=90d,calls=50d")
     wait = await replica.look()
@@ -145,7 +151,8 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
 
 
 async def test_one_replica_at_a_time_and_then_none(db: Connection, replicas: Replicas) -> None:
-    """While one prunes the other is told to come back; when it is done both are; when it is time again the other may."""
+    """While one prunes the other is told to come back; when it is done both are; when it is time
+    again the other may."""
     first, second = replicas("1d"), replicas("1d")
     assert await first.ledger.take_turn(3600) is None
     assert await first.ledger.take_turn(3600) is None
@@ -179,7 +186,8 @@ async def test_a_replica_that_fell_silent(db: Connection, replicas: Replicas) ->
 async def test_shorter_retentions_need_not_wait_for_longer_ones(
     db: Connection, replicas: Replicas
 ) -> None:
-    """A pause that was made for a month's retention does not hold a worker up that is to keep for an hour."""
+    """A pause that was made for a month's retention does not hold a worker up that is to keep for
+    an hour."""
     month, hour = replicas("30d"), replicas("1h")
     await month.look()
     assert len(month.pruned) == 1
@@ -200,7 +208,8 @@ async def test_two_at_once(db: Connection, replicas: Replicas) -> None:
 async def test_what_the_application_holds_is_left(
     db: Connection, database: str, replicas: Replicas
 ) -> None:
-    """A transaction of the application's that stays open on rows that are over holds nothing up; the rows go the next time."""
+    """A transaction of the application's that stays open on rows that are over holds nothing up;
+    the rows go the next time."""
     for n in range(10):
         await over(db, f"r{n}", "fired", 40)
     replica = replicas()
@@ -217,7 +226,8 @@ async def test_what_the_application_holds_is_left(
 async def test_a_table_that_is_locked(
     db: Connection, database: str, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DDL holds the table: the pruner waits for a moment, lets go, and tries again. It does not call that a defect."""
+    """DDL holds the table: the pruner waits for a moment, lets go, and tries again. It does not
+    call that a defect."""
     monkeypatch.setattr(pruning, "LOCKED_PAUSE", 0.01)
     await over(db, "r", "fired", 40)
     replica = replicas()
@@ -245,7 +255,8 @@ async def test_a_table_that_is_locked(
 async def test_a_stop_ends_a_walk(
     db: Connection, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that begins to drain ends with the batch that it is at, says how far it came, and leaves its turn to the others."""
+    """A worker that begins to drain ends with the batch that it is at, says how far it came, and
+    leaves its turn to the others."""
     monkeypatch.setattr(sweeping, "ROWS", 1)
     monkeypatch.setattr(pruning, "START_WITHIN", 0.0)
     for n in range(10):
@@ -285,7 +296,10 @@ async def test_a_connection_only_while_pruning(
     replica = Replica(database, "w0", "30d")
     running = asyncio.create_task(replica.pruner.run())
     await eventually(db, "select from recall_chores where rests")
-    its = "select from pg_stat_activity where datname = current_database() and application_name = 'recall-worker ledger w0'"
+    its = (
+        "select from pg_stat_activity where datname = current_database() and application_name = "
+        "'recall-worker ledger w0'"
+    )
     await eventually(db, f"select 1 where not exists ({its})")
     replica.stopped.set()
     await running

@@ -1,6 +1,8 @@
-"""The nouns: closed unions of frozen dataclasses, the idempotency key, and the words for how a call ended.
+"""The nouns: closed unions of frozen dataclasses, the idempotency key, and the words for how a call
+ended.
 
-`claim_with` is where the other pure tests get a claim from: one that nothing is special about, but for what they name.
+`claim_with` is where the other pure tests get a claim from: one that nothing is special about, but
+for what they name.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ OUTCOMES: list[Outcome] = [
 
 
 def claim_with(**changes: Any) -> Claim:
-    """A one-shot's first claim, due at noon and claimed at once; `changes` say what is otherwise."""
+    """A one-shot's first claim, due at noon and claimed at once; `changes` say what is
+    otherwise."""
     claim = Claim(
         id="r1",
         session_id="s1",
@@ -96,7 +99,8 @@ def test_every_outcome_has_a_sample() -> None:
     "union", [Outcome, Verdict, When, Settlement], ids=["outcome", "verdict", "when", "settlement"]
 )
 def test_unions_are_closed_over_frozen_dataclasses(union: object) -> None:
-    """Each member of a union is a frozen dataclass with slots, and no member is a kind of another: a match is unambiguous."""
+    """Each member of a union is a frozen dataclass with slots, and no member is a kind of another:
+    a match is unambiguous."""
     members = get_args(union)
     assert len(members) > 1
     for member in members:
@@ -127,7 +131,8 @@ def test_key(changes: dict[str, Any], key: str) -> None:
 
 
 def test_key_is_the_same_for_each_attempt() -> None:
-    """Neither the attempt, nor the deferrals, nor the lease, nor the time of the claim are in the key."""
+    """Neither the attempt, nor the deferrals, nor the lease, nor the time of the claim are in the
+    key."""
     later = claim_with(
         attempt=3,
         deferrals=9,
@@ -153,7 +158,8 @@ def test_recurring(call_type: str, recurring: bool) -> None:
     "by", [timedelta(microseconds=1), timedelta(microseconds=-1), timedelta(days=400)], ids=str
 )
 def test_moved(by: timedelta) -> None:
-    """A claim is moved exactly if `trigger_at` is another than the worker last wrote, by a microsecond or by a year."""
+    """A claim is moved exactly if `trigger_at` is another than the worker last wrote, by a
+    microsecond or by a year."""
     assert claim_with(trigger_at=NOON + by).moved
     assert not claim_with().moved
     assert not claim_with(trigger_at=NOON.astimezone(None)).moved
@@ -175,7 +181,8 @@ def test_name_of(outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=name_of)
 def test_reason_of(outcome: Outcome) -> None:
-    """Each ending that is not as it should be says why in a sentence; a run that went well has nothing to explain."""
+    """Each ending that is not as it should be says why in a sentence; a run that went well has
+    nothing to explain."""
     reason = reason_of(outcome)
     if isinstance(outcome, Answered | Accepted):
         assert reason is None

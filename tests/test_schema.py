@@ -1,6 +1,8 @@
-"""Migrations on real databases: what is adopted, what is refused, and that the application is never held up meanwhile.
+"""Migrations on real databases: what is adopted, what is refused, and that the application is never
+held up meanwhile.
 
-`migrate` is the real command in a process of its own wherever its exit status, its words or other clients matter.
+`migrate` is the real command in a process of its own wherever its exit status, its words or other
+clients matter.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 from recall_worker.schema import GENERATION, SchemaError
 
-from . import postgres
 from . import schema as expected
-from .application import COLUMNS, CREATE_TABLES, Application
 from .conftest import connected
+from .support import postgres
+from .support.application import COLUMNS, CREATE_TABLES, Application
 
 PATIENCE = 60.0
 ALL = [f"{m.version:04} {m.name}" for m in schema.migrations()]
@@ -110,14 +112,15 @@ class Migrate:
 
 
 async def until(condition: Callable[[], Any], within: float = 20.0) -> Any:
-    """Ask until the answer is true; returns it. For what no event tells of: what PostgreSQL's other processes are doing."""
+    """Ask until the answer is true; returns it. For what no event tells of: what PostgreSQL's other
+    processes are doing."""
     async with asyncio.timeout(within):
         while not (answer := condition()):  # noqa: ASYNC110 -- there is nothing to be woken by
             await asyncio.sleep(0.02)
     return answer
 
 
-# --- adopting --------------------------------------------------------------------------------------------------------
+# --- adopting -------------------------------------------------------------------------------------
 
 SESSIONLESS = CREATE_TABLES[
     CREATE_TABLES.index("create table if not exists session_recalls") :
@@ -125,8 +128,10 @@ SESSIONLESS = CREATE_TABLES[
 
 OLD_ROWS = """
 insert into session_recalls
-    (id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message, status, created_at, updated_at)
-select kind || '-' || status || '-' || n, 's' || row_number() over (), kind, at::timestamptz, interval, comment, 'it''s "100 %" — ' || n,
+    (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
+        additional_context_message, status, created_at, updated_at)
+select kind || '-' || status || '-' || n, 's' || row_number() over (), kind, at::timestamptz,
+    interval, comment, 'it''s "100 %" — ' || n,
     status, '2024-01-01'::timestamptz + n * interval '1 second', '2024-06-01'
 from unnest(array['once', 'recurring', 'immediate']) kind,
     unnest(array['pending', 'fired', 'cancelled']) status,
@@ -143,14 +148,18 @@ SESSIONS = "insert into sessions select 's' || n, 'ann' from generate_series(1, 
 SNAPSHOT = "select ctid::text, xmin::text, row({})::text from session_recalls order by id".format(
     COLUMNS.replace("trigger_at", "trigger_at::text")
 )
-FILES = "select relname, relfilenode from pg_class where relname in ('session_recalls', 'sessions') or relname ~ '^idx_recalls_.*_status$' order by 1"
+FILES = (
+    "select relname, relfilenode from pg_class where relname in ('session_recalls', 'sessions') "
+    "or relname ~ '^idx_recalls_.*_status$' order by 1"
+)
 
 
 @pytest.mark.parametrize(
     "tables", [CREATE_TABLES, SESSIONLESS], ids=["with sessions", "without sessions"]
 )
 def test_adoption_leaves_every_row_as_it_stands(tables: str, empty_database: str) -> None:
-    """Rows in every state, with absurd intervals and dates, keep their columns, their place and their writer; no file is written anew."""
+    """Rows in every state, with absurd intervals and dates, keep their columns, their place and
+    their writer; no file is written anew."""
     execute(empty_database, tables, *([] if tables is SESSIONLESS else [SESSIONS]), OLD_ROWS)
     before = execute(empty_database, SNAPSHOT), execute(empty_database, FILES)
     assert len(before[0]) == 54
@@ -166,12 +175,14 @@ def test_adoption_leaves_every_row_as_it_stands(tables: str, empty_database: str
 
 
 def test_old_rows_with_absurd_intervals_still_obey_the_application(empty_database: str) -> None:
-    """What may not be inserted any more may be there: the application cancels it, lists it and marks it as before."""
+    """What may not be inserted any more may be there: the application cancels it, lists it and
+    marks it as before."""
     execute(empty_database, CREATE_TABLES, SESSIONS, OLD_ROWS)
     schema.migrate(empty_database)
     touched = execute(
         empty_database,
-        "update session_recalls set status = 'cancelled', updated_at = now() where status = 'pending' and call_type = 'recurring' "
+        "update session_recalls set status = 'cancelled', updated_at = now() where status = "
+        "'pending' and call_type = 'recurring' "
         "returning coalesce(interval_seconds, -1)",
     )
     assert {row[0] for row in touched} == {60, -1, 0, -5, 2147483647, 1}
@@ -179,7 +190,8 @@ def test_old_rows_with_absurd_intervals_still_obey_the_application(empty_databas
 
 @pytest.mark.parametrize("sessions", [True, False], ids=["with sessions", "without sessions"])
 def test_the_table_is_created_where_it_is_missing(sessions: bool, empty_database: str) -> None:
-    """On an empty database `migrate` makes the application's table with its indexes and rules; the foreign key where it can."""
+    """On an empty database `migrate` makes the application's table with its indexes and rules; the
+    foreign key where it can."""
     if sessions:
         execute(
             empty_database, "create table sessions (id text primary key, user_id text not null)"
@@ -203,12 +215,16 @@ def test_the_table_is_created_where_it_is_missing(sessions: bool, empty_database
     assert keys == ([("c", True)] if sessions else [])
 
 
-FIRST = f"insert into session_recalls ({COLUMNS}) values ('{{}}', '{{}}', 'once', 'infinity', null, null, '', 'pending', now(), now())"
+FIRST = (
+    f"insert into session_recalls ({COLUMNS}) values ('{{}}', '{{}}', 'once', 'infinity', null, "
+    f"null, '', 'pending', now(), now())"
+)
 
 
 @pytest.mark.parametrize("orphans", [0, 2])
 def test_the_foreign_key_comes_when_sessions_comes(orphans: int, empty_database: str) -> None:
-    """The application starts after the worker was installed: the next `migrate` adds the key; recalls of no session are told of, no more."""
+    """The application starts after the worker was installed: the next `migrate` adds the key;
+    recalls of no session are told of, no more."""
     assert FOREIGN_KEY not in schema.migrate(empty_database)
     execute(
         empty_database,
@@ -234,14 +250,16 @@ def test_the_foreign_key_comes_when_sessions_comes(orphans: int, empty_database:
 def test_a_foreign_table_that_is_called_sessions_too_is_left_alone(
     id: str, empty_database: str
 ) -> None:
-    """A table sessions with ids of another kind belongs to something else: there is no key to it, and `migrate` goes on."""
+    """A table sessions with ids of another kind belongs to something else: there is no key to it,
+    and `migrate` goes on."""
     execute(empty_database, f"create table sessions (id {id} primary key)")
     assert schema.migrate(empty_database) == ALL
     assert schema.pending(empty_database) == []
 
 
 def test_the_table_may_stand_in_a_schema_of_its_own(empty_database: str) -> None:
-    """Where the application keeps its tables in another schema all is done there, and the trigger works for whoever names it in full."""
+    """Where the application keeps its tables in another schema all is done there, and the trigger
+    works for whoever names it in full."""
     execute(empty_database, "create schema agent; set search_path = agent; " + CREATE_TABLES)
     dsn = make_conninfo(empty_database, options="-c search_path=agent,public")
     assert schema.migrate(dsn) == ALL
@@ -263,7 +281,8 @@ def test_the_table_may_stand_in_a_schema_of_its_own(empty_database: str) -> None
 
 
 def test_the_application_starts_again_on_the_migrated_table(empty_database: str) -> None:
-    """Its `create … if not exists` runs without an error, and leaves columns, triggers, constraints and indexes as `migrate` left them."""
+    """Its `create … if not exists` runs without an error, and leaves columns, triggers, constraints
+    and indexes as `migrate` left them."""
     execute(empty_database, CREATE_TABLES)
     schema.migrate(empty_database)
     before = expected.dump(empty_database)
@@ -271,13 +290,17 @@ def test_the_application_starts_again_on_the_migrated_table(empty_database: str)
     assert expected.dump(empty_database) == before
 
 
-# --- again, at once, and elsewhere -----------------------------------------------------------------------------------
+# --- again, at once, and elsewhere ----------------------------------------------------------------
 
 
 def test_a_second_migrate_does_nothing(empty_database: str) -> None:
-    """What was done stays done: no migration is recorded twice, nothing in the catalogue changes."""
+    """What was done stays done: no migration is recorded twice, nothing in the catalogue
+    changes."""
     rows = "select * from recall_schema order by version"
-    catalogue = "select relname, xmin::text, relfilenode from pg_class where relnamespace = 'public'::regnamespace order by 1"
+    catalogue = (
+        "select relname, xmin::text, relfilenode from pg_class where relnamespace = "
+        "'public'::regnamespace order by 1"
+    )
     assert command(empty_database).returncode == 0
     before = execute(empty_database, rows), execute(empty_database, catalogue)
     again = command(empty_database, "--json")
@@ -301,7 +324,8 @@ async def test_four_migrates_at_once(empty_database: str) -> None:
 
 
 def test_check_tells_and_changes_nothing(empty_database: str) -> None:
-    """`migrate --check` exits 1 and lists what is to be done, without doing it; 0 when nothing is left."""
+    """`migrate --check` exits 1 and lists what is to be done, without doing it; 0 when nothing is
+    left."""
     before = command(empty_database, "--check", "--json")
     assert before.returncode == 1
     assert json.loads(before.stdout) == {"up_to_date": False, "pending": ALL}
@@ -321,10 +345,12 @@ def test_check_tells_and_changes_nothing(empty_database: str) -> None:
 
 @pytest.mark.parametrize("options", [(), ("--check",)], ids=["migrate", "check"])
 def test_a_schema_that_needs_newer_code_is_refused(options: tuple[str, ...], database: str) -> None:
-    """Where a newer recall-worker has migrated past what this code can work with, it says so and touches nothing."""
+    """Where a newer recall-worker has migrated past what this code can work with, it says so and
+    touches nothing."""
     execute(
         database,
-        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'beyond', {GENERATION + 1})",
+        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, "
+        f"'beyond', {GENERATION + 1})",
     )
     refused = command(database, *options)
     assert refused.returncode == 1
@@ -336,10 +362,12 @@ def test_a_schema_that_needs_newer_code_is_refused(options: tuple[str, ...], dat
 
 
 def test_a_newer_schema_that_works_with_this_code_is_accepted(database: str) -> None:
-    """Replicas are upgraded one by one: code that the newer schema still works with has nothing to do, and no complaint."""
+    """Replicas are upgraded one by one: code that the newer schema still works with has nothing to
+    do, and no complaint."""
     execute(
         database,
-        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, 'ahead', {GENERATION})",
+        f"insert into recall_schema (version, name, oldest_code) values ({GENERATION + 9}, "
+        f"'ahead', {GENERATION})",
     )
     assert command(database, "--check").returncode == 0
     assert command(database).returncode == 0
@@ -352,14 +380,16 @@ def test_a_newer_schema_that_works_with_this_code_is_accepted(database: str) -> 
         ("alter table session_recalls rename column trigger_at to due_at", "trigger_at"),
         ("alter table session_recalls alter column created_at type timestamp", "created_at"),
         (
-            "alter table session_recalls rename to kept; create view session_recalls as select * from kept",
+            "alter table session_recalls rename to kept; create view session_recalls as select * "
+            "from kept",
             "view",
         ),
     ],
     ids=["no interval", "another name", "no time zone", "a view"],
 )
 def test_a_strange_table_is_refused(change: str, word: str, empty_database: str) -> None:
-    """A session_recalls that is not the application's is left alone; the refusal names what is wrong and what to check."""
+    """A session_recalls that is not the application's is left alone; the refusal names what is
+    wrong and what to check."""
     execute(empty_database, CREATE_TABLES, change)
     before = expected.dump(empty_database)
     refused = command(empty_database)
@@ -381,7 +411,8 @@ def test_a_strange_table_is_refused(change: str, word: str, empty_database: str)
     ids=["nobody listens", "no socket", "no address", "none"],
 )
 def test_a_wrong_address_is_told(dsn: str, status: int) -> None:
-    """An address at which no PostgreSQL answers, or that is none: an exit status of its own, a hint, and no traceback."""
+    """An address at which no PostgreSQL answers, or that is none: an exit status of its own, a
+    hint, and no traceback."""
     refused = command(dsn)
     assert refused.returncode == status
     assert (
@@ -424,10 +455,11 @@ def test_a_standby_is_refused(standby: str) -> None:
     )
 
 
-# --- from before the baseline ----------------------------------------------------------------------
+# --- from before the baseline ---------------------------------------------------------------------
 
 VERSION_15 = (Path(expected.__file__).parent / "version_15.sql").read_text(encoding="utf-8")
-"""What the migrations 0001 to 0015 made before they became the baseline, with rows in every state."""
+"""What the migrations 0001 to 0015 made before they became the baseline, with rows in every
+state."""
 PUBLIC_TABLES = (
     "select array_agg(relname::text order by relname) from pg_class "
     "where relnamespace = 'public'::regnamespace and relkind = 'r' and relname <> 'recall_schema'"
@@ -445,14 +477,16 @@ def rows_at_15(dsn: str) -> dict[str, list[tuple[Any, ...]]]:
     return {
         table: execute(
             dsn,
-            f"select ctid::text, xmin::text, {execute(dsn, columns.format(table))[0][0]} from {table} r order by ctid",
+            f"select ctid::text, xmin::text, {execute(dsn, columns.format(table))[0][0]} from "
+            f"{table} r order by ctid",
         )
         for table in tables
     }
 
 
 def test_version_15_skips_the_baseline(empty_database: str) -> None:
-    """A database that has recorded 15 goes on from there: every row keeps its place and its writer."""
+    """A database that has recorded 15 goes on from there: every row keeps its place and its
+    writer."""
     execute(empty_database, VERSION_15)
     before = rows_at_15(empty_database), execute(empty_database, FILES)
     states = "select status, count(*) from session_recalls group by 1 order by 1"
@@ -513,11 +547,12 @@ def test_an_interrupted_baseline_continues(
         assert expected.dump(empty_database) == expected.EXPECTED.read_text(encoding="utf-8")
 
 
-# --- the application goes on meanwhile -------------------------------------------------------------------------------
+# --- the application goes on meanwhile ------------------------------------------------------------
 
 
 class Writers:
-    """The application at work on a table that is being migrated: each writer on a connection of its own, without a pause.
+    """The application at work on a table that is being migrated: each writer on a connection of its
+    own, without a pause.
 
     `longest` is the longest that any statement of theirs took, in seconds.
     """
@@ -571,8 +606,10 @@ class Writers:
 MANY_ROWS = """
 insert into sessions select 's' || n, 'ann' from generate_series(1, {n}) n;
 insert into session_recalls
-    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
-select 'r' || n, 's' || n, 'once', now() + interval '1 year', null, 'later', (array['pending', 'fired', 'cancelled'])[1 + n % 3], now(), now()
+    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
+        created_at, updated_at)
+select 'r' || n, 's' || n, 'once', now() + interval '1 year', null, 'later', (array['pending',
+    'fired', 'cancelled'])[1 + n % 3], now(), now()
 from generate_series(1, {n}) n
 """
 
@@ -581,7 +618,8 @@ from generate_series(1, {n}) n
 async def test_an_open_reader_holds_up_migrate_and_nobody_else(
     rows: int, empty_database: str
 ) -> None:
-    """While a transaction that has read the table stays open, `migrate` asks again and again, and no insert or update waits a second."""
+    """While a transaction that has read the table stays open, `migrate` asks again and again, and
+    no insert or update waits a second."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=rows))
     async with Writers.at_work(empty_database) as writers, connected(empty_database) as reader:
         await reader.execute("begin")
@@ -619,7 +657,8 @@ def up_to(monkeypatch: pytest.MonkeyPatch, dsn: str, version: int) -> list[str]:
 async def test_an_open_writer_holds_up_the_indexes_and_nobody_else(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction that stays open while an index is built concurrently: the build is given up and begun again, and nobody waits for it."""
+    """A transaction that stays open while an index is built concurrently: the build is given up and
+    begun again, and nobody waits for it."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=1_000))
     adopt_only(empty_database, monkeypatch)
     async with Writers.at_work(empty_database) as writers, connected(empty_database) as other:
@@ -637,7 +676,8 @@ async def test_an_open_writer_holds_up_the_indexes_and_nobody_else(
 
 
 async def test_the_foreign_key_holds_nobody_up(empty_database: str) -> None:
-    """The key to `sessions` needs a lock on two tables that are written all the time: it is asked for in short turns as well."""
+    """The key to `sessions` needs a lock on two tables that are written all the time: it is asked
+    for in short turns as well."""
     execute(empty_database, SESSIONLESS)
     schema.migrate(empty_database)
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=1_000))
@@ -657,10 +697,17 @@ async def test_the_foreign_key_holds_nobody_up(empty_database: str) -> None:
 
 
 async def test_an_interrupted_index_is_built_again(empty_database: str) -> None:
-    """A `migrate` that is broken off in mid-build leaves an index that serves nobody; the next one drops it and builds it whole."""
+    """A `migrate` that is broken off in mid-build leaves an index that serves nobody; the next one
+    drops it and builds it whole."""
     execute(empty_database, CREATE_TABLES, MANY_ROWS.format(n=10))
-    invalid = "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid where not i.indisvalid"
-    building = "select pid from pg_stat_activity where application_name = 'recall-worker migrate' and query like '%index concurrently%'"
+    invalid = (
+        "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid where not "
+        "i.indisvalid"
+    )
+    building = (
+        "select pid from pg_stat_activity where application_name = 'recall-worker migrate' and "
+        "query like '%index concurrently%'"
+    )
     async with connected(empty_database) as other:
         await other.execute("begin isolation level repeatable read")
         await other.execute("select count(*) from sessions")
@@ -682,7 +729,8 @@ async def test_an_interrupted_index_is_built_again(empty_database: str) -> None:
 
 
 def test_patience_ends(empty_database: str) -> None:
-    """A transaction that never ends is named as the reason, after the patience that was given; nothing is left half done."""
+    """A transaction that never ends is named as the reason, after the patience that was given;
+    nothing is left half done."""
     execute(empty_database, CREATE_TABLES)
     with psycopg.connect(empty_database) as reader:
         reader.execute("select from session_recalls")
@@ -697,7 +745,8 @@ def test_patience_ends(empty_database: str) -> None:
     "setting", ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]
 )
 async def test_the_database_own_timeouts_do_not_matter(setting: str, empty_database: str) -> None:
-    """Timeouts that are set for the application's sake break off no index that has to wait for an open transaction."""
+    """Timeouts that are set for the application's sake break off no index that has to wait for an
+    open transaction."""
     execute(empty_database, CREATE_TABLES)
     name = str(conninfo_to_dict(empty_database)["dbname"])
     async with connected(empty_database) as other:
@@ -721,20 +770,24 @@ async def test_the_database_own_timeouts_do_not_matter(setting: str, empty_datab
             assert await migrate.exit() == 0
 
 
-# --- the dump --------------------------------------------------------------------------------------------------------
+# --- the dump -------------------------------------------------------------------------------------
 
 needs_pg_dump = pytest.mark.skipif(expected.pg_dump() is None, reason="there is no pg_dump here")
 
 
 def test_settings_of_the_owners_stay(empty_database: str) -> None:
-    """Whoever has set autovacuum for the table before keeps it so; where nobody has, a twentieth of dead rows is enough."""
+    """Whoever has set autovacuum for the table before keeps it so; where nobody has, a twentieth of
+    dead rows is enough."""
     execute(
         empty_database,
         CREATE_TABLES,
         "alter table session_recalls set (autovacuum_vacuum_scale_factor = 0.3)",
     )
     schema.migrate(empty_database)
-    options = "select relname, reloptions from pg_class where relname in ('session_recalls', 'recall_attempts') order by relname"
+    options = (
+        "select relname, reloptions from pg_class where relname in ('session_recalls', "
+        "'recall_attempts') order by relname"
+    )
     assert execute(empty_database, options) == [
         ("recall_attempts", ["autovacuum_vacuum_scale_factor=0.05"]),
         ("session_recalls", ["autovacuum_vacuum_scale_factor=0.3"]),
@@ -743,13 +796,15 @@ def test_settings_of_the_owners_stay(empty_database: str) -> None:
 
 @needs_pg_dump
 def test_the_schema_is_as_committed(database: str) -> None:
-    """An adopted database looks as `tests/schema/expected.sql` says; `python -m tests.schema` writes that anew."""
+    """An adopted database looks as `tests/schema/expected.sql` says; `python -m tests.schema`
+    writes that anew."""
     assert expected.dump(database) == expected.EXPECTED.read_text(encoding="utf-8")
 
 
 @needs_pg_dump
 def test_a_created_table_is_like_an_adopted_one(empty_database: str) -> None:
-    """Where the worker came first the schema differs by the foreign key alone, and that comes with `sessions`."""
+    """Where the worker came first the schema differs by the foreign key alone, and that comes with
+    `sessions`."""
     schema.migrate(empty_database)
     wanted = expected.EXPECTED.read_text(encoding="utf-8").strip().split("\n\n")
     alone = expected.dump(empty_database).strip().split("\n\n")

@@ -1,4 +1,5 @@
-"""Settings: read once, from the environment and then from flags; every problem at once; secrets shown to nobody."""
+"""Settings: read once, from the environment and then from flags; every problem at once; secrets
+shown to nobody."""
 
 from __future__ import annotations
 
@@ -47,16 +48,29 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_has_its_variable(name: str) -> None:
-    """Field `x` is read from `RECALL_X`, says what it is, and a flag of the same name wins over it."""
+    """Field `x` is read from `RECALL_X`, says what it is, and a flag of the same name wins over
+    it."""
     file = __file__
     samples = {
-        "dsn": ("postgresql:///a", "postgresql:///b"), "listen_dsn": ("postgresql:///a", "postgresql:///b"),
-        "run_url": ("http://a/{session_id}", "https://b:8080/run"), "run_token": ("t1", "t2"), "signing_secret": ("s1", "s2"),
-        "ca_file": (file, str(Path(file).parent / "__init__.py")), "protocol": ("native", "native"), "concurrency": ("7", "8"),
-        "max_attempts": ("4", "5"), "session_limit": ("5/h", "9/h,50/d"), "fleet_concurrency": ("7", "8"),
-        "langgraph_assistant": ("a", "b"), "agno_agent": ("a", "b"), "log_level": ("debug", "error"), "log_format": ("json", "console"),
-        "ops_listen": ("9464", "[::1]:9465"), "prune": ("30d", "fired=7d,failed=90d"), "message_limit": ("1000", "2000"),
-    }  # fmt: skip
+        "dsn": ("postgresql:///a", "postgresql:///b"),
+        "listen_dsn": ("postgresql:///a", "postgresql:///b"),
+        "run_url": ("http://a/{session_id}", "https://b:8080/run"),
+        "run_token": ("t1", "t2"),
+        "signing_secret": ("s1", "s2"),
+        "ca_file": (file, str(Path(file).parent / "__init__.py")),
+        "protocol": ("native", "native"),
+        "concurrency": ("7", "8"),
+        "max_attempts": ("4", "5"),
+        "session_limit": ("5/h", "9/h,50/d"),
+        "fleet_concurrency": ("7", "8"),
+        "langgraph_assistant": ("a", "b"),
+        "agno_agent": ("a", "b"),
+        "log_level": ("debug", "error"),
+        "log_format": ("json", "console"),
+        "ops_listen": ("9464", "[::1]:9465"),
+        "prune": ("30d", "fired=7d,failed=90d"),
+        "message_limit": ("1000", "2000"),
+    }
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
     kind: Any = int if name == "fleet_concurrency" else str if default is None else type(default)
@@ -72,10 +86,13 @@ def test_every_setting_has_its_variable(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "means"),
     [
-        ("9464", ("127.0.0.1", 9464)), ("0.0.0.0:9464", ("0.0.0.0", 9464)), ("[::1]:9464", ("::1", 9464)),
-        ("ops.example:0", ("ops.example", 0)), ("", None),
+        ("9464", ("127.0.0.1", 9464)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("ops.example:0", ("ops.example", 0)),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_where_the_pages_are(given: str, means: tuple[str, int] | None) -> None:
     """A port alone is this host's own: the pages ask nobody who they are."""
     assert settings.read({"RECALL_OPS_LISTEN": given}).ops_address == means
@@ -109,7 +126,8 @@ HOUR, DAY = 3600.0, 86_400.0
     ],
 )
 def test_how_long_what_is_over_is_kept(given: str, means: dict[str, float]) -> None:
-    """A duration alone is for all statuses that are not named; marks of calls outlast their recalls unless they are named."""
+    """A duration alone is for all statuses that are not named; marks of calls outlast their recalls
+    unless they are named."""
     assert settings.read({"RECALL_PRUNE": given}).keep == means
 
 
@@ -157,11 +175,12 @@ def test_settings_are_frozen() -> None:
 
 
 def test_an_empty_variable_is_none() -> None:
-    """A variable that is set to nothing counts as not set: what a unit file or a compose file leaves behind."""
+    """A variable that is set to nothing counts as not set: what a unit file or a compose file
+    leaves behind."""
     assert settings.read({settings.variable(name): "" for name in FIELDS}) == Settings()
 
 
-# --- what is wrong --------------------------------------------------------------------------------------------------
+# --- what is wrong --------------------------------------------------------------------------------
 
 
 WRONG = [
@@ -271,15 +290,21 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     named = sorted(problem.split()[0] for problem in found)
     assert named == [
-        "RECALL_CONCURRENCY", "RECALL_LEASE", "RECALL_POLL_INTERVAL", "RECALL_PROTOCOL", "RECALL_RUN_TOKEN_FILE", "RECALL_RUN_URL",
+        "RECALL_CONCURRENCY",
+        "RECALL_LEASE",
+        "RECALL_POLL_INTERVAL",
+        "RECALL_PROTOCOL",
+        "RECALL_RUN_TOKEN_FILE",
         "RECALL_RUN_URL",
-    ]  # fmt: skip
+        "RECALL_RUN_URL",
+    ]
 
 
 @given(wrong=st.sets(st.integers(0, len(WRONG) - 1), min_size=1))
 @tried(deadline=None)
 def test_any_set_of_mistakes_is_reported_whole(wrong: set[int]) -> None:
-    """However mistakes are combined, each variable that is wrong is named, and none that is right."""
+    """However mistakes are combined, each variable that is wrong is named, and none that is
+    right."""
     environ: dict[str, str] = {}
     for number in wrong:
         environ |= WRONG[number][0]
@@ -302,7 +327,8 @@ def test_bounds_are_reachable(
 
 
 def test_needed() -> None:
-    """What a command can't do without is named, all of it, with what it is, together with what is wrong."""
+    """What a command can't do without is named, all of it, with what it is, together with what is
+    wrong."""
     with pytest.raises(SettingsError) as caught:
         settings.read(
             {"RECALL_RUN_TOKEN": HUSH, "RECALL_LEASE": "0"},
@@ -329,7 +355,7 @@ def test_addresses_that_will_do(url: str) -> None:
     assert settings.read({"RECALL_RUN_URL": url}).run_url == url
 
 
-# --- secrets --------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 
 def test_which_settings_are_secret() -> None:
@@ -348,7 +374,8 @@ def test_secrets_are_shown_to_nobody(name: str) -> None:
 
 
 def test_problems_keep_secrets() -> None:
-    """A secret that is wrong is called wrong without being quoted, as is a password in an address."""
+    """A secret that is wrong is called wrong without being quoted, as is a password in an
+    address."""
     wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in SECRETS}
     urls = [
         f"http://me:{HUSH}@a/",
@@ -380,7 +407,8 @@ def test_a_secret_from_a_file(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_secret_from_a_systemd_credential(name: str, tmp_path: Path) -> None:
-    """A credential of the variable's name is the secret, where neither the variable nor the file is set."""
+    """A credential of the variable's name is the secret, where neither the variable nor the file is
+    set."""
     (tmp_path / settings.variable(name)).write_text(HUSH + "\n", encoding="utf-8")
     credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     assert getattr(settings.read(credentials), name) == HUSH
@@ -404,7 +432,8 @@ def test_a_directory_of_other_credentials(tmp_path: Path) -> None:
 
 
 def test_what_can_be_wrong_with_a_secret_file(tmp_path: Path) -> None:
-    """A file that is missing, no text, empty, of two lines, or beside the variable itself: each is said, and none is quoted."""
+    """A file that is missing, no text, empty, of two lines, or beside the variable itself: each is
+    said, and none is quoted."""
     binary, lines, empty = tmp_path / "binary", tmp_path / "lines", tmp_path / "empty"
     empty.touch()
     binary.write_bytes(b"\xff\xfe")
@@ -438,15 +467,21 @@ def test_only_secrets_come_from_files(tmp_path: Path) -> None:
     assert settings.ignored(environ) == ["RECALL_LEASE_FILE"]
 
 
-# --- typing errors --------------------------------------------------------------------------------------------------
+# --- typing errors --------------------------------------------------------------------------------
 
 
 def test_ignored() -> None:
-    """Variables that look like settings and are none are named; those of others, and the tests' own, are not."""
+    """Variables that look like settings and are none are named; those of others, and the tests'
+    own, are not."""
     environ = {
-        "RECALL_CONCURENCY": "5", "RECALL_": "", "RECALL_DSN": "x", "RECALL_DSN_FILE": "y", "RECALL_TEST_DSN": "z", "recall_lease": "1",
+        "RECALL_CONCURENCY": "5",
+        "RECALL_": "",
+        "RECALL_DSN": "x",
+        "RECALL_DSN_FILE": "y",
+        "RECALL_TEST_DSN": "z",
+        "recall_lease": "1",
         "PATH": "/bin",
-    }  # fmt: skip
+    }
     assert settings.ignored(environ) == ["RECALL_", "RECALL_CONCURENCY"]
 
 
@@ -457,7 +492,8 @@ def test_ignored() -> None:
 )
 @tried(deadline=None)
 def test_any_text_is_taken_or_refused(environ: dict[str, str]) -> None:
-    """Whatever stands in the variables, reading gives settings or problems that name them, and never breaks otherwise."""
+    """Whatever stands in the variables, reading gives settings or problems that name them, and
+    never breaks otherwise."""
     found = problems(environ)
     assert {problem.split()[0] for problem in found} <= set(environ)
     if not found:

@@ -1,4 +1,5 @@
-"""Signatures that the published library verifies, and keys that stand for one body: what a real daemon sends, byte by byte."""
+"""Signatures that the published library verifies, and keys that stand for one body: what a real
+daemon sends, byte by byte."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from recall_worker import statements
 
-from .application import Application
 from .conftest import Connection
-from .daemon import Daemon, Daemons
-from .endpoint import Answer, Endpoint, Gate, Raw, Request, reply
-from .house.test_corridor import row, soon
-from .house.test_lease import eventually
+from .process.test_corridor import row, soon
+from .process.test_lease import eventually
+from .support.application import Application
+from .support.daemon import Daemon, Daemons
+from .support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
 
 WHSEC = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret").decode()
@@ -35,7 +36,7 @@ async def called(
     return (await endpoint.count(1, session))[-1]
 
 
-# --- signatures -----------------------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,8 @@ async def test_the_published_library_verifies(
     secret: str,
     verify_with: list[str | bytes],
 ) -> None:
-    """What the daemon sends verifies with each secret that is set, and with no other; nor if a byte of it was changed."""
+    """What the daemon sends verifies with each secret that is set, and with no other; nor if a byte
+    of it was changed."""
     daemon = await daemons.start(signing_secret=secret)
     request = await called(app, endpoint, 'größe "漢" \\ {}')
     assert request.headers["webhook-id"] == request.key
@@ -85,7 +87,8 @@ async def test_the_published_library_verifies(
 async def test_the_documented_lines_verify(
     app: Application, endpoint: Endpoint, daemons: Daemons, secret: str
 ) -> None:
-    """The lines of docs/endpoint.md do what is said of them, with a genuine call and with one that is not."""
+    """The lines of docs/endpoint.md do what is said of them, with a genuine call and with one that
+    is not."""
     lines: dict[str, Any] = {}
     for snippet in re.findall(
         r"<!-- verify [^>]* -->\n```python\n(.*?)```",
@@ -111,7 +114,8 @@ async def test_the_documented_lines_verify(
 async def test_a_key_that_no_header_can_carry(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The id that is signed is the one in the header, also where the recall's own had to be encoded."""
+    """The id that is signed is the one in the header, also where the recall's own had to be
+    encoded."""
     await daemons.start(signing_secret=WHSEC)
     await app.create_session("s", "ann")
     await app.schedule("s", "immediate", soon(0), "work", id="é\r\nx: y")
@@ -123,7 +127,8 @@ async def test_a_key_that_no_header_can_carry(
 async def test_each_call_is_signed_anew(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A later call has the same id and body and a signature of its own time, so that it is never too old; both verify."""
+    """A later call has the same id and body and a signature of its own time, so that it is never
+    too old; both verify."""
     endpoint.script("s", reply(503, headers={"retry-after": "2"}), reply())
     await daemons.start(signing_secret=WHSEC)
     await called(app, endpoint)
@@ -146,7 +151,8 @@ async def test_without_a_secret_nothing_is_signed(
 async def test_secrets_stay_secret(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, tmp_path: Path
 ) -> None:
-    """Neither log nor database shows token or signing secret, as given or decoded; both may come from files."""
+    """Neither log nor database shows token or signing secret, as given or decoded; both may come
+    from files."""
     (tmp_path / "secret").write_text(f"{WHSEC} {PLAIN}\n")
     (tmp_path / "token").write_text("s3cr3t-token\n")
     daemon = await daemons.start(
@@ -171,11 +177,12 @@ async def test_secrets_stay_secret(
 TABLES = ("session_recalls", "recall_attempts", "recall_workers", "recall_endpoints")
 
 
-# --- keys and bodies ------------------------------------------------------------------------------------------------
+# --- keys and bodies ------------------------------------------------------------------------------
 
 
 class Fingerprints:
-    """An API that remembers the body of each key, and refuses the same key with another one: 422."""
+    """An API that remembers the body of each key, and refuses the same key with another one:
+    422."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.bodies: dict[str, bytes] = {}
@@ -230,7 +237,8 @@ async def test_one_key_has_one_body(
     answers: list[Raw],
     call_type: str,
 ) -> None:
-    """However often one occurrence is called, and however many due moments pass meanwhile, its key stands for one body."""
+    """However often one occurrence is called, and however many due moments pass meanwhile, its key
+    stands for one body."""
     api.then(*answers)
     daemon = await daemons.start()
     await app.create_session("s", "ann")
@@ -255,7 +263,8 @@ async def test_one_key_has_one_body(
 async def test_a_dead_workers_successor_sends_the_same_body(
     app: Application, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """A worker that is killed in mid-run is succeeded with the same key and body, whatever was missed meanwhile."""
+    """A worker that is killed in mid-run is succeeded with the same key and body, whatever was
+    missed meanwhile."""
     gate = Gate()
     api.then(gate)
     first = await daemons.start(lease=1)
@@ -286,7 +295,8 @@ async def _other_type(db: Connection, id: str) -> None:
 
 async def _other_interval(db: Connection, id: str) -> None:
     await db.execute(
-        "update session_recalls set interval_seconds = 7200, internal_comment = 'new', updated_at = now() where id = %s",
+        "update session_recalls set interval_seconds = 7200, internal_comment = 'new', "
+        "updated_at = now() where id = %s",
         [id],
     )
 
@@ -294,7 +304,8 @@ async def _other_interval(db: Connection, id: str) -> None:
 async def _called_then_changed(
     app: Application, db: Connection, daemon: Daemon, change: Change, call_type: str = "once"
 ) -> str:
-    """A recall that was called once and not for good, then changed by the application, then called again; its id."""
+    """A recall that was called once and not for good, then changed by the application, then called
+    again; its id."""
     await app.create_session("s", "ann")
     id = await app.schedule(
         "s", call_type, soon(0), "look", 3600 if call_type == "recurring" else None
@@ -321,7 +332,8 @@ async def test_a_body_that_the_application_changed_has_a_key_of_its_own(
     answer: Raw,
     change: Change,
 ) -> None:
-    """A message (or type) that is updated between two calls of one occurrence is sent under a new key, so it is never refused."""
+    """A message (or type) that is updated between two calls of one occurrence is sent under a new
+    key, so it is never refused."""
     api.then(answer)
     daemon = await daemons.start(busy_delay=60)
     id = await _called_then_changed(app, db, daemon, change)
@@ -341,7 +353,8 @@ async def test_what_is_not_in_the_body_changes_no_key(
     api: Fingerprints,
     answer: Raw,
 ) -> None:
-    """An interval or a comment that is updated between two calls of one occurrence leaves its key and body alone."""
+    """An interval or a comment that is updated between two calls of one occurrence leaves its key
+    and body alone."""
     api.then(answer)
     daemon = await daemons.start()
     id = await _called_then_changed(app, db, daemon, _other_interval, "recurring")
@@ -355,7 +368,8 @@ async def test_what_is_not_in_the_body_changes_no_key(
 async def test_changed_while_its_worker_was_dead(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """A message that is updated under a lease that nobody holds any more is sent by the successor under a new key."""
+    """A message that is updated under a lease that nobody holds any more is sent by the successor
+    under a new key."""
     gate = Gate()
     api.then(gate)
     first = await daemons.start(lease=1)
@@ -377,7 +391,8 @@ async def test_changed_while_its_worker_was_dead(
 async def test_changed_and_changed_back(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """Each change begins a key; a new occurrence, or one that was never called, begins with none of that."""
+    """Each change begins a key; a new occurrence, or one that was never called, begins with none of
+    that."""
     api.then(BUSY, BUSY, BUSY)
     daemon = await daemons.start(busy_delay=60)
     await app.create_session("s", "ann")
@@ -403,7 +418,8 @@ async def test_changed_and_changed_back(
 async def test_changed_after_a_move_and_a_death(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """An occurrence that began with a move by the application has one body for a key, too, though its worker died and it was changed."""
+    """An occurrence that began with a move by the application has one body for a key, too, though
+    its worker died and it was changed."""
     gate = Gate()
     api.then(BUSY, gate)
     first = await daemons.start(lease=1)
@@ -423,7 +439,8 @@ async def test_changed_after_a_move_and_a_death(
 async def test_changed_while_a_run_was_polled_that_is_lost(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """An accepted run that the API forgets is called again: under a new key, where its message was changed meanwhile."""
+    """An accepted run that the API forgets is called again: under a new key, where its message was
+    changed meanwhile."""
     api.then(reply(202, {}, {"location": "/runs/r1"}))
     endpoint.scripts["GET r1"] = [reply(200, {"status": "running"}, {"retry-after": "0"})]
     first = await daemons.start(lease=1)
@@ -445,7 +462,8 @@ async def test_changed_while_a_run_was_polled_that_is_lost(
 async def test_a_run_that_was_accepted_keeps_its_key(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
 ) -> None:
-    """What the application changes while an accepted run goes on is not posted; the run is followed to its end under its key."""
+    """What the application changes while an accepted run goes on is not posted; the run is followed
+    to its end under its key."""
     api.then(reply(202, {}, {"location": "/runs/r1"}))
     endpoint.scripts["GET r1"] = [reply(200, {"status": "running"}, {"retry-after": "0"})]
     first = await daemons.start(lease=1)

@@ -1,7 +1,9 @@
-"""sql/ as it is written and as PostgreSQL plans it: every statement compiles, and the worker's never read the table through.
+"""sql/ as it is written and as PostgreSQL plans it: every statement compiles, and the worker's
+never read the table through.
 
-The plans are those of the very statements that the ledger sends, prepared as psycopg prepares them and with the values that the ledger
-gives; once planned for these values, once for any, with and without statistics, and with statistics that tell of another day.
+The plans are those of the very statements that the ledger sends, prepared as psycopg prepares them
+and with the values that the ledger gives; once planned for these values, once for any, with and
+without statistics, and with statistics that tell of another day.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from recall_worker.database import ledger as ledger_module
 from recall_worker.database.ledger import Ledger
 from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
 
-from . import postgres
+from .support import postgres
 from .test_recall import claim_with
 
 FILES = sorted(path.stem for path in statements.folder().glob("*.sql"))
@@ -44,7 +46,8 @@ def text_of(file: str) -> str:
 
 @pytest.mark.parametrize("file", FILES)
 def test_names_are_unique(file: str) -> None:
-    """No statement hides behind another one of the same name, and none is without a name or a body."""
+    """No statement hides behind another one of the same name, and none is without a name or a
+    body."""
     names = re.findall(r"^-- name: (.*)$", text_of(file), re.MULTILINE)
     assert names == list(statements.load(file))
     assert all(statements.load(file).values())
@@ -52,7 +55,8 @@ def test_names_are_unique(file: str) -> None:
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
 def test_comments_are_dropped(file: str, name: str) -> None:
-    """What is sent is one statement: no comment is left, no `%` but in placeholders, no semicolon."""
+    """What is sent is one statement: no comment is left, no `%` but in placeholders, no
+    semicolon."""
     statement = statements.load(file)[name]
     assert "--" not in statement
     assert "%" not in PLACEHOLDER.sub("", statement)
@@ -62,7 +66,8 @@ def test_comments_are_dropped(file: str, name: str) -> None:
 def test_a_percent_sign_in_a_comment_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """psycopg would read `%` in a comment as a placeholder: before, behind and between the lines it is dropped with its comment."""
+    """psycopg would read `%` in a comment as a placeholder: before, behind and between the lines it
+    is dropped with its comment."""
     (tmp_path / "odd.sql").write_text(
         "-- 100% of it\n-- name: one\n-- 50% (done)s\nselect 1 -- 7%\n    -- and 8%s\n    + 1;\n"
     )
@@ -82,7 +87,8 @@ def migrated(server: str, template: str) -> Iterator[str]:
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
 def test_every_statement_is_planned_with_nulls(file: str, name: str, migrated: str) -> None:
-    """PostgreSQL knows every table, column, function and type that a statement names, whatever values it will be given."""
+    """PostgreSQL knows every table, column, function and type that a statement names, whatever
+    values it will be given."""
     statement = statements.load(file)[name]
     nothing = dict.fromkeys(PLACEHOLDER.findall(statement))
     with psycopg.connect(migrated, autocommit=True) as conn:
@@ -91,7 +97,8 @@ def test_every_statement_is_planned_with_nulls(file: str, name: str, migrated: s
 
 @pytest.mark.parametrize("name", ["claim", "take_up", "moved"])
 def test_a_claim_is_made_of_columns_as_they_come(name: str, migrated: str) -> None:
-    """An answer's columns are a claim's fields, in that order, with dates for ages: nothing but this test would notice two that change places."""
+    """An answer's columns are a claim's fields, in that order, with dates for ages: nothing but
+    this test would notice two that change places."""
     dates = {"begun_age": "begun_at", "lag": "due_at", "delivered_age": "delivered_at"}
     statement = statements.load("ledger")[name]
     with psycopg.connect(migrated, autocommit=True) as conn:
@@ -103,7 +110,7 @@ def test_a_claim_is_made_of_columns_as_they_come(name: str, migrated: str) -> No
         assert [column.name for column in answer.description] == expected
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 FILL = """
 insert into sessions select 's' || n, 'u' || n % 100 from generate_series(1, {half} + {due}) n;
@@ -111,23 +118,29 @@ alter table session_recalls set (autovacuum_enabled = off);
 alter table recall_attempts set (autovacuum_enabled = off);
 alter table session_recalls disable trigger user;
 insert into session_recalls
-    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
-select 'old' || n, 's' || n, 'once', now() - n * interval '1 second', null, 'over', (array['fired', 'cancelled', 'failed'])[1 + n % 3],
+    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
+        created_at, updated_at)
+select 'old' || n, 's' || n, 'once', now() - n * interval '1 second', null, 'over', (array['fired',
+    'cancelled', 'failed'])[1 + n % 3],
     now(), now()
 from generate_series(1, {half}) n
 union all
-select 'far' || n, 's' || n, (array['once', 'recurring', 'immediate'])[1 + n % 3], now() + interval '1 year' + n * interval '1 second',
+select 'far' || n, 's' || n, (array['once', 'recurring', 'immediate'])[1 + n % 3],
+    now() + interval '1 year' + n * interval '1 second',
     case when n % 3 = 1 then 60 end, 'not yet', '{first}', now(), now()
 from generate_series(1, {half}) n;
 insert into recall_attempts
-    (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled)
+    (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+        ended_at, settled)
 select 'old' || n, 1, 0, a, 'unknown', 's' || n, 'w', gen_random_uuid(), now(), now(), 'pending'
 from generate_series(1, {half}) n, generate_series(1, 2) a;
 """
 DUE = """
 insert into session_recalls
-    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status, created_at, updated_at)
-select 'due' || n, 's' || {half} + n, 'once', now() - n * interval '1 second', null, 'now', 'pending', now(), now()
+    (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
+        created_at, updated_at)
+select 'due' || n, 's' || {half} + n, 'once', now() - n * interval '1 second', null, 'now',
+    'pending', now(), now()
 from generate_series(1, {due}) n;
 alter table session_recalls enable trigger user;
 """
@@ -149,8 +162,18 @@ def filled(dsn: str, half: int, statistics: str, due: int = 2 * FEW) -> None:
 
 
 NAMES = [
-    "claim", "ended_leases", "take_up", "sent", "message", "next_due", "write_moves", "renew", "check_leases", "settle", "backlog",
-]  # fmt: skip
+    "claim",
+    "ended_leases",
+    "take_up",
+    "sent",
+    "message",
+    "next_due",
+    "write_moves",
+    "renew",
+    "check_leases",
+    "settle",
+    "backlog",
+]
 
 
 class Enough(Exception):
@@ -226,7 +249,8 @@ class Table:
         mode: str,
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """The plan by which PostgreSQL did what was asked; nothing of it stays. `meanwhile()`: what happens between its being made and used."""
+        """The plan by which PostgreSQL did what was asked; nothing of it stays. `meanwhile()`: what
+        happens between its being made and used."""
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             if meanwhile is not None:
                 conn.execute("set plan_cache_mode = force_generic_plan")
@@ -248,7 +272,11 @@ class Table:
                 meanwhile()
             with conn.transaction(force_rollback=True), ClientCursor(conn) as cursor:
                 cursor.execute(
-                    f"explain (analyze, buffers, timing off, format json) execute {found[0][0]} ({listed})".encode(),
+                    (
+                        f"explain (analyze, buffers, timing off, format json) execute "
+                        f"{found[0][0]} "
+                        f"({listed})"
+                    ).encode(),
                     values,
                 )
                 row = cursor.fetchone()
@@ -264,7 +292,8 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def buffers(plan: dict[str, Any]) -> int:
-    """Pages touched by the most expensive part: what only writes is not among those of the whole."""
+    """Pages touched by the most expensive part: what only writes is not among those of the
+    whole."""
     return max(int(n["Shared Hit Blocks"] + n["Shared Read Blocks"]) for n in nodes(plan))
 
 
@@ -298,7 +327,8 @@ async def _claimed(dsn: str, slots: int) -> list[Claim]:
 
 @pytest.fixture(scope="module", params=["none", "fresh", "another day"])
 def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Iterator[Table]:
-    """A hundred thousand rows, half of them live, in three states that the planner's statistics can be in."""
+    """A hundred thousand rows, half of them live, in three states that the planner's statistics can
+    be in."""
     with crowd(server, template, 50_000, request.param) as table:
         yield table
 
@@ -308,7 +338,8 @@ def crowded(request: pytest.FixtureRequest, server: str, template: str) -> Itera
 async def test_only_indexes_are_used(
     name: str, mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read through, nothing large is sorted."""
+    """Whatever the planner believes, a statement comes to its few rows by indexes: nothing is read
+    through, nothing large is sorted."""
     plan = crowded.plan(*await crowded.asked(name, monkeypatch), mode)
     read_through = [n["Relation Name"] for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
     assert "session_recalls" not in read_through and "recall_attempts" not in read_through
@@ -320,7 +351,8 @@ async def test_only_indexes_are_used(
 async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     name: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker is often older than its tables' rows: what it prepared when there were none must not come to read through them."""
+    """A worker is often older than its tables' rows: what it prepared when there were none must not
+    come to read through them."""
 
     def filled_in() -> None:
         with psycopg.connect(dsn, autocommit=True) as conn:
@@ -354,7 +386,8 @@ async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
 async def test_a_look_costs_the_same_at_any_size(
     name: str, due: int, server: str, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pages that it touches depend on what it takes, not on how many rows wait or are over: a hundred times as many are no more."""
+    """The pages that it touches depend on what it takes, not on how many rows wait or are over: a
+    hundred times as many are no more."""
     cost: dict[str, list[int]] = {"custom": [], "generic": []}
     for half in (500, 50_000):
         with crowd(server, template, half, "fresh", due) as table:
@@ -370,7 +403,8 @@ async def test_a_look_costs_the_same_at_any_size(
 async def test_a_backlog_is_counted_to_a_bound(
     mode: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With everything overdue, what monitoring asks touches no more rows than it may count, and finds the oldest among them."""
+    """With everything overdue, what monitoring asks touches no more rows than it may count, and
+    finds the oldest among them."""
     monkeypatch.setattr(ledger_module, "BACKLOG_MOST", 1000)
     with crowd(server, template, 500, "fresh", due=20_000) as table:
         plan = table.plan(*await table.asked("backlog", monkeypatch), mode)
@@ -383,7 +417,8 @@ async def test_a_backlog_is_counted_to_a_bound(
 async def test_a_large_batch_looks_up_one_by_one(
     mode: str, crowded: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five hundred endings at once, all of recalls that are gone: their marks are looked for by key, not by reading all marks there are."""
+    """Five hundred endings at once, all of recalls that are gone: their marks are looked for by
+    key, not by reading all marks there are."""
     claim, *_ = crowded.claims
     gone = Table(crowded.dsn, [claim._replace(id=f"gone{n}", lease=uuid4()) for n in range(500)])
     plan = gone.plan(*await gone.asked("settle", monkeypatch), mode)

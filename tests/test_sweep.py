@@ -1,4 +1,5 @@
-"""The sweep: in which order and in which portions what is over is deleted. Pure: the table is a list."""
+"""The sweep: in which order and in which portions what is over is deleted. Pure: the table is a
+list."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from recall_worker.sweep import PAGES, ROWS, SMALLEST, Batch, Sweep
 
 
 class Heap:
-    """Two tables of pages, each with so many rows that may go; what is over is of one kind a table."""
+    """Two tables of pages, each with so many rows that may go; what is over is of one kind a
+    table."""
 
     def __init__(self, recalls: list[int], calls: list[int]) -> None:
         self.pages = {"recalls": list(recalls), "calls": list(calls)}
@@ -44,7 +46,8 @@ ALL = dict.fromkeys(KEPT, 60.0)
 @pytest.mark.parametrize("took", [0.0, 0.04, 1.0], ids=["fast", "as it should be", "slow"])
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 5000])
 def test_everything_is_reached(rows: int, took: float) -> None:
-    """However many rows lie on a page, and however long a batch takes, what may go is gone in the end, and counted."""
+    """However many rows lie on a page, and however long a batch takes, what may go is gone in the
+    end, and counted."""
     heap = Heap([rows] * 300, [1] * 7)
     swept = heap.swept(ALL, took)
     assert heap.pages == {"recalls": [0] * 300, "calls": [0] * 7}
@@ -68,7 +71,8 @@ def test_only_what_is_not_kept_for_ever(keep: dict[str, float], asked: list[str]
 
 
 def test_a_slow_batch_makes_the_next_one_smaller() -> None:
-    """Batches begin small, grow while they are quick, shrink when they are slow, and keep within their bounds."""
+    """Batches begin small, grow while they are quick, shrink when they are slow, and keep within
+    their bounds."""
     sweep = Sweep({"fired": 1.0})
     sizes = []
     for took in [0.0] * 8 + [0.04] * 2 + [10.0] * 8:

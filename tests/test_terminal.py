@@ -1,4 +1,5 @@
-"""What people and machines read of the log: nothing that stands in a row, or that a server said, steers a terminal or breaks a line."""
+"""What people and machines read of the log: nothing that stands in a row, or that a server said,
+steers a terminal or breaks a line."""
 
 from __future__ import annotations
 
@@ -21,18 +22,37 @@ from hypothesis import strategies as st
 
 from recall_worker.events import LOUDNESS, escape_controls
 
-from .application import Application
 from .conftest import Connection
-from .daemon import Daemons
-from .endpoint import Endpoint, reply
-from .house.test_corridor import soon
-from .house.test_lease import eventually
+from .process.test_corridor import soon
+from .process.test_lease import eventually
+from .support.application import Application
+from .support.daemon import Daemons
+from .support.endpoint import Endpoint, reply
 
 STEERING = [
-    "\x1b[2J\x1b[H", "\x1b]0;owned\x07", "\x1b]8;;http://elsewhere\x1b\\link\x1b]8;;\x1b\\", "\x9b2J", "\x1bP1$r\x1b\\", "\x1b[?1049h",
-    "\r\nrecall.settled forged", "a\rb", "a\x08\x08b", "\x07", "\x0b\x0c", "\x85", "\u2028\u2029", "\x7f", "\x00",
-    "\u202egnp.exe", "\u2066x\u2069", "\u200e\u200f\u061c", "\u200b\u2060\ufeff\u00ad", "\U000e0001\U000e0041", "\ud800", "\udfff\ud800",
-]  # fmt: skip
+    "\x1b[2J\x1b[H",
+    "\x1b]0;owned\x07",
+    "\x1b]8;;http://elsewhere\x1b\\link\x1b]8;;\x1b\\",
+    "\x9b2J",
+    "\x1bP1$r\x1b\\",
+    "\x1b[?1049h",
+    "\r\nrecall.settled forged",
+    "a\rb",
+    "a\x08\x08b",
+    "\x07",
+    "\x0b\x0c",
+    "\x85",
+    "\u2028\u2029",
+    "\x7f",
+    "\x00",
+    "\u202egnp.exe",
+    "\u2066x\u2069",
+    "\u200e\u200f\u061c",
+    "\u200b\u2060\ufeff\u00ad",
+    "\U000e0001\U000e0041",
+    "\ud800",
+    "\udfff\ud800",
+]
 """Clears, titles, links, rings, overwrites, turns the direction, ends the line, hides."""
 TEXTS = st.one_of(
     st.text(),
@@ -51,7 +71,8 @@ SGR = re.compile(r"\x1b\[[0-9;]*m")
 @given(TEXTS)
 @settings(deadline=None)
 def test_nothing_steers(text: str) -> None:
-    """No control, no mark of direction, no invisible character, no half of a character is left, and no line ends; again changes nothing."""
+    """No control, no mark of direction, no invisible character, no half of a character is left, and
+    no line ends; again changes nothing."""
     shown = escape_controls(text)
     assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     assert len(shown.splitlines()) <= 1
@@ -63,7 +84,8 @@ def test_nothing_steers(text: str) -> None:
 @given(TEXTS)
 @settings(deadline=None)
 def test_what_was_hidden_can_be_told(text: str) -> None:
-    """What is shown in place of a character says which: read as Python reads it, it is the text again."""
+    """What is shown in place of a character says which: read as Python reads it, it is the text
+    again."""
     if "\\" not in text:
         shown = escape_controls(text)
         read = re.sub(
@@ -76,7 +98,7 @@ def json_of(escape: str) -> str:
     return escape.encode("ascii").decode("unicode_escape", "surrogatepass")
 
 
-# --- the log, in each format -----------------------------------------------------------------------------------------
+# --- the log, in each format ----------------------------------------------------------------------
 
 TELLER = """
 import json, logging, sys
@@ -105,9 +127,13 @@ class Teller:
     def __init__(self, format: str, terminal: bool) -> None:
         self._read, write = pty.openpty() if terminal else os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", TELLER, format], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=write, encoding="utf-8",
+            [sys.executable, "-c", TELLER, format],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=write,
+            encoding="utf-8",
             env=os.environ | {"TERM": "xterm-256color"},
-        )  # fmt: skip
+        )
         os.close(write)
         os.set_blocking(self._read, False)
 
@@ -161,7 +187,8 @@ FACTS = st.fixed_dictionaries(
 @given(facts=FACTS)
 @settings(max_examples=60, deadline=None)
 def test_a_line_for_people(console: Teller, facts: dict[str, Any]) -> None:
-    """Whatever ids and reasons hold, an event is one line of printable characters, and all its colours are the log's own."""
+    """Whatever ids and reasons hold, an event is one line of printable characters, and all its
+    colours are the log's own."""
     out = console.tell("recall.settled", **facts)
     plain = console.tell("recall.settled", **{k: fact and "x" for k, fact in facts.items()})
     assert out.count("\x1b") == plain.count("\x1b")
@@ -172,7 +199,8 @@ def test_a_line_for_people(console: Teller, facts: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("text", STEERING, ids=ascii)
 def test_a_traceback_for_people(console: Teller, text: str) -> None:
-    """A defect may take several lines, in which nothing that it quotes steers the terminal or begins a line of its own."""
+    """A defect may take several lines, in which nothing that it quotes steers the terminal or
+    begins a line of its own."""
     broken = bare(console.tell(text, "broken", recall=text))
     other = bare(console.tell("asyncio", "other", said=text))
     for out in (broken, other):
@@ -204,7 +232,8 @@ VALUES = st.one_of(
 )
 @settings(max_examples=80, deadline=None)
 def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) -> None:
-    """Whatever the facts are, an event is one line of ASCII, which any JSON reader takes, and the facts come out as they went in."""
+    """Whatever the facts are, an event is one line of ASCII, which any JSON reader takes, and the
+    facts come out as they went in."""
     out = machine.tell(name, **facts)
     assert out.isascii() and out.count("\n") == 1 and out.endswith("\n")
     document = strict(out)
@@ -217,7 +246,8 @@ def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) 
 
 @pytest.mark.parametrize("text", STEERING, ids=ascii)
 def test_everything_for_machines(machine: Teller, text: str) -> None:
-    """Defects with their tracebacks, and what other libraries have to say, are lines of JSON like all else."""
+    """Defects with their tracebacks, and what other libraries have to say, are lines of JSON like
+    all else."""
     broken = strict(machine.tell(text, "broken", recall=text))
     assert (
         broken["event"] == "worker.error"
@@ -228,19 +258,30 @@ def test_everything_for_machines(machine: Teller, text: str) -> None:
     assert (other["event"], other["logger"], other["level"]) == (text, "asyncio", "error")
 
 
-# --- the daemon ------------------------------------------------------------------------------------------------------
+# --- the daemon -----------------------------------------------------------------------------------
 
 
 async def test_a_daemon_on_a_terminal(
     app: Application, database: str, db: Connection, endpoint: Endpoint
 ) -> None:
-    """Hostile ids in the table, and hostile answers of the API, come out on the operator's terminal as text that can be read."""
+    """Hostile ids in the table, and hostile answers of the API, come out on the operator's terminal
+    as text that can be read."""
     read, write = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "recall_worker", "run", stderr=write, stdin=asyncio.subprocess.DEVNULL,
+        sys.executable,
+        "-m",
+        "recall_worker",
+        "run",
+        stderr=write,
+        stdin=asyncio.subprocess.DEVNULL,
         env={k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
-        | {"RECALL_DSN": database, "RECALL_RUN_URL": endpoint.url, "RECALL_LOG_LEVEL": "debug", "RECALL_POLL_INTERVAL": "1"},
-    )  # fmt: skip
+        | {
+            "RECALL_DSN": database,
+            "RECALL_RUN_URL": endpoint.url,
+            "RECALL_LOG_LEVEL": "debug",
+            "RECALL_POLL_INTERVAL": "1",
+        },
+    )
     os.close(write)
     seen = bytearray()
 

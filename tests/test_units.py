@@ -68,7 +68,8 @@ def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
 @needs_systemd
 @pytest.mark.parametrize("unit", SERVICES)
 def test_exposure(unit: str, tmp_path: Path) -> None:
-    """What `systemd-analyze security` reads, out of ten: as little as a process that talks to two addresses needs."""
+    """What `systemd-analyze security` reads, out of ten: as little as a process that talks to two
+    addresses needs."""
     path = installed(tmp_path) / unit.replace("@.", "@1.")
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path)],
@@ -99,7 +100,8 @@ def test_jobs_are_as_bounded_as_the_worker() -> None:
 
 @pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
 def test_bounds_leave_room_for_what_the_daemon_does(unit: str) -> None:
-    """A drain at the default, its last settles and the goodbye fit into the stop; the longest turn of the loop into the watchdog."""
+    """A drain at the default, its last settles and the goodbye fit into the stop; the longest turn
+    of the loop into the watchdog."""
     default = Settings()
     assert float(value(unit, "TimeoutStopSec")) > default.drain_timeout + SETTLE_PATIENCE + 2
     assert float(value(unit, "WatchdogSec")) * 2 / 3 > STANDSTILL - default.poll_interval
@@ -108,14 +110,16 @@ def test_bounds_leave_room_for_what_the_daemon_does(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
 def test_what_is_not_started_again(unit: str) -> None:
-    """Wrong settings, and a schema for newer code; what a migration or PostgreSQL's return can mend is tried again."""
+    """Wrong settings, and a schema for newer code; what a migration or PostgreSQL's return can mend
+    is tried again."""
     listed = {int(status) for status in value(unit, "RestartPreventExitStatus").split()}
     assert listed == {USAGE, OUTDATED} and not listed & {REFUSED, UNREACHABLE}
 
 
 @pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
 def test_memory_is_bounded(unit: str) -> None:
-    """As in kubernetes/ and compose.yaml; and where the host runs out of it the worker goes before PostgreSQL."""
+    """As in kubernetes/ and compose.yaml; and where the host runs out of it the worker goes before
+    PostgreSQL."""
     root = UNITS.parent
     [worker] = [
         document
@@ -134,7 +138,8 @@ def test_memory_is_bounded(unit: str) -> None:
 
 
 def test_the_example_environment_is_all_settings() -> None:
-    """Each name in it is a setting that exists, commented out or not; none is a secret, and what prune reads is the unit's own."""
+    """Each name in it is a setting that exists, commented out or not; none is a secret, and what
+    prune reads is the unit's own."""
     text = (UNITS / "recall-worker.env").read_text(encoding="utf-8")
     names = re.findall(r"^#? ?([A-Z_]+)=", text, re.M)
     assert "RECALL_RUN_URL" in names and ignored(dict.fromkeys(names, "x")) == []

@@ -1,7 +1,7 @@
 """When to look next: pure state, in every order of events.
 
-The rule that no state of anything may break: a look that follows at once has a reason, so that a worker whose table, breaker or clock
-stands still looks a few times a second at most.
+The rule that no state of anything may break: a look that follows at once has a reason, so that a
+worker whose table, breaker or clock stands still looks a few times a second at most.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def looked(wake: Wake, now: float, found: Looked) -> float:
 
 
 def quiet(found: Looked, now: float = START) -> tuple[Wake, float]:
-    """A worker that has looked once and found nothing, and looks again when nothing has changed since."""
+    """A worker that has looked once and found nothing, and looks again when nothing has changed
+    since."""
     wake = Wake(POLL, now - 100)
     looked(wake, now - 100, Looked())
     return wake, looked(wake, now, found)
@@ -58,7 +59,8 @@ def quiet(found: Looked, now: float = START) -> tuple[Wake, float]:
 @given(st.lists(st.tuples(FOUND, LOOK_TAKES), min_size=1, max_size=300))
 @settings(deadline=None, max_examples=300)
 def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
-    """Whatever looks find, as long as nothing changes: in any second there are no more of them than a few, and the loop goes on."""
+    """Whatever looks find, as long as nothing changes: in any second there are no more of them than
+    a few, and the loop goes on."""
     wake, now = Wake(POLL, START), START
     began: list[float] = []
     for found, takes in story:
@@ -68,7 +70,8 @@ def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
         now += takes
         wake.looked(found, now)
         assert 0.0 <= wake.seconds(now) <= POLL + 1e-6
-    # The first look has a reason: the start. Then so many as a due instant may provoke, and those that the floor lets pass.
+    # The first look has a reason: the start. Then so many as a due instant may provoke, and those
+    # that the floor lets pass.
     most = 1 + 2 * UNPROVOKED_MOST + FLOOR_MOST / FLOOR_FIRST
     for at in began:
         assert sum(at <= other < at + FLOOR_MOST for other in began) <= most
@@ -76,7 +79,8 @@ def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
 
 @given(FOUND.filter(lambda found: not (found.fell_due or found.ended or found.due_at is not None)))
 def test_a_look_at_once_needs_a_change(found: Looked) -> None:
-    """Where a look changed nothing, and nothing has changed since it began, the next one is no earlier than the floor."""
+    """Where a look changed nothing, and nothing has changed since it began, the next one is no
+    earlier than the floor."""
     _, wait = quiet(found)
     assert wait >= FLOOR_FIRST - 1e-9
 
@@ -84,7 +88,8 @@ def test_a_look_at_once_needs_a_change(found: Looked) -> None:
 @given(FOUND)
 @settings(max_examples=300)
 def test_what_stands_still_is_looked_at_ever_more_rarely(found: Looked) -> None:
-    """The same finding again and again, by a clock that stands still: after a while a second passes between two looks."""
+    """The same finding again and again, by a clock that stands still: after a while a second passes
+    between two looks."""
     wake, now = Wake(POLL, START), START
     waits = []
     for _ in range(60):
@@ -123,7 +128,8 @@ def tell(wake: Wake, event: str, now: float) -> None:
 def test_what_is_told_is_looked_after(
     story: list[tuple[str | None, str | None, str | None, Looked]],
 ) -> None:
-    """A notification, a change, and the end of a run that something waits for: the next look is at once, whenever they come."""
+    """A notification, a change, and the end of a run that something waits for: the next look is at
+    once, whenever they come."""
     wake, now = Wake(POLL, START), START
     for before, during, asking, found in story:
         now += 0.5
@@ -159,7 +165,8 @@ def test_a_poll_at_the_latest() -> None:
 
 
 def test_a_full_look_goes_on_where_there_is_room() -> None:
-    """What was claimed is a change; where no slot is free the end of a run is what is waited for."""
+    """What was claimed is a change; where no slot is free the end of a run is what is waited
+    for."""
     assert quiet(Looked(claimed=3, full=True, has_room=True))[1] == 0.0
     wake, wait = quiet(Looked(claimed=3, full=True))
     assert wait == POLL
@@ -168,7 +175,8 @@ def test_a_full_look_goes_on_where_there_is_room() -> None:
 
 
 def test_what_waits_is_asked_for_ever_more_rarely() -> None:
-    """Locked by the application, or behind a run: 50 ms, then twice that, up to a second; and anew after a notification."""
+    """Locked by the application, or behind a run: 50 ms, then twice that, up to a second; and anew
+    after a notification."""
     wake, now = Wake(POLL, START), START
     waits = []
     for _ in range(7):
@@ -180,7 +188,8 @@ def test_what_waits_is_asked_for_ever_more_rarely() -> None:
 
 
 def test_a_run_that_is_over_costs_no_look_where_nothing_waits() -> None:
-    """Nothing was left due, so nothing can have waited for it. One that is due again is asked after, without a claim."""
+    """Nothing was left due, so nothing can have waited for it. One that is due again is asked
+    after, without a claim."""
     wake, _ = quiet(Looked(due_at=START + 20))
     wake.run_ended(START, is_over=True)
     assert wake.seconds(START) == pytest.approx(20.0)
@@ -189,7 +198,8 @@ def test_a_run_that_is_over_costs_no_look_where_nothing_waits() -> None:
 
 
 def test_a_notification_is_left_to_others_first() -> None:
-    """Replicas beyond the first two look a little later each, and only ask whether anything is due; one look for all that comes meanwhile."""
+    """Replicas beyond the first two look a little later each, and only ask whether anything is due;
+    one look for all that comes meanwhile."""
     wake, _ = quiet(Looked())
     wake.begin(START)
     wake.looked(Looked(), START)

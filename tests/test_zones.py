@@ -1,4 +1,5 @@
-"""Cron in time zones: clocks that change, days that never were, and an independent oracle over twenty years."""
+"""Cron in time zones: clocks that change, days that never were, and an independent oracle over
+twenty years."""
 
 from __future__ import annotations
 
@@ -17,36 +18,142 @@ from recall_worker.cadence import zone as zone_of
 
 TABLE = [
     # A fixed time in the gap: once, at the first instant after it.
-    ("30 2 * * *", "America/New_York", "2026-03-07T12:00", ["2026-03-08T03:00-04:00", "2026-03-09T02:30-04:00"]),
-    ("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00", ["2026-03-29T03:00+02:00", "2026-03-30T02:30+02:00"]),
-    ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03T12:00", ["2026-10-04T02:30+11:00", "2026-10-05T02:15+11:00"]),
-    ("0 0 * * *", "America/Sao_Paulo", "2018-11-03T12:00", ["2018-11-04T01:00-02:00", "2018-11-05T00:00-02:00"]),
-    ("0 12 * * *", "Pacific/Apia", "2011-12-29T13:00", ["2011-12-31T00:00+14:00", "2011-12-31T12:00+14:00"]),
+    (
+        "30 2 * * *",
+        "America/New_York",
+        "2026-03-07T12:00",
+        ["2026-03-08T03:00-04:00", "2026-03-09T02:30-04:00"],
+    ),
+    (
+        "30 2 * * *",
+        "Europe/Berlin",
+        "2026-03-28T12:00",
+        ["2026-03-29T03:00+02:00", "2026-03-30T02:30+02:00"],
+    ),
+    (
+        "15 2 * * *",
+        "Australia/Lord_Howe",
+        "2026-10-03T12:00",
+        ["2026-10-04T02:30+11:00", "2026-10-05T02:15+11:00"],
+    ),
+    (
+        "0 0 * * *",
+        "America/Sao_Paulo",
+        "2018-11-03T12:00",
+        ["2018-11-04T01:00-02:00", "2018-11-05T00:00-02:00"],
+    ),
+    (
+        "0 12 * * *",
+        "Pacific/Apia",
+        "2011-12-29T13:00",
+        ["2011-12-31T00:00+14:00", "2011-12-31T12:00+14:00"],
+    ),
     # Two fixed times in one gap fall on one instant: once.
-    ("15,45 2 * * *", "America/New_York", "2026-03-08T01:00", ["2026-03-08T03:00-04:00", "2026-03-09T02:15-04:00"]),
+    (
+        "15,45 2 * * *",
+        "America/New_York",
+        "2026-03-08T01:00",
+        ["2026-03-08T03:00-04:00", "2026-03-09T02:15-04:00"],
+    ),
     # A repeated fixed time: once, the first.
-    ("30 1 * * *", "America/New_York", "2026-10-31T12:00", ["2026-11-01T01:30-04:00", "2026-11-02T01:30-05:00"]),
-    ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", ["2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"]),
-    ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T12:00", ["2026-04-05T01:45+11:00", "2026-04-06T01:45+10:30"]),
-    ("30 23 * * *", "America/Sao_Paulo", "2018-02-17T12:00", ["2018-02-17T23:30-02:00", "2018-02-18T23:30-03:00"]),
-    # Wildcards follow elapsed time: every half hour, also twice through the repeated hour, and over the gap.
-    ("*/30 * * * *", "America/New_York", "2026-11-01T00:40",
-     ["2026-11-01T01:00-04:00", "2026-11-01T01:30-04:00", "2026-11-01T01:00-05:00", "2026-11-01T01:30-05:00", "2026-11-01T02:00-05:00"]),
-    ("*/30 * * * *", "America/New_York", "2026-03-08T01:10", ["2026-03-08T01:30-05:00", "2026-03-08T03:00-04:00", "2026-03-08T03:30-04:00"]),
-    # Also where they change by half an hour, and hours later; and a time that the clock never shows is none.
-    ("*/30 9 * * *", "Australia/Lord_Howe", "2026-04-04T10:00",
-     ["2026-04-05T09:00+10:30", "2026-04-05T09:30+10:30", "2026-04-06T09:00+10:30"]),
-    ("*/20 2 * * *", "Australia/Lord_Howe", "2026-10-03T10:00", ["2026-10-04T02:40+11:00", "2026-10-05T02:00+11:00"]),
-    ("* * 30 * *", "Pacific/Apia", "2011-12-29T12:00", ["2012-01-30T00:00+14:00", "2012-01-30T00:01+14:00"]),
-    ("*/30 0 4 11 *", "America/Sao_Paulo", "2018-11-01T12:00", ["2019-11-04T00:00-03:00", "2019-11-04T00:30-03:00"]),
+    (
+        "30 1 * * *",
+        "America/New_York",
+        "2026-10-31T12:00",
+        ["2026-11-01T01:30-04:00", "2026-11-02T01:30-05:00"],
+    ),
+    (
+        "30 2 * * *",
+        "Europe/Berlin",
+        "2026-10-24T12:00",
+        ["2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"],
+    ),
+    (
+        "45 1 * * *",
+        "Australia/Lord_Howe",
+        "2026-04-04T12:00",
+        ["2026-04-05T01:45+11:00", "2026-04-06T01:45+10:30"],
+    ),
+    (
+        "30 23 * * *",
+        "America/Sao_Paulo",
+        "2018-02-17T12:00",
+        ["2018-02-17T23:30-02:00", "2018-02-18T23:30-03:00"],
+    ),
+    # Wildcards follow elapsed time: every half hour, also twice through the repeated hour, and over
+    # the gap.
+    (
+        "*/30 * * * *",
+        "America/New_York",
+        "2026-11-01T00:40",
+        [
+            "2026-11-01T01:00-04:00",
+            "2026-11-01T01:30-04:00",
+            "2026-11-01T01:00-05:00",
+            "2026-11-01T01:30-05:00",
+            "2026-11-01T02:00-05:00",
+        ],
+    ),
+    (
+        "*/30 * * * *",
+        "America/New_York",
+        "2026-03-08T01:10",
+        ["2026-03-08T01:30-05:00", "2026-03-08T03:00-04:00", "2026-03-08T03:30-04:00"],
+    ),
+    # Also where they change by half an hour, and hours later; and a time that the clock never shows
+    # is none.
+    (
+        "*/30 9 * * *",
+        "Australia/Lord_Howe",
+        "2026-04-04T10:00",
+        ["2026-04-05T09:00+10:30", "2026-04-05T09:30+10:30", "2026-04-06T09:00+10:30"],
+    ),
+    (
+        "*/20 2 * * *",
+        "Australia/Lord_Howe",
+        "2026-10-03T10:00",
+        ["2026-10-04T02:40+11:00", "2026-10-05T02:00+11:00"],
+    ),
+    (
+        "* * 30 * *",
+        "Pacific/Apia",
+        "2011-12-29T12:00",
+        ["2012-01-30T00:00+14:00", "2012-01-30T00:01+14:00"],
+    ),
+    (
+        "*/30 0 4 11 *",
+        "America/Sao_Paulo",
+        "2018-11-01T12:00",
+        ["2019-11-04T00:00-03:00", "2019-11-04T00:30-03:00"],
+    ),
     # A fixed time that falls in the gap whenever it comes.
-    ("30 2 * 3 sun#2", "America/New_York", "2026-01-01T00:00", ["2026-03-08T03:00-04:00", "2027-03-14T03:00-04:00"]),
+    (
+        "30 2 * 3 sun#2",
+        "America/New_York",
+        "2026-01-01T00:00",
+        ["2026-03-08T03:00-04:00", "2027-03-14T03:00-04:00"],
+    ),
     # Names, ranges, steps, last day.
-    ("0 9 * * mon-fri", "Europe/Berlin", "2026-11-20T10:00", ["2026-11-23T09:00+01:00", "2026-11-24T09:00+01:00"]),
+    (
+        "0 9 * * mon-fri",
+        "Europe/Berlin",
+        "2026-11-20T10:00",
+        ["2026-11-23T09:00+01:00", "2026-11-24T09:00+01:00"],
+    ),
     ("0 0 L * *", "UTC", "2026-01-31T12:00", ["2026-02-28T00:00+00:00", "2026-03-31T00:00+00:00"]),
-    ("0 0 29 feb *", "UTC", "2026-01-01T00:00", ["2028-02-29T00:00+00:00", "2032-02-29T00:00+00:00"]),
-    ("5-20/5 8 1 */6 *", "UTC", "2026-01-01T08:06", ["2026-01-01T08:10+00:00", "2026-01-01T08:15+00:00", "2026-01-01T08:20+00:00"]),
-]  # fmt: skip
+    (
+        "0 0 29 feb *",
+        "UTC",
+        "2026-01-01T00:00",
+        ["2028-02-29T00:00+00:00", "2032-02-29T00:00+00:00"],
+    ),
+    (
+        "5-20/5 8 1 */6 *",
+        "UTC",
+        "2026-01-01T08:06",
+        ["2026-01-01T08:10+00:00", "2026-01-01T08:15+00:00", "2026-01-01T08:20+00:00"],
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +167,8 @@ def test_where_clocks_change(expression: str, zone: str, start: str, expected: l
 
 
 def test_a_start_in_the_repeated_hour_never_goes_back() -> None:
-    """Asked between the two passes of 1:30, the next 1:30 is tomorrow's: never a moment before the start."""
+    """Asked between the two passes of 1:30, the next 1:30 is tomorrow's: never a moment before the
+    start."""
     after = datetime(2026, 11, 1, 1, 10, tzinfo=zone_of("America/New_York"), fold=1).astimezone(UTC)
     assert next(ticks("30 1 * * *", "America/New_York", after)) == datetime(
         2026, 11, 2, 6, 30, tzinfo=UTC
@@ -87,22 +195,36 @@ def test_a_start_in_the_repeated_hour_never_goes_back() -> None:
     ],
 )
 def test_what_nobody_can_keep_is_refused(expression: str, zone: str, said: str) -> None:
-    """Impossible expressions, six fields, unknown and hostile zones: a sentence, not a traceback."""
+    """Impossible expressions, six fields, unknown and hostile zones: a sentence, not a
+    traceback."""
     with pytest.raises(CadenceError, match=said):
         check(expression, zone, datetime(2026, 1, 1, tzinfo=UTC))
 
 
 def test_the_distance_is_kept_for_the_applications_skip() -> None:
-    """From Friday nine o'clock to Monday nine o'clock, over a change of clocks, in elapsed seconds."""
+    """From Friday nine o'clock to Monday nine o'clock, over a change of clocks, in elapsed
+    seconds."""
     friday = spread("0 9 * * mon-fri", "Europe/Berlin", datetime(2026, 10, 23, 6, tzinfo=UTC))
     assert friday.when == datetime(2026, 10, 23, 7, tzinfo=UTC)
     assert friday.distance == (3 * 24 + 1) * 3600
 
 
 ZONES = [
-    "America/New_York", "Europe/Berlin", "Australia/Lord_Howe", "Pacific/Apia", "America/Sao_Paulo", "Asia/Kolkata", "Africa/Casablanca",
-    "Pacific/Chatham", "America/St_Johns", "Asia/Tehran", "Europe/Dublin", "Africa/Cairo", "Antarctica/Troll", "UTC",
-]  # fmt: skip
+    "America/New_York",
+    "Europe/Berlin",
+    "Australia/Lord_Howe",
+    "Pacific/Apia",
+    "America/Sao_Paulo",
+    "Asia/Kolkata",
+    "Africa/Casablanca",
+    "Pacific/Chatham",
+    "America/St_Johns",
+    "Asia/Tehran",
+    "Europe/Dublin",
+    "Africa/Cairo",
+    "Antarctica/Troll",
+    "UTC",
+]
 
 
 ODD = [
@@ -146,7 +268,8 @@ class Fields:
 
 @cache
 def stretches(zone: str) -> list[tuple[datetime, datetime, timedelta]]:
-    """The twenty years in stretches in which a zone's clock is as far from UTC: from, to, how far. Asked of instants alone."""
+    """The twenty years in stretches in which a zone's clock is as far from UTC: from, to, how far.
+    Asked of instants alone."""
     where, found = zone_of(zone), list[tuple[datetime, datetime, timedelta]]()
 
     def offset(instant: datetime) -> timedelta:
@@ -169,8 +292,9 @@ def stretches(zone: str) -> list[tuple[datetime, datetime, timedelta]]:
 def oracle(fields: Fields, zone: str, after: datetime, until: datetime) -> list[datetime]:
     """All moments after an instant and up to another, from first principles.
 
-    The clock on the wall is followed from stretch to stretch. A fixed time comes when the clock first shows at least that: what it jumps
-    over comes with the jump, and what it showed before does not come again. Otherwise each instant counts at which it shows a match.
+    The clock on the wall is followed from stretch to stretch. A fixed time comes when the clock
+    first shows at least that: what it jumps over comes with the jump, and what it showed before
+    does not come again. Otherwise each instant counts at which it shows a match.
     """
     found = set[datetime]()
     reached: datetime | None = None
@@ -241,10 +365,15 @@ def expressions(draw: st.DrawFn) -> Fields:
     month, months = draw(every | field(1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"))
     weekday, weekdays = draw(every | field(0, 7, "sun mon tue wed thu fri sat"))
     return Fields(
-        f"{minute} {hour} {day} {month} {weekday}", frozenset(minutes), frozenset(hours), frozenset(days), frozenset(months),
-        frozenset(n or 7 for n in weekdays), fixed=not (minute.startswith("*") or hour.startswith("*")),
+        f"{minute} {hour} {day} {month} {weekday}",
+        frozenset(minutes),
+        frozenset(hours),
+        frozenset(days),
+        frozenset(months),
+        frozenset(n or 7 for n in weekdays),
+        fixed=not (minute.startswith("*") or hour.startswith("*")),
         both=day.startswith("*") or weekday.startswith("*"),
-    )  # fmt: skip
+    )
 
 
 def worked_out(fields: Fields, zone: str, after: datetime, until: datetime) -> list[datetime]:
@@ -261,7 +390,8 @@ def worked_out(fields: Fields, zone: str, after: datetime, until: datetime) -> l
 def test_any_expression_in_any_zone_agrees_with_the_oracle(
     fields: Fields, zone: str, data: st.DataObject
 ) -> None:
-    """All moments of some days, most of them around a change of clocks, in twenty years of all zones there are."""
+    """All moments of some days, most of them around a change of clocks, in twenty years of all
+    zones there are."""
     changes = [start for start, _, _ in stretches(zone)[1:]]
     anywhere = data.draw(st.integers(0, 3), label="anywhere") == 0
     if changes and not anywhere:
@@ -286,7 +416,8 @@ def twenty_years(zone: str) -> None:
 
 @pytest.mark.parametrize("zone", ZONES)
 def test_every_occurrence_of_twenty_years(zone: str) -> None:
-    """From 2010 to 2030, one after the other, at times that clocks skip and repeat: none missing, none twice, none besides."""
+    """From 2010 to 2030, one after the other, at times that clocks skip and repeat: none missing,
+    none twice, none besides."""
     twenty_years(zone)
 
 
@@ -300,12 +431,20 @@ def test_every_occurrence_of_twenty_years_in_every_zone() -> None:
 TRANSITIONS = [
     (zone, datetime.fromisoformat(at).replace(tzinfo=UTC))
     for zone, at in [
-        ("America/New_York", "2026-03-08T07:00"), ("America/New_York", "2026-11-01T06:00"), ("Europe/Berlin", "2026-03-29T01:00"),
-        ("Europe/Berlin", "2026-10-25T01:00"), ("Australia/Lord_Howe", "2026-10-03T15:30"), ("Australia/Lord_Howe", "2026-04-04T15:00"),
-        ("Pacific/Apia", "2011-12-30T10:00"), ("America/Sao_Paulo", "2018-11-04T03:00"), ("America/Sao_Paulo", "2018-02-18T02:00"),
-        ("Pacific/Chatham", "2026-09-26T14:00"), ("Africa/Casablanca", "2026-02-15T02:00"), ("Antarctica/Troll", "2026-03-29T01:00"),
+        ("America/New_York", "2026-03-08T07:00"),
+        ("America/New_York", "2026-11-01T06:00"),
+        ("Europe/Berlin", "2026-03-29T01:00"),
+        ("Europe/Berlin", "2026-10-25T01:00"),
+        ("Australia/Lord_Howe", "2026-10-03T15:30"),
+        ("Australia/Lord_Howe", "2026-04-04T15:00"),
+        ("Pacific/Apia", "2011-12-30T10:00"),
+        ("America/Sao_Paulo", "2018-11-04T03:00"),
+        ("America/Sao_Paulo", "2018-02-18T02:00"),
+        ("Pacific/Chatham", "2026-09-26T14:00"),
+        ("Africa/Casablanca", "2026-02-15T02:00"),
+        ("Antarctica/Troll", "2026-03-29T01:00"),
     ]
-]  # fmt: skip
+]
 
 
 @settings(max_examples=200, deadline=None)
@@ -313,7 +452,8 @@ TRANSITIONS = [
 def test_wildcards_follow_elapsed_time(
     change: tuple[str, datetime], minutes: int, step: int
 ) -> None:
-    """`*/n * * * *` over a change of clocks: never further apart than n, never the same twice, always on the mark."""
+    """`*/n * * * *` over a change of clocks: never further apart than n, never the same twice,
+    always on the mark."""
     zone, at = change
     found = list(islice(ticks(f"*/{step} * * * *", zone, at + timedelta(minutes=minutes)), 40))
     assert all(b - a <= timedelta(minutes=step) for a, b in pairwise(found))

@@ -1,4 +1,5 @@
-"""`python -m tests.chaos`: run the audit, tell what was done and what was found. Exit status 0 only where the account is clean."""
+"""`python -m tests.chaos`: run the audit, tell what was done and what was found. Exit status 0 only
+where the account is clean."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from .hand import Hand
 from .stage import FAKETIME, Stage, commit, install, scratch
 
 SLOW_MS = 150
-"""Milliseconds of the usual lag in calm phases beyond which the account's bounds on time say little."""
+"""Milliseconds of the usual lag in calm phases beyond which the account's bounds on time say
+little."""
 HOPELESS_MOST = 30.0
 """Seconds in which what can still end has ended, where workers have stopped for good."""
 
@@ -63,14 +65,21 @@ async def audit(
         rows, marks = await hand.settle_waiting(_tables)
         statuses = await stage.end()
         records = Records(
-            api, hand.journal, {row["id"]: row for row in rows}, marks, schedule.faults, schedule.calm, drawn,
+            api,
+            hand.journal,
+            {row["id"]: row for row in rows},
+            marks,
+            schedule.faults,
+            schedule.calm,
+            drawn,
             stage.spins,
-        )  # fmt: skip
+        )
         account = accounting.settle_up(records)
         account.findings += [f"recovery: {said}" for said in schedule.stuck]
         if left:
             account.findings.append(
-                f"drain: {left} recalls had not ended {drawn.drain_most:.0f} s after the application fell silent"
+                f"drain: {left} recalls had not ended {drawn.drain_most:.0f} s after the "
+                f"application fell silent"
             )
         account.findings += [
             f"stop: exit status {status} after SIGTERM" for status in statuses if status != 0
@@ -94,14 +103,16 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     async def cancel(conn: psycopg.AsyncConnection[Any]) -> list[tuple[str]]:
         cursor = await conn.execute(
             "update session_recalls set status = 'cancelled', updated_at = now()"
-            " where (call_type = 'recurring' or (lease is null and trigger_at > now() + interval '20 minutes'))"
+            " where (call_type = 'recurring' or (lease is null and trigger_at > now() + interval "
+            "'20 minutes'))"
             " and status in ('pending', 'running') returning id"
         )
         return await cursor.fetchall()
 
     async def resume(conn: psycopg.AsyncConnection[Any]) -> None:
         await conn.execute(
-            "update session_recalls set paused_at = null, updated_at = now() where paused_at is not null"
+            "update session_recalls set paused_at = null, updated_at = now() where paused_at is "
+            "not null"
         )
 
     async def end() -> None:
@@ -114,7 +125,8 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     async def live(conn: psycopg.AsyncConnection[Any]) -> int:
         found = await (
             await conn.execute(
-                "select count(*) from session_recalls where status in ('pending', 'running') or lease_until > now()"
+                "select count(*) from session_recalls where status in ('pending', 'running') or "
+                "lease_until > now()"
             )
         ).fetchone()
         return 0 if found is None else int(found[0])
@@ -253,7 +265,9 @@ def main() -> int:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", help=f"{what}; drawn by the seed where not given")
     parser.add_argument("--only", help="kinds of faults, with commas between: " + ", ".join(KINDS))
-    parser.add_argument("--patch", type=Path, help="a patch to plant in the code that is audited")
+    parser.add_argument(
+        "--patch", type=Path, help="a defect of tests/planted, for the code that is audited"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
         "--report",

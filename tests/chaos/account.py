@@ -1,7 +1,9 @@
-"""The account: what must be true at the end, from the API's record, the table of attempts, the recalls and the application's journal alone.
+"""The account: what must be true at the end, from the API's record, the table of attempts, the
+recalls and the application's journal alone.
 
-Every rule answers with findings, in words; an empty list of them is a clean account. What excuses an oddity is written where it is excused,
-with the rule that it comes from. A replay is a second request under one key; that alone is no finding, as delivery is at least once.
+Every rule answers with findings, in words; an empty list of them is a clean account. What excuses
+an oddity is written where it is excused, with the rule that it comes from. A replay is a second
+request under one key; that alone is no finding, as delivery is at least once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MAX_ATTEMPTS = 3
 SLACK = 0.05
 """Seconds by which two instants of one host may seem to be in the wrong order."""
 LAG_MOST = 1.5
-"""Seconds that a recall may be late in a calm phase, on a machine that does much else; what is usual is told beside it."""
+"""Seconds that a recall may be late in a calm phase, on a machine that does much else; what is
+usual is told beside it."""
 CANCEL_TAKES = 1.0
 """Seconds in which a call may still session_setup that was claimed before its recall was ended."""
 
@@ -183,13 +186,22 @@ def settle_up(records: Records) -> Account:
         "replays under the same key": replayed,
         "keys after a failed run": len({c.key for c in records.api.calls if c.number[1] > 0}),
         "lost": sum(said.startswith(("endings: lost", "numbers")) for said in account.findings),
-        "doubled": sum(said.startswith(("replays", "second keys", "at once", "settled twice")) for said in account.findings),
-        "lag in calm phases, ms (p50, p99, most)": [round(lags[min(len(lags) - 1, int(len(lags) * q))] * 1000, 1) for q in (0.5, 0.99, 1)]
+        "doubled": sum(
+            said.startswith(("replays", "second keys", "at once", "settled twice"))
+            for said in account.findings
+        ),
+        "lag in calm phases, ms (p50, p99, most)": [
+            round(lags[min(len(lags) - 1, int(len(lags) * q))] * 1000, 1) for q in (0.5, 0.99, 1)
+        ]
         if lags
         else [],
-        "answers": dict(Counter(c.how if not c.hung_up else "hung up on" for c in records.api.calls).most_common()),
+        "answers": dict(
+            Counter(
+                c.how if not c.hung_up else "hung up on" for c in records.api.calls
+            ).most_common()
+        ),
         "the application did": dict(records.journal.did.most_common()),
-    }  # fmt: skip
+    }
     return account
 
 
@@ -201,7 +213,8 @@ def unknown_calls(records: Records) -> Iterator[str]:
 
 
 def replays(records: Records) -> Iterator[str]:
-    """A second request under a key comes only where the first ending was not known to its worker, or said to come again."""
+    """A second request under a key comes only where the first ending was not known to its worker,
+    or said to come again."""
     for key, calls in records.by_key.items():
         for first, second in pairwise(calls):
             run = records.api.runs.get(key)
@@ -224,7 +237,8 @@ def replays(records: Records) -> Iterator[str]:
                 first.at, second.at, OUTAGES
             ):
                 continue
-            # It was cut off from the database, alone, for about as long as a lease: the others can't know that it lives.
+            # It was cut off from the database, alone, for about as long as a lease: the others
+            # can't know that it lives.
             cuts = [
                 f
                 for f in records.faults
@@ -235,19 +249,25 @@ def replays(records: Records) -> Iterator[str]:
                 and second.worker != first.worker
             ):
                 continue
-            # Accepted, but in an outage the reference could not be put on record before the lease ran out: through a proxy the worker can't tell
-            # a PostgreSQL that is gone for all from one that is gone for it, and breaks off.
+            # Accepted, but in an outage the reference could not be put on record before the lease
+            # ran out: through a proxy the worker can't tell a PostgreSQL that is gone for all from
+            # one that is gone for it, and breaks off.
             if first.how == "accepted" and records.on(first.at, second.at, OUTAGES):
                 continue
-            # Accepted, and its polls met a way that cut, slowed or swallowed them until its time was up.
+            # Accepted, and its polls met a way that cut, slowed or swallowed them until its time
+            # was up.
             if first.how == "accepted" and records.on(first.at, second.at, API_WAY):
                 continue
-            # The answer may not have arrived. A connection that was forgotten while it was open stays so when the way is healed.
+            # The answer may not have arrived. A connection that was forgotten while it was open
+            # stays so when the way is healed.
             if records.on(first.ended - 1, first.ended + 1, API_WAY) or records.on(
                 first.at, first.ended, ("api silent",)
             ):
                 continue
-            yield f"{key}: answered {first.how} to {first.worker}, and asked again by {second.worker} {second.at - first.ended:.1f} s later"
+            yield (
+                f"{key}: answered {first.how} to {first.worker}, and asked again by "
+                f"{second.worker} {second.at - first.ended:.1f} s later"
+            )
 
 
 def second_keys(records: Records) -> Iterator[str]:
@@ -272,7 +292,10 @@ def second_keys(records: Records) -> Iterator[str]:
                     if retries + max(0, edits - 1) > 0:
                         retries, edits = (retries - 1, edits) if retries else (retries, edits - 1)
                     else:
-                        yield f"{call.key} was called, though no run under the key before it had failed"
+                        yield (
+                            f"{call.key} was called, though no run under the key before it had "
+                            f"failed"
+                        )
             seen.add(call.key)
             last[occurrence] = call
         for act in promise.acts if promise else ():
@@ -299,16 +322,23 @@ def endings(records: Records) -> Iterator[str]:
             continue
         status = row["status"]
         if promise.ended == "cancelled" and status != "cancelled":
-            yield f"overwritten: {promise.id} ({promise.kind}) was cancelled by its application, and is {status}"
+            yield (
+                f"overwritten: {promise.id} ({promise.kind}) was cancelled by its application, "
+                f"and is {status}"
+            )
         elif status in ("pending", "running"):
             yield f"lost: {promise.id} ({promise.kind}) is {status} still: {row['reason']}"
         elif (
             status == "fired"
             and not any(records.succeeded(c) for c in calls)
-            and not (row["last_outcome"] == "over" and promise.moves)
+            and not (row["last_outcome"] == "expired" and promise.moves)
         ):
-            # Skips and moves may take the last of its numbers; which were never called, `numbers` counts.
-            yield f"lost: {promise.id} ({promise.kind}) is fired, though no call of it was answered so"
+            # Skips and moves may take the last of its numbers; which were never called, `numbers`
+            # counts.
+            yield (
+                f"lost: {promise.id} ({promise.kind}) is fired, though no call of it was "
+                f"answered so"
+            )
         elif status == "cancelled" and not (
             promise.ended or promise.maybe_ended or any(c.how == "gone" for c in calls)
         ):
@@ -347,26 +377,36 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
 
 
 def numbers(records: Records) -> Iterator[str]:
-    """Every number of an occurrence was called, or is one that the application's skips and moves took."""
+    """Every number of an occurrence was called, or is one that the application's skips and moves
+    took."""
     for promise in records.journal.promises.values():
         row = records.rows.get(promise.id)
         if row is None:
             continue
         called = {c.number[0] for c in records.by_recall[promise.id]}
         # A skip may lead to a number beyond the recall's end, which then ends it uncalled.
-        was_called = row["status"] in ("fired", "failed") and row["last_outcome"] != "over"
+        was_called = row["status"] in ("fired", "failed") and row["last_outcome"] != "expired"
         last = row["occurrence"] if was_called else row["occurrence"] - 1
         missing = [n for n in range(1, last + 1) if n not in called]
         if len(missing) > promise.moves:
-            yield f"{promise.id} ({promise.kind}): {missing} were never called, and {promise.moves} were moved or skipped"
+            yield (
+                f"{promise.id} ({promise.kind}): {missing} were never called, and "
+                f"{promise.moves} were moved or skipped"
+            )
         if called and max(called) > row["occurrence"]:
-            yield f"{promise.id}: {max(called)} was called, and the row stands at {row['occurrence']}"
+            yield (
+                f"{promise.id}: {max(called)} was called, and the row stands at {row['occurrence']}"
+            )
         if promise.kind != "recurring" and called and max(called) > 1 + promise.moves:
-            yield f"{promise.id}: a {promise.kind} was called {max(called)} times, and moved {promise.moves} times"
+            yield (
+                f"{promise.id}: a {promise.kind} was called {max(called)} times, and moved "
+                f"{promise.moves} times"
+            )
 
 
 def settled_twice(records: Records) -> Iterator[str]:
-    """One settle ends an occurrence. Whoever lost the lease leaves a mark that says so; and nothing is settled that was not answered."""
+    """One settle ends an occurrence. Whoever lost the lease leaves a mark that says so; and nothing
+    is settled that was not answered."""
     ended: Counter[tuple[str, int]] = Counter()
     for mark in records.marks:
         if mark["outcome"] in ("answered", "refused", "gone") and mark["settled"] not in (
@@ -408,7 +448,8 @@ def at_once(records: Records) -> Iterator[str]:
             for first in calls[:n]:
                 if first.ended is not None and first.ended <= second.at + SLACK:
                     continue
-                # A stopped process holds its connections open and can't know; its successor asks under the same key.
+                # A stopped process holds its connections open and can't know; its successor asks
+                # under the same key.
                 if (
                     records.struck(first.worker, first.at, second.at, STOPPED)
                     and first.key == second.key
@@ -418,7 +459,10 @@ def at_once(records: Records) -> Iterator[str]:
                 if records.on(first.at, second.at + 1, API_WAY):
                     continue
                 over = (first.ended or second.at) - second.at
-                yield f"{session}: {first.key} at {first.worker} was open for {over:.2f} s when {second.key} came from {second.worker}"
+                yield (
+                    f"{session}: {first.key} at {first.worker} was open for {over:.2f} s when "
+                    f"{second.key} came from {second.worker}"
+                )
 
 
 def after_the_end(records: Records) -> Iterator[str]:
@@ -432,7 +476,10 @@ def after_the_end(records: Records) -> Iterator[str]:
                     and call.at < revived
                     and not records.stood_or_slow(call, ended)
                 ):
-                    yield f"{call.key} was called {late:.1f} s after it was {promise.ended or 'ended'}"
+                    yield (
+                        f"{call.key} was called {late:.1f} s after it was "
+                        f"{promise.ended or 'ended'}"
+                    )
 
 
 def leases(records: Records) -> Iterator[str]:
@@ -443,19 +490,24 @@ def leases(records: Records) -> Iterator[str]:
 
 
 def lateness(records: Records) -> Iterator[str]:
-    """In calm phases nothing is late; and after any fault nothing stays unclaimed: what is due is called when that is over."""
+    """In calm phases nothing is late; and after any fault nothing stays unclaimed: what is due is
+    called when that is over."""
     for lag, _, key in _lagging(records):
         if lag > LAG_MOST:
             yield f"{key} was called {lag:.1f} s after it was due, in a calm phase"
 
 
 def heard(records: Records) -> Iterator[str]:
-    """Whoever listens again looks: what was inserted while nobody heard does not wait for the regular look."""
+    """Whoever listens again looks: what was inserted while nobody heard does not wait for the
+    regular look."""
     for fault in records.faults:
         if fault.lone is not None and fault.alone and fault.lone.certain:
             calls = records.by_recall[fault.lone.id]
             if not calls or calls[0].at - fault.lone.due > HEARD_WITHIN:
-                yield f"{fault.lone.id} was inserted while no bell heard, and was not called within {HEARD_WITHIN:g} s"
+                yield (
+                    f"{fault.lone.id} was inserted while no bell heard, and was not called "
+                    f"within {HEARD_WITHIN:g} s"
+                )
 
 
 def one_body(records: Records) -> Iterator[str]:
@@ -479,7 +531,10 @@ def edits(records: Records) -> Iterator[str]:
                     and call.message != act.message
                     and not records.stood_or_slow(call, act.done)
                 ):
-                    yield f"{call.key} said {call.message!r} {call.at - act.done:.1f} s after an edit to {act.message!r}"
+                    yield (
+                        f"{call.key} said {call.message!r} {call.at - act.done:.1f} s after an "
+                        f"edit to {act.message!r}"
+                    )
 
 
 def paused(records: Records) -> Iterator[str]:
@@ -532,14 +587,20 @@ def intervals(records: Records) -> Iterator[str]:
                 continue
             gap = after.at - ended
             if gap < promise.interval - GAP_SLACK:
-                yield f"{after.key} was called {gap:.2f} s after {before.key} had ended, at an interval of {promise.interval} s"
+                yield (
+                    f"{after.key} was called {gap:.2f} s after {before.key} had ended, at an "
+                    f"interval of {promise.interval} s"
+                )
             # A worker that died, or was cut off, did not see the end.
             if before.hung_up or records.on(before.at, ended + 2, kinds):
                 continue
             planned = datetime.fromisoformat(after.scheduled_for).timestamp() - ended
             most = promise.interval + GAP_MOST + (POLLED_MOST if before.how == "accepted" else 0)
             if planned > most:
-                yield f"{after.key} was planned {planned:.2f} s after {before.key} had ended, at an interval of {promise.interval} s"
+                yield (
+                    f"{after.key} was planned {planned:.2f} s after {before.key} had ended, at "
+                    f"an interval of {promise.interval} s"
+                )
 
 
 def counts(records: Records) -> Iterator[str]:
@@ -578,7 +639,10 @@ def counts(records: Records) -> Iterator[str]:
             begun = min(m["called_at"] or m["ended_at"] for m in found).timestamp()
             ended = max(m["ended_at"] for m in found).timestamp()
             if not records.on(begun - RUN_TIMEOUT, ended, API_WAY):
-                yield f"{key}, attempt {attempt}: {len(calls)} requests, and its marks count {least} at least"
+                yield (
+                    f"{key}, attempt {attempt}: {len(calls)} requests, and its marks count "
+                    f"{least} at least"
+                )
 
 
 def hung_up(records: Records) -> Iterator[str]:
@@ -608,14 +672,20 @@ def hung_up(records: Records) -> Iterator[str]:
                     ):
                         continue
                     if (run.ended or NEVER) > until and revived > until:
-                        yield f"{call.key} was accepted, and not asked to end within {within:.1f} s of its recall's"
+                        yield (
+                            f"{call.key} was accepted, and not asked to end within {within:.1f} "
+                            f"s of its recall's"
+                        )
                 elif call.at < ended and (call.ended or NEVER) > until:
                     over = (
                         f"{call.ended - ended:.1f} s later"
                         if call.ended is not None
                         else "to the end"
                     )
-                    yield f"{call.key} was {promise.ended or 'ended'} in mid-run, and its call was open {over}"
+                    yield (
+                        f"{call.key} was {promise.ended or 'ended'} in mid-run, and its call was "
+                        f"open {over}"
+                    )
 
 
 def moved(records: Records) -> Iterator[str]:
@@ -645,7 +715,10 @@ def _moved_waiting(promise: Promise, act: Act, until: float, records: Records) -
         if act.done + CANCEL_TAKES < call.at < min(
             act.due - SLACK, until
         ) and not records.stood_or_slow(call, act.done):
-            yield f"{call.key} was called {act.due - call.at:.1f} s before the time that a {act.what} gave it"
+            yield (
+                f"{call.key} was called {act.due - call.at:.1f} s before the time that a "
+                f"{act.what} gave it"
+            )
     if records.held_back(promise, act.done):
         return
     after = next((call for call in calls if call.at >= act.asked), None)
@@ -713,8 +786,8 @@ def session_limit(records: Records) -> Iterator[str]:
     if limit is None:
         return
     for session, calls in records.by_session.items():
-        # What was under way when its worker died, or stood still, is put down later where its recall
-        # was ended meanwhile, or never where the row is gone.
+        # What was under way when its worker died, or stood still, is put down later where its
+        # recall was ended meanwhile, or never where the row is gone.
         runs = [
             c for c in calls if c.how in RAN and not c.hung_up and not _put_down_late(c, records)
         ]
@@ -732,8 +805,8 @@ def _put_down_late(call: Call, records: Records) -> bool:
 def _full(records: Records) -> list[tuple[float, float]]:
     """When no worker had a slot free, as far as the API can tell, in order.
 
-    A worker that is away takes no more, nor one that met trouble in two sessions in a row: its breaker
-    is open until it meets an answer.
+    A worker that is away takes no more, nor one that met trouble in two sessions in a row: its
+    breaker is open until it meets an answer.
     """
     drawn = records.drawn
     changes: list[tuple[float, str, int, int]] = []

@@ -1,7 +1,9 @@
-"""A run endpoint on raw sockets, of the audit's own: it honours keys, and it is the one that knows what was really run.
+"""A run endpoint on raw sockets, of the audit's own: it honours keys, and it is the one that knows
+what was really run.
 
-One request may end in any way of DESIGN's outcome table, and in ways that are none: broken off, garbage, huge, slow. Whatever is answered, a
-run happens at most once for a key, and in a session one after the other, as the contract asks of an API.
+One request may end in any way of DESIGN's outcome table, and in ways that are none: broken off,
+garbage, huge, slow. Whatever is answered, a run happens at most once for a key, and in a session
+one after the other, as the contract asks of an API.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ DEFINITE = ("ok", "huge", "dribbled", "refused", "gone")
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One POST, as it arrived. Instants are seconds of the epoch, by this host's clock (which is PostgreSQL's)."""
+    """One POST, as it arrived. Instants are seconds of the epoch, by this host's clock (which is
+    PostgreSQL's)."""
 
     at: float
     worker: str
@@ -121,7 +124,7 @@ class Api:
         """How many requests are open; those of one worker, where one is named."""
         return sum(worker in (None, call.worker) for call in self._open)
 
-    # --- the wire ----------------------------------------------------------------------------------------------------
+    # --- the wire ---------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(
@@ -170,7 +173,8 @@ class Api:
         try:
             await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                # Nobody sends two requests at once on a connection: it was closed. The run goes on without a listener.
+                # Nobody sends two requests at once on a connection: it was closed. The run goes on
+                # without a listener.
                 call.ended, call.hung_up = time.time(), True
                 return False
             how, data, keep = answering.result()
@@ -218,7 +222,7 @@ class Api:
         await writer.drain()
         return True
 
-    # --- what it does ------------------------------------------------------------------------------------------------
+    # --- what it does -----------------------------------------------------------------------------
 
     async def _answer(self, call: Call) -> tuple[str, bytes, bool]:
         """How the call ends: a word for the record, the bytes, and whether the connection stays."""

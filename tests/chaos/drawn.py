@@ -68,7 +68,7 @@ class Drawn:
         """Actions of the application in a second."""
         return min(RATE_MOST, LOAD * self.capacity / SECONDS_AN_ACTION)
 
-    # --- bounds, in seconds --------------------------------------------------------------------------------
+    # --- bounds, in seconds -----------------------------------------------------------------------
 
     def leases(self, count: float) -> float:
         """So many leases, as far as a fault goes on."""

@@ -33,7 +33,8 @@ class Fault:
     slots: frozenset[str]
     ended: float | None = None
     recovered: float | None = None
-    """When nothing was due and unclaimed any more; None where two faults overlapped, or it never was."""
+    """When nothing was due and unclaimed any more; None where two faults overlapped, or it never
+    was."""
     alone: bool = True
     lone: Promise | None = None
     """What was inserted while nobody heard."""
@@ -100,12 +101,13 @@ class Scene:
                 self.stage.dsn, autocommit=True, connect_timeout=3
             ) as conn:
                 await conn.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name like %s",
+                    "select pg_terminate_backend(pid) from pg_stat_activity where "
+                    "application_name like %s",
                     [name],
                 )
 
 
-# --- workers ---------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
 
 async def kill(scene: Scene) -> None:
@@ -155,7 +157,7 @@ async def clock(scene: Scene) -> None:
     await scene.lasts(0.5, 1)
 
 
-# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+# --- PostgreSQL -----------------------------------------------------------------------------------
 
 
 async def postgres_kill_short(scene: Scene) -> None:
@@ -181,24 +183,28 @@ async def postgres_restart(scene: Scene) -> None:
 
 
 async def bells(scene: Scene) -> None:
-    await scene.terminate("recall-worker bell%")
+    await scene.terminate("recall-worker listener%")
 
 
 async def ledgers(scene: Scene) -> None:
     await scene.terminate("recall-worker ledger%")
 
 
+async def _stirs(conn: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether anything in the table could wake a worker within the next seconds."""
+    return await (await conn.execute(STIRRING.encode())).fetchone() != (0,)
+
+
 async def lone_ring(scene: Scene) -> None:
-    """Every bell is cut off, and while nobody hears one recall is inserted, due at once, with nothing else about that could wake anybody."""
+    """Every bell is cut off, and while nobody hears one recall is inserted, due at once, with
+    nothing else about that could wake anybody."""
     rate, scene.hand.rate = scene.hand.rate, 0
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(scene.drawn.quiet_within), _asking(scene.stage.dsn) as conn:
-                while conn is not None and (
-                    await (await conn.execute(STIRRING.encode())).fetchone()
-                ) != (0,):  # noqa: ASYNC110 - a table
+                while conn is not None and await _stirs(conn):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
-                await scene.terminate("recall-worker bell%")
+                await scene.terminate("recall-worker listener%")
                 scene.fault.lone = await scene.hand.promise("immediate", 0)
                 await scene.lasts(HEARD_WITHIN + 0.5, HEARD_WITHIN + 1)
     finally:
@@ -206,7 +212,8 @@ async def lone_ring(scene: Scene) -> None:
 
 
 async def full_house(scene: Scene) -> None:
-    """All connections that PostgreSQL has are taken, and those of the workers broken: they can't come back for a while."""
+    """All connections that PostgreSQL has are taken, and those of the workers broken: they can't
+    come back for a while."""
     taken: list[psycopg.AsyncConnection[Any]] = []
     try:
         await scene.terminate("recall-worker%")
@@ -226,7 +233,8 @@ async def full_house(scene: Scene) -> None:
 
 
 async def full_disk(scene: Scene) -> None:
-    """No room is left for the database's files: it refuses to write, or dies for want of room for its log."""
+    """No room is left for the database's files: it refuses to write, or dies for want of room for
+    its log."""
     ballast = await asyncio.to_thread(scene.stage.fill_disk)
     try:
         await scene.lasts(3, 6)
@@ -237,7 +245,8 @@ async def full_disk(scene: Scene) -> None:
 
 
 async def locks(scene: Scene) -> None:
-    """Transactions of the application hold rows for longer than a lease, by locking or by changing them, in mid-run or before."""
+    """Transactions of the application hold rows for longer than a lease, by locking or by changing
+    them, in mid-run or before."""
 
     async def hold(how: str, end: str) -> None:
         with suppress(psycopg.Error):
@@ -248,7 +257,8 @@ async def locks(scene: Scene) -> None:
                 await conn.execute(
                     how.replace(
                         "SOME",
-                        "(select id from session_recalls where status in ('pending', 'running') order by random() limit 8)",
+                        "(select id from session_recalls where status in ('pending', 'running') "
+                        "order by random() limit 8)",
                     ).encode()
                 )
                 await scene.lasts_leases(1.2, 1.6)
@@ -265,7 +275,7 @@ async def locks(scene: Scene) -> None:
     )
 
 
-# --- ways ------------------------------------------------------------------------------------------------------------
+# --- ways -----------------------------------------------------------------------------------------
 
 
 async def database_cut(scene: Scene) -> None:
@@ -375,12 +385,33 @@ async def api_misconfigured(scene: Scene) -> None:
 KINDS: dict[str, Strike] = {
     strike.__name__.replace("_", " "): strike
     for strike in (
-        kill, term, stop_short, stop_long, clock,
-        postgres_kill_short, postgres_kill_long, postgres_restart, bells, ledgers, lone_ring, full_house, full_disk, locks,
-        database_cut, database_cut_for_all, database_slow, database_half_open, database_silent,
-        api_cut, api_slow, api_silent, api_down, api_down_slots_full, api_misconfigured,
+        kill,
+        term,
+        stop_short,
+        stop_long,
+        clock,
+        postgres_kill_short,
+        postgres_kill_long,
+        postgres_restart,
+        bells,
+        ledgers,
+        lone_ring,
+        full_house,
+        full_disk,
+        locks,
+        database_cut,
+        database_cut_for_all,
+        database_slow,
+        database_half_open,
+        database_silent,
+        api_cut,
+        api_slow,
+        api_silent,
+        api_down,
+        api_down_slots_full,
+        api_misconfigured,
     )
-}  # fmt: skip
+}
 THIRDS: tuple[tuple[str, ...], ...] = (
     (
         "stop long", "postgres kill long", "locks", "database cut for all", "database half open",
@@ -400,10 +431,12 @@ meant to outlast a lease does so there."""
 
 WAITING = """
 select count(*) from session_recalls r
-where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) < now() - interval '0.3 seconds'
+where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until,
+    r.trigger_at) < now() - interval '0.3 seconds'
     and (r.lease is not null or not exists (
         select from session_recalls o
-        where o.session_id = r.session_id and o.id <> r.id and o.status in ('pending', 'running') and o.lease is not null))
+        where o.session_id = r.session_id and o.id <> r.id and o.status in ('pending', 'running')
+            and o.lease is not null))
 """
 
 
@@ -452,7 +485,8 @@ class Schedule:
                     fault.recovered = time.time() if fault.alone else None
             elif not self._stage.spins:
                 self.stuck.append(
-                    f"{' and '.join(chosen)}: something is due and unclaimed {time.time() - healed:.0f} s after it was healed"
+                    f"{' and '.join(chosen)}: something is due and unclaimed "
+                    f"{time.time() - healed:.0f} s after it was healed"
                 )
 
     def _next(self) -> str:

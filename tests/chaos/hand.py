@@ -3,8 +3,8 @@ what it did, which is one side of the account. An operator's hand, too: pauses, 
 fires, skips and moves by the wheel's command line, as far as that can be afforded, and else by its
 statements (`sql/client.sql`).
 
-A statement whose answer was lost in an outage may have been done or not: the journal says so, and the
-account allows for both.
+A statement whose answer was lost in an outage may have been done or not: the journal says so, and
+the account allows for both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from psycopg.rows import dict_row
 from recall_worker import statements
 
 INSERT = """
-insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message,
+insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
+    internal_comment, additional_context_message,
     status, created_at, updated_at{columns})
 values (%s, %s, %s, %s, %s, null, %s, 'pending', now(), now(){values})
 """
@@ -52,12 +53,14 @@ returning id, lease
 """
 """One that waits between two calls of one occurrence: what is edited there must get a new key."""
 OVER = """
-select id from session_recalls where status in ('failed', 'cancelled') order by updated_at desc limit 20
+select id from session_recalls where status in ('failed', 'cancelled') order by updated_at desc
+    limit 20
 """
 DELETE = "delete from sessions where id = (select session_id from session_recalls where id = %s)"
 APPLICATION = {
     "skip": """
-update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()
+update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second',
+    updated_at = now()
 where session_id = (select session_id from session_recalls where id = %s)
     and status = 'pending' and call_type = 'recurring'
 returning trigger_at, lease
@@ -71,9 +74,22 @@ returning trigger_at, lease
 NAMED = {"move": "reschedule"}
 """An act, as the statements and the command line call it."""
 WHAT_IS_DONE = (
-    "cancel", "cancel", "delete", "skip", "skip", "skip", "move", "move", "move", "edit", "edit", "edit",
-    "pause", "fire", "retry",
-)  # fmt: skip
+    "cancel",
+    "cancel",
+    "delete",
+    "skip",
+    "skip",
+    "skip",
+    "move",
+    "move",
+    "move",
+    "edit",
+    "edit",
+    "edit",
+    "pause",
+    "fire",
+    "retry",
+)
 NEVER = float("inf")
 OPERATOR_EVERY = 4.0
 """Seconds between two commands of the operator's, as each takes half a second of a core."""
@@ -134,7 +150,8 @@ class Promise:
 class Journal:
     promises: dict[str, Promise] = field(default_factory=dict)
     refused: int = 0
-    """Inserts that met a session with a pending recall: expected, as the application's agents do ask twice."""
+    """Inserts that met a session with a pending recall: expected, as the application's agents do
+    ask twice."""
     strange: list[str] = field(default_factory=list)
     did: Counter[str] = field(default_factory=Counter)
 
@@ -167,10 +184,11 @@ class Hand:
         for conn in self._pool:
             conn.pgconn.finish()
 
-    # --- its life ----------------------------------------------------------------------------------------------------
+    # --- its life ---------------------------------------------------------------------------------
 
     async def live(self, until: asyncio.Event) -> None:
-        """Do things at the rate, until told to stop; each on a connection of its own, so that none waits for another."""
+        """Do things at the rate, until told to stop; each on a connection of its own, so that none
+        waits for another."""
         while not until.is_set():
             if self.rate > 0 and len(self._busy) < 80:
                 self._spawn(self._act())
@@ -221,7 +239,8 @@ class Hand:
             await self._touch()
 
     async def _touch(self) -> None:
-        """Do something to a recall of the last minute that nothing was done to yet, as people do: whatever it is doing just now."""
+        """Do something to a recall of the last minute that nothing was done to yet, as people do:
+        whatever it is doing just now."""
         now = time.time()
         young = [
             p
@@ -374,7 +393,8 @@ class Hand:
         await self._end(
             promise,
             "cancelled",
-            "update session_recalls set status = 'cancelled', updated_at = now() where id = %s and status in ('pending', 'running')",
+            "update session_recalls set status = 'cancelled', updated_at = now() where id = %s "
+            "and status in ('pending', 'running')",
         )
 
     async def _end(self, promise: Promise, how: str, statement: str) -> None:
@@ -387,10 +407,18 @@ class Hand:
             promise.maybe_ended = False  # It was over already.
 
     async def promise(
-        self, kind: str, ahead: float, *, interval: int | None = None, times: int | None = None, chain: int = 0, session: str | None = None,
+        self,
+        kind: str,
+        ahead: float,
+        *,
+        interval: int | None = None,
+        times: int | None = None,
+        chain: int = 0,
+        session: str | None = None,
         **more: Any,
-    ) -> Promise | None:  # fmt: skip
-        """Schedule a recall, by default in a new session. None where the session has one pending."""
+    ) -> Promise | None:
+        """Schedule a recall, by default in a new session. None where the session has one
+        pending."""
         fresh = session is None
         if session is None:
             self._sessions += 1
@@ -399,9 +427,15 @@ class Hand:
             self._chains[session] = chain
         at = datetime.now(UTC) + timedelta(seconds=ahead)
         promise = Promise(
-            str(UUID(int=self._dice.getrandbits(128), version=4)), session, kind, at.timestamp(), interval, times,
-            more.get("cadence", "interval"), certain=False,
-        )  # fmt: skip
+            str(UUID(int=self._dice.getrandbits(128), version=4)),
+            session,
+            kind,
+            at.timestamp(),
+            interval,
+            times,
+            more.get("cadence", "interval"),
+            certain=False,
+        )
         extra = {k: v for k, v in {"times": times, **more}.items() if v is not None}
         insert = INSERT.format(
             columns="".join(f", {name}" for name in extra), values=", %s" * len(extra)
@@ -452,7 +486,8 @@ class Hand:
                 await self._end(promise, "deleted", DELETE)
 
     async def leaving(self, recall: str) -> None:
-        """What an agent does last in its run: now and then it cancels what called it, in a race with the answer."""
+        """What an agent does last in its run: now and then it cancels what called it, in a race
+        with the answer."""
         promise = self.journal.promises.get(recall)
         if (
             promise is not None
@@ -462,10 +497,11 @@ class Hand:
         ):
             await self._cancel(promise)
 
-    # --- its connections ---------------------------------------------------------------------------------------------
+    # --- its connections --------------------------------------------------------------------------
 
     async def _do(self, what: str, statement: str, *values: Any) -> int | None:
-        """Rows that a statement touched; -1 where it was refused as not unique; None where nobody knows."""
+        """Rows that a statement touched; -1 where it was refused as not unique; None where nobody
+        knows."""
         found = await self._ask(what, statement, values)
         return len(found) if isinstance(found, list) else found
 

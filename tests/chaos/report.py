@@ -1,4 +1,5 @@
-"""What several runs of the audit come to, as the tables of docs/reliability.md. `python -m tests.chaos --report FILE` prints them."""
+"""What several runs of the audit come to, as the tables of docs/reliability.md. `python -m
+tests.chaos --report FILE` prints them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-BEGIN = "<!-- measured: written by `python -m tests.chaos --report docs/reliability.json --docs docs/reliability.md` -->\n"
+BEGIN = (
+    "<!-- measured: written by `python -m tests.chaos --report docs/reliability.json --docs "
+    "docs/reliability.md` -->\n"
+)
 END = "<!-- /measured -->\n"
 SUMS = (
     "recalls",
@@ -103,7 +107,8 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"{result[name]:,}" for name in SUMS]
         lag = ", ".join(f"{ms:g}" for ms in result["lag in calm phases, ms (p50, p99, most)"])
         lines.append(
-            f"| {result['seed']} | {result['minutes']:g} | {' | '.join(cells)} | {len(result['findings'])} | {lag} |"
+            f"| {result['seed']} | {result['minutes']:g} | {' | '.join(cells)} | "
+            f"{len(result['findings'])} | {lag} |"
         )
     total = " | ".join(f"**{sums[name]:,}**" for name in SUMS)
     minutes, found = (

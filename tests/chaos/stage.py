@@ -1,7 +1,9 @@
-"""The stage: a PostgreSQL that may be killed and filled up, replicas from the wheel, and a proxy before everything they talk to.
+"""The stage: a PostgreSQL that may be killed and filled up, replicas from the wheel, and a proxy
+before everything they talk to.
 
-Each replica has its own way to the database (which can be cut for it alone) and its own clock (faketime, where it is installed); the way to
-the API is one for all. Whoever dies is started again after a moment, as a service manager does.
+Each replica has its own way to the database (which can be cut for it alone) and its own clock
+(faketime, where it is installed); the way to the API is one for all. Whoever dies is started again
+after a moment, as a service manager does.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import psycopg
 from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
-from ..application import CREATE_TABLES
-from ..proxy import Proxy
+from ..support.application import CREATE_TABLES
+from ..support.planted import plant
+from ..support.proxy import Proxy
 from .api import Api
 from .drawn import Drawn
 
@@ -65,10 +68,11 @@ def commit() -> str | None:
         return None
 
 
-def install(folder: Path, patch: Path | None = None) -> Path:
-    """Build the wheel of this checkout, with a patch applied to a copy of it where one is given; the folder it is installed in."""
+def install(folder: Path, defect: Path | None = None) -> Path:
+    """Build the wheel of this checkout, or of a copy of it with a planted defect; the folder in
+    which it is installed."""
     source = ROOT
-    if patch is not None:
+    if defect is not None:
         source = folder / "source"
         for name in AUDITED:
             if (ROOT / name).is_dir():
@@ -77,7 +81,7 @@ def install(folder: Path, patch: Path | None = None) -> Path:
                 )
             else:
                 shutil.copy(ROOT / name, source)
-        subprocess.run(["patch", "-p1", "--fuzz=0", "-s", "-i", str(patch)], cwd=source, check=True)
+        plant(defect, source)
     wheels, site = folder / "wheel", folder / "site"
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)],
@@ -138,6 +142,9 @@ class Replica:
                 return
             await asyncio.sleep(0.05)
 
+    def is_ready(self) -> bool:
+        return self.log.exists() and bool(self.events("worker.ready"))
+
     def events(self, name: str) -> list[dict[str, Any]]:
         found = []
         for line in self.log.read_text(errors="replace").splitlines():
@@ -169,7 +176,8 @@ class Stage:
         base.chmod(0o755)
         if await asyncio.to_thread(_mount, base):
             self._mounted, self.has_room = base, True
-        # A directory that is given is kept, also where a start fails, as it does on a disk that is full.
+        # A directory that is given is kept, also where a start fails, as it does on a disk that is
+        # full.
         with socket.create_server(("127.0.0.1", 0)) as chosen:
             port = chosen.getsockname()[1]
         self.server = EmbeddedServer(base / "data", port=port, settings=POSTGRES)
@@ -214,14 +222,18 @@ class Stage:
             k: v for k, v in os.environ.items() if not k.startswith("RECALL_")
         } | self.drawn.environment
         environ |= {
-            "PYTHONPATH": str(self.site), "RECALL_DSN": replica.proxy.dsn,
+            "PYTHONPATH": str(self.site),
+            "RECALL_DSN": replica.proxy.dsn,
             "RECALL_RUN_URL": f"http://127.0.0.1:{self.way.port}/{replica.slot}/sessions/{{session_id}}/run",
-        }  # fmt: skip
+        }
         if FAKETIME:
             environ |= {
-                "LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(replica.clock), "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1",
+                "LD_PRELOAD": FAKETIME,
+                "FAKETIME_TIMESTAMP_FILE": str(replica.clock),
+                "FAKETIME_NO_CACHE": "1",
+                "DONT_FAKE_MONOTONIC": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }  # fmt: skip
+            }
         while not self._occurrence_done:
             with replica.log.open("ab") as log:
                 replica.process = await asyncio.create_subprocess_exec(
@@ -271,14 +283,12 @@ class Stage:
                     self.spins.append(f"{replica.slot} did not rest for {now - since[pid]:.0f} s")
             await asyncio.sleep(1)
 
-    # --- PostgreSQL --------------------------------------------------------------------------------------------------
+    # --- PostgreSQL -------------------------------------------------------------------------------
 
     async def up(self) -> None:
         """Wait until every replica is at work."""
         async with asyncio.timeout(60):
-            while not all(
-                replica.log.exists() and replica.events("worker.ready") for replica in self.replicas
-            ):  # noqa: ASYNC110 - a log
+            while not all(replica.is_ready() for replica in self.replicas):  # noqa: ASYNC110 - a log
                 await asyncio.sleep(0.05)
 
     async def kill_postgres(self) -> None:
@@ -336,7 +346,8 @@ def _used(pid: int) -> tuple[float, int] | None:
 
 
 def _mount(base: Path) -> bool:
-    """A file system of its own for the database, so that it can be filled up; whether there is one now."""
+    """A file system of its own for the database, so that it can be filled up; whether there is one
+    now."""
     words = ["mount", "-t", "tmpfs", "-o", f"size={ROOM_MB}m,mode=755", "tmpfs", str(base)]
     return (
         os.geteuid() == 0

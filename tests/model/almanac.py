@@ -1,8 +1,10 @@
-"""When cron expressions fall, from first principles: every moment of a few expressions over two years, worked out from wall clocks.
+"""When cron expressions fall, from first principles: every moment of a few expressions over two
+years, worked out from wall clocks.
 
-Independent of recall_worker.cadence (but for the zones' data) and of the library behind it: a fixed wall time stands for the first instant
-at which the zone's clock shows at least that (so a gap gives the instant after it, a repetition its first pass); a wildcard minute for
-every such minute that passes.
+Independent of recall_worker.cadence (but for the zones' data) and of the library behind it: a fixed
+wall time stands for the first instant at which the zone's clock shows at least that (so a gap gives
+the instant after it, a repetition its first pass); a wildcard minute for every such minute that
+passes.
 """
 
 from __future__ import annotations

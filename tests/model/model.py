@@ -1,7 +1,7 @@
 """What DESIGN says becomes of recalls, in plain Python: no SQL, nothing of the product imported.
 
-One object a recall, whose fields are the table's columns; one method for each thing that can happen. Where the product answers with a row,
-the test compares it with the object's fields.
+One object a recall, whose fields are the table's columns; one method for each thing that can
+happen. Where the product answers with a row, the test compares it with the object's fields.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Row:
     def __repr__(self) -> str:
         return self.id
 
-    # --- words -------------------------------------------------------------------------------------------------------
+    # --- words ------------------------------------------------------------------------------------
 
     @property
     def live(self) -> bool:
@@ -89,14 +89,15 @@ class Row:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether a run of it may still go on though nobody holds it: a call under its key ended as unknown."""
+        """Whether a run of it may still go on though nobody holds it: a call under its key ended as
+        unknown."""
         return self.last_outcome == "unknown" or self.attempt > self.rekey
 
     @property
     def key(self) -> str:
         return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
 
-    # --- time --------------------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def nth(self, after: datetime, n: int) -> datetime:
         """The nth moment after one, on grid and cron."""
@@ -134,14 +135,21 @@ class Row:
         return timedelta(seconds=CHANCE * (self.jitter or 0))
 
     def ahead(self) -> datetime | None:
-        """The nominal time of what waits, as `preview` says it; None where the recall ends before it."""
+        """The nominal time of what waits, as `preview` says it; None where the recall ends before
+        it."""
         k = self.skipped()
         waits = (
             self._named(k)[0] if self.moved or self.unplanned else self.scheduled or self.planned
         )
         return None if self._past_its_end(waits, self.occurrence + k) else waits
 
-    # --- what happens ------------------------------------------------------------------------------------------------
+    @property
+    def as_before(self) -> str:
+        """How the recall ends before an occurrence that is not called: as the last one did."""
+        failed = self.failures > 0 or self.last_outcome not in (None, "answered")
+        return "failed" if failed else "fired"
+
+    # --- what happens -----------------------------------------------------------------------------
 
     def claim(self, worker: str, now: datetime) -> str:
         """Take it. Says what follows: `put back`, `ended` (also failed or misfired), or `call`."""
@@ -160,7 +168,9 @@ class Row:
             number = self.occurrence + (k or (0 if fresh else 1))
             nominal, on_moment = self._named(k)
             if self.trigger > now or (self.cadence == "cron" and on_moment and nominal > now):
-                self._next(number, nominal if on_moment else None, "fired", None, called=False)
+                self._next(
+                    number, nominal if on_moment else None, self.as_before, None, called=False
+                )
                 return "put back"
             if self.recurring and self.cadence == "cron":
                 self.interval = self.distance(nominal)
@@ -176,7 +186,7 @@ class Row:
                 self.attempt, self.deferrals, self.begun, self.planned = 1, 0, None, self.trigger
         if fresh:
             if self._past_its_end(self.scheduled, self.occurrence):
-                self._finish("fired", "over", called=False)
+                self._finish(self.as_before, "expired", called=False)
                 return "ended"
             allowed = None if self.grace is None else max(1, self.grace) + (self.jitter or 0)
             if allowed is not None and (now - self.scheduled).total_seconds() > allowed:
@@ -206,7 +216,7 @@ class Row:
                 self._next(
                     self.occurrence + (k or (1 if self.begun else 0)),
                     nominal if on_moment else None,
-                    "fired",
+                    self.as_before,
                     None,
                     called=False,
                 )
@@ -214,7 +224,7 @@ class Row:
                 k = self.skipped()
                 nominal, on_moment = self._named(k)
                 self._next(
-                    self.occurrence + (k or 1), nominal if on_moment else None, "fired", outcome
+                    self.occurrence + (k or 1), nominal if on_moment else None, "failed", outcome
                 )
             case "unknown" | "failed":
                 backoff = CHANCE * min(300, 5 * 4 ** (self.attempt - 1))
@@ -250,15 +260,16 @@ class Row:
         nominal, on_moment = self._named(k)
         number = self.occurrence + (k or (1 if self.begun else 0))
         if self._past_its_end(nominal, number):
-            self.status, self.planned = "fired", self.trigger
+            self.status, self.planned = self.as_before, self.trigger
             self.attempt = self.deferrals = self.missed = 0
             self.begun = None
             return
-        self._next(number, nominal if on_moment else None, "fired", None)
+        self._next(number, nominal if on_moment else None, self.as_before, None)
         self.scheduled = nominal
 
     def _named(self, k: int) -> tuple[datetime, bool]:
-        """The nominal time that the application's move stands for, and whether it is a moment of the cadence (or the very time)."""
+        """The nominal time that the application's move stands for, and whether it is a moment of
+        the cadence (or the very time)."""
         if self.unplanned:
             return self.nth(self.trigger - timedelta(microseconds=1), 1), True
         if k and self.recurring and self.cadence != "interval":
@@ -324,7 +335,8 @@ class Row:
         *,
         called: bool = True,
     ) -> None:
-        """Another occurrence waits: at a nominal time, or (None) where the application put it. Unless the recall ends before it."""
+        """Another occurrence waits: at a nominal time, or (None) where the application put it.
+        Unless the recall ends before it."""
         if self._past_its_end(nominal or self.trigger, number):
             self._finish(ended, outcome, called=called)
             return

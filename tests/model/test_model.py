@@ -1,7 +1,9 @@
-"""Random lives of recalls: the real SQL, the real judge, a clock that the test turns; and a plain model that says what must have come of it.
+"""Random lives of recalls: the real SQL, the real judge, a clock that the test turns; and a plain
+model that says what must have come of it.
 
-Everything that PostgreSQL does here takes the time from a table: `now()` is a function of the test's schema, which comes before pg_catalog.
-The host's durations are pinned to the same clock. What a worker does with its claims is done in the order in which the daemon does it.
+Everything that PostgreSQL does here takes the time from a table: `now()` is a function of the
+test's schema, which comes before pg_catalog. The host's durations are pinned to the same clock.
+What a worker does with its claims is done in the order in which the daemon does it.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ from recall_worker.recall import (
     Verdict,
 )  # fmt: skip
 
-from .. import postgres
-from ..look import look
+from ..support import postgres
+from ..support.claiming import claim_due
 from . import almanac, model
 from .model import Row
 
@@ -69,17 +71,24 @@ STARTS = [
     datetime(2027, 11, 7, 5, 10, tzinfo=UTC),
     datetime(2027, 11, 7, 6, 10, tzinfo=UTC),
 ]
-"""Not long before New York's and Berlin's spring, Lord Howe's autumn, and New York's autumn, down to the two passes of the repeated hour."""
+"""Not long before New York's and Berlin's spring, Lord Howe's autumn, and New York's autumn, down
+to the two passes of the repeated hour."""
 REPEATED = ("30 1 * * *", "America/New_York")
 LONGEST = timedelta(days=60)
 SESSIONS = ["a", "b"]
 WORKERS = ["w1", "w2"]
 POLICY = Policy(busy_delay=model.BUSY_DELAY, max_attempts=model.MAX_ATTEMPTS, give_up=model.GIVE_UP)
 OUTCOMES: dict[str, Outcome] = {
-    "answered": Answered(200), "busy": Busy(409), "gone": Gone(404), "misconfigured": Misconfigured("a web page", 200),
-    "unavailable": Unavailable("later", 503), "unknown": Unknown("silence"), "failed": Failed("failed", 200), "refused": Refused("no", 422),
+    "answered": Answered(200),
+    "busy": Busy(409),
+    "gone": Gone(404),
+    "misconfigured": Misconfigured("a web page", 200),
+    "unavailable": Unavailable("later", 503),
+    "unknown": Unknown("silence"),
+    "failed": Failed("failed", 200),
+    "refused": Refused("no", 422),
     "unsent": Unsent("stopping"),
-}  # fmt: skip
+}
 LIKELY = ["answered", "answered", "answered", "refused", "unknown", "failed", "busy"]
 CLOCK = """
 create table test_clock (at timestamptz not null);
@@ -109,7 +118,8 @@ class World:
 
     def set(self, now: datetime) -> None:
         self.conn.execute("update test_clock set at = %s", [now])
-        # Durations by the same clock, so that what the worker reckons from them is known to the microsecond.
+        # Durations by the same clock, so that what the worker reckons from them is known to the
+        # microsecond.
         ledger_module.time = SimpleNamespace(monotonic=lambda: now.timestamp())  # type: ignore[assignment, attr-defined]
 
     def run(self, work: Any) -> Any:
@@ -150,7 +160,7 @@ class Lives(RuleBasedStateMachine):
         self.bodies: dict[str, tuple[datetime, int]] = {}
         self.numbers = 0
 
-    # --- the application and the operator ----------------------------------------------------------------------------
+    # --- the application and the operator ---------------------------------------------------------
 
     @rule(
         session=st.sampled_from(SESSIONS),
@@ -167,9 +177,18 @@ class Lives(RuleBasedStateMachine):
         jitter=st.none() | st.just(20),
     )
     def schedule(
-        self, session: str, kind: str, ahead: int, interval: int, which: tuple[str, str], times: int | None, days: int | None,
-        failures: int | None, grace: int | None, jitter: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        session: str,
+        kind: str,
+        ahead: int,
+        interval: int,
+        which: tuple[str, str],
+        times: int | None,
+        days: int | None,
+        failures: int | None,
+        grace: int | None,
+        jitter: int | None,
+    ) -> None:
         """The application inserts a recall, if the session's slot is free or can be freed."""
         self.numbers += 1
         trigger = self.now + timedelta(seconds=ahead)
@@ -203,11 +222,26 @@ class Lives(RuleBasedStateMachine):
         try:
             self.world.conn.execute(
                 """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
-                    created_at, updated_at, cadence, cron, time_zone, until_at, times, failures_most, grace_seconds, jitter_seconds)
-                values (%s, %s, %s, %s, %s, 'look', 'pending', now(), now(), %s, %s, %s, %s, %s, %s, %s, %s)""",
-                [row.id, session, row.call_type, row.trigger, row.interval, row.cadence, row.cron, row.zone, row.until, row.times,
-                 row.failures_most, row.grace, row.jitter],
-            )  # fmt: skip
+                    created_at, updated_at, cadence, cron, time_zone, until_at, times,
+                        failures_most, grace_seconds, jitter_seconds)
+                values (%s, %s, %s, %s, %s, 'look', 'pending', now(), now(), %s, %s, %s, %s, %s,
+                    %s, %s, %s)""",
+                [
+                    row.id,
+                    session,
+                    row.call_type,
+                    row.trigger,
+                    row.interval,
+                    row.cadence,
+                    row.cron,
+                    row.zone,
+                    row.until,
+                    row.times,
+                    row.failures_most,
+                    row.grace,
+                    row.jitter,
+                ],
+            )
         except psycopg.errors.UniqueViolation:
             assert holder is not None, "refused though the slot is free"
         else:
@@ -224,7 +258,8 @@ class Lives(RuleBasedStateMachine):
     )
     @rule(session=st.sampled_from(SESSIONS), kind=st.sampled_from(["cron", "unplanned"]))
     def schedule_in_the_repeated_hour(self, session: str, kind: str) -> None:
-        """Half past one is near; or it has been, and the clock of New York shows a time before it again."""
+        """Half past one is near; or it has been, and the clock of New York shows a time before it
+        again."""
         self.schedule(session, kind, 0, 60, REPEATED, None, None, None, None, None)
 
     def _some(self, data: st.DataObject, *, live: bool = True) -> Row | None:
@@ -236,7 +271,8 @@ class Lives(RuleBasedStateMachine):
     def cancel(self, session: str) -> None:
         """The application's cancel, by session."""
         self._app(
-            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = %s and status = 'pending'",
+            "update session_recalls set status = 'cancelled', updated_at = now() where "
+            "session_id = %s and status = 'pending'",
             session,
         )
         for row in self.rows.values():
@@ -256,7 +292,8 @@ class Lives(RuleBasedStateMachine):
             return  # A null would be added; such a row waits for a worker for moments only.
         for _ in range(times):
             self._app(
-                "update session_recalls set trigger_at = trigger_at + interval_seconds * interval '1 second', updated_at = now()"
+                "update session_recalls set trigger_at = trigger_at + interval_seconds * "
+                "interval '1 second', updated_at = now()"
                 " where session_id = %s and status = 'pending' and call_type = 'recurring'",
                 session,
             )
@@ -281,7 +318,8 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), what=st.sampled_from(["pause", "resume", "fire", "retry", "delete"]))
     def operate(self, data: st.DataObject, what: str) -> None:
-        """The operator's hand, by the command line's statements; and a session that is deleted with its recall."""
+        """The operator's hand, by the command line's statements; and a session that is deleted with
+        its recall."""
         row = self._some(data, live=what != "retry")
         if row is None:
             return
@@ -336,7 +374,7 @@ class Lives(RuleBasedStateMachine):
     def _app(self, statement: str, *values: object) -> None:
         self.world.conn.execute(statement.encode(), values)
 
-    # --- time and workers --------------------------------------------------------------------------------------------
+    # --- time and workers -------------------------------------------------------------------------
 
     @rule(step=st.sampled_from([1, 20, 61, 200, 1800, 3600, 7200, 86_400, 5 * 86_400]))
     def pass_time(self, step: int) -> None:
@@ -359,10 +397,11 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(worker=st.sampled_from(WORKERS), slots=st.integers(1, 3))
     def claim(self, worker: str, slots: int) -> None:
-        """A worker looks: it claims, calls what is to be called, and settles at once what is not."""
+        """A worker looks: it claims, calls what is to be called, and settles at once what is
+        not."""
         ledger = self.world.ledgers[worker]
         in_hand = [id for whose, id, _ in self.open if whose == worker]
-        claimed = self.world.run(look(ledger, slots, in_hand=in_hand))
+        claimed = self.world.run(claim_due(ledger, slots, in_hand=in_hand))
         possible = self._possible(worker)
         chosen = [self.rows[c.id] for c in claimed.claims]
         assert {r.id for r in chosen} <= {r.id for r in possible}, (
@@ -421,9 +460,8 @@ class Lives(RuleBasedStateMachine):
         late=st.sampled_from([0, 0, 150, 9000]) | st.none(),
     )
     def live_on(self, worker: str, outcomes: list[str], late: int | None) -> None:
-        """Some occurrences one after the other: the next that is due is claimed (at once, late, or in the instant of another moment),
-        called, and settled.
-        """
+        """Some occurrences one after the other: the next that is due is claimed (at once, late, or
+        in the instant of another moment), called, and settled."""
         for outcome in outcomes:
             self._to_due()
             if late is None:
@@ -437,7 +475,8 @@ class Lives(RuleBasedStateMachine):
                 self.the_rows_are_as_the_model_says()
 
     def _to_a_moment(self) -> None:
-        """To the instant of the moment after the one that is due, of whichever recall has the nearest."""
+        """To the instant of the moment after the one that is due, of whichever recall has the
+        nearest."""
         due = [
             r
             for r in self.rows.values()
@@ -512,7 +551,8 @@ class Lives(RuleBasedStateMachine):
             assert answer == Settled(row.status)
 
     def _back_in_its_slot(self, row: Row) -> None:
-        """What was moved out of its session's slot and waits again takes it, unless a newer recall has."""
+        """What was moved out of its session's slot and waits again takes it, unless a newer recall
+        has."""
         if row.status == "running" and not any(
             r.session == row.session and r.status == "pending" for r in self.rows.values()
         ):
@@ -558,7 +598,7 @@ class Lives(RuleBasedStateMachine):
                 assert states[id] == "renewed"
                 row.lease_until = self.now + timedelta(seconds=model.LEASE)
 
-    # --- what must hold ----------------------------------------------------------------------------------------------
+    # --- what must hold ---------------------------------------------------------------------------
 
     @property
     def leases(self) -> dict[str, UUID]:
@@ -579,10 +619,18 @@ class Lives(RuleBasedStateMachine):
         for id, row in self.rows.items():
             seen = found[id]
             told = {
-                "status": row.status, "trigger_at": row.trigger, "interval_seconds": row.interval, "occurrence": row.occurrence,
-                "rekey": row.rekey, "attempt": row.attempt, "deferrals": row.deferrals, "failures": row.failures,
-                "scheduled_for": row.scheduled, "last_outcome": row.last_outcome, "lease_until": row.lease_until,
-            }  # fmt: skip
+                "status": row.status,
+                "trigger_at": row.trigger,
+                "interval_seconds": row.interval,
+                "occurrence": row.occurrence,
+                "rekey": row.rekey,
+                "attempt": row.attempt,
+                "deferrals": row.deferrals,
+                "failures": row.failures,
+                "scheduled_for": row.scheduled,
+                "last_outcome": row.last_outcome,
+                "lease_until": row.lease_until,
+            }
             if row.live:
                 told |= {
                     "planned_at": None if row.stands else row.planned,
@@ -599,7 +647,8 @@ class Lives(RuleBasedStateMachine):
 
 
 def test_lives(world: World) -> None:
-    """Whatever happens, in whatever order: each row is what DESIGN's rules say, and no key ever stands for two bodies."""
+    """Whatever happens, in whatever order: each row is what DESIGN's rules say, and no key ever
+    stands for two bodies."""
     deep = os.environ.get("RECALL_MODEL_EXAMPLES")
     _live(world, int(deep) if deep else 60)
 
@@ -616,11 +665,18 @@ def _live(world: World, examples: int) -> None:
 
     Here.world = world
     Here.TestCase.settings = settings(
-        max_examples=examples, stateful_step_count=40, deadline=None, derandomize=bool(os.environ.get("RECALL_MODEL_FIXED")),
-        suppress_health_check=list(HealthCheck), database=None,
-        # A life is seconds long: what is found is shown as it was found. RECALL_MODEL_SHRINK takes the time to make it small.
-        phases=[Phase.generate, Phase.shrink] if os.environ.get("RECALL_MODEL_SHRINK") else [Phase.generate],
-    )  # fmt: skip
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=bool(os.environ.get("RECALL_MODEL_FIXED")),
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        # A life is seconds long: what is found is shown as it was found. RECALL_MODEL_SHRINK takes
+        # the time to make it small.
+        phases=[Phase.generate, Phase.shrink]
+        if os.environ.get("RECALL_MODEL_SHRINK")
+        else [Phase.generate],
+    )
     try:
         run_state_machine_as_test(Here, settings=Here.TestCase.settings)
     except BaseException as error:

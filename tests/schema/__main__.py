@@ -6,8 +6,8 @@ import psycopg
 
 from recall_worker import schema
 
-from .. import postgres
-from ..application import CREATE_TABLES
+from ..support import postgres
+from ..support.application import CREATE_TABLES
 from . import EXPECTED, dump
 
 with postgres.server() as server, postgres.database(server) as dsn:

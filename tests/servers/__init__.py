@@ -1,6 +1,8 @@
-"""Agent servers that others wrote, from PyPI, as processes. None of them is a dependency of recall-worker.
+"""Agent servers that others wrote, from PyPI, as processes. None of them is a dependency of
+recall-worker.
 
-Each has an environment of its own, made once and kept in RECALL_TEST_CACHE, or else in the system's folder for temporary files.
+Each has an environment of its own, made once and kept in RECALL_TEST_CACHE, or else in the system's
+folder for temporary files.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ PATIENCE = 60.0
 
 
 def environment(name: str, *requirements: str) -> Path:
-    """The folder of programs of an environment with these packages. Skips the test where pip can't install them."""
+    """The folder of programs of an environment with these packages. Skips the test where pip can't
+    install them."""
     wanted = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     cache = Path(
         os.environ.get("RECALL_TEST_CACHE")
@@ -65,16 +68,19 @@ def free_port() -> int:
 
 
 class Server:
-    """A server as a group of processes, which can be stopped, killed, and started again where it was."""
+    """A server as a group of processes, which can be stopped, killed, and started again where it
+    was."""
 
     def __init__(
         self, command: Sequence[str | Path], folder: Path, environ: Mapping[str, str], ready: str
     ) -> None:
-        """`folder`: where it runs, and where its log goes. `ready`: the address that answers 2xx once it is up."""
+        """`folder`: where it runs, and where its log goes. `ready`: the address that answers 2xx
+        once it is up."""
         self._command = command
         self._folder = folder
         self._ready = ready
-        # Nothing of ours goes in, and nothing goes out: whatever it may want from the network, it finds a closed port.
+        # Nothing of ours goes in, and nothing goes out: whatever it may want from the network, it
+        # finds a closed port.
         nowhere = "http://127.0.0.1:9"
         proxies = {f"{scheme}_proxy": nowhere for scheme in ("http", "https", "all")} | {
             "no_proxy": "127.0.0.1,localhost"
@@ -90,9 +96,14 @@ class Server:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, cwd=self._folder, env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self._command,
+                cwd=self._folder,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         deadline = time.monotonic() + PATIENCE
         with httpx.Client(trust_env=False) as client:
             while True:

@@ -1,6 +1,8 @@
-"""Agno's and ADK's servers from PyPI, whose models ask the test what to say; and a relay to put before them, or to play them with.
+"""Agno's and ADK's servers from PyPI, whose models ask the test what to say; and a relay to put
+before them, or to play them with.
 
-The model's question is a POST to the test's Endpoint, with what the model was told in the place of the session.
+The model's question is a POST to the test's Endpoint, with what the model was told in the place of
+the session.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
-from ..endpoint import Endpoint, Raw, reply
+from ..support.endpoint import Endpoint, Raw, reply
 from . import Server, environment, free_port
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +28,8 @@ ADK = ("google-adk==2.13.0",)
 
 
 class _Prompted(Server):
-    """A server whose model asks at the address in a file; runs on a copy of its code, as it may write beside that."""
+    """A server whose model asks at the address in a file; runs on a copy of its code, as it may
+    write beside that."""
 
     def __init__(
         self,
@@ -58,7 +61,8 @@ class _Prompted(Server):
 
 
 class AgnoServer(_Prompted):
-    """An AgentOS on a database of its own (a URL with TCP). `queue`: durable, parallel, fleeting."""
+    """An AgentOS on a database of its own (a URL with TCP). `queue`: durable, parallel,
+    fleeting."""
 
     def __init__(
         self, folder: Path, dsn: str, *, queue: str = "durable", lifespan: str = "on"
@@ -86,7 +90,8 @@ class AgnoServer(_Prompted):
         background: bool = True,
         **form: str,
     ) -> dict[str, Any]:
-        """A person's message in the session, through the queue or as a foreground run; the answer."""
+        """A person's message in the session, through the queue or as a foreground run; the
+        answer."""
         form |= {
             "message": message,
             "session_id": session,
@@ -98,7 +103,8 @@ class AgnoServer(_Prompted):
         return dict(answer.json())
 
     async def tickets(self, session: str) -> list[dict[str, Any]]:
-        """The session's tickets in the queue, oldest first: by their places in line, as their dates are whole seconds."""
+        """The session's tickets in the queue, oldest first: by their places in line, as their dates
+        are whole seconds."""
         answer = await self.ask(
             "GET",
             "/queue/jobs",
@@ -176,10 +182,12 @@ Answer = Raw | list[Raw] | Callable[[Asked], Raw]
 
 
 class Relay:
-    """Stands before a server (or in its place: then what has no answer is 404), and keeps what was asked.
+    """Stands before a server (or in its place: then what has no answer is 404), and keeps what was
+    asked.
 
-    `answers`, by method and path: given instead of the server's; a list is worked off one by one, and its last stays. What is asked
-    under a name in `losing` reaches the server, and its answer is kept back.
+    `answers`, by method and path: given instead of the server's; a list is worked off one by one,
+    and its last stays. What is asked under a name in `losing` reaches the server, and its answer is
+    kept back.
     """
 
     def __init__(self, behind: str | None = None, answers: dict[str, Answer] | None = None) -> None:

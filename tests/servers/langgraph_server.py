@@ -1,6 +1,8 @@
-"""LangGraph's agent server from PyPI, with an agent that has no model: what a person could do with it, and what its agent did.
+"""LangGraph's agent server from PyPI, with an agent that has no model: what a person could do with
+it, and what its agent did.
 
-`langgraph dev` keeps its threads in memory and in files: it writes them when it is stopped, and every ten seconds.
+`langgraph dev` keeps its threads in memory and in files: it writes them when it is stopped, and
+every ten seconds.
 """
 
 from __future__ import annotations
@@ -34,8 +36,18 @@ class LangGraphServer(Server):
         self._notes.mkdir()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command: list[str | Path] = [bin / "langgraph", "dev", "--no-browser", "--no-reload", "--host", "127.0.0.1", "--port", str(port),
-                   "--n-jobs-per-worker", "10"]  # fmt: skip
+        command: list[str | Path] = [
+            bin / "langgraph",
+            "dev",
+            "--no-browser",
+            "--no-reload",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--n-jobs-per-worker",
+            "10",
+        ]
         environ = {
             "AGENT_NOTES": str(self._notes),
             "LANGSMITH_TRACING": "false",
@@ -43,7 +55,7 @@ class LangGraphServer(Server):
         }
         super().__init__(command, folder, environ, f"{self.url}/ok")
 
-    # --- what a person does --------------------------------------------------------------------------------------
+    # --- what a person does -----------------------------------------------------------------------
 
     async def ask(self, method: str, path: str, content: Any = None) -> Any:
         async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=20) as client:
@@ -69,11 +81,12 @@ class LangGraphServer(Server):
         return [message["content"] for message in state["values"].get("messages", [])]
 
     async def runs(self, thread: str) -> list[tuple[str | None, str]]:
-        """The thread's runs, oldest first: the key of the recall, if it is one's, and the status."""
+        """The thread's runs, oldest first: the key of the recall, if it is one's, and the
+        status."""
         runs = await self.ask("GET", f"/threads/{thread}/runs?limit=100")
         return [(run["metadata"].get("recall_key"), run["status"]) for run in reversed(runs)]
 
-    # --- what the agent does -------------------------------------------------------------------------------------
+    # --- what the agent does ----------------------------------------------------------------------
 
     def open(self, thread: str) -> None:
         """Let the agent go on that waits in this thread, and all that will."""

@@ -1,4 +1,5 @@
-"""Why there is no protocol for Google ADK: what `adk api_server` does where a recall meets a conversation. docs/servers.md tells it."""
+"""Why there is no protocol for Google ADK: what `adk api_server` does where a recall meets a
+conversation. docs/servers.md tells it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from ..endpoint import Endpoint, Gate
+from ..support.endpoint import Endpoint, Gate
 from .agno_server import AdkServer
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]  # The first test may have to install it.
@@ -53,7 +54,8 @@ async def said(adk: AdkServer, session: str) -> list[tuple[str, str]]:
 
 
 async def test_a_second_call_kills_the_first(adk: AdkServer, model: Endpoint) -> None:
-    """A call into a session that is in a run is taken, and the run that was there, a person's, dies with 500 and loses its answer."""
+    """A call into a session that is in a run is taken, and the run that was there, a person's, dies
+    with 500 and loses its answer."""
     await converse(adk, "talk")
     persons, ours = Gate(), Gate()
     model.script("a person's question", persons)
@@ -83,7 +85,8 @@ async def test_keys_are_ignored(adk: AdkServer, model: Endpoint) -> None:
 
 
 async def test_a_caller_that_dies_takes_the_run_along(adk: AdkServer, model: Endpoint) -> None:
-    """The request is the run: when its caller goes, the run is broken off, and no other worker can follow it."""
+    """The request is the run: when its caller goes, the run is broken off, and no other worker can
+    follow it."""
     await converse(adk, "short")
     gate = Gate()
     model.script("a recall", gate)

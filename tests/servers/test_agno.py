@@ -1,4 +1,5 @@
-"""Agno's protocol: what each answer means, against a relay that plays the server; then with the real server, through the real daemon."""
+"""Agno's protocol: what each answer means, against a relay that plays the server; then with the
+real server, through the real daemon."""
 
 from __future__ import annotations
 
@@ -36,23 +37,24 @@ from recall_worker.recall import (
 from recall_worker.settings import SettingsError
 from recall_worker.settings import read as read_settings
 
-from .. import postgres
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Endpoint, Gate, Raw, reply
-from ..house.test_corridor import row
-from ..house.test_lease import calls, eventually, promise
+from ..process.test_corridor import row
+from ..process.test_lease import calls, eventually, promise
+from ..support import postgres
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Endpoint, Gate, Raw, reply
 from ..test_recall import claim_with
 from .agno_server import AgnoServer, Asked, Relay
 
 pytestmark = pytest.mark.timeout(900)  # The first test with the real server may have to install it.
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def test_the_agent_has_to_be_named() -> None:
-    """RECALL_PROTOCOL=agno without an agent is a problem of its own, told beside all others; with one it is none."""
+    """RECALL_PROTOCOL=agno without an agent is a problem of its own, told beside all others; with
+    one it is none."""
     with pytest.raises(SettingsError) as caught:
         read_settings({"RECALL_PROTOCOL": "agno", "RECALL_LEASE": "0"})
     assert [problem.split()[0] for problem in caught.value.problems] == [
@@ -74,7 +76,8 @@ def form_of(content: bytes) -> dict[str, str]:
 
 
 def test_body() -> None:
-    """The form asks for a background run of one message; what else the contract tells is the run's metadata."""
+    """The form asks for a background run of one message; what else the contract tells is the run's
+    metadata."""
     when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
     claim = claim_with(
         call_type="recurring",
@@ -138,7 +141,7 @@ def test_places(agent: str, run_id: str | None, path: str) -> None:
     assert place(agent, run_id) == path
 
 
-# --- what answers mean ----------------------------------------------------------------------------------------------
+# --- what answers mean ----------------------------------------------------------------------------
 
 
 def answer(status: int, content: Any = None, *, truncated: bool = False, **headers: str) -> Answer:
@@ -163,14 +166,29 @@ TAKEN = Accepted("/agents/helper/runs/4f", 202)
 POSTED: list[tuple[str, Answer, Outcome | type[Outcome]]] = [
     ("taken", answer(202, run("PENDING")), TAKEN),
     ("taken before, and running", answer(202, run("RUNNING")), TAKEN),
-    *((f"taken before, and {word}", answer(202, run(word)), TAKEN) for word in ("COMPLETED", "ERROR", "CANCELLED", "PAUSED")),
+    *(
+        (f"taken before, and {word}", answer(202, run(word)), TAKEN)
+        for word in ("COMPLETED", "ERROR", "CANCELLED", "PAUSED")
+    ),
     ("a word of tomorrow", answer(202, run("DREAMING")), TAKEN),
     ("foreground, fine", answer(200, run("COMPLETED", content="done")), Answered(200)),
     ("foreground, asks a person", answer(200, run("PAUSED")), Answered(200)),
-    ("foreground, failed", answer(200, run("ERROR", content="no\n model")), Failed("Agno says that the run ended as error: no model", 200)),
-    ("foreground, cancelled", answer(200, run("CANCELLED")), Failed("Agno says that the run ended as cancelled", 200)),
+    (
+        "foreground, failed",
+        answer(200, run("ERROR", content="no\n model")),
+        Failed("Agno says that the run ended as error: no model", 200),
+    ),
+    (
+        "foreground, cancelled",
+        answer(200, run("CANCELLED")),
+        Failed("Agno says that the run ended as cancelled", 200),
+    ),
     ("foreground, still on", answer(200, run("RUNNING")), Accepted("/agents/helper/runs/4f", 200)),
-    ("foreground, endless", answer(200, b'{"run_id": "4f", "status": "ERROR", "messages": ["', truncated=True), Failed),
+    (
+        "foreground, endless",
+        answer(200, b'{"run_id": "4f", "status": "ERROR", "messages": ["', truncated=True),
+        Failed,
+    ),
     ("another's key", answer(202, run("COMPLETED") | {"session_id": "s2"}), Refused),
     ("no run", answer(202, {"status": "PENDING"}), Unknown),
     ("no status", answer(200, {"run_id": "4f"}), Unknown),
@@ -180,17 +198,25 @@ POSTED: list[tuple[str, Answer, Outcome | type[Outcome]]] = [
     ("garbage", answer(202, b'{"run_id": "4f", "sta'), Unknown),
     ("a page of the web", answer(200, HTML, content_type="text/html"), Misconfigured),
     ("no agent", answer(404, {"detail": "Agent not found"}), Misconfigured),
-    ("another agent's key", answer(409, {"detail": "Idempotency-Key was already used by a different component"}), Unknown),
+    (
+        "another agent's key",
+        answer(409, {"detail": "Idempotency-Key was already used by a different component"}),
+        Unknown,
+    ),
     ("the queue is full", answer(429, {"detail": "Job queue is full"}), Unavailable),
     ("a proxy without a server", answer(503, HTML, retry_after="7"), Unavailable),
     ("a wrong token", answer(401, {"detail": "Invalid authentication token"}), Misconfigured),
     ("a token for other things", answer(403), Misconfigured),
     ("a redirect", answer(307, location="http://elsewhere/"), Misconfigured),
-    ("too long a message", answer(400, {"detail": "Field exceeded maximum size of 1024KB."}), Refused),
+    (
+        "too long a message",
+        answer(400, {"detail": "Field exceeded maximum size of 1024KB."}),
+        Refused,
+    ),
     ("no message", answer(422, {"detail": [{"type": "missing"}]}), Refused),
     ("it broke", answer(500, {"detail": "Run acceptance aborted"}), Unknown),
     ("its gateway gave up", answer(504, HTML), Unknown),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +225,8 @@ POSTED: list[tuple[str, Answer, Outcome | type[Outcome]]] = [
 def test_what_the_answer_to_a_post_means(
     given_answer: Answer, outcome: Outcome | type[Outcome]
 ) -> None:
-    """A run on record is followed; what the server did not take says whether it can have run, and whose fault it is."""
+    """A run on record is followed; what the server did not take says whether it can have run, and
+    whose fault it is."""
     found = read(given_answer, "helper", "s1")
     assert (type(found) if isinstance(outcome, type) else found) == outcome
     if not isinstance(found, Answered | Accepted):
@@ -209,31 +236,59 @@ def test_what_the_answer_to_a_post_means(
 
 
 LONG = (
-    b'{"run_id": "4f", "content": {"status": "ERROR"}, "status": "RUNNING", "messages": [{"content": "'
-    + b"x" * 100
-)
+    b'{"run_id": "4f", "content": {"status": "ERROR"}, "status": "RUNNING", "messages": '
+    b'[{"content": "'
+) + b"x" * 100
 
 POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
-    ("ticket queued", answer(200, {"id": "4f", "status": "queued"}), StillOn(None, "it waits in its session's line")),
+    (
+        "ticket queued",
+        answer(200, {"id": "4f", "status": "queued"}),
+        StillOn(None, "it waits in its session's line"),
+    ),
     ("ticket running", answer(200, {"id": "4f", "status": "running"}), StillOn()),
-    ("ticket completed", answer(200, {"id": "4f", "status": "completed", "error": None}), Answered(200)),
+    (
+        "ticket completed",
+        answer(200, {"id": "4f", "status": "completed", "error": None}),
+        Answered(200),
+    ),
     ("ticket paused", answer(200, {"id": "4f", "status": "paused"}), Answered(200)),
-    ("ticket failed", answer(200, {"status": "failed", "error": "no model"}), Failed("Agno says that the run ended as failed: no model", 200)),
-    ("ticket cancelled", answer(200, {"id": "4f", "status": "cancelled"}), Failed("Agno says that the run ended as cancelled", 200)),
-    ("run waiting", answer(200, run("PENDING", waiting_on="3e")), StillOn(None, "it waits in its session's line")),
+    (
+        "ticket failed",
+        answer(200, {"status": "failed", "error": "no model"}),
+        Failed("Agno says that the run ended as failed: no model", 200),
+    ),
+    (
+        "ticket cancelled",
+        answer(200, {"id": "4f", "status": "cancelled"}),
+        Failed("Agno says that the run ended as cancelled", 200),
+    ),
+    (
+        "run waiting",
+        answer(200, run("PENDING", waiting_on="3e")),
+        StillOn(None, "it waits in its session's line"),
+    ),
     ("run on", answer(200, run("RUNNING")), StillOn()),
     ("run completed", answer(200, run("COMPLETED")), Answered(200)),
     ("run said again by a person", answer(200, run("REGENERATED")), Answered(200)),
-    ("run failed", answer(200, run("ERROR", content="no model")), Failed("Agno says that the run ended as error: no model", 200)),
+    (
+        "run failed",
+        answer(200, run("ERROR", content="no model")),
+        Failed("Agno says that the run ended as error: no model", 200),
+    ),
     ("a word of tomorrow", answer(200, run("DREAMING"), retry_after="3"), StillOn(3.0)),
     ("an endless run, still on", answer(200, LONG, truncated=True), StillOn()),
-    ("an endless answer", answer(200, b'{"run_id": "4f", "content": "' + b"x" * 100, truncated=True), Answered(200)),
+    (
+        "an endless answer",
+        answer(200, b'{"run_id": "4f", "content": "' + b"x" * 100, truncated=True),
+        Answered(200),
+    ),
     ("forgotten", answer(404, {"detail": "Run not found"}), Unknown),
     ("a token refused", answer(401), StillOn(None, "HTTP 401")),
     ("away for now", answer(503, HTML, retry_after="7"), StillOn(7.0, "HTTP 503")),
     ("a page of the web", answer(200, HTML), StillOn(None, "an answer that is none of Agno's")),
     ("no object", answer(200, []), StillOn(None, "an answer that is none of Agno's")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -242,19 +297,31 @@ POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
 def test_what_a_poll_means(
     given_answer: Answer, outcome: Outcome | StillOn | type[Outcome]
 ) -> None:
-    """A ticket, and a run, say how it stands in words of their own; trouble on the way ends nothing."""
+    """A ticket, and a run, say how it stands in words of their own; trouble on the way ends
+    nothing."""
     found = polled(given_answer)
     assert (type(found) if isinstance(outcome, type) else found) == outcome
 
 
 @given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner) | st.dictionaries(
-        st.sampled_from(["status", "run_id", "data", "id", "metadata", "recall_key", "x"]), inner), max_leaves=9),
-    st.integers(0, 400), st.sampled_from([200, 202, 404, 500]),
-)  # fmt: skip
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["status", "run_id", "data", "id", "metadata", "recall_key", "x"]),
+                inner,
+            )
+        ),
+        max_leaves=9,
+    ),
+    st.integers(0, 400),
+    st.sampled_from([200, 202, 404, 500]),
+)
 @settings(deadline=None)
 def test_any_answer_can_be_read(document: Any, cut: int, status: int) -> None:
-    """Whatever JSON a server gives, and wherever it breaks off, reading it gives an outcome; members that came whole are as they were sent."""
+    """Whatever JSON a server gives, and wherever it breaks off, reading it gives an outcome;
+    members that came whole are as they were sent."""
     text = json.dumps(document).encode()
     for given_answer in (answer(status, text), answer(status, text[:cut], truncated=True)):
         assert not isinstance(read(given_answer, "helper", "s1"), Answered) or status == 200
@@ -274,12 +341,32 @@ TICKETS = {
 }
 LISTED: list[tuple[str, Answer, tuple[str, str] | None]] = [
     ("a ticket", answer(200, TICKETS), ("other", "2")),
-    ("a run", answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:1"}}]), ("helper", "3")),
-    ("another's", answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:11"}}]), None),
-    ("no metadata yet", answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": None}, "x"]), None),
-    ("not whole", answer(200, b'[{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:1"}}', truncated=True), None),
+    (
+        "a run",
+        answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:1"}}]),
+        ("helper", "3"),
+    ),
+    (
+        "another's",
+        answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:11"}}]),
+        None,
+    ),
+    (
+        "no metadata yet",
+        answer(200, [{"run_id": "3", "agent_id": "helper", "metadata": None}, "x"]),
+        None,
+    ),
+    (
+        "not whole",
+        answer(
+            200,
+            b'[{"run_id": "3", "agent_id": "helper", "metadata": {"recall_key": "r1:1"}}',
+            truncated=True,
+        ),
+        None,
+    ),
     ("refused", answer(403, TICKETS), None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +377,7 @@ def test_which_run_is_ours(given_answer: Answer, found: tuple[str, str] | None) 
     assert listed(given_answer, "r1:1") == found
 
 
-# --- against a relay ------------------------------------------------------------------------------------------------
+# --- against a relay ------------------------------------------------------------------------------
 
 
 CONFIG, UNREAD = "GET /config", "GET /agents/helper/runs/recall-worker"
@@ -337,7 +424,8 @@ def call_of(claim: Claim = CLAIM) -> Call:
 
 @pytest.mark.parametrize("name", ["\ud800", "a\udfffb", "n" * 301])
 async def test_names_that_no_address_can_hold(name: str) -> None:
-    """Half a surrogate pair, or a name without end, for a run or an owner: no call breaks, and nothing of it is remembered."""
+    """Half a surrogate pair, or a name without end, for a run or an owner: no call breaks, and
+    nothing of it is remembered."""
     assert isinstance(read(answer(202, {"run_id": name, "status": "PENDING"}), "a", "s"), Unknown)
     assert (
         listed(
@@ -353,7 +441,8 @@ async def test_names_that_no_address_can_hold(name: str) -> None:
 
 
 async def test_a_call() -> None:
-    """A call looks whether the server is safe, then posts one form, with the token and the contract's headers."""
+    """A call looks whether the server is safe, then posts one form, with the token and the
+    contract's headers."""
     async with agno_at(SAFE, RECALL_SIGNING_SECRET="s3cret") as (protocol, relay):
         call = call_of()
         assert await protocol.call(call) == TAKEN
@@ -421,7 +510,8 @@ UNSAFE: list[tuple[str, dict[str, Any], type[Outcome]]] = [
 async def test_nothing_is_posted_to_a_server_that_is_not_safe(
     answers: dict[str, Any], kind: type[Outcome]
 ) -> None:
-    """Where the queue is not durable, not in order, idle, or can't be asked for, nothing is sent, neither at first nor again."""
+    """Where the queue is not durable, not in order, idle, or can't be asked for, nothing is sent,
+    neither at first nor again."""
     async with agno_at(SAFE | answers) as (protocol, relay):
         call = call_of()
         for outcome in (await protocol.call(call), await protocol.find(CLAIM)):
@@ -431,7 +521,8 @@ async def test_nothing_is_posted_to_a_server_that_is_not_safe(
 
 
 async def test_tickets_that_only_the_admin_reads() -> None:
-    """With JWTs the queue's own pages are refused; what GET /config says is enough then, and polls go to the run."""
+    """With JWTs the queue's own pages are refused; what GET /config says is enough then, and polls
+    go to the run."""
     answers = SAFE | {
         JOBS: FORBIDDEN,
         UNREAD: NO_RUN,
@@ -468,7 +559,8 @@ OWNED: list[tuple[str, dict[str, Any], Outcome | type[Outcome], list[str | None]
 async def test_a_session_that_a_user_owns(
     answers: dict[str, Any], outcome: Outcome | type[Outcome], users: list[str | None]
 ) -> None:
-    """A 404 can mean that the session is a user's: then the run is posted in their name, and otherwise not again."""
+    """A 404 can mean that the session is a user's: then the run is posted in their name, and
+    otherwise not again."""
 
     def post(asked: Asked) -> Raw:
         return (
@@ -508,7 +600,8 @@ async def test_no_answer(answers: dict[str, Any], kind: type[Outcome]) -> None:
 
 
 async def test_a_server_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A post is answered when the run is on record: it is waited for a while, and not for as long as a run may take."""
+    """A post is answered when the run is on record: it is waited for a while, and not for as long
+    as a run may take."""
     monkeypatch.setattr(agno_protocol, "POST_DEADLINE", 0.3)
     async with agno_at(SAFE) as (protocol, relay):
         relay.losing = {POST}
@@ -538,7 +631,12 @@ HUGE = reply(200, [{"content": "x" * LIMIT}])
 FOUND: list[tuple[str, dict[str, Any], dict[str, Any], Outcome | type[Outcome] | None]] = [
     ("a ticket", {JOBS: reply(200, {"data": TICKET_OF_OURS})}, {}, Accepted(TAKEN.reference, 200)),
     ("a run", {JOBS: NO_TICKETS, RUNS: reply(200, OURS)}, {}, Accepted(TAKEN.reference, 200)),
-    ("a run, no tickets", {JOBS: FORBIDDEN, RUNS: reply(200, OURS)}, {}, Accepted(TAKEN.reference, 200)),
+    (
+        "a run, no tickets",
+        {JOBS: FORBIDDEN, RUNS: reply(200, OURS)},
+        {},
+        Accepted(TAKEN.reference, 200),
+    ),
     ("neither", {JOBS: NO_TICKETS, RUNS: reply(200, [])}, {}, None),
     ("neither, long ago", {JOBS: NO_TICKETS, RUNS: reply(200, [])}, OLD, None),
     ("no session", {JOBS: NO_TICKETS, RUNS: reply(404)}, OLD, None),
@@ -551,7 +649,7 @@ FOUND: list[tuple[str, dict[str, Any], dict[str, Any], Outcome | type[Outcome] |
     ("runs are broken", {JOBS: FORBIDDEN, RUNS: reply(503)}, {}, Unavailable),
     ("a wrong token", {JOBS: [NO_TICKETS, reply(401)]}, {}, Misconfigured),
     ("runs are kept from us", {JOBS: FORBIDDEN, RUNS: reply(403)}, {}, Misconfigured),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -560,7 +658,8 @@ FOUND: list[tuple[str, dict[str, Any], dict[str, Any], Outcome | type[Outcome] |
 async def test_finding_an_earlier_run(
     answers: dict[str, Any], changes: dict[str, Any], outcome: Outcome | type[Outcome] | None
 ) -> None:
-    """Before a post that might be the second, the run is looked for; it is posted where it is not there, or the key surely holds."""
+    """Before a post that might be the second, the run is looked for; it is posted where it is not
+    there, or the key surely holds."""
     async with agno_at(SAFE | {UNREAD: NO_RUN} | answers) as (protocol, relay):
         found = await protocol.find(
             claim_with(**({"begun_age": 5.0, "session_id": "s 1&"} | changes))
@@ -572,7 +671,8 @@ async def test_finding_an_earlier_run(
 
 
 async def test_following_and_aborting() -> None:
-    """A run is polled by its ticket, through trouble and to its end, and ended where the server is asked to."""
+    """A run is polled by its ticket, through trouble and to its end, and ended where the server is
+    asked to."""
     answers = {
         TICKET: [
             Raw(),
@@ -624,7 +724,7 @@ async def test_a_reference_that_is_none(reference: str) -> None:
         assert relay.asked == []
 
 
-# --- the real server ------------------------------------------------------------------------------------------------
+# --- the real server ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -669,7 +769,8 @@ ON_RECORD = "select 1 from session_recalls where session_id = %s and run_referen
 async def test_a_recall_runs_once(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """A due recall is one run in the session, which the server made for it; its metadata names the recall; both times are on record."""
+    """A due recall is one run in the session, which the server made for it; its metadata names the
+    recall; both times are on record."""
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, "größe/1", "once")
     await daemon.hears("recall.settled", recall=recall, outcome="answered")
@@ -705,7 +806,8 @@ async def test_a_recurring_recall(
 async def test_a_queued_run_is_waited_for(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """Behind a person's queued run the recall stands in line, while other sessions go on; it runs afterwards, once."""
+    """Behind a person's queued run the recall stands in line, while other sessions go on; it runs
+    afterwards, once."""
     gate = Gate()
     model.script("a long talk", gate)
     await agno.say("line", "a long talk")
@@ -730,7 +832,8 @@ async def test_a_queued_run_is_waited_for(
 async def test_a_foreground_run_is_not_seen(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """What Agno can't give: beside a person's foreground run, which no page of the server shows, the recall runs at once."""
+    """What Agno can't give: beside a person's foreground run, which no page of the server shows,
+    the recall runs at once."""
     await agno.say("chat", "before", background=False)
     gate = Gate()
     model.script("a long talk", gate)
@@ -756,7 +859,8 @@ async def test_a_foreground_run_is_not_seen(
 async def test_a_failing_run(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that fails is Failed with the model's own words, tried again under a new key, and then failed for good."""
+    """A run that fails is Failed with the model's own words, tried again under a new key, and then
+    failed for good."""
     model.script(told("unlucky"), reply(500, {"error": "out of tokens"}))
     daemon = await daemons.start(**at(agno.url, max_attempts=2))
     recall = await promise(app, "unlucky", "once")
@@ -778,7 +882,8 @@ async def test_a_failing_run(
 async def test_a_run_that_asks_a_person(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """A run that stops for a person's consent has come back: the recall has fired, and the question stands."""
+    """A run that stops for a person's consent has come back: the recall has fired, and the question
+    stands."""
     model.script(told("careful"), reply(200, {"call": "launch"}))
     daemon = await daemons.start(**at(agno.url))
     recall = await promise(app, "careful", "once")
@@ -798,7 +903,8 @@ async def test_whose_session_it_is(
     model: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A session that a user owns, and one that another agent began, are come back to, once, in the owner's name."""
+    """A session that a user owns, and one that another agent began, are come back to, once, in the
+    owner's name."""
     session = f"session of {agent} and {user}"
     await agno.say(
         session,
@@ -823,7 +929,8 @@ async def test_whose_session_it_is(
 async def test_a_worker_that_dies_in_mid_run(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """SIGKILL while the run goes on at the server: the next worker follows it to its end, and nothing is posted again."""
+    """SIGKILL while the run goes on at the server: the next worker follows it to its end, and
+    nothing is posted again."""
     gate = Gate()
     model.script(told("kept"), gate)
     async with Relay(agno.url) as relay:
@@ -856,7 +963,8 @@ async def test_a_worker_that_dies_before_it_knows(
     model: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """SIGKILL after the server took the run and before its answer came: the next worker finds that run, or gets it by the same key."""
+    """SIGKILL after the server took the run and before its answer came: the next worker finds that
+    run, or gets it by the same key."""
     session, gate = f"lost {seen} {ended}", Gate()
     model.script(told(session), gate)
     async with Relay(agno.url) as relay:
@@ -888,7 +996,8 @@ async def eventually_on_record(app: Application, session: str) -> None:
     async with asyncio.timeout(20):
         while True:
             found = await app.connection.fetchval(
-                "select run_reference is not null or status = 'fired' from session_recalls where session_id = $1",
+                "select run_reference is not null or status = 'fired' from session_recalls where "
+                "session_id = $1",
                 session,
             )
             if found:
@@ -906,7 +1015,8 @@ async def test_a_cancel_reaches_the_server(
     model: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """The application's cancel ends the run at the server: one in line never begins, one in mid-run is ended where its agent looks up."""
+    """The application's cancel ends the run at the server: one in line never begins, one in mid-run
+    is ended where its agent looks up."""
     session, gate = f"cancelled {in_line}", Gate()
     model.script("a long talk" if in_line else told(session), gate)
     if in_line:
@@ -932,7 +1042,8 @@ async def test_a_cancel_reaches_the_server(
 async def test_a_wrong_agent(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """An agent that the server doesn't have costs the recall nothing; it runs when the setting is right."""
+    """An agent that the server doesn't have costs the recall nothing; it runs when the setting is
+    right."""
     wrong = await daemons.start(**at(agno.url, agno_agent="nobody"))
     recall = await promise(app, "patient", "once")
     [event, *_] = await wrong.hears("endpoint.misconfigured")
@@ -949,7 +1060,8 @@ async def test_a_wrong_agent(
 async def test_a_full_queue(
     app: Application, db: Connection, agno: AgnoServer, model: Endpoint, daemons: Daemons
 ) -> None:
-    """Where the server's queue is full the recall is kept, at no attempt, and runs when there is room."""
+    """Where the server's queue is full the recall is kept, at no attempt, and runs when there is
+    room."""
     gate = Gate()
     model.script("a long talk", gate)
     await agno.say("crowd", "a long talk")
@@ -987,7 +1099,8 @@ async def test_a_server_that_is_not_safe(
     tmp_path: Path,
     daemons: Daemons,
 ) -> None:
-    """A server whose queue can't keep the promise is told of loudly; nothing is posted to it, and the recall is kept."""
+    """A server whose queue can't keep the promise is told of loudly; nothing is posted to it, and
+    the recall is kept."""
     with postgres.database(agno_database) as dsn:
         server = AgnoServer(tmp_path, dsn, **options)
         server.start()
@@ -1030,7 +1143,8 @@ async def test_a_server_that_dies_in_mid_run(
     tmp_path: Path,
     daemons: Daemons,
 ) -> None:
-    """The polls outlive the server; it calls the run failed when it is back, and the recall is run again under a new key."""
+    """The polls outlive the server; it calls the run failed when it is back, and the recall is run
+    again under a new key."""
     with postgres.database(agno_database) as dsn:
         server = AgnoServer(tmp_path, dsn)
         server.start()

@@ -1,4 +1,5 @@
-"""LangGraph's protocol: what each answer means, against an impostor on a raw socket; then with the real server, through the real daemon."""
+"""LangGraph's protocol: what each answer means, against an impostor on a raw socket; then with the
+real server, through the real daemon."""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ from recall_worker.recall import (
 )
 from recall_worker.settings import read
 
-from ..application import Application
 from ..conftest import Connection
-from ..daemon import Daemons
-from ..endpoint import Raw, reply
-from ..house.test_corridor import row, soon
-from ..house.test_lease import calls, eventually
+from ..process.test_corridor import row, soon
+from ..process.test_lease import calls, eventually
+from ..support.application import Application
+from ..support.daemon import Daemons
+from ..support.endpoint import Raw, reply
 from ..test_recall import claim_with
 from .langgraph_server import LangGraphServer
 
@@ -65,7 +66,7 @@ PAGE_OF_THE_WEB = reply(200, text=b"<!doctype html>", headers={"content-type": "
 HANGS_UP = Raw()
 
 
-# --- an impostor ----------------------------------------------------------------------------------------------------
+# --- an impostor ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,13 @@ class Asked:
 
 
 Answers = dict[str, Any]
-"""By method and path: a Raw, a list of them (worked off one by one, the last stays), or what makes one of the request."""
+"""By method and path: a Raw, a list of them (worked off one by one, the last stays), or what makes
+one of the request."""
 
 
 class Impostor:
-    """Answers like LangGraph, well or badly; what it has no answer for is 404, as with any server of its kind."""
+    """Answers like LangGraph, well or badly; what it has no answer for is 404, as with any server
+    of its kind."""
 
     def __init__(self, answers: Answers) -> None:
         self.asked: list[Asked] = []
@@ -163,11 +166,12 @@ async def impostor(answers: Answers, **environ: str) -> AsyncIterator[tuple[Lang
 CLAIM = claim_with(session_id=THREAD)
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def test_body() -> None:
-    """The body holds one message of a user, the key and what else the contract tells as metadata, and nothing else."""
+    """The body holds one message of a user, the key and what else the contract tells as metadata,
+    and nothing else."""
     when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
     claim = claim_with(
         call_type="recurring",
@@ -198,15 +202,25 @@ def test_body() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attempt": 3}, {"deferrals": 9}, {"begun_age": 99.0}, {"lag": 5.0}, {"taken_from": "w1"}, {"due": False}], ids=repr
-)  # fmt: skip
+    "changes",
+    [
+        {"attempt": 3},
+        {"deferrals": 9},
+        {"begun_age": 99.0},
+        {"lag": 5.0},
+        {"taken_from": "w1"},
+        {"due": False},
+    ],
+    ids=repr,
+)
 def test_the_body_stays_the_same_under_one_key(changes: dict[str, Any]) -> None:
     """Nothing that changes between two calls of an occurrence is in the body, byte for byte."""
     assert body(claim_with(**changes), "agent") == body(claim_with(), "agent")
 
 
 def test_another_key_is_another_message() -> None:
-    """The message's id is made of the key: the same key can't put it into the thread twice, another key can."""
+    """The message's id is made of the key: the same key can't put it into the thread twice, another
+    key can."""
     one, other = (
         json.loads(body(claim_with(rekey=n), "agent"))["input"]["messages"][0]["id"] for n in (0, 1)
     )
@@ -222,12 +236,14 @@ def test_another_key_is_another_message() -> None:
     ],
 )
 def test_credentials(token: str | None, headers: dict[str, str]) -> None:
-    """The token goes both ways in which servers ask for it; a LangSmith key goes the one in which LangSmith does."""
+    """The token goes both ways in which servers ask for it; a LangSmith key goes the one in which
+    LangSmith does."""
     assert credentials(token) == headers
 
 
 async def test_the_request() -> None:
-    """The run is posted once, to the thread, with the contract's headers, the token, and a signature where there is a secret."""
+    """The run is posted once, to the thread, with the contract's headers, the token, and a
+    signature where there is a secret."""
     async with impostor({POST: PENDING}, RECALL_RUN_TOKEN="t", RECALL_SIGNING_SECRET="s") as (
         protocol,
         server,
@@ -238,9 +254,13 @@ async def test_the_request() -> None:
     assert asked.line == f"POST {RUNS} HTTP/1.1" and asked.body == body(CLAIM, "agent")
     assert call.sent_at is not None
     expected = {
-        "idempotency-key": "r1:1", "recall-attempt": "1", "authorization": "Bearer t", "x-api-key": "t",
-        "content-type": "application/json", "webhook-id": "r1:1",
-    }  # fmt: skip
+        "idempotency-key": "r1:1",
+        "recall-attempt": "1",
+        "authorization": "Bearer t",
+        "x-api-key": "t",
+        "content-type": "application/json",
+        "webhook-id": "r1:1",
+    }
     assert {name: asked.headers[name] for name in expected} == expected
     assert {"traceparent", "recall-lateness", "webhook-signature"} <= set(asked.headers)
 
@@ -258,12 +278,14 @@ async def test_the_base_may_be_a_path(base: str) -> None:
     assert server.what == [where] and json.loads(server.asked[0].body)["assistant_id"] == "other"
 
 
-# --- sessions -------------------------------------------------------------------------------------------------------
+# --- sessions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "session", [THREAD, THREAD.upper(), THREAD.replace("-", ""), f"{{{THREAD}}}", f"urn:uuid:{THREAD}"], ids=str
-)  # fmt: skip
+    "session",
+    [THREAD, THREAD.upper(), THREAD.replace("-", ""), f"{{{THREAD}}}", f"urn:uuid:{THREAD}"],
+    ids=str,
+)
 async def test_a_thread_however_it_is_written(session: str) -> None:
     """Every way to write a UUID that the server takes leads to the same address."""
     async with impostor({POST: PENDING}) as (protocol, server):
@@ -272,10 +294,24 @@ async def test_a_thread_however_it_is_written(session: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "session", ["s1", "search", "", "..", "a/../b", f"{THREAD}/state", f"{THREAD}?x=", f"{THREAD}\r\nx: y", "%2e", THREAD + "0"], ids=repr
-)  # fmt: skip
+    "session",
+    [
+        "s1",
+        "search",
+        "",
+        "..",
+        "a/../b",
+        f"{THREAD}/state",
+        f"{THREAD}?x=",
+        f"{THREAD}\r\nx: y",
+        "%2e",
+        THREAD + "0",
+    ],
+    ids=repr,
+)
 async def test_a_session_that_is_no_thread(session: str) -> None:
-    """A session whose id is no UUID can never run there: its row is malformed, and nothing is sent for it."""
+    """A session whose id is no UUID can never run there: its row is malformed, and nothing is sent
+    for it."""
     async with impostor({POST: PENDING}) as (protocol, server):
         claim = claim_with(session_id=session)
         call = Call(claim, 0.0)
@@ -295,7 +331,7 @@ def test_any_session_is_a_thread_or_none(session: str) -> None:
     assert thread is None or set(str(thread)) <= set("0123456789abcdef-")
 
 
-# --- what the answer to a post means ---------------------------------------------------------------------------------
+# --- what the answer to a post means --------------------------------------------------------------
 
 THERE, NOT_THERE = reply(200, [{"run_id": RUN}]), reply(200, [])
 NO_SUCH_GRAPH = reply(
@@ -308,49 +344,158 @@ POSTED: list[tuple[str, Answers, type[Outcome], str]] = [
     ("no run in it", {POST: reply(200, {"ok": True})}, Misconfigured, "not as LangGraph"),
     ("nothing in it", {POST: reply(204, text=b"")}, Misconfigured, "not as LangGraph"),
     ("a list", {POST: reply(200, [])}, Misconfigured, "not as LangGraph"),
-    ("a strange run", {POST: reply(200, {"run_id": "../x", "status": "pending"})}, Misconfigured, "not as LangGraph"),
-    ("a run without a status", {POST: reply(200, {"run_id": RUN})}, Misconfigured, "not as LangGraph"),
-    ("a failure by another's words", {POST: reply(200, {"status": "failed"})}, Misconfigured, "not as LangGraph"),
+    (
+        "a strange run",
+        {POST: reply(200, {"run_id": "../x", "status": "pending"})},
+        Misconfigured,
+        "not as LangGraph",
+    ),
+    (
+        "a run without a status",
+        {POST: reply(200, {"run_id": RUN})},
+        Misconfigured,
+        "not as LangGraph",
+    ),
+    (
+        "a failure by another's words",
+        {POST: reply(200, {"status": "failed"})},
+        Misconfigured,
+        "not as LangGraph",
+    ),
     ("a page of the web", {POST: PAGE_OF_THE_WEB}, Misconfigured, "text/html"),
     ("broken JSON", {POST: reply(200, text=b'{"run_id": ')}, Unknown, "none"),
     ("larger than can be read", {POST: reply(200, {"x": "x" * (1 << 20)})}, Unknown, "1 MiB"),
-    ("larger, and named", {POST: reply(200, {"x": "x" * (1 << 20)}, {"content-location": f"{RUNS}/{RUN}"})}, Accepted, ""),
+    (
+        "larger, and named",
+        {POST: reply(200, {"x": "x" * (1 << 20)}, {"content-location": f"{RUNS}/{RUN}"})},
+        Accepted,
+        "",
+    ),
     ("busy", {POST: reply(409, {"detail": "Thread is already running a task."})}, Busy, ""),
-    ("no thread", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(200, [])}, Gone, ""),
-    ("no thread, others", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(200, [{"thread_id": RUN}])}, Gone, ""),
-    ("no thread, and yet", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(200, [{"thread_id": THREAD}])},
-     Unavailable, "just now"),
-    ("no thread, no search", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD}, Misconfigured, "RECALL_RUN_URL"),
-    ("no thread, search forbidden", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(403)}, Misconfigured, "RECALL_RUN_TOKEN"),
-    ("no thread, search broken", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(500)}, Unavailable, "HTTP 500"),
-    ("no thread, search hangs up", {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: HANGS_UP}, Unavailable, "broke off"),
-    ("no assistant", {POST: NO_THREAD_OR_ASSISTANT, LIST: THERE}, Misconfigured, "RECALL_LANGGRAPH_ASSISTANT"),
-    ("no assistant, new thread", {POST: NO_THREAD_OR_ASSISTANT, LIST: NOT_THERE}, Misconfigured, "RECALL_LANGGRAPH_ASSISTANT"),
-    ("404, and then nothing", {POST: NO_THREAD_OR_ASSISTANT, LIST: HANGS_UP}, Unavailable, "whether the thread exists"),
-    ("404, and then a web page", {POST: NO_THREAD_OR_ASSISTANT, LIST: PAGE_OF_THE_WEB}, Misconfigured, "text/html"),
+    (
+        "no thread",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(200, [])},
+        Gone,
+        "",
+    ),
+    (
+        "no thread, others",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(200, [{"thread_id": RUN}])},
+        Gone,
+        "",
+    ),
+    (
+        "no thread, and yet",
+        {
+            POST: NO_THREAD_OR_ASSISTANT,
+            LIST: NO_THREAD,
+            THREADS: reply(200, [{"thread_id": THREAD}]),
+        },
+        Unavailable,
+        "just now",
+    ),
+    (
+        "no thread, no search",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD},
+        Misconfigured,
+        "RECALL_RUN_URL",
+    ),
+    (
+        "no thread, search forbidden",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(403)},
+        Misconfigured,
+        "RECALL_RUN_TOKEN",
+    ),
+    (
+        "no thread, search broken",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: reply(500)},
+        Unavailable,
+        "HTTP 500",
+    ),
+    (
+        "no thread, search hangs up",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NO_THREAD, THREADS: HANGS_UP},
+        Unavailable,
+        "broke off",
+    ),
+    (
+        "no assistant",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: THERE},
+        Misconfigured,
+        "RECALL_LANGGRAPH_ASSISTANT",
+    ),
+    (
+        "no assistant, new thread",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: NOT_THERE},
+        Misconfigured,
+        "RECALL_LANGGRAPH_ASSISTANT",
+    ),
+    (
+        "404, and then nothing",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: HANGS_UP},
+        Unavailable,
+        "whether the thread exists",
+    ),
+    (
+        "404, and then a web page",
+        {POST: NO_THREAD_OR_ASSISTANT, LIST: PAGE_OF_THE_WEB},
+        Misconfigured,
+        "text/html",
+    ),
     ("404, and then 503", {POST: NO_THREAD_OR_ASSISTANT, LIST: reply(503)}, Unavailable, "later"),
     ("another server's 404", {}, Misconfigured, "RECALL_RUN_URL"),
-    ("no such graph", {POST: NO_SUCH_GRAPH, ASSISTANTS: reply(404, {"detail": "Graph 'agent' not found."})}, Misconfigured, "ASSISTANT"),
-    ("no such graph, older", {POST: NO_SUCH_GRAPH, ASSISTANTS: reply(200, [])}, Misconfigured, "RECALL_LANGGRAPH_ASSISTANT"),
-    ("refused", {POST: reply(422, {"detail": "no such input"}), ASSISTANTS: reply(200, [{}])}, Refused, "no such input"),
-    ("refused otherwise", {POST: reply(400, {"detail": "no such input"}), ASSISTANTS: reply(200, [{}])}, Refused, "no such input"),
-    ("refused, and then nothing", {POST: reply(422), ASSISTANTS: HANGS_UP}, Unavailable, "whether the assistant exists"),
+    (
+        "no such graph",
+        {POST: NO_SUCH_GRAPH, ASSISTANTS: reply(404, {"detail": "Graph 'agent' not found."})},
+        Misconfigured,
+        "ASSISTANT",
+    ),
+    (
+        "no such graph, older",
+        {POST: NO_SUCH_GRAPH, ASSISTANTS: reply(200, [])},
+        Misconfigured,
+        "RECALL_LANGGRAPH_ASSISTANT",
+    ),
+    (
+        "refused",
+        {POST: reply(422, {"detail": "no such input"}), ASSISTANTS: reply(200, [{}])},
+        Refused,
+        "no such input",
+    ),
+    (
+        "refused otherwise",
+        {POST: reply(400, {"detail": "no such input"}), ASSISTANTS: reply(200, [{}])},
+        Refused,
+        "no such input",
+    ),
+    (
+        "refused, and then nothing",
+        {POST: reply(422), ASSISTANTS: HANGS_UP},
+        Unavailable,
+        "whether the assistant exists",
+    ),
     ("too large", {POST: reply(413)}, Refused, "413"),
     ("the token", {POST: reply(401)}, Misconfigured, "RECALL_RUN_TOKEN"),
     ("forbidden", {POST: reply(403)}, Misconfigured, "RECALL_RUN_TOKEN"),
-    ("moved", {POST: reply(307, headers={"location": "https://elsewhere/"})}, Misconfigured, "elsewhere"),
+    (
+        "moved",
+        {POST: reply(307, headers={"location": "https://elsewhere/"})},
+        Misconfigured,
+        "elsewhere",
+    ),
     ("too many", {POST: reply(429, headers={"retry-after": "7"})}, Unavailable, "429"),
     ("broken", {POST: reply(500, {"detail": "Internal Server Error"})}, Unknown, "500"),
     ("a gateway's patience", {POST: reply(504)}, Unknown, "504"),
     ("hangs up", {POST: HANGS_UP}, Unknown, "after the request was sent"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
     ("answers", "kind", "said"), [case[1:] for case in POSTED], ids=[case[0] for case in POSTED]
 )
 async def test_what_a_post_is_answered(answers: Answers, kind: type[Outcome], said: str) -> None:
-    """Each answer is the outcome that the contract asks for; where its one text leaves that open, the server is asked; it is posted once."""
+    """Each answer is the outcome that the contract asks for; where its one text leaves that open,
+    the server is asked; it is posted once."""
     async with impostor(answers) as (protocol, server):
         outcome = await protocol.call(Call(CLAIM, 0.0))
     assert type(outcome) is kind and said in (reason_of(outcome) or "")
@@ -358,21 +503,24 @@ async def test_what_a_post_is_answered(answers: Answers, kind: type[Outcome], sa
 
 
 async def test_silence() -> None:
-    """A server that takes the post and says nothing within RECALL_RUN_TIMEOUT (a minute at most) may have run it."""
+    """A server that takes the post and says nothing within RECALL_RUN_TIMEOUT (a minute at most)
+    may have run it."""
     async with impostor({POST: lambda _: None}, RECALL_RUN_TIMEOUT="0.3") as (protocol, server):
         assert isinstance(await protocol.call(Call(CLAIM, 0.0)), Unknown)
     assert server.what == [POST]
 
 
 async def test_an_assistant_by_its_uuid() -> None:
-    """Where the assistant is given by its UUID, what the server refuses is refused, and nobody is asked for a graph's name."""
+    """Where the assistant is given by its UUID, what the server refuses is refused, and nobody is
+    asked for a graph's name."""
     async with impostor({POST: reply(422)}, RECALL_LANGGRAPH_ASSISTANT=RUN) as (protocol, server):
         assert isinstance(await protocol.call(Call(CLAIM, 0.0)), Refused)
     assert server.what == [POST]
 
 
 async def test_nobody_there() -> None:
-    """Without a connection nothing was sent: a post and a question are both Unavailable, and a run's poll goes on until its time is up."""
+    """Without a connection nothing was sent: a post and a question are both Unavailable, and a
+    run's poll goes on until its time is up."""
     async with impostor({}) as (protocol, server):
         await server.__aexit__()
         call = Call(CLAIM, 0.0)
@@ -386,7 +534,7 @@ async def test_nobody_there() -> None:
         )
 
 
-# --- whether a run is there already -----------------------------------------------------------------------------------
+# --- whether a run is there already ---------------------------------------------------------------
 
 
 def run(key: str | None, number: int = 1) -> dict[str, Any]:
@@ -398,8 +546,27 @@ def run(key: str | None, number: int = 1) -> dict[str, Any]:
 
 FOUND: list[tuple[str, Any, Outcome | type[Outcome] | None]] = [
     ("nothing", reply(200, []), None),
-    ("others", reply(200, [run(None), run("r1:2"), run("r1:1.1"), run("r11:1"), {"run_id": RUN}, {"run_id": RUN, "metadata": None}, 7]), None),
-    ("there", reply(200, [run(None), run("r1:1", 5), run("r1:0")]), Accepted(run(None, 5)["run_id"], 200)),
+    (
+        "others",
+        reply(
+            200,
+            [
+                run(None),
+                run("r1:2"),
+                run("r1:1.1"),
+                run("r11:1"),
+                {"run_id": RUN},
+                {"run_id": RUN, "metadata": None},
+                7,
+            ],
+        ),
+        None,
+    ),
+    (
+        "there",
+        reply(200, [run(None), run("r1:1", 5), run("r1:0")]),
+        Accepted(run(None, 5)["run_id"], 200),
+    ),
     ("strange", reply(200, [{"run_id": "../x", "metadata": {"recall_key": "r1:1"}}]), None),
     ("no thread", NO_THREAD, None),
     ("no list", reply(200, {"runs": []}), Misconfigured),
@@ -411,14 +578,15 @@ FOUND: list[tuple[str, Any, Outcome | type[Outcome] | None]] = [
     ("unasked for", reply(422), Unavailable),
     ("hangs up", HANGS_UP, Unavailable),
     ("too large", reply(200, [run("x" * (1 << 20))]), Unknown),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"), [case[1:] for case in FOUND], ids=[case[0] for case in FOUND]
 )
 async def test_find(answer: Raw, expected: Outcome | type[Outcome] | None) -> None:
-    """The run with exactly this key is found, in whatever state; none is none; and what can't be told is neither."""
+    """The run with exactly this key is found, in whatever state; none is none; and what can't be
+    told is neither."""
     async with impostor({LIST: answer}) as (protocol, server):
         outcome = await protocol.find(CLAIM)
     assert type(outcome) is expected if isinstance(expected, type) else outcome == expected
@@ -431,10 +599,13 @@ async def test_find(answer: Raw, expected: Outcome | type[Outcome] | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("runs", "at", "pages"), [(250, 249, 3), (250, None, 3), (PAGE, None, 2), (PAGE * PAGES + 7, None, PAGES)], ids=repr
-)  # fmt: skip
+    ("runs", "at", "pages"),
+    [(250, 249, 3), (250, None, 3), (PAGE, None, 2), (PAGE * PAGES + 7, None, PAGES)],
+    ids=repr,
+)
 async def test_find_turns_pages(runs: int, at: int | None, pages: int) -> None:
-    """All runs of a thread are looked through, newest first, page by page, but no more than a thousand."""
+    """All runs of a thread are looked through, newest first, page by page, but no more than a
+    thousand."""
     there = [run("r1:1" if n == at else None, n) for n in range(runs)]
 
     def page(asked: Asked) -> Raw:
@@ -447,7 +618,7 @@ async def test_find_turns_pages(runs: int, at: int | None, pages: int) -> None:
     assert len(server.asked) == pages
 
 
-# --- how a run goes on ------------------------------------------------------------------------------------------------
+# --- how a run goes on ----------------------------------------------------------------------------
 
 
 def status(word: Any) -> Raw:
@@ -458,21 +629,73 @@ LARGE = reply(200, {"x": "x" * (1 << 20)})
 NO_MODEL = reply(200, {"__error__": {"error": "ValueError", "message": "no\nmodel"}})
 FOLLOWED: list[tuple[str, Answers, type[Outcome], str]] = [
     ("success", {POLL: status("success")}, Answered, ""),
-    ("waits and runs", {POLL: [status("pending"), status("running"), status("success")]}, Answered, ""),
-    ("trouble on the way", {POLL: [HANGS_UP, reply(502), reply(401), status("success")]}, Answered, ""),
-    ("words unheard of", {POLL: [status("dreaming"), status(7), reply(200, []), PAGE_OF_THE_WEB, status("success")]}, Answered, ""),
-    ("larger than can be read", {POLL: [LARGE, LARGE, LARGE, LARGE], LIST: [
-        reply(503), reply(200, [{"run_id": "another", "status": "error"}]), reply(200, [{"run_id": RUN, "status": "running"}]),
-        reply(200, [{"run_id": "another", "status": "error"}, {"run_id": RUN, "status": "success"}])]}, Answered, ""),
-    ("failed", {POLL: status("error"), JOIN: NO_MODEL}, Failed, "the graph failed: ValueError: no model"),
-    ("failed at length", {POLL: status("error"), JOIN: reply(200, {"__error__": {"message": "x" * 9000}})}, Failed, "xxx"),
-    ("failed, over since", {POLL: status("error"), JOIN: reply(200, {"messages": []})}, Failed, "the graph failed"),
-    ("failed, strangely", {POLL: status("error"), JOIN: reply(200, {"__error__": "no"})}, Failed, "the graph failed"),
+    (
+        "waits and runs",
+        {POLL: [status("pending"), status("running"), status("success")]},
+        Answered,
+        "",
+    ),
+    (
+        "trouble on the way",
+        {POLL: [HANGS_UP, reply(502), reply(401), status("success")]},
+        Answered,
+        "",
+    ),
+    (
+        "words unheard of",
+        {POLL: [status("dreaming"), status(7), reply(200, []), PAGE_OF_THE_WEB, status("success")]},
+        Answered,
+        "",
+    ),
+    (
+        "larger than can be read",
+        {
+            POLL: [LARGE, LARGE, LARGE, LARGE],
+            LIST: [
+                reply(503),
+                reply(200, [{"run_id": "another", "status": "error"}]),
+                reply(200, [{"run_id": RUN, "status": "running"}]),
+                reply(
+                    200,
+                    [
+                        {"run_id": "another", "status": "error"},
+                        {"run_id": RUN, "status": "success"},
+                    ],
+                ),
+            ],
+        },
+        Answered,
+        "",
+    ),
+    (
+        "failed",
+        {POLL: status("error"), JOIN: NO_MODEL},
+        Failed,
+        "the graph failed: ValueError: no model",
+    ),
+    (
+        "failed at length",
+        {POLL: status("error"), JOIN: reply(200, {"__error__": {"message": "x" * 9000}})},
+        Failed,
+        "xxx",
+    ),
+    (
+        "failed, over since",
+        {POLL: status("error"), JOIN: reply(200, {"messages": []})},
+        Failed,
+        "the graph failed",
+    ),
+    (
+        "failed, strangely",
+        {POLL: status("error"), JOIN: reply(200, {"__error__": "no"})},
+        Failed,
+        "the graph failed",
+    ),
     ("failed, and silent", {POLL: status("error"), JOIN: HANGS_UP}, Failed, "the graph failed"),
     ("too long", {POLL: status("timeout")}, Failed, "time limit"),
     ("cancelled", {POLL: status("interrupted")}, Failed, "cancelled at the server, or displaced"),
     ("rolled back", {POLL: NO_ROUTE}, Unknown, "no longer knows"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -481,7 +704,8 @@ FOLLOWED: list[tuple[str, Answers, type[Outcome], str]] = [
 async def test_follow(
     answers: Answers, kind: type[Outcome], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run is polled until its status is final, whatever happens on the way; a failed one says why where the server knows."""
+    """A run is polled until its status is final, whatever happens on the way; a failed one says why
+    where the server knows."""
     monkeypatch.setattr("recall_worker.protocols.polling.FIRST", 0.01)
     async with impostor(answers) as (protocol, server):
         outcome = await protocol.follow(CLAIM, RUN, 20)
@@ -491,7 +715,8 @@ async def test_follow(
 
 
 async def test_a_runs_time_is_up() -> None:
-    """A run that doesn't end in its time is Unknown, without an HTTP status: the worker then ends it at the server."""
+    """A run that doesn't end in its time is Unknown, without an HTTP status: the worker then ends
+    it at the server."""
     async with impostor({POLL: status("running")}) as (protocol, _):
         outcome = await protocol.follow(CLAIM, RUN, 0.1)
     assert (
@@ -507,7 +732,8 @@ async def test_a_runs_time_is_up() -> None:
     ids=repr,
 )
 async def test_a_reference_that_is_none(reference: str) -> None:
-    """What a row holds as a reference is hostile: one that LangGraph could not have given leads nowhere."""
+    """What a row holds as a reference is hostile: one that LangGraph could not have given leads
+    nowhere."""
     async with impostor({}) as (protocol, server):
         assert isinstance(await protocol.follow(CLAIM, reference, 5), Unknown)
         await protocol.abort(CLAIM, reference)
@@ -534,11 +760,12 @@ async def test_abort(answer: Raw) -> None:
     )
 
 
-# --- the real server, through the real daemon -------------------------------------------------------------------------
+# --- the real server, through the real daemon -----------------------------------------------------
 
 
 class Relay:
-    """A gateway in front of the server that loses the answer to the next post: it hangs up instead, or says nothing for ever."""
+    """A gateway in front of the server that loses the answer to the next post: it hangs up instead,
+    or says nothing for ever."""
 
     def __init__(self, url: str, *, silent: bool) -> None:
         self._target = urlsplit(url)
@@ -615,9 +842,12 @@ def langgraph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LangGraphSer
 async def workers(database: str, langgraph: LangGraphServer) -> AsyncIterator[Daemons]:
     """Starts daemons that speak to the server; whatever still runs at the end is killed."""
     environ = {
-        "RECALL_DSN": database, "RECALL_RUN_URL": langgraph.url, "RECALL_PROTOCOL": "langgraph", "RECALL_BUSY_DELAY": "0.2",
+        "RECALL_DSN": database,
+        "RECALL_RUN_URL": langgraph.url,
+        "RECALL_PROTOCOL": "langgraph",
+        "RECALL_BUSY_DELAY": "0.2",
         "RECALL_LEASE": "2",
-    }  # fmt: skip
+    }
     async with Daemons(environ) as started:
         yield started
 
@@ -634,7 +864,8 @@ async def promise(app: Application, thread: str, message: str, interval: int | N
 async def test_a_recall_runs_once(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """A due recall is one run of the thread and one message in it; the graph finds the recall in its metadata; both times are on record."""
+    """A due recall is one run of the thread and one message in it; the graph finds the recall in
+    its metadata; both times are on record."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "look at the build")
@@ -658,7 +889,8 @@ async def test_a_recall_runs_once(
 async def test_a_long_message(
     app: Application, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """A message that is too long for the server's answers, which repeat it, to be read is run and followed all the same, once."""
+    """A message that is too long for the server's answers, which repeat it, to be read is run and
+    followed all the same, once."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "long " + "x" * 1_500_000)
@@ -692,7 +924,8 @@ async def test_a_recurring_recall(
 async def test_a_busy_thread(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """While somebody's run goes on in the thread its recall is deferred, again and again; afterwards it runs, once."""
+    """While somebody's run goes on in the thread its recall is deferred, again and again;
+    afterwards it runs, once."""
     thread = await langgraph.create_thread()
     await langgraph.say(thread, "wait")
     await langgraph.until_run(thread)
@@ -716,7 +949,8 @@ async def test_a_busy_thread(
 async def test_a_failing_graph(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """A graph that raises is Failed with its own words, tried again under a new key, and then failed for good."""
+    """A graph that raises is Failed with its own words, tried again under a new key, and then
+    failed for good."""
     thread = await langgraph.create_thread()
     daemon = await workers.start(max_attempts=2)
     recall = await promise(app, thread, "fail")
@@ -737,7 +971,8 @@ async def test_a_failing_graph(
 async def test_a_graph_that_asks_a_person(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """A graph that stops to ask a person has run: the recall has fired, and the question stands in the thread."""
+    """A graph that stops to ask a person has run: the recall has fired, and the question stands in
+    the thread."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "ask")
@@ -765,7 +1000,8 @@ async def test_a_missing_thread(
 async def test_a_deleted_thread(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """A thread that is deleted in mid-run takes the run with it: the recall is looked for, not found, and cancelled."""
+    """A thread that is deleted in mid-run takes the run with it: the recall is looked for, not
+    found, and cancelled."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "wait")
@@ -781,7 +1017,8 @@ async def test_a_deleted_thread(
 async def test_a_wrong_assistant(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons, assistant: str
 ) -> None:
-    """An assistant that the server doesn't have is our fault: the recall is kept, loudly, and costs no attempt."""
+    """An assistant that the server doesn't have is our fault: the recall is kept, loudly, and costs
+    no attempt."""
     thread = await langgraph.create_thread()
     daemon = await workers.start(langgraph_assistant=assistant)
     recall = await promise(app, thread, "hello")
@@ -809,7 +1046,8 @@ async def test_another_server_at_the_address(
 async def test_a_session_that_is_no_thread_of_the_server(
     app: Application, db: Connection, workers: Daemons
 ) -> None:
-    """A recall of a session whose id can't be a thread's ends at once, saying so; a recurring one, too."""
+    """A recall of a session whose id can't be a thread's ends at once, saying so; a recurring one,
+    too."""
     daemon = await workers.start()
     await app.create_session("chat 1", "ann")
     recall = await app.schedule("chat 1", "recurring", soon(0), "hello", 60)
@@ -822,7 +1060,8 @@ async def test_a_session_that_is_no_thread_of_the_server(
 async def test_a_worker_dies_in_mid_run(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """SIGKILL once the run's reference is on record: the next worker polls that run to its end, and the graph has run once."""
+    """SIGKILL once the run's reference is on record: the next worker polls that run to its end, and
+    the graph has run once."""
     thread = await langgraph.create_thread()
     first = await workers.start()
     recall = await promise(app, thread, "wait")
@@ -841,7 +1080,8 @@ async def test_a_worker_dies_in_mid_run(
 async def test_a_worker_dies_before_it_knows_the_run(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """SIGKILL while the server's answer is still on its way: the next worker finds the run by its key and does not post again."""
+    """SIGKILL while the server's answer is still on its way: the next worker finds the run by its
+    key and does not post again."""
     thread = await langgraph.create_thread()
     async with Relay(langgraph.url, silent=True) as relay:
         first = await workers.start(run_url=relay.url)
@@ -864,7 +1104,8 @@ async def test_a_worker_dies_before_it_knows_the_run(
 async def test_an_answer_is_lost(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons, message: str
 ) -> None:
-    """The connection breaks before the answer to the post: Unknown, and the next attempt finds the run, be it on or failed meanwhile."""
+    """The connection breaks before the answer to the post: Unknown, and the next attempt finds the
+    run, be it on or failed meanwhile."""
     thread = await langgraph.create_thread()
     async with Relay(langgraph.url, silent=False) as relay:
         daemon = await workers.start(run_url=relay.url, max_attempts=2)
@@ -908,7 +1149,8 @@ async def test_a_recall_is_cancelled_in_mid_run(
 async def test_a_run_takes_too_long(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """When RECALL_RUN_TIMEOUT passes the run is cancelled at the server; the next attempt finds that, and does not post under its key."""
+    """When RECALL_RUN_TIMEOUT passes the run is cancelled at the server; the next attempt finds
+    that, and does not post under its key."""
     thread = await langgraph.create_thread()
     daemon = await workers.start(run_timeout=3, max_attempts=2)
     recall = await promise(app, thread, "wait")
@@ -935,7 +1177,8 @@ async def test_a_person_displaces_the_run(
     outcome: str,
     runs: list[tuple[str | None, str]],
 ) -> None:
-    """A person whose message ends the recall's run comes first; then the recall runs, anew where its run was deleted."""
+    """A person whose message ends the recall's run comes first; then the recall runs, anew where
+    its run was deleted."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "wait")
@@ -957,7 +1200,8 @@ async def test_a_person_displaces_the_run(
 async def test_the_server_restarts_in_mid_run(
     app: Application, db: Connection, langgraph: LangGraphServer, workers: Daemons
 ) -> None:
-    """The server goes on with its runs after a restart, executing them anew; the worker polls through that and posts nothing again."""
+    """The server goes on with its runs after a restart, executing them anew; the worker polls
+    through that and posts nothing again."""
     thread = await langgraph.create_thread()
     daemon = await workers.start()
     recall = await promise(app, thread, "wait")

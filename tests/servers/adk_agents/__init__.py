@@ -1,1 +1,2 @@
-"""Agents for ADK's own server; they run in ADK's environment, where nothing of recall-worker is installed."""
+"""Agents for ADK's own server; they run in ADK's environment, where nothing of recall-worker is
+installed."""

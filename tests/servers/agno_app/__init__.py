@@ -1,1 +1,2 @@
-"""An AgentOS for the tests; it runs in Agno's environment, where nothing of recall-worker is installed."""
+"""An AgentOS for the tests; it runs in Agno's environment, where nothing of recall-worker is
+installed."""

@@ -1,6 +1,8 @@
-"""Two agents whose model asks the test what to say: by a POST of what it was told, to the address in a file.
+"""Two agents whose model asks the test what to say: by a POST of what it was told, to the address
+in a file.
 
-Answers: `{"content": …}` is what it says, `{"call": …}` a tool that a person has to confirm; any status but 200 breaks the model.
+Answers: `{"content": …}` is what it says, `{"call": …}` a tool that a person has to confirm; any
+status but 200 breaks the model.
 """
 # mypy: ignore-errors
 

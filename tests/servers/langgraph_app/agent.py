@@ -1,6 +1,8 @@
-"""An agent without a model: it does what the last message says, and keeps a diary in which each time it is run is a line.
+"""An agent without a model: it does what the last message says, and keeps a diary in which each
+time it is run is a line.
 
-`wait` takes until a file with the thread's name lies beside the diary, `fail` fails, `ask` stops to ask a person, all else is echoed.
+`wait` takes until a file with the thread's name lies beside the diary, `fail` fails, `ask` stops to
+ask a person, all else is echoed.
 """
 # What is imported here is installed in the server's environment only.
 # mypy: ignore-errors

@@ -1,4 +1,5 @@
-"""An agent whose model asks the test what to say: by a POST of what it was told, to the address in a file."""
+"""An agent whose model asks the test what to say: by a POST of what it was told, to the address in
+a file."""
 # mypy: ignore-errors
 
 from __future__ import annotations
