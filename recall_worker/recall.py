@@ -155,7 +155,7 @@ class Claim(NamedTuple):
         return self.call_type == "recurring"
 
 
-# --- outcomes: how a call ended -------------------------------------------------------------------------------------
+# --- outcomes: how a call ended -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ def http_status_of(outcome: Outcome) -> int | None:
     return getattr(outcome, "http_status", None)
 
 
-# --- verdicts: what the row becomes ---------------------------------------------------------------------------------
+# --- verdicts: what the row becomes ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +411,7 @@ class Ending:
     breaker_closed: bool = True
 
 
-# --- settle: how the row answered ------------------------------------------------------------------------------------
+# --- settle: how the row answered -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

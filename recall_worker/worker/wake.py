@@ -101,7 +101,7 @@ class Wake:
         """Until the next look; 0 where it is time."""
         return max(0.0, self._look_at - now)
 
-    # --- what happened -------------------------------------------------------------------------------------------
+    # --- what happened ----------------------------------------------------------------------------
 
     def notified(self, now: float) -> None:
         """A notification came: the table may hold something new."""
@@ -133,7 +133,7 @@ class Wake:
         self._called |= self._looking
         self._look_at = min(self._look_at, now)
 
-    # --- looks ---------------------------------------------------------------------------------------------------
+    # --- looks ------------------------------------------------------------------------------------
 
     def begin(self, now: float) -> bool:
         """A look begins. Returns whether it claims; else it first asks whether anything is due."""

@@ -128,7 +128,7 @@ class Worker:
             lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None
         )
 
-    # --- from outside --------------------------------------------------------------------------------------------
+    # --- from outside -----------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Claim no more and let the runs end, at most RECALL_DRAIN_TIMEOUT; called again: give them back now."""
@@ -233,7 +233,7 @@ class Worker:
         if self._refused is not None:
             raise self._refused
 
-    # --- what the parts tell each other --------------------------------------------------------------------------
+    # --- what the parts tell each other -----------------------------------------------------------
 
     def _notified(self) -> None:
         if self._runs:
@@ -280,7 +280,7 @@ class Worker:
             self._dispatcher.changed()
             raise
 
-    # --- stopping ------------------------------------------------------------------------------------------------
+    # --- stopping ---------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         hurry = asyncio.create_task(self._hurry.wait())
