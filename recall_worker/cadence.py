@@ -1,15 +1,19 @@
-"""Pure time: when the next occurrence falls, how many were missed, and what it means that the application moved one.
+"""Pure time: when the next occurrence falls, how many were missed, and what it means that the
+application moved one.
 
-Three cadences. `interval`, the application's own rule and the default: interval_seconds after the run ended. `grid`: every interval_seconds
-of elapsed time from the first trigger, without drift. `cron`: five fields in an IANA time zone.
+Three cadences. `interval`, the application's own rule and the default: interval_seconds after the
+run ended. `grid`: every interval_seconds of elapsed time from the first trigger, without drift.
+`cron`: five fields in an IANA time zone.
 
-Cron expressions are read by cronsim, as Debian's cron reads them: a fixed time in a gap falls on the first instant after it, a repeated
-fixed time on its first; where the minute or the hour starts with `*`, each instant counts at which the clock shows a match. The moments are
-worked out here, as cronsim goes on by whole hours, and so loses some on a day on which clocks change by half of one. Zones are those of the
-tzdata package, so that all replicas agree whatever their hosts have.
+cronsim parses cron expressions, with the meaning of Debian's cron: a fixed time in a gap falls on
+the first instant after it, a repeated fixed time on its first; where the minute or the hour starts
+with `*`, each instant counts at which the clock shows a match. The ticks are calculated here:
+cronsim advances by whole hours, and so loses some on a day on which clocks change by half an hour.
+Zones are those of the tzdata package, so that all replicas agree whatever their hosts have.
 
-On grid and cron the due moments up to an occurrence's first claim belong to it (it says how many it stands for besides its own); those that
-come later, while it runs or is put off, belong to the next. No clock is read here: the instants come with the claim.
+On grid and cron, the due moments up to an occurrence's first claim belong to it (it records how
+many it stands for besides its own). Later ones, during its run or while it is deferred, belong to
+the next. No clock is read here: the instants come with the claim.
 """
 
 from __future__ import annotations
@@ -28,18 +32,23 @@ from .recall import After, AsMoved, At, Claim, Recall
 
 KINDS = ("interval", "grid", "cron")
 LONGEST = 2_147_483_647
-"""Seconds of the longest interval, 68 years: as much as `interval_seconds` holds, but in a table that was made with a wider column."""
+"""Seconds of the longest interval, 68 years: the most that `interval_seconds` holds, except in a
+table that was made with a wider column."""
 GRACE_LEAST = 1
-"""Seconds of the shortest grace: nothing is called in the very instant at which it is due, so that none at all would never run."""
+"""Seconds of the shortest grace: no call is sent in the very instant at which it is due, so that
+with a grace of 0 nothing would ever run."""
 COUNTED_MOST = 10_000
-"""Cron moments are counted up to here: some seven days of an every-minute recall."""
+"""Cron ticks are counted up to this number: about seven days of an every-minute recall."""
 SKIPS_BELIEVED = 10
-"""So many skips of one cron recall between two looks of any worker are taken for skips whatever they lead to."""
+"""A move of one cron recall by up to so many distances counts as skips, wherever it leads."""
 FAR = datetime(9997, 1, 1, tzinfo=UTC)
+"""Stands for a moment beyond the calendar."""
 CRON_LONGEST = 1000
-"""Characters of the longest cron expression: three times what names every minute, hour, day and month."""
+"""Characters of the longest cron expression: three times what names every minute, hour, day and
+month."""
 SEARCHED = 50
-"""Years without a moment after which a cron expression never comes. The rarest, 29 February on a given weekday, waits 40."""
+"""Years without a tick after which a cron expression counts as one that never comes. The rarest, 29
+February on a given weekday, waits 40."""
 
 _FOLDED = timedelta(hours=25)
 """Clocks are put back by less than this."""
@@ -47,11 +56,11 @@ _BEGINNING, _END = datetime(1, 1, 1), date(9999, 12, 30)
 
 
 class CadenceError(ValueError):
-    """A cadence that nobody can keep, said in a sentence."""
+    """A cadence that makes no sense; the text is a sentence for people."""
 
 
 class Zone(ZoneInfo):
-    """A zone of the package's data. What has one can be copied and pickled: by its name."""
+    """A zone of the package's data. It can be copied and pickled, by its name."""
 
     def __reduce__(self) -> tuple[Callable[[str | None], Zone], tuple[str]]:
         return zone, (self.key,)
@@ -75,13 +84,14 @@ def zone(name: str | None) -> Zone:
 
 
 def ticks(expression: str, time_zone: str | None, after: datetime) -> Iterator[datetime]:
-    """The moments of a cron expression after an instant, as aware UTC datetimes. Raises CadenceError."""
+    """The ticks of a cron expression after an instant, as aware UTC datetimes. Raises
+    CadenceError."""
     where, fields = zone(time_zone), _fields(expression)
     try:
         local = after.astimezone(where).replace(tzinfo=None)
     except OverflowError:
         return  # The end of the calendar.
-    # Where clocks were put back, what they show later may be earlier.
+    # Where clocks were put back, a later instant may show an earlier local time.
     begin = max(local, _BEGINNING + _FOLDED) - _FOLDED
     if where.utcoffset(begin) == where.utcoffset(local):
         begin = local
@@ -95,15 +105,17 @@ def ticks(expression: str, time_zone: str | None, after: datetime) -> Iterator[d
 
 @lru_cache(256)
 def _fields(expression: str) -> CronSim:
-    """The fields as cronsim reads them; it is never iterated. Raises CadenceError."""
+    """The fields as cronsim parses them; it is never iterated. Raises CadenceError."""
     if len(expression) > CRON_LONGEST:
         raise CadenceError(
-            f"a cron expression has at most {CRON_LONGEST} characters, and this one {len(expression)}"
+            f"a cron expression has at most {CRON_LONGEST} characters, "
+            f"and this one {len(expression)}"
         )
     parts = expression.split()
     if len(parts) != 5:
         raise CadenceError(
-            f"{expression!r} is no cron expression: it takes five fields, minute hour day month weekday"
+            f"{expression!r} is no cron expression: it takes five fields, "
+            "minute hour day month weekday"
         )
     try:
         return CronSim(expression, _BEGINNING)
@@ -119,7 +131,7 @@ def _fields(expression: str) -> CronSim:
 
 
 def _batches(fields: CronSim, where: ZoneInfo, begin: datetime) -> Iterator[list[datetime]]:
-    """All moments from a wall time on, in order."""
+    """All ticks from a local time on, in order."""
     fixed = not (fields.parts[1].startswith("*") or fields.parts[2].startswith("*"))
     minutes = [timedelta(minutes=minute) for minute in sorted(fields.minutes)]
     held: list[datetime] = []
@@ -129,7 +141,7 @@ def _batches(fields: CronSim, where: ZoneInfo, begin: datetime) -> Iterator[list
             break
         offset = where.utcoffset(hour) or timedelta(0)
         steady = where.utcoffset(hour.replace(minute=59, fold=1)) == offset
-        # Hours in which clocks change may interleave, where they are put back by more than one.
+        # Hours in which clocks change may overlap, where they are put back by more than one hour.
         if held and (steady or hour - since > _FOLDED):
             yield sorted(held)
             held, found = [], hour.year
@@ -145,7 +157,7 @@ def _batches(fields: CronSim, where: ZoneInfo, begin: datetime) -> Iterator[list
 
 
 def _hours(fields: CronSim, begin: datetime) -> Iterator[datetime]:
-    """The hours of the wall's clock that match, from one on."""
+    """The matching hours in local time, from `begin` on."""
     day, hours, found = begin.date(), sorted(fields.hours), begin.year
     while day < _END and day.year <= found + SEARCHED:
         if day.month not in fields.months:
@@ -160,7 +172,8 @@ def _hours(fields: CronSim, begin: datetime) -> Iterator[datetime]:
 
 
 def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
-    """The instants at which a clock shows this; of a fixed time the first, be it that after the gap which swallowed it."""
+    """The instants at which a clock shows this local time. Of a fixed time only the first one, or,
+    in a gap, the first instant after the gap."""
     while True:
         passes = [wall.replace(tzinfo=where, fold=fold).astimezone(UTC) for fold in (0, 1)]
         shown = [
@@ -174,7 +187,8 @@ def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
 
 
 def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
-    """The first moment of a cron expression after an instant. Raises CadenceError where it is unreadable, or never comes."""
+    """The first tick of a cron expression after an instant. Raises CadenceError where it is
+    unreadable, or never comes."""
     tick = next(ticks(expression, time_zone, after), None)
     if tick is None:
         raise CadenceError(f"{expression!r} never comes")
@@ -182,14 +196,15 @@ def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
 
 
 def spread(expression: str, time_zone: str | None, after: datetime) -> At:
-    """The first moment of a cron expression after an instant, with its distance to the second. Raises CadenceError."""
+    """The first tick of a cron expression after an instant, with its distance to the second. Raises
+    CadenceError."""
     first = check(expression, time_zone, after)
     return At(first, _distance(first, ticks(expression, time_zone, first)))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a new recall's row says of time. Columns of the table, but for `at`, `after` and `put_off`."""
+    """The times of a new recall's row. Columns of the table, except `at`, `after` and `put_off`."""
 
     call_type: str
     at: datetime | None
@@ -224,7 +239,8 @@ def plan(
     grace: timedelta | None = None,
     jitter: timedelta | None = None,
 ) -> Plan:
-    """When a new recall is due, and how it recurs and ends. Raises CadenceError where that makes no sense.
+    """When a new recall is due, and how it recurs and ends. Raises CadenceError where that makes no
+    sense.
 
     `now`: PostgreSQL's clock. `chance` in [0, 1): the first occurrence's part of the jitter.
     """
@@ -243,17 +259,18 @@ def plan(
             raise CadenceError(
                 "a time zone goes with a cron expression: intervals and grids are elapsed time"
             )
-    for said, count in (("times", times), ("failures", failures)):
+    for name, count in (("times", times), ("failures", failures)):
         if count is not None and not 1 <= count <= LONGEST:
             raise CadenceError(
-                f"{said} is {count}: it is a number of occurrences, at least one and at most {LONGEST}"
+                f"{name} is {count}: it is a number of occurrences, "
+                f"at least one and at most {LONGEST}"
             )
     at, until = _utc(at), _utc(until)
     put_off = chance * (_whole("jitter", jitter, 0) or 0)
     distance = _whole("interval", every, 1) or _whole("grid", grid, 1)
     try:
         if cron is not None:
-            # A start that is named counts itself; now does not.
+            # A tick at a given start counts; a tick right now does not.
             start = (
                 now
                 if at is None and after is None
@@ -271,18 +288,31 @@ def plan(
     except OverflowError:
         raise CadenceError("the first occurrence would be beyond the calendar") from None
     return Plan(
-        call_type="recurring" if recurring else "immediate" if at is None and after is None else "once",
-        at=at, after=None if after is None else after.total_seconds(), put_off=put_off,
+        call_type="recurring"
+        if recurring
+        else "immediate"
+        if at is None and after is None
+        else "once",
+        at=at,
+        after=None if after is None else after.total_seconds(),
+        put_off=put_off,
         cadence="cron" if cron is not None else "grid" if grid is not None else "interval",
-        interval=distance, cron=cron, time_zone=time_zone, until=until, times=times, failures=failures,
-        grace=_whole("grace", grace, GRACE_LEAST), jitter=_whole("jitter", jitter, 0),
-    )  # fmt: skip
+        interval=distance,
+        cron=cron,
+        time_zone=time_zone,
+        until=until,
+        times=times,
+        failures=failures,
+        grace=_whole("grace", grace, GRACE_LEAST),
+        jitter=_whole("jitter", jitter, 0),
+    )
 
 
 def upcoming(recall: Recall, now: datetime) -> Iterator[datetime]:
-    """The nominal times of a live recall that are ahead, as things stand; of an interval, if runs took no time. Raises CadenceError.
+    """The next nominal times of a live recall, as its row is now; with an interval, as if runs took
+    no time. Raises CadenceError.
 
-    The first may be past: it is being run, or is due and stands for all that were missed up to now.
+    The first may be past: it is being run, or is due and stands for all that were missed until now.
     """
     for number, moment in _numbered(recall, now):
         if recall.call_type == "recurring" and (
@@ -299,7 +329,7 @@ def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
     moved = recall.trigger_at != planned
     skip = _skipped(recall, recall.trigger_at - planned, recall.interval_seconds, nominal)
     if recall.leased_by is not None:
-        # In mid-run a move speaks of what comes after the run.
+        # During a run, a move applies to the occurrence after the run.
         yield number, nominal
         named = moved and not skip
         after = (
@@ -314,7 +344,7 @@ def _numbered(recall: Recall, now: datetime) -> Iterator[tuple[int, datetime]]:
         and recall.cadence == "cron"
         and recall.interval_seconds is None
     ):
-        # Its next moment is for a worker to find, from where it stands.
+        # A worker will find its next tick, starting at `trigger_at`.
         nominal = recall.trigger_at
     elif moved:
         nominal = recall.trigger_at
@@ -356,7 +386,8 @@ def _moments(recall: Recall, first: datetime, now: datetime) -> Iterator[datetim
 
 
 def problem(claim: Claim) -> str | None:
-    """Why this row can never have a next occurrence, in a sentence; None where it can (or needs none)."""
+    """Why this row can never have a next occurrence, in a sentence; None where it can (or needs
+    none)."""
     if not claim.recurring:
         return None
     if claim.cadence not in KINDS:
@@ -370,7 +401,8 @@ def problem(claim: Claim) -> str | None:
             return str(error)
     elif claim.interval is None or claim.interval < 1:
         return (
-            f"a recurring recall needs interval_seconds of at least 1, not {_said(claim.interval)}"
+            "a recurring recall needs interval_seconds of at least 1, "
+            f"not {'null' if claim.interval is None else claim.interval}"
         )
     elif claim.interval > LONGEST:
         return (
@@ -380,14 +412,16 @@ def problem(claim: Claim) -> str | None:
 
 
 def unplanned(claim: Claim) -> bool:
-    """Whether this is a cron recall that plain SQL wrote without the distance to the next moment: its first is for us to find."""
+    """Whether this is a cron recall that plain SQL wrote without the distance to the next tick: we
+    find its first tick."""
     return claim.recurring and claim.cadence == "cron" and claim.interval is None
 
 
 def skipped(claim: Claim) -> int:
-    """By how many whole distances the application moved `trigger_at` onwards from where the worker had put it.
+    """By how many whole distances the application moved `trigger_at` forward from where the worker
+    had put it.
 
-    0 for any other move: that one names a time of its own.
+    0 for any other move: that is a time of its own.
     """
     return _skipped(claim, claim.trigger_at - claim.planned_at, claim.interval, claim.scheduled_for)
 
@@ -402,7 +436,8 @@ def _skipped(
         return 0
     if recall.cadence != "cron" or times <= SKIPS_BELIEVED:
         return times
-    # The distances on cron differ: a short one goes into many a time that somebody names. Then it is a skip where it leads near there.
+    # Distances on cron differ, and many chosen times are multiples of a short one. So a move is a
+    # skip only where so many ticks lead near its time.
     if times > COUNTED_MOST:
         return 0
     leads_to = next(
@@ -417,12 +452,12 @@ def missed(claim: Claim) -> int:
 
 
 def passed_over(claim: Claim) -> int:
-    """Of an occurrence that is too late, the further moments that are too late with it."""
+    """How many further due moments are too late together with this one."""
     return _between(claim, _within(claim) - timedelta(microseconds=1))
 
 
 def _between(claim: Claim, last: datetime) -> int:
-    """The moments after `scheduled_for` up to this one."""
+    """The number of due moments after `scheduled_for` up to `last`."""
     if not claim.recurring:
         return 0
     if claim.cadence != "cron":
@@ -439,7 +474,7 @@ def _between(claim: Claim, last: datetime) -> int:
 
 
 def _within(claim: Claim) -> datetime:
-    """What is due before this instant is past its grace."""
+    """The instant before which a due moment is past its grace."""
     try:
         return claim.claimed_at - timedelta(seconds=_allowed(claim))
     except OverflowError:
@@ -447,7 +482,7 @@ def _within(claim: Claim) -> datetime:
 
 
 def following(claim: Claim, skip: int = 0) -> After | At:
-    """When the occurrence after this one falls, `skip` occurrences passed over."""
+    """When the occurrence after this one falls, with `skip` occurrences left out."""
     if claim.cadence == "cron":
         if claim.missed >= COUNTED_MOST:
             return _tick(claim, claim.claimed_at, 1 + skip)
@@ -459,7 +494,8 @@ def following(claim: Claim, skip: int = 0) -> After | At:
 
 
 def within_grace(claim: Claim, skip: int = 0) -> At:
-    """The first due moment of a late recall that is still within its grace, or else the next one."""
+    """The first due moment of a late recall that is still within its grace, or else the next
+    one."""
     since = _within(claim)
     if claim.cadence == "cron":
         return _tick(claim, max(since - timedelta(microseconds=1), claim.scheduled_for), 1 + skip)
@@ -470,7 +506,8 @@ def within_grace(claim: Claim, skip: int = 0) -> At:
 
 
 def moved_to(claim: Claim) -> At | AsMoved:
-    """What follows from where the application put a row: a moment of its cadence, or the very time that it named."""
+    """When a row is due that the application moved: at a moment of its cadence, or at exactly the
+    time that the application chose."""
     skip = skipped(claim)
     if claim.recurring and claim.cadence == "grid" and skip:
         return _on_grid(claim, skip)
@@ -491,7 +528,8 @@ def jittered(claim: Claim, chance: float) -> float:
 
 
 def too_late(claim: Claim) -> str | None:
-    """Why this occurrence is not run any more, in a sentence: it is later than its grace. What jitter put off is not late."""
+    """Why this occurrence is no longer run, in a sentence: it is later than its grace, not counting
+    its jitter. None where it is not too late."""
     if claim.grace is None or claim.lateness <= _allowed(claim):
         return None
     return f"{claim.lateness:.0f} s late, past its grace of {max(GRACE_LEAST, claim.grace)} s"
@@ -502,7 +540,8 @@ def _allowed(claim: Claim) -> int:
 
 
 def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
-    """Why a recall is over before its occurrence of this number and nominal time; None where it is not."""
+    """Why a recall is over before its occurrence with this number and nominal time; None where it
+    is not."""
     if not claim.recurring:
         return None
     if claim.times is not None and occurrence > claim.times:
@@ -512,12 +551,13 @@ def ends(claim: Claim, falls: datetime, occurrence: int) -> str | None:
             else "it had its one occurrence"
         )
     if claim.until is not None and falls > claim.until:
-        return f"its next occurrence would be after {claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, where it ends"
+        end = f"{claim.until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        return f"its next occurrence would be after {end}, where it ends"
     return None
 
 
 def _tick(claim: Claim, after: datetime, count: int) -> At:
-    """The count-th moment after an instant; FAR where the calendar ends before it."""
+    """The count-th tick after an instant; FAR where the calendar ends before it."""
     found = ticks(claim.cron or "", claim.time_zone, after)
     for _ in range(count - 1):
         next(found, None)
@@ -537,10 +577,6 @@ def _on_grid(claim: Claim, count: int) -> At:
         return At(FAR)
 
 
-def _said(interval: int | None) -> str:
-    return "null" if interval is None else str(interval)
-
-
 def _utc(when: datetime | None) -> datetime | None:
     try:
         return None if when is None else when.astimezone(UTC)
@@ -549,7 +585,7 @@ def _utc(when: datetime | None) -> datetime | None:
 
 
 def _whole(name: str, span: timedelta | None, least: int) -> int | None:
-    """A number of seconds as the table's columns hold it. Raises CadenceError."""
+    """A whole number of seconds, as the table's columns hold it. Raises CadenceError."""
     if span is None:
         return None
     seconds = int(span.total_seconds())

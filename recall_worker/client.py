@@ -1,10 +1,12 @@
-"""`Recalls`: the application's side of the table, for applications in Python. For all others the same is plain SQL (docs/application.md).
+"""`Recalls`: the application's side of the table, for applications in Python. Others use plain SQL
+(docs/application.md).
 
-Every method takes `conn=`, an async psycopg connection: it then works inside the caller's own transaction, so that the recall exists
-exactly if the message that asked for it does. Without it a connection of the pool is used, and each call is a transaction of its own.
-An error inside the caller's transaction is confined to a savepoint: the caller goes on.
+Every method takes `conn=`, an async psycopg connection: it then works inside the caller's own
+transaction, so that the recall exists exactly if the message that asked for it does. Without it a
+connection of the pool is used, and each call is a transaction of its own. An error inside the
+caller's transaction is confined to a savepoint: the transaction can continue.
 
-Never here: leases, occurrences, verdicts. Those are the worker's.
+Never here: leases, occurrences, verdicts. Those belong to the worker.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Connection = AsyncConnection[Any]
 
 
 class RecallExists(Exception):
-    """The session has a pending recall already; a session holds one at a time. Cancel it first, or leave it."""
+    """The session has a pending recall already; a session holds one at a time. Cancel it first, or
+    keep it."""
 
     def __init__(self, session_id: str) -> None:
         super().__init__(f"session {session_id} has a pending recall already")
@@ -70,20 +73,24 @@ class Recalls:
     ) -> Recall:
         """Promise to come back to `session_id` with `message`.
 
-        `at` (aware) or `after`: once. None of all: at once. A time that is past means at once.
+        `at` (aware) or `after`: once. Without any time: at once. A time in the past also means at
+        once.
 
-        Again and again: `every`, this long after the end of each run; `grid`, each whole multiple of this after the first, without drift;
-        `cron`, five fields (minute, hour, day, month, weekday) in `time_zone` (an IANA name; UTC). The first falls one interval from now, or
-        at `at` or `after`; with cron, at the first moment from there on.
+        Recurring: `every`, this long after the end of each run; `grid`, each whole multiple of this
+        after the first, without drift; `cron`, five fields (minute, hour, day, month, weekday) in
+        `time_zone` (an IANA name; default UTC). The first occurrence is one interval from now, or
+        at `at` or `after`; with cron, at the first tick from there on.
 
-        It ends after `until` (aware; that moment itself still runs), after so many `times` (skipped ones count), or after so many
-        `failures` in a row. An occurrence that is later than `grace` is not run, but recorded as misfired. Each is due up to `jitter` later
-        than its nominal time, at random.
+        It ends after `until` (aware; an occurrence at that instant still runs), after so many
+        `times` (skipped ones count), or after so many `failures` in a row. An occurrence that is
+        later than `grace` is not run, but recorded as misfired. Each is due up to `jitter` after
+        its nominal time, at random.
 
         `comment` never leaves the database. `id`: any text, a random UUID if not given.
 
-        Raises RecallExists where the session has a pending recall, ValueError for times, cadences and sessions that make no sense, and
-        psycopg's errors, such as ForeignKeyViolation for a session that does not exist and DataError for text with NUL characters.
+        Raises RecallExists where the session has a pending recall, ValueError for times, cadences
+        and sessions that make no sense, and psycopg's errors, such as ForeignKeyViolation for a
+        session that does not exist and DataError for text with NUL characters.
         """
         for name, when in (("at", at), ("until", until)):
             if when is not None and when.tzinfo is None:
@@ -92,7 +99,7 @@ class Recalls:
                 )
         if session_id in ("", ".", ".."):
             raise ValueError(f"{session_id!r} can't be a session's id: an address can't name it")
-        # Only where something is reckoned from it is PostgreSQL asked for its clock.
+        # Query PostgreSQL's clock only where something is calculated from it.
         asked = cron is not None or until is not None
         now = (
             (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
@@ -100,12 +107,26 @@ class Recalls:
             else datetime.now(UTC)
         )
         plan = cadence.plan(
-            now, random.random(), at=at, after=after, every=every, grid=grid, cron=cron, time_zone=time_zone, until=until, times=times,
-            failures=failures, grace=grace, jitter=jitter,
-        )  # fmt: skip
+            now,
+            random.random(),
+            at=at,
+            after=after,
+            every=every,
+            grid=grid,
+            cron=cron,
+            time_zone=time_zone,
+            until=until,
+            times=times,
+            failures=failures,
+            grace=grace,
+            jitter=jitter,
+        )
         values = dataclasses.asdict(plan) | {
-            "id": str(uuid4()) if id is None else id, "session_id": session_id, "comment": comment, "message": message,
-        }  # fmt: skip
+            "id": str(uuid4()) if id is None else id,
+            "session_id": session_id,
+            "comment": comment,
+            "message": message,
+        }
         try:
             rows = await self._ask(self._sql["schedule"], values, conn)
         except errors.UniqueViolation as error:
@@ -122,10 +143,11 @@ class Recalls:
         count: int = 10,
         conn: Connection | None = None,
     ) -> builtins.list[datetime]:
-        """The next moments (aware, in their zone) of a cron expression in `time_zone`, or of a recall by its id.
+        """The next moments (aware, in their zone) of a cron expression in `time_zone`, or of a
+        recall by its id.
 
-        Of a recall the first may be past: it is due. None are left of one that is over. Raises ValueError for what can't be kept, and
-        LookupError where there is no such recall.
+        The first moment of a recall may be past: it is due. A recall that is over has none. Raises
+        ValueError for a cadence that makes no sense, and LookupError where there is no such recall.
         """
         now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
         if len(what.split()) > 1:
@@ -143,10 +165,12 @@ class Recalls:
         return [moment.astimezone(where) for moment in islice(cadence.upcoming(found, now), count)]
 
     async def cancel(self, session_id: str, *, conn: Connection | None = None) -> int:
-        """Cancel the session's pending recall, also in mid-run: its call is aborted, nothing fires again. Returns how many: 0 or 1."""
+        """Cancel the session's pending recall, also during its run: its call is aborted, nothing
+        fires again. Returns how many: 0 or 1."""
         values = {"session_id": session_id}
-        # Asked again where nothing was found: a cancel that had to wait for the insert of the session's next recall looked before it was
-        # there, and finds its predecessor moved out of the slot.
+        # Run again where nothing was found: a cancel that waited for the insert of the session's
+        # next recall has a snapshot without it, and finds the recall before it moved out of the
+        # slot.
         found = await self._ask(self._sql["cancel_pending"], values, conn) or await self._ask(
             self._sql["cancel_pending"], values, conn
         )
@@ -166,7 +190,8 @@ class Recalls:
         offset: int = 0,
         conn: Connection | None = None,
     ) -> builtins.list[Recall]:
-        """Recalls, newest trigger first: of one session, of the sessions that a user owns (`sessions.user_id`), or all."""
+        """Recalls, newest trigger first: of one session, of the sessions that a user owns
+        (`sessions.user_id`), or all."""
         unknown = set(statuses or ()) - set(STATUSES)
         if unknown:
             raise ValueError(
@@ -192,24 +217,26 @@ class Recalls:
     async def due(
         self, limit: int = 100, *, conn: Connection | None = None
     ) -> builtins.list[Recall]:
-        """What is due and waits for a worker, oldest first."""
+        """Recalls that are due and wait for a worker, oldest first."""
         return [Recall.of(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
 
     async def next_trigger_at(self, *, conn: Connection | None = None) -> datetime | None:
-        """The nearest time at which a recall that waits is due, be it past; None where nothing waits."""
+        """The earliest due time of all waiting recalls, which may be past; None where none
+        waits."""
         rows = await self._ask(self._sql["next_trigger"], {}, conn)
         return rows[0]["next_trigger"] if rows else None
 
     async def mark_fired(self, id: str, *, conn: Connection | None = None) -> bool:
-        """Settle a recall as fired by hand. False where it is none, or is final already."""
+        """Settle a recall as fired by hand. False where it does not exist, or is final already."""
         return bool(await self._ask(self._sql["mark"], {"id": id, "status": "fired"}, conn))
 
     async def mark_cancelled(self, id: str, *, conn: Connection | None = None) -> bool:
-        """Cancel one recall. False where it is none, or is final already."""
+        """Cancel one recall. False where it does not exist, or is final already."""
         return bool(await self._ask(self._sql["mark"], {"id": id, "status": "cancelled"}, conn))
 
     async def reschedule(self, id: str, at: datetime, *, conn: Connection | None = None) -> bool:
-        """Move a recall to `at` (aware); in mid-run, what comes after the run. False where it is none, or is final already."""
+        """Move a recall to `at` (aware); during a run, the occurrence after it. False where it does
+        not exist, or is final already."""
         if at.tzinfo is None:
             raise ValueError(
                 "`at` has no time zone: give an aware datetime, as in datetime.now(UTC)"
@@ -233,7 +260,8 @@ class Recalls:
         async with self._connection(conn) as connection:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.adapters.register_loader("timestamptz", Dates)
-            # Never prepared: a transaction pooler may stand in between, and pass the next statement to another connection.
+            # Never prepared: a transaction pooler in between may run the next statement on another
+            # connection.
             await cursor.execute(statement.encode(), values, prepare=False)
             return await cursor.fetchall()
 
@@ -241,8 +269,8 @@ class Recalls:
     async def _connection(self, conn: Connection | None) -> AsyncIterator[Connection]:
         if conn is not None:
             if not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
-                # The caller's transaction begins with his first statement, which may be ours. Without this, the block below would be
-                # one of its own, and commit.
+                # The caller's transaction begins with its first statement, which may be ours.
+                # Without this, the block below would be a transaction of its own, and commit.
                 await conn.execute(b"select")
             async with conn.transaction():
                 yield conn

@@ -1,8 +1,9 @@
-"""What happened, told once: the log lines (and, where they are switched on, the metrics) both come from here.
+"""Events: the log lines and, where they are switched on, the metrics both come from here.
 
-Owns the names of events and how loud each is. A name is `noun.past_participle`. One canonical line per settled run,
-`recall.settled`, carries outcome, verdict, lateness, lag and duration. Data on stdout belongs to the commands; events go to stderr.
-Never here: secrets, messages of recalls, internal comments.
+Owns the names of events and the level of each. A name is `noun.past_participle`. One canonical line
+per settled run, `recall.settled`, carries outcome, verdict, lateness, lag and duration. Events go
+to stderr; stdout is for the output of commands. Never here: secrets, messages of recalls, internal
+comments.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Events:
-    """Tells what happened to the log and to whoever else listens."""
+    """Writes events to the log and passes them to all listeners."""
 
     def __init__(self, **context: Any) -> None:
         self._log = structlog.get_logger().bind(**context)
@@ -75,13 +76,14 @@ class Events:
         try:
             say(event, **facts)
         except OSError:
-            pass  # Whoever read the log has gone. The work goes on.
+            pass  # The reader of the log has gone. The work goes on.
         for listener in self._listeners:
             listener(event, facts)
 
 
 def configure(level: str, format: str) -> None:
-    """Set the log up for this process. `format`: auto (console on a terminal, else JSON), json, console."""
+    """Set up the log of this process. `format`: auto (console on a terminal, else JSON), json,
+    console."""
     console = format == "console" or (format == "auto" and sys.stderr.isatty())
     facts: list[Any] = [
         structlog.processors.add_log_level,
@@ -90,7 +92,8 @@ def configure(level: str, format: str) -> None:
     ]
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
-        # Tracebacks are texts by then, so that they can be made escape_controls; rich is not to show them.
+        # Tracebacks are texts by then, so that control characters in them can be escaped; rich must
+        # not render them.
         exception_formatter=structlog.dev.plain_traceback,
     )
     shown: list[Any] = [_escaped, renderer] if console else [_line]
@@ -102,7 +105,7 @@ def configure(level: str, format: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
-    # psycopg and others speak through the standard library: only what is wrong, and in lines like ours.
+    # psycopg and others log through the standard library: only errors, in lines like ours.
     others = logging.StreamHandler(sys.stderr)
     others.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -115,7 +118,8 @@ def configure(level: str, format: str) -> None:
 
 
 def escape_controls(text: str) -> str:
-    """`text` with everything that could steer a terminal or hide in a line made visible: controls, bidi marks, surrogates."""
+    """`text` with every character that could control a terminal or hide in a line made visible:
+    control characters, bidi marks, surrogates."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in text
@@ -130,7 +134,7 @@ def _shown(name: str, fact: Any) -> Any:
     if not isinstance(fact, str):
         return fact
     if name == "exception":
-        # A traceback keeps its lines, set in so that what it quotes can't pass for an event.
+        # A traceback keeps its lines, indented so that quoted text can't look like an event.
         return "\n".join("  " + escape_controls(line) for line in fact.split("\n"))
     return escape_controls(fact)
 
@@ -142,7 +146,7 @@ def _line(_: Any, __: str, facts: Any) -> str:
     try:
         return _WRITER.encode(facts)
     except ValueError:
-        # JSON knows neither infinity nor NaN, though Python would write them.
+        # JSON has neither infinity nor NaN, though Python would write them.
         return _WRITER.encode(
             {
                 k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
@@ -152,7 +156,8 @@ def _line(_: Any, __: str, facts: Any) -> str:
 
 
 class Together:
-    """A file to which the lines of one turn of the loop go in one write: a batch of settled recalls is one, and not one each."""
+    """A file to which all lines of one turn of the event loop go in one write: a batch of settled
+    recalls takes one write, not one each."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -173,14 +178,15 @@ class Together:
     def _leave(self) -> None:
         lines, self._lines = self._lines, []
         if lines:
-            with suppress(OSError):  # Whoever read the log has gone. The work goes on.
+            with suppress(OSError):  # The reader of the log has gone. The work goes on.
                 for piece in _pieces(lines):
                     self._file.write(piece)
                     self._file.flush()
 
 
 def _pieces(lines: list[str]) -> Iterator[str]:
-    """Lines, together as far as a pipe takes them whole: several workers may write to one."""
+    """The lines, joined into pieces that a pipe accepts as a whole: several workers may write to
+    one."""
     piece = ""
     for line in lines:
         if piece and len(piece) + len(line) > PIPE_BUF:

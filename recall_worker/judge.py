@@ -1,7 +1,8 @@
-"""One place decides what an ending means: (ending, policy, dice) → verdict. Pure; the outcome table of DESIGN in code.
+"""The one place that decides what an ending means: (ending, policy, dice) → verdict. Pure; the
+outcome table of DESIGN in code.
 
-Owns backoff, attempts, giving up, and what the row becomes when the application moved it in mid-run.
-Never here: the clock, SQL, HTTP. Durations come with the ending, chance comes as `dice`.
+Owns backoff, attempts, giving up, and what the row becomes when the application moved it during its
+run. Never here: the clock, SQL, HTTP. Durations come with the ending, chance comes as `dice`.
 """
 
 from __future__ import annotations
@@ -46,20 +47,24 @@ from .recall import (
 Dice = Callable[[], float]
 """A number in [0, 1), new at each call: `random.random`."""
 
-BACKOFF_FIRST = 5.0
-BACKOFF_FACTOR = 4.0
-BACKOFF_MOST = 300.0
+BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 5.0, 4.0, 300.0
+"""Seconds before the second call, at most; then this many times as long; at most."""
+BACKOFF_STEPS = 10
+"""The largest exponent: the most is reached long before it, and no larger power needs computing."""
 RETRY_AFTER_LEAST, RETRY_AFTER_MOST = 1.0, 86_400.0
-"""Seconds: an API that says 0 would otherwise be called as fast as it answers, until it is given up."""
+"""Seconds: an API that answers 0 would otherwise be called as fast as it answers, until we give
+up."""
 
 LAST = 2_147_483_647
 """The largest number that an occurrence can have: as much as the table's counters hold."""
 MESSAGE_LIMIT = 4 << 20
 """Octets of the longest message that is sent, where nothing else is set."""
 UNSENT_MOST = 10
-"""So many workers in a row may die with a row in hand that they had taken up, and had not sent: it is what kills them."""
+"""Workers in a row that may die with a row that they had taken up and not sent: beyond that, the
+row is what kills them."""
 ID_MOST = 2000
-"""Bytes of the longest id that is called: what fits an index beside a call's mark, and a header that servers take."""
+"""Bytes of the longest id that is called: it must fit into an index of recall_attempts, and into a
+header that servers accept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +79,15 @@ class Policy:
 
 def backoff(n: int, dice: Dice) -> float:
     """Seconds before call n + 2 of an occurrence: 5 s × 4ⁿ, at most 300 s, full jitter."""
-    return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** max(0, min(n, 10)))
+    steps = max(0, min(n, BACKOFF_STEPS))
+    return dice() * min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR**steps)
 
 
 def before_call(
     claim: Claim, max_attempts: int, message_limit: int = MESSAGE_LIMIT
 ) -> Malformed | Misfired | Expired | Unknown | None:
-    """What already decides this claim, so that nothing is sent; None where it is to be called. `message_limit`: octets."""
+    """The outcome of a claim that is decided without a call; None where it is to be called.
+    `message_limit`: octets."""
     reason = cadence.problem(claim)
     if reason is None and claim.call_type not in ("once", "recurring", "immediate"):
         reason = f"call_type is {claim.call_type!r}, which nobody here knows"
@@ -116,16 +123,20 @@ def _mebibytes(octets: int) -> str:
 
 
 def resolve_move(claim: Claim) -> Placement | None:
-    """What a row stands for, where that differs from what it says: the application moved `trigger_at`, or cron moments were missed.
+    """The occurrence that a row stands for, where its columns differ from it: the application moved
+    `trigger_at`, or cron ticks were missed.
 
-    A skip of k intervals consumes k numbers. Any other move keeps the number of an occurrence that was never called, and begins
-    the next one between two calls, as a key stands for one occurrence only.
+    A skip of k intervals consumes k numbers. Any other move keeps the number of an occurrence that
+    was never called; between two calls it begins the next one, as a key stands for one occurrence
+    only.
     """
     if claim.reference is not None or cadence.problem(claim) is not None:
-        # A run that goes on at the API is followed to its end first; what comes after it honours the move.
+        # A run that continues at the API is followed to its end first; the verdict applies the
+        # move.
         return None
     if not claim.moved and not cadence.unplanned(claim):
-        # The distance to the following moment is on record; only where that has passed can there be missed ones to count.
+        # The row has the distance to the following tick: only where that has passed, ticks may have
+        # been missed.
         late = (
             not claim.begun
             and claim.recurring
@@ -145,9 +156,11 @@ def resolve_move(claim: Claim) -> Placement | None:
 
 
 def runs_now(claim: Claim, placement: Placement) -> bool:
-    """Whether a claimed row that stands for something else is to run at once; else it goes back to wait for that.
+    """Whether a claimed row with this placement is to run at once; else it goes back to wait for
+    it.
 
-    What the application's skip added may be another distance than cron's next one, so that a row is due before its moment.
+    The application's skip may have added another distance than cron's next one: then a row is due
+    before its tick.
     """
     early = (
         claim.cadence == "cron"
@@ -158,7 +171,8 @@ def runs_now(claim: Claim, placement: Placement) -> bool:
 
 
 def planned(claim: Claim, dice: Dice) -> Finish | Next:
-    """What a cron recall becomes that waits, unclaimed, where the application put it: on a moment of its own, or over."""
+    """What becomes of an unclaimed cron recall at a time that the application chose: it waits for a
+    tick of its own, or it is over."""
     reason = cadence.problem(claim)
     if reason is not None:
         return Finish("failed", reason)
@@ -195,7 +209,7 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
         case Misfired(reason):
             return _misfired(ending, reason, dice)
         case Accepted():
-            # We stop while the run goes on at the API: the next worker polls on.
+            # We stop while the run continues at the API: the next worker polls it.
             return Release("accepted by the API, and polled by the next worker")
         case Capped(reason, retry_after):
             return (
@@ -228,7 +242,7 @@ def judge(ending: Ending, policy: Policy, dice: Dice) -> Verdict:
 
 
 def _occurrence_done(ending: Ending, reason: str | None, dice: Dice, *, succeeded: bool) -> Verdict:
-    """This occurrence is over, one way or the other."""
+    """This occurrence is over, with or without success."""
     claim = ending.claim
     ended = "fired" if succeeded else "failed"
     if not claim.recurring:
@@ -244,7 +258,8 @@ def _occurrence_done(ending: Ending, reason: str | None, dice: Dice, *, succeede
 
 
 def _misfired(ending: Ending, reason: str, dice: Dice) -> Verdict:
-    """Too late to be run. What is due within the grace still is; what is later is passed over with it."""
+    """Too late to be run. Moments still within the grace are run; those that are too late with this
+    one are skipped."""
     claim = ending.claim
     reason = f"misfired: {reason}"
     if not claim.recurring:
@@ -261,7 +276,8 @@ def _misfired(ending: Ending, reason: str, dice: Dice) -> Verdict:
 
 
 def _as_before(claim: Claim) -> str:
-    """How a recall ends before an occurrence that is not called: as the last one did."""
+    """The final status of a recall that ends before an occurrence without calling it: that of the
+    last occurrence."""
     return (
         "failed" if claim.failures > 0 or claim.last_outcome not in (None, "answered") else "fired"
     )
@@ -276,7 +292,7 @@ def _going_on(
     dice: Dice,
     ended: str,
 ) -> Finish | Next:
-    """The next occurrence, unless the recall ends before it: then it is `ended`, as its last occurrence was."""
+    """The next occurrence, unless the recall ends before it: then its status is `ended`."""
     claim = ending.claim
     if occurrence > LAST:
         return Finish(
@@ -286,7 +302,7 @@ def _going_on(
         case At(falls, distance):
             when = At(falls, distance, cadence.jittered(claim, dice()))
         case After(seconds):
-            # Skips may add up to more than the calendar holds; what lies so far off is beyond any end.
+            # Skips may add up to more than the calendar holds; a time so far away is after any end.
             falls = claim.claimed_at + timedelta(
                 seconds=min(ending.ended_after + seconds, 10.0 * cadence.LONGEST)
             )
@@ -302,9 +318,11 @@ def _going_on(
 
 
 def _moved(ending: Ending, reason: str | None, dice: Dice) -> Verdict:
-    """Between two calls of one occurrence the application named another time: that begins the next one, with its own key.
+    """Between two calls of one occurrence the application chose another time: that begins the next
+    occurrence, with its own key.
 
-    The call that has just ended did not end well, so where no occurrence is left the recall has failed.
+    The call that has just ended was no success, so where no occurrence is left the recall has
+    failed.
     """
     claim = ending.claim
     occurrence = claim.occurrence + (cadence.skipped(claim) or 1)

@@ -1,9 +1,11 @@
-"""The nouns: what a recall is while the worker holds it, how a call can end, and what the row can become.
+"""The nouns: what a recall is while the worker holds it, how a call can end, and what the row can
+become.
 
-Owns the words (DESIGN's glossary) and their shapes. Everything here is frozen data: no clock, no SQL, no HTTP.
-`Outcome` and `Verdict` are closed unions; whoever takes one apart ends with `assert_never`, so a new ending cannot be forgotten.
+Owns the words (DESIGN's glossary) and their types. Everything here is frozen data: no clock, no
+SQL, no HTTP. `Outcome` and `Verdict` are closed unions: code that matches one ends with
+`assert_never`, so that a new ending cannot be forgotten.
 
-Never here: rules. What an outcome means is the judge's; when the next occurrence falls is cadence's.
+Never here: rules. The judge decides what an outcome means, cadence when the next occurrence falls.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ STATUSES = LIVE + FINAL
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """The standing promise: one row, as its owner sees it. Dates are in UTC, clamped to years 1 to 9998."""
+    """The standing promise: one row, as its owner sees it. Dates are in UTC, clamped to years 1 to
+    9998."""
 
     id: str
     session_id: str
@@ -49,7 +52,8 @@ class Recall:
     scheduled_for: datetime | None
     """Nominal time of that occurrence; None: `trigger_at`."""
     planned_at: datetime | None
-    """`trigger_at` as the worker (or the insert) last wrote it. Another `trigger_at` means that the application moved it."""
+    """`trigger_at` as the worker (or the insert) last wrote it. A different `trigger_at` means that
+    the application moved it."""
     cadence: str
     """interval, grid, cron."""
     cron: str | None
@@ -62,22 +66,24 @@ class Recall:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Recall:
-        """The noun from a row, which may have more columns."""
+        """The recall from a row, which may have more columns."""
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
 class Claim(NamedTuple):
-    """One occurrence of one recall, held under a lease: the columns of the ledger's statement `claim`, in its order.
+    """One occurrence of one recall, held under a lease: the columns of the ledger's statement
+    `claim`, in its order.
 
-    Ages and distances are seconds by PostgreSQL's clock at the moment of the claim; what passes afterwards is added from the
-    host's monotonic clock by whoever needs it. Dates are clamped to years 1 to 9998, as psycopg loads no others.
+    Ages and distances are seconds by PostgreSQL's clock at the moment of the claim; the caller adds
+    the time since then from the host's monotonic clock. Dates are clamped to years 1 to 9998, as
+    psycopg loads no others.
     """
 
     id: str
     session_id: str
     call_type: str
     message: str | None
-    """None: too long to come with a claim. Whoever calls it reads it then."""
+    """None: too long to come with the claim; it is read before the call."""
     interval: int | None
     """`interval_seconds` as it stands in the row: seconds, possibly absurd."""
     occurrence: int
@@ -85,13 +91,15 @@ class Claim(NamedTuple):
     rekey: int
     """How many times this occurrence was given a new idempotency key, 0 at first."""
     attempt: int
-    """The attempt this claim may spend, from 1: counted when claimed, given back on defer and release."""
+    """The attempt this claim may spend, from 1: counted when claimed, given back on defer and
+    release."""
     deferrals: int
     """Calls of this occurrence in a row that cost no attempt."""
     scheduled_for: datetime
     """The occurrence's nominal time."""
     missed: int
-    """Due moments after `scheduled_for` that this run stands for too, fixed at the first claim of the occurrence."""
+    """Due moments after `scheduled_for` that this run also stands for, fixed at the occurrence's
+    first claim."""
     begun_age: float | None
     """Seconds since the occurrence's first call, or None where it has had none."""
     lag: float
@@ -100,23 +108,28 @@ class Claim(NamedTuple):
     """Seconds from `scheduled_for` to the start of the claim."""
     lease: UUID
     trigger: str
-    """`trigger_at` as text, to the microsecond and with its offset: the settle's proof that nobody moved it meanwhile."""
+    """`trigger_at` as text, to the microsecond and with its offset: proof for the settle that
+    nobody moved it meanwhile."""
     trigger_at: datetime
     planned_at: datetime
-    """`trigger_at` as the worker (or the insert) last wrote it. Another `trigger_at` means that the application moved it."""
+    """`trigger_at` as the worker (or the insert) last wrote it. A different `trigger_at` means that
+    the application moved it."""
     due: bool
-    """Whether `trigger_at` has come: False only where a lease ended on a row that was moved into the future meanwhile."""
+    """Whether `trigger_at` has come: False only where a lease ended on a row that was moved into
+    the future meanwhile."""
     taken_from: str | None
     """The worker whose lease had ended when this claim took the row up, if any."""
     octets: int = 0
     """How long the message is, in UTF-8."""
     called_before: bool = False
-    """Whether that worker is known to have sent its request. It may have, also where this is False."""
+    """Whether that worker is known to have sent its request. Where this is False it may have,
+    too."""
     takeovers: int = 0
-    """Of a row that was taken up: how many workers in a row took it up, and are not known to have sent anything; this one
-    counts."""
+    """Where a row was taken up: how many workers in a row took it up without being known to have
+    sent anything, this one included."""
     reference: str | None = None
-    """How the API calls the run of this occurrence that it accepted: to be polled, not called again."""
+    """The API's name for the run of this occurrence that it accepted: to be polled, not called
+    again."""
     delivered_age: float | None = None
     """Seconds since the API accepted that run."""
     claimed_at: datetime = datetime(1, 1, 2, tzinfo=UTC)
@@ -130,15 +143,16 @@ class Claim(NamedTuple):
     failures: int = 0
     failures_most: int | None = None
     grace: int | None = None
-    """Seconds of lateness past which an occurrence is not run."""
+    """Seconds of lateness after which an occurrence is not run."""
     jitter: int | None = None
-    """Seconds by which occurrences are spread at most."""
+    """Seconds by which occurrences are spread, at most."""
     last_outcome: str | None = None
-    """How the last call ended, of whatever occurrence; None: nothing was called yet."""
+    """How the last call of any occurrence ended; None: nothing was called yet."""
 
     @property
     def key(self) -> str:
-        """The idempotency key: `<recall id>:<occurrence>`, with `.<rekey>` behind it where it was renewed."""
+        """The idempotency key: `<recall id>:<occurrence>`, with `.<rekey>` behind it where it was
+        renewed."""
         return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
 
     @property
@@ -155,7 +169,7 @@ class Claim(NamedTuple):
         return self.call_type == "recurring"
 
 
-# --- outcomes: how a call ended -------------------------------------------------------------------------------------
+# --- outcomes: how a call ended -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +181,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The API took the run and will say later how it ended."""
+    """The API accepted the run and reports later how it ended."""
 
     reference: str
     http_status: int
@@ -175,7 +189,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Somebody is in the session; nothing was started."""
+    """The session is in use; nothing was started."""
 
     http_status: int
     retry_after: float | None = None
@@ -183,14 +197,15 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The API names the session as one that does not exist."""
+    """The API says that the session does not exist."""
 
     http_status: int
 
 
 @dataclass(frozen=True, slots=True)
 class Misconfigured:
-    """Our fault, not the recall's: a wrong address, a wrong token, a web page in place of the API."""
+    """Our fault, not the recall's: a wrong address, a wrong token, a web page in place of the
+    API."""
 
     reason: str
     http_status: int | None = None
@@ -223,7 +238,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The API will never take this request as it is."""
+    """The API will never accept this request as it is."""
 
     reason: str
     http_status: int | None = None
@@ -238,7 +253,7 @@ class Unsent:
 
 @dataclass(frozen=True, slots=True)
 class Capped:
-    """We hold the recall back ourselves: its session has had as many runs as it may. Nothing was sent."""
+    """We hold the recall back: its session has had as many runs as it may. Nothing was sent."""
 
     reason: str
     retry_after: float
@@ -255,7 +270,8 @@ class Misfired:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """The recall's own end (a date, a number of occurrences) came before this occurrence: nothing was sent."""
+    """The recall's own end (a date, a number of occurrences) came before this occurrence: nothing
+    was sent."""
 
     reason: str
 
@@ -286,7 +302,8 @@ Outcome: TypeAlias = (
 
 
 def name_of(outcome: Outcome) -> str:
-    """The outcome's name as it stands in the table of attempts and in the logs: its class in lower case."""
+    """The outcome's name as it stands in the table of attempts and in the logs: its class in lower
+    case."""
     return type(outcome).__name__.lower()
 
 
@@ -307,7 +324,7 @@ def http_status_of(outcome: Outcome) -> int | None:
     return getattr(outcome, "http_status", None)
 
 
-# --- verdicts: what the row becomes ---------------------------------------------------------------------------------
+# --- verdicts: what the row becomes ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +336,7 @@ class After:
 
 @dataclass(frozen=True, slots=True)
 class AsMoved:
-    """A due time that stands in the row already, because the application put it there."""
+    """The due time that is already in the row, because the application wrote it."""
 
     distance: int | None = None
     """As with At."""
@@ -331,9 +348,10 @@ class At:
 
     when: datetime
     distance: int | None = None
-    """Seconds from it to the moment after, where that is to be kept as `interval_seconds` for the application's skip."""
+    """Seconds from it to the moment after, where `interval_seconds` keeps that for the
+    application's skip."""
     jitter: float = 0.0
-    """Seconds by which it is due later than that."""
+    """Seconds by which it is due after its nominal time."""
 
 
 When: TypeAlias = After | At | AsMoved
@@ -341,7 +359,8 @@ When: TypeAlias = After | At | AsMoved
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a row stands for that the application moved (or that missed cron moments): to be on record before it is called."""
+    """The occurrence that a row stands for after the application moved it (or cron ticks were
+    missed): it is written before the call."""
 
     occurrence: int
     when: At | AsMoved
@@ -369,7 +388,8 @@ class Next:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The same occurrence again; the attempt is spent. With a new key where the API would only replay the old ending."""
+    """The same occurrence again; the attempt is spent. With a new key where the API would only
+    replay the old ending."""
 
     when: After
     rekey: bool
@@ -386,7 +406,7 @@ class Defer:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Given back as it was, due at once: somebody else may run it."""
+    """Given back as it was, due at once: another worker may run it."""
 
     reason: str
 
@@ -398,9 +418,9 @@ Verdict: TypeAlias = Finish | Next | Retry | Defer | Release
 class Ending:
     """A call that has ended: what there is to judge and then to settle.
 
-    `called_after` and `ended_after` are seconds of the host's monotonic clock since the claim was asked for; `called_after` is
-    None where nothing was sent. `ended_at` is the monotonic instant of the end: a settle that waits out an outage of
-    PostgreSQL still knows how long ago the run ended.
+    `called_after` and `ended_after` are seconds of the host's monotonic clock since the claim was
+    sent; `called_after` is None where no request was sent. `ended_at` is the monotonic instant of
+    the end: a settle that waits for PostgreSQL to come back still knows how long ago the run ended.
     """
 
     claim: Claim
@@ -411,7 +431,7 @@ class Ending:
     breaker_closed: bool = True
 
 
-# --- settle: how the row answered ------------------------------------------------------------------------------------
+# --- settle: how the row answered -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,34 +443,37 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Not written: the application moved `trigger_at` in mid-run. Judge again."""
+    """Not written: the application moved `trigger_at` during the run. Judge again."""
 
     trigger: str
     trigger_at: datetime
     as_settled: bool
-    """Whether it is due an interval from when that was written: as another scheduler writes it after a run of its own."""
+    """Whether it is due one interval after that write: another scheduler writes that after its
+    run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """Not written: the application holds the row locked. Ask again."""
+    """Not written: the application holds the row locked. Try again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The application ended the recall in mid-run (cancelled, marked, or deleted): the run's end changes nothing."""
+    """The application ended the recall during its run (cancelled, marked, or deleted): the run's
+    end changes nothing."""
 
     status: str
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """The lease ended and another worker took the row: ours to forget."""
+    """The lease ended and another worker took the row: we forget it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stranded:
-    """Not written: PostgreSQL refuses this one row. Its lease will end, and somebody will take it up."""
+    """Not written: PostgreSQL refuses this one row. Its lease will end, and a worker will take it
+    up."""
 
     reason: str
 

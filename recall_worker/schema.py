@@ -1,6 +1,7 @@
-"""Migrations: adopt the application's table in place, or create it, without holding the application up.
+"""Migrations: adopt the application's table in place, or create it, without holding the application
+up.
 
-Owns the order in which `sql/migrations/` is applied, the patience with which locks are asked for,
+Owns the order in which `sql/migrations/` is applied, how long it waits for locks,
 the foreign key to `sessions`, which is added by the first `migrate` that finds that table, and the
 grants of the roles of `sql/roles.sql`, which are renewed where those roles exist. Each migration
 runs in a transaction of its own together with its row in `recall_schema`; one with the header
@@ -12,11 +13,13 @@ files or by the earlier ones, skips them all. A baseline that was interrupted co
 first file that is not recorded. A database that the earlier files left below 15 is refused, as the
 files that could continue it are no longer here.
 
-No lock that stops the application is waited for longer than `LOCK_PATIENCE_MS`: an ALTER that waits behind an open reader makes every
-insert queue behind it, so we let go and try again. Two `migrate`s at once meet at an advisory lock, which is polled and never waited
-for, as a waiting statement's snapshot would hold up `create index concurrently` for ever.
+It waits for a lock that blocks the application for `LOCK_PATIENCE_MS` at most: an ALTER that waits
+behind an open reader makes every insert queue behind it, so it gives up and tries again. An
+advisory lock keeps two `migrate`s apart. It is polled, never waited for, as the snapshot of a
+waiting statement would block `create index concurrently` for ever.
 
-Forward only. The schema records the oldest code that can work with it, so that replicas can be upgraded one by one.
+Forward only. The schema records the oldest code that can work with it, so that replicas can be
+upgraded one by one.
 """
 
 from __future__ import annotations
@@ -35,9 +38,15 @@ from . import statements
 from .database.connection import connection_info
 
 LOCK_PATIENCE_MS = 400
+"""Milliseconds, at most, to wait for a lock that blocks the application."""
 INDEX_PATIENCE_MS = 5_000
+"""The same outside of a transaction, where `create index concurrently` blocks nobody."""
 LOCK_ID = 0x7265_6361_6C6C
-"""The advisory lock at which two migrators meet: "recall" in ASCII."""
+"""The advisory lock that keeps two migrators apart: "recall" in ASCII."""
+LOCK_PAUSE = (0.05, 0.2)
+"""Seconds, drawn at random, between two tries to get that lock."""
+PAUSE_FIRST, PAUSE_MOST = 0.2, 5.0
+"""Seconds, at most, until the next try on a locked table: doubling from the first to the most."""
 BASELINE = 15
 """The number of the baseline's last file, and so the version that the baseline makes."""
 
@@ -74,12 +83,15 @@ class SchemaError(Exception):
 
 
 class Pooled(SchemaError):
-    """A pooler stands in between: what is set for the session, and the lock at which migrators meet, would stay behind on it."""
+    """A pooler is in between: the session's settings and the migrators' lock would stay behind on
+    its connection."""
 
     def __init__(self) -> None:
         super().__init__(
-            "a pooler stands between here and PostgreSQL, and a migration needs a connection of its own",
-            "recall-worker migrate --dsn with the server's own address (or give that in RECALL_LISTEN_DSN)",
+            "a pooler stands between here and PostgreSQL, "
+            "and a migration needs a connection of its own",
+            "recall-worker migrate --dsn with the server's own address "
+            "(or give that in RECALL_LISTEN_DSN)",
         )
 
 
@@ -98,16 +110,17 @@ GRANTS = "grants of the roles recall_worker, recall_application, recall_reader"
 
 
 def pending(dsn: str) -> list[str]:
-    """What `migrate` would do, in words; empty where there is nothing to do. Raises psycopg.Error, SchemaError."""
+    """What `migrate` would do, in words; empty where there is nothing to do. Raises psycopg.Error,
+    SchemaError."""
     with _connected(dsn) as conn:
         _refuse_newer(conn)
         _refuse_older(conn)
-        said = [f"{m.version:04} {m.name}" for m in _to_apply(conn)]
+        steps = [f"{m.version:04} {m.name}" for m in _to_apply(conn)]
         if _foreign_key_wanted(conn) and not _foreign_key_there(conn):
-            said.append("foreign key to sessions")
+            steps.append("foreign key to sessions")
         if _grants_lacking(conn):
-            said.append(GRANTS)
-        return said
+            steps.append(GRANTS)
+        return steps
 
 
 def migrate(
@@ -115,22 +128,25 @@ def migrate(
 ) -> list[str]:
     """Bring the schema up to date; returns what was done. Repeated and concurrent calls are safe.
 
-    `patience`: seconds that locks (the application's, another migrator's) are asked for again before SchemaError. `roles`: make the roles
-    of `sql/roles.sql`, too; where they are there, their grants follow the schema in any case. Raises Pooled where the DSN leads through a
-    pooler.
+    `patience`: seconds of trying to get locks (the application's, another migrator's) before
+    SchemaError. `roles`: also create the roles of `sql/roles.sql`; where they exist, their grants
+    follow the schema in any case. Raises Pooled where the DSN leads through a pooler.
     """
     until = time.monotonic() + patience
     with _connected(dsn) as conn:
         if conn.execute("select pg_backend_pid()").fetchone() != (conn.pgconn.backend_pid,):
             raise Pooled
-        # An index that waits for open transactions takes its time, however short the application's own statements are kept.
+        # An index waits for open transactions, even where the account's statements must be short.
         conn.execute("set statement_timeout = 0")
         _refuse_standby(conn)
         _meet(conn, say, until)
-        # The functions keep the schema in which the table stands, whatever search_path the application comes with.
-        conn.execute("select set_config('search_path', quote_ident(coalesce(n.nspname, current_schema())) || ', pg_temp', false) "
-                     "from (select 1) one left join pg_class c on c.oid = to_regclass('session_recalls') "
-                     "left join pg_namespace n on n.oid = c.relnamespace")  # fmt: skip
+        # The functions keep the table's schema, whatever search_path the application uses.
+        conn.execute(
+            "select set_config('search_path', "
+            "quote_ident(coalesce(n.nspname, current_schema())) || ', pg_temp', false) "
+            "from (select 1) one left join pg_class c on c.oid = to_regclass('session_recalls') "
+            "left join pg_namespace n on n.oid = c.relnamespace"
+        )
         _refuse_newer(conn)
         _refuse_older(conn)
         _refuse_strange_table(conn)
@@ -154,15 +170,19 @@ def migrate(
 
 
 def _grants_lacking(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
-    """Whether the roles were given their grants here, and there is a column now that the worker's may not write, or a table.
+    """Whether the roles got their grants here before, and there is now a column or a table that the
+    worker's role may not write.
 
-    Six it never may: what a recall is. See sql/roles.sql.
+    Six columns it may never write: those that define a recall. See sql/roles.sql.
     """
     return conn.execute(
-        "select exists (select from pg_roles r join pg_attribute a on a.attrelid = to_regclass('session_recalls') "
+        "select exists (select from pg_roles r "
+        "join pg_attribute a on a.attrelid = to_regclass('session_recalls') "
         "where r.rolname = 'recall_worker' and has_table_privilege(r.oid, a.attrelid, 'delete') "
-        "and a.attnum > 0 and not a.attisdropped and (not has_column_privilege(r.oid, a.attrelid, a.attnum, 'update') "
-        "and a.attname <> all ('{id,session_id,call_type,internal_comment,additional_context_message,created_at}') "
+        "and a.attnum > 0 and not a.attisdropped "
+        "and (not has_column_privilege(r.oid, a.attrelid, a.attnum, 'update') "
+        "and a.attname <> all ('{id,session_id,call_type,internal_comment,"
+        "additional_context_message,created_at}') "
         "or not has_table_privilege(r.oid, to_regclass('recall_chores'), 'update')))"
     ).fetchone() == (True,)
 
@@ -193,36 +213,37 @@ def _create_record(conn: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def _meet(conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float) -> None:
-    told = False
+    waits = False
     while conn.execute("select pg_try_advisory_lock(%s)", (LOCK_ID,)).fetchone() != (True,):
-        if not told:
+        if not waits:
             say("another migrate is at work; waiting for it")
-            told = True
+            waits = True
         if time.monotonic() > until:
             raise SchemaError(
                 "another migrate holds the lock",
                 "see who: select pid from pg_locks where locktype = 'advisory'",
             )
-        time.sleep(random.uniform(0.05, 0.2))
+        time.sleep(random.uniform(*LOCK_PAUSE))
 
 
 def _patiently(
     conn: psycopg.Connection[tuple[object, ...]], say: Say, until: float, act: Callable[[], None]
 ) -> None:
-    pause = 0.2
+    pause = PAUSE_FIRST
     while True:
         try:
             return act()
         except (errors.LockNotAvailable, errors.DeadlockDetected):
             if time.monotonic() > until:
                 raise SchemaError(
-                    "a lock on session_recalls could not be had: a transaction has been open all the time",
-                    "find it in pg_stat_activity (state 'idle in transaction', oldest xact_start), end it, and migrate again",
+                    "session_recalls could not be locked: a transaction has been open all the time",
+                    "find it in pg_stat_activity (state 'idle in transaction', oldest xact_start), "
+                    "end it, and migrate again",
                 ) from None
             say("the table is in use by a longer transaction; trying again")
-            # In the meantime whatever queued behind us goes on.
+            # During the pause, statements that queued behind us can run.
             time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(5.0, pause * 2)
+            pause = min(PAUSE_MOST, pause * 2)
 
 
 def _apply(conn: psycopg.Connection[tuple[object, ...]], migration: Migration) -> None:
@@ -246,10 +267,12 @@ def _apply(conn: psycopg.Connection[tuple[object, ...]], migration: Migration) -
 
 
 def _drop_invalid_indexes(conn: psycopg.Connection[tuple[object, ...]]) -> None:
-    """What a `create index concurrently` that was interrupted leaves behind: an index that costs writes and serves nobody."""
+    """Drop what an interrupted `create index concurrently` leaves behind: an index that costs
+    writes and serves no query."""
     left = conn.execute(
         "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid "
-        "where i.indrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts')) and not i.indisvalid and c.relname like 'idx\\_recall%'"
+        "where i.indrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts')) "
+        "and not i.indisvalid and c.relname like 'idx\\_recall%'"
     ).fetchall()
     for (name,) in left:
         conn.execute(
@@ -272,7 +295,8 @@ def _refuse_newer(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     assert row is not None
     if int(str(row[1])) > GENERATION:
         raise SchemaError(
-            f"the schema is at version {row[0]} and works with code from generation {row[1]} on; this is {GENERATION}",
+            f"the schema is at version {row[0]} and works with code from generation {row[1]} on; "
+            f"this is {GENERATION}",
             "upgrade recall-worker on this host",
         )
 
@@ -315,7 +339,7 @@ def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     if not rows:
         return
     found = {str(name): str(kind) for name, kind in rows}
-    # varchar serves as well as text, and a wider integer as well as a narrow one.
+    # varchar works as well as text, and a wider integer as well as a narrow one.
     wrong = [
         f"{name} {kind} (found: {found.get(name, 'nothing')})"
         for name, kind in _EXPECTED.items()
@@ -336,11 +360,14 @@ def _refuse_strange_table(conn: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def _foreign_key_wanted(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
-    """Whether there is a sessions table whose id can be referred to: one with ids of another kind belongs to something else."""
+    """Whether there is a sessions table whose id can be referenced: one with another type of id
+    belongs to something else."""
     return conn.execute(
-        "select exists (select from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attname = 'id' "
-        "where i.indrelid = to_regclass('sessions') and i.indisunique and i.indisvalid and i.indpred is null "
-        "and i.indnkeyatts = 1 and i.indkey[0] = a.attnum and a.atttypid in ('text'::regtype, 'varchar'::regtype))"
+        "select exists (select from pg_index i "
+        "join pg_attribute a on a.attrelid = i.indrelid and a.attname = 'id' "
+        "where i.indrelid = to_regclass('sessions') and i.indisunique and i.indisvalid "
+        "and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum "
+        "and a.atttypid in ('text'::regtype, 'varchar'::regtype))"
     ).fetchone() == (True,)
 
 
@@ -368,5 +395,6 @@ def _validate_foreign_key(conn: psycopg.Connection[tuple[object, ...]], say: Say
         )
     except errors.ForeignKeyViolation:
         say(
-            "some old recalls belong to no session: the foreign key holds for new rows only, until they are deleted"
+            "some old recalls belong to no session: the foreign key holds for new rows only, "
+            "until they are deleted"
         )

@@ -1,7 +1,9 @@
-"""Settings: frozen, read once, from `RECALL_*` in the environment and then from flags. The only reader of the environment.
+"""Settings: frozen, read once, from `RECALL_*` in the environment and then from flags. The only
+reader of the environment.
 
-Secrets may also come from `<NAME>_FILE` or from a systemd credential of the same name. All problems are reported at once.
-Durations are seconds, or with units (durations). Secrets are kept out of `repr`.
+Secrets may also come from `<NAME>_FILE` or from a systemd credential of the same name. All problems
+are reported at once. Durations are seconds, or have units (durations). Secrets are kept out of
+`repr`.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from . import durations
 HORIZON = 60.0
 """Seconds ahead within which the table's triggers notify the workers.
 
-The triggers have the number written out, in sql/migrations/ (0010, and 0016 last)."""
+The triggers contain the same number, in sql/migrations/ (0010, and 0016 last)."""
 
 LONGEST = 1e9
-"""Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""
+"""Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all
+still accept."""
 
 KEPT = ("fired", "cancelled", "failed", "calls")
-"""What can be kept for a while and then deleted: recalls that are over, by status, and the marks of calls."""
+"""What can be kept for a while and then deleted: recalls that are over, by status, and records of
+calls."""
 
 PROTOCOLS = ("native", "langgraph", "agno")
 LEVELS = ("debug", "info", "warning", "error")
@@ -34,7 +38,8 @@ FORMATS = ("auto", "json", "console")
 
 
 class SettingsError(Exception):
-    """The settings can't be used. `problems` holds one sentence each, naming the variable and what to do."""
+    """The settings can't be used. `problems` holds one sentence each, naming the variable and what
+    to do."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -61,7 +66,8 @@ class Settings:
     dsn: str | None = _setting(None, "PostgreSQL, as a URL or key=value pairs", secret=True)
     listen_dsn: str | None = _setting(
         None,
-        "PostgreSQL for LISTEN, where RECALL_DSN goes through a transaction pooler (which passes no LISTEN)",
+        "PostgreSQL for LISTEN, where RECALL_DSN goes through a transaction pooler, "
+        "which does not support LISTEN",
         secret=True,
     )
     run_url: str | None = _setting(
@@ -70,7 +76,7 @@ class Settings:
     run_token: str | None = _setting(None, "bearer token for the run endpoint", secret=True)
     signing_secret: str | None = _setting(
         None,
-        "secret for Standard Webhooks signatures; two, with a blank between, while it is being changed",
+        "secret for Standard Webhooks signatures; two, separated by a blank, while it is changed",
         secret=True,
     )
     ca_file: str | None = _setting(
@@ -80,10 +86,12 @@ class Settings:
         "agent", "the assistant (or graph) that LangGraph runs on the thread"
     )
     agno_agent: str | None = _setting(None, "the agent that Agno runs in the session")
-    protocol: str = _setting("native", "how the agent server speaks: " + ", ".join(PROTOCOLS))
+    protocol: str = _setting("native", "protocol of the agent server: " + ", ".join(PROTOCOLS))
     concurrency: int = _setting(3, "slots: runs at once in this worker", least=1, most=100_000)
     busy_delay: float = _setting(
-        60.0, "seconds until a busy session is tried again, where it does not say", least=0.05
+        60.0,
+        "seconds until a busy session is tried again, where its answer does not say when",
+        least=0.05,
     )
     lease: float = _setting(
         60.0,
@@ -95,13 +103,17 @@ class Settings:
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)
     message_limit: int = _setting(
         4 << 20,
-        "octets of the longest message that is sent, also as `512KiB` or `4MiB`; a recall with a longer one fails",
+        "octets of the longest message that is sent, also as `512KiB` or `4MiB`; "
+        "a recall with a longer one fails",
         least=1,
         most=1_000_000_000,
         size=True,
     )
     give_up: float = _setting(
-        86_400.0, "seconds after an occurrence's first call at which waiting ends", least=0
+        86_400.0,
+        "seconds after an occurrence's first call; an occurrence that is still deferred by then is "
+        "given up",
+        least=0,
     )
     session_limit: str | None = _setting(
         None, "most runs of one session, such as `20/h`, `100/d` or `20/h,100/d`; off where unset"
@@ -110,18 +122,23 @@ class Settings:
         None, "runs at once in all workers together; off where unset", least=1, most=100_000
     )
     poll_interval: float = _setting(
-        30.0, "seconds between two looks without a bell", least=0.1, most=HORIZON / 2
+        30.0,
+        "seconds between polls when no notification arrives",
+        least=0.1,
+        most=HORIZON / 2,
     )
     drain_timeout: float = _setting(
-        30.0, "seconds that open runs get to end after SIGTERM", least=0
+        30.0, "seconds that current runs get to end after SIGTERM", least=0
     )
     prune: str | None = _setting(
         None,
-        "how long what is over is kept, such as `30d`, `30d,failed=90d` or `fired=7d,calls=1d`; nothing is deleted where unset",
+        "how long recalls that are over are kept, such as `30d`, `30d,failed=90d` or "
+        "`fired=7d,calls=1d`; nothing is deleted where unset",
     )
     ops_listen: str | None = _setting(
         None,
-        "`port` or `host:port` of /livez, /readyz and /metrics, which ask nobody who they are; off where unset",
+        "`port` or `host:port` of /livez, /readyz and /metrics, which are unauthenticated; "
+        "off where unset",
     )
     log_level: str = _setting("info", "log level: " + ", ".join(LEVELS))
     log_format: str = _setting(
@@ -137,7 +154,7 @@ class Settings:
 
     @property
     def keep(self) -> dict[str, float]:
-        """`prune` in seconds, by what is kept; what is not in it is kept for ever."""
+        """`prune` in seconds, by what is kept; anything that is not in it is kept for ever."""
         return retention(self.prune or "")[0]
 
     @property
@@ -163,9 +180,21 @@ class Settings:
 _SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B?|B)?", re.IGNORECASE | re.ASCII)
 _NUMBER = re.compile(r"\d+(\.\d*)?e\+?\d\d?", re.IGNORECASE | re.ASCII)
 _SIZES = {
-    "": 1, "b": 1, "k": 1 << 10, "kb": 1000, "kib": 1 << 10, "ki": 1 << 10, "m": 1 << 20, "mb": 1000**2, "mib": 1 << 20,
-    "mi": 1 << 20, "g": 1 << 30, "gb": 1000**3, "gib": 1 << 30, "gi": 1 << 30,
-}  # fmt: skip
+    "": 1,
+    "b": 1,
+    "k": 1 << 10,
+    "kb": 1000,
+    "kib": 1 << 10,
+    "ki": 1 << 10,
+    "m": 1 << 20,
+    "mb": 1000**2,
+    "mib": 1 << 20,
+    "mi": 1 << 20,
+    "g": 1 << 30,
+    "gb": 1000**3,
+    "gib": 1 << 30,
+    "gi": 1 << 30,
+}
 _SPANS = {"h": 3600.0, "d": 86_400.0}
 _LIMIT = re.compile(r"([1-9]\d{0,5})/([hd])")
 _ADDRESS = re.compile(
@@ -175,10 +204,12 @@ _LIMITS = re.compile(r"[1-9]\d{0,5}/[hd](?:[, ]\s*[1-9]\d{0,5}/[hd])?")
 
 
 def retention(text: str) -> tuple[dict[str, float], list[str]]:
-    """How long what is over is kept, in seconds (`30d,failed=90d`), and what is wrong with the text, a clause each.
+    """How long recalls that are over are kept, in seconds (`30d,failed=90d`), and the problems of
+    the text, a clause each.
 
-    A duration alone is for every status that is not named; statuses that have none are kept for ever. Marks of calls, where they are not
-    named, are kept as long as what is kept longest: then no mark goes before its recall, and they don't pile up for ever.
+    A duration alone is for every status that is not named; statuses without one are kept for ever.
+    Records of calls, where not named, are kept as long as the status that is kept longest: then no
+    record is deleted before its recall, and they do not accumulate for ever.
     """
     given: dict[str, float] = {}
     problems: list[str] = []
@@ -221,7 +252,8 @@ def read(
 ) -> Settings:
     """The settings from the environment, then from `flags` (those that are not None).
 
-    Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions, and what is `needed` and not set.
+    Raises SettingsError with every problem found: wrong numbers, unreadable files, contradictions,
+    and settings that are `needed` and not set.
     """
     environ = os.environ if environ is None else environ
     problems: list[str] = []
@@ -238,7 +270,7 @@ def read(
     problems += _contradictions(settings)
     problems += _missing(
         settings,
-        [name for name in needed if not any(said.startswith(variable(name)) for said in problems)],
+        [name for name in needed if not any(text.startswith(variable(name)) for text in problems)],
     )
     if problems:
         raise SettingsError(problems)
@@ -246,7 +278,8 @@ def read(
 
 
 def ignored(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Variables that look like settings and are none: a typing error that would otherwise go unseen."""
+    """Variables that look like settings and are none: typing errors that nobody would notice
+    otherwise."""
     fields = {variable(f.name): f for f in dataclasses.fields(Settings)}
     known = set(fields) | {name + "_FILE" for name, f in fields.items() if f.metadata["secret"]}
     names = os.environ if environ is None else environ
@@ -282,18 +315,18 @@ def _raw(f: dataclasses.Field[Any], environ: Mapping[str, str], problems: list[s
     if direct is not None and name + "_FILE" in files:
         problems.append(f"{name} and {name}_FILE are both set: keep one")
         return direct
-    for said, path in files.items():
+    for source, path in files.items():
         if direct is None:
             try:
                 if text := path.read_text(encoding="utf-8").strip():
                     return text
-                problems.append(f"{said} is empty: write the secret into it, or leave it out")
+                problems.append(f"{source} is empty: write the secret into it, or leave it out")
             except (FileNotFoundError, NotADirectoryError) as error:
-                if not said.startswith("the credential"):  # Nobody has to give one.
-                    problems.append(f"{said} can't be read: {error.strerror}")
+                if not source.startswith("the credential"):  # A credential is optional.
+                    problems.append(f"{source} can't be read: {error.strerror}")
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(
-                    f"{said} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+                    f"{source} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
                 )
     return direct
 
@@ -308,7 +341,7 @@ def _converted(f: dataclasses.Field[Any], raw: Any) -> Any:
     if f.metadata["size"]:
         raw = _octets(str(raw))
     try:
-        # What is no whole number is a duration: seconds, or with units.
+        # Any number that is not whole is a duration: seconds, or with units.
         number = int(raw) if kind == "int" else durations.seconds(str(raw), bare=True)
     except ValueError:
         wanted = "whole number" if kind == "int" else "number of seconds, or such as 90s or 1h30m"
@@ -348,40 +381,44 @@ def _contradictions(s: Settings) -> list[str]:
         if value not in allowed:
             problems.append(f"{variable(name)} is {value!r}: give one of {', '.join(allowed)}")
     for name, dsn in (("dsn", s.dsn), ("listen_dsn", s.listen_dsn)):
-        problems += [f"{variable(name)} {said}" for said in _dsn_problems(dsn or "")]
+        problems += [f"{variable(name)} {problem}" for problem in _dsn_problems(dsn or "")]
     if s.protocol == "agno" and s.agno_agent is None:
         problems.append(
             "RECALL_PROTOCOL is 'agno', which needs RECALL_AGNO_AGENT: set it to the agent's id"
         )
     if s.run_url is not None:
-        problems += [f"RECALL_RUN_URL {said}" for said in _url_problems(s.run_url)]
+        problems += [f"RECALL_RUN_URL {problem}" for problem in _url_problems(s.run_url)]
     if s.run_token is not None and not s.run_token.isascii():
         problems.append(
             "RECALL_RUN_TOKEN holds characters that no HTTP header can carry: use plain ASCII"
         )
     if s.session_limit is not None and not _LIMITS.fullmatch(s.session_limit):
         problems.append(
-            f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in 20/h,100/d"
+            f"RECALL_SESSION_LIMIT is {s.session_limit!r}: give runs an hour, a day or both, as in "
+            "20/h,100/d"
         )
     keep, wrong = retention(s.prune or "")
-    problems += [f"RECALL_PRUNE {said}" for said in wrong]
+    problems += [f"RECALL_PRUNE {problem}" for problem in wrong]
     if (
         not wrong
         and keep
         and keep["calls"] < max((span for span, _ in s.session_windows), default=0)
     ):
         problems.append(
-            "RECALL_PRUNE deletes marks of calls that RECALL_SESSION_LIMIT counts: name calls, with a day or more (an hour for /h)"
+            "RECALL_PRUNE deletes records of calls that RECALL_SESSION_LIMIT counts: name calls, "
+            "with a day or more (an hour for /h)"
         )
     if s.ops_listen is not None and (s.ops_address is None or s.ops_address[1] > 65535):
-        said = "give host:port, such as 127.0.0.1:9464 or [::1]:9464 (0.0.0.0:9464 for every address), or a port alone"
-        problems.append(f"RECALL_OPS_LISTEN is {s.ops_listen!r}: {said}")
+        problems.append(
+            f"RECALL_OPS_LISTEN is {s.ops_listen!r}: give host:port, such as 127.0.0.1:9464 or "
+            "[::1]:9464 (0.0.0.0:9464 for every address), or a port alone"
+        )
     for secret in [one for one in (s.signing_secret or "").split() if one.startswith("whsec_")]:
         try:
             base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         except ValueError:
             problems.append(
-                "RECALL_SIGNING_SECRET starts with whsec_ but is not base64 behind it: copy it again"
+                "RECALL_SIGNING_SECRET starts with whsec_ but is not base64 after it: copy it again"
             )
     if s.ca_file is not None and not os.access(s.ca_file, os.R_OK):
         problems.append(f"RECALL_CA_FILE is {s.ca_file!r}, which can't be read: give a PEM file")
@@ -389,7 +426,8 @@ def _contradictions(s: Settings) -> list[str]:
 
 
 def _dsn_problems(dsn: str) -> list[str]:
-    """libpq takes what follows a stray @ or / for a host or a port, and would quote that part of a password in its complaint."""
+    """The problems of a DSN with a stray @ or /: libpq reads the text after it as a host or a port,
+    and would quote that part of a password in its error."""
     scheme, found, rest = dsn.partition("://")
     if not found or scheme not in ("postgresql", "postgres"):
         return []

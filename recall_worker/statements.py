@@ -1,7 +1,7 @@
 """Finds `sql/` and splits its files into named statements.
 
-A file is a sequence of `-- name: <name>` headers, each followed by one statement. Comments are for the reader of the file and
-are dropped here, as psycopg would read a `%` in one as a placeholder.
+A file is a sequence of `-- name: <name>` headers, each followed by one statement. Comments are for
+the reader of the file and are dropped here, as psycopg would read a `%` in one as a placeholder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _COMMENT = re.compile(r"^\s*--.*$|\s--\s.*$", re.MULTILINE)
 
 
 def folder() -> Path:
-    """The folder `sql/`: beside the modules in an installed wheel, beside the package in a checkout."""
+    """The folder `sql/`: beside the modules in an installed wheel, beside the package in a
+    checkout. Raises FileNotFoundError."""
     for candidate in (_HERE / "sql", _HERE.parent / "sql"):
         if (candidate / "ledger.sql").is_file():
             return candidate
@@ -26,7 +27,7 @@ def folder() -> Path:
 
 
 def text(file: str) -> str:
-    """`sql/<file>.sql` as it stands."""
+    """The text of `sql/<file>.sql`."""
     return (folder() / f"{file}.sql").read_text(encoding="utf-8")
 
 

@@ -1,10 +1,13 @@
-"""A sweep: one walk through both tables that deletes what is over for long enough, batch by batch. Pure: whoever sweeps asks PostgreSQL.
+"""A sweep: one walk through both tables that deletes what has been over for long enough, batch by
+batch. Pure: the caller queries PostgreSQL.
 
-Owns the order of the batches and how large they are: stretches of a table's pages, to the end that the table had when the walk began, so many
-rows of each at most. A batch that took long makes the next one smaller. The `prune` command and the daemon's own pruner sweep alike; the
-daemon makes pauses.
+Owns the order and the size of the batches: ranges of a table's pages, up to the end that the table
+had when the walk began, and a limited number of rows in each. A batch that took long makes the next
+one smaller. The `prune` command and the daemon's pruner sweep in the same way; the daemon adds
+pauses.
 
-The database decides what is over, and whether the application holds it locked. Never here: SQL (prune.sql), when to sweep (worker.pruner).
+The database decides what is over, and whether the application holds it locked. Never here: SQL
+(prune.sql), when to sweep (worker.pruner).
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from .settings import KEPT
 PAGES, ROWS = 2048, 2000
 """The largest batch: pages that are read, rows that are deleted."""
 SMALLEST = 1 / 32
-"""Of the largest, the part to begin with, and that it never falls below."""
+"""Part of the largest batch: the size to begin with, and the smallest."""
 AIM = 0.05
-"""Seconds that a batch should take: within half and twice of it the size stays as it is."""
+"""Seconds that a batch should take: between half and twice of it the size stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Batch:
 
 class Sweep:
     def __init__(self, keep: Mapping[str, float]) -> None:
-        """`keep`: seconds, by what is kept (settings.KEPT). What is not in it is not touched."""
+        """`keep`: seconds, by what is kept (settings.KEPT). What is not in it is never deleted."""
         self.deleted = dict.fromkeys(KEPT, 0)
         self._keep = {kind: keep.get(kind) for kind in KEPT}
         *statuses, calls = (self._keep[kind] is not None for kind in KEPT)
@@ -51,13 +54,13 @@ class Sweep:
         )
 
     def note(self, batch: Batch, row: Mapping[str, int], took: float) -> None:
-        """What that batch deleted, and the seconds that it took."""
+        """Note what that batch deleted, and the seconds that it took."""
         deleted = {kind: row[kind] for kind in KEPT}
         for kind, count in deleted.items():
             self.deleted[kind] += count
         if self._end is None:
             self._end = row["pages"]
-        # As many as there may be: some may be left in this stretch.
+        # Where the batch was full, more rows may be left in this range of pages.
         if sum(deleted.values()) < batch.values["most"]:
             self._first += batch.values["pages"]
         if self._first >= self._end:

@@ -15,6 +15,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from recall_worker.database.connection import (
+    SERVER_GIVES_UP_AT,
     DatabaseUnavailable,
     Deadlines,
     QueryConnection,
@@ -254,7 +255,7 @@ def test_deadlines_follow_the_lease(lease: float, statement: float, connect: flo
     found = Deadlines.within(lease)
     assert (found.statement, found.connect) == (statement, connect)
     if lease >= 4:
-        assert lease / 3 + found.statement * 16 / 15 < lease * 11 / 12
+        assert lease / 3 + found.statement / SERVER_GIVES_UP_AT < lease * 11 / 12
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,9 @@ def test_several_things_wrong_with_a_retention() -> None:
 def test_calls_that_are_counted_are_kept(keep: str, limit: str, wrong: bool) -> None:
     """A cap on a session's runs counts marks: those that it still counts are not to be deleted."""
     found = problems({"RECALL_PRUNE": keep, "RECALL_SESSION_LIMIT": limit})
-    assert [problem.startswith("RECALL_PRUNE deletes marks") for problem in found] == [True] * wrong
+    assert [problem.startswith("RECALL_PRUNE deletes records") for problem in found] == [
+        True
+    ] * wrong
 
 
 def test_settings_are_frozen() -> None:

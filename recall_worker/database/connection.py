@@ -1,13 +1,15 @@
-"""One connection to PostgreSQL, as the daemon needs it: how it is opened, how long it is waited for, and what its
-silence means.
+"""One connection to PostgreSQL, as the daemon needs it: how it is opened, how long we wait for an
+answer, and what silence means.
 
-A connection is opened when it is first needed, and again after it broke. It carries one question at a time, each a
-transaction of its own and one round trip (`pipeline`). Deadlines follow the lease, on both ends: a silence is noticed, and a
-new connection tried, while the lease lasts. Its first question is whether it is the server's own, or lent by a pooler for one
-transaction at a time: there nothing is prepared, and every transaction brings its settings along. Whatever goes wrong with a
-connection is DatabaseUnavailable. What PostgreSQL answers but refuses, because of the values given, is StatementRejected.
+A connection is opened when it is first needed, and again after it broke. It carries one query at a
+time, each a transaction of its own and one round trip (`pipeline`). Deadlines follow the lease, on
+both ends: silence is noticed, and a new connection tried, while the lease lasts. The first query
+finds out whether the connection is the server's own or pooled (lent by a pooler for one
+transaction at a time): on a pooled one nothing is prepared, and every transaction sets its own
+settings. Any failure of a connection is DatabaseUnavailable. A statement that PostgreSQL answers
+but refuses, because of its values, is StatementRejected.
 
-Never here: what is asked (ledger), and when.
+Never here: the statements (ledger), and when they are run.
 """
 
 from __future__ import annotations
@@ -35,34 +37,42 @@ from .pipeline import PipelineConnection, Step, given_in_order, numbered
 STATEMENT_DEADLINE = 15.0
 """Seconds, at most, after which an unanswered statement means that the connection is gone."""
 CONNECT_DEADLINE = 10.0
+"""Seconds, at most, to open a connection."""
 CONNECT_LEAST = 2.0
 """Seconds that libpq gives a host at least."""
+DEADLINE_AT = 1 / 4
+"""Part of a lease: renewals start at a third of it, so an unanswered one leaves time for a new
+connection and a second try."""
+SERVER_GIVES_UP_AT = 15 / 16
+"""Part of our deadline: PostgreSQL, where it is alive, gives a statement up a little before us."""
 LOCK_PATIENCE = 1.0
-"""Seconds, at most, a statement may wait for the application to end a transaction. Row locks are passed over and not waited for."""
+"""Seconds, at most, a statement may wait for the application to end a transaction. Locked rows are
+skipped, not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """How long PostgreSQL is waited for, in seconds."""
+    """How long we wait for PostgreSQL, in seconds."""
 
     statement: float = STATEMENT_DEADLINE
     connect: float = CONNECT_DEADLINE
 
     @classmethod
     def within(cls, lease: float) -> Deadlines:
-        """A renewal is asked for at a third of the lease. Should it go unanswered there is time for a new connection and another one."""
+        """Deadlines that leave time to renew a lease of so many seconds again: see DEADLINE_AT."""
         return cls(
-            min(STATEMENT_DEADLINE, max(1.0, lease / 4)),
-            min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease / 4)),
+            min(STATEMENT_DEADLINE, max(1.0, lease * DEADLINE_AT)),
+            min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease * DEADLINE_AT)),
         )
 
     def connecting(self, dsn: str) -> float:
-        """Until each of a DSN's hosts has been asked."""
+        """Seconds in which each of a DSN's hosts can be tried."""
         return max(self.connect, CONNECT_LEAST * _hosts(conninfo_to_dict(dsn)))
 
 
 class DatabaseUnavailable(Exception):
-    """PostgreSQL does not answer, or not this connection. `reason` is for people; the caller tries again."""
+    """PostgreSQL, or this connection to it, does not answer. `reason` is for people; the caller
+    tries again."""
 
     def __init__(
         self,
@@ -72,8 +82,9 @@ class DatabaseUnavailable(Exception):
         for_all: bool = False,
         timed_out: bool = False,
     ) -> None:
-        """`asked_at`: monotonic instant of the question. `for_all`: nobody is let in, so nobody else can take a lease either.
-        `timed_out`: the connection was there, and this statement was not done in time: it may be one of its rows."""
+        """`asked_at`: monotonic instant of the query. `for_all`: PostgreSQL refuses everyone, so no
+        other worker can take a lease either. `timed_out`: the connection was open, and this
+        statement was not done in time: one of its rows may be the cause."""
         super().__init__(reason)
         self.timed_out = timed_out
         self.reason = reason
@@ -82,7 +93,8 @@ class DatabaseUnavailable(Exception):
 
 
 class StatementRejected(Exception):
-    """PostgreSQL answered, and will not run this statement with these values (or at all). Trying again changes nothing."""
+    """PostgreSQL answered that it will not run this statement with these values, or at all. Trying
+    again changes nothing."""
 
     def __init__(self, reason: str, sqlstate: str | None) -> None:
         super().__init__(reason)
@@ -91,22 +103,25 @@ class StatementRejected(Exception):
 
     @property
     def is_lock(self) -> bool:
-        """Whether somebody holds the whole table locked, as DDL does: no fault of the values."""
+        """Whether the whole table is locked, as DDL does: not the fault of the values."""
         return self.sqlstate == errors.LockNotAvailable.sqlstate
 
     @property
     def of_a_row(self) -> bool:
-        """Whether it is about a row's values (data, constraints, limits, what a trigger raised), and not about the statement."""
+        """Whether a row's values are the cause (data, constraints, limits, an exception of a
+        trigger), and not the statement."""
         return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
 
 
 def connection_info(
     dsn: str, name: str, connect_within: float = CONNECT_DEADLINE
 ) -> dict[str, Any]:
-    """Keyword arguments for psycopg's connect: the DSN with our application_name and with keepalives that notice a dead peer.
+    """Keyword arguments for psycopg's connect: the DSN with our application_name and with
+    keepalives that notice a dead peer.
 
-    `connect_within`: seconds. Of several hosts the last one, too, is asked within them, should those before it be silent (but each gets
-    two seconds); and the one that takes writes is meant, unless the DSN says otherwise: after a failover the first may be a standby.
+    `connect_within`: seconds, shared by all hosts of the DSN, so that the last one is tried in time
+    when the others are silent (but each gets two seconds). Of several hosts we want the one that
+    takes writes, unless the DSN says otherwise: after a failover the first may be a standby.
     """
     given = conninfo_to_dict(dsn)
     hosts = _hosts(given)
@@ -130,10 +145,11 @@ def connection_info(
 
 
 class Connection(psycopg.AsyncConnection[Any]):
-    """One that is hung up where what it was asked is broken off: by a deadline, or by its task's end.
+    """A connection that is closed when a query on it is cancelled: by a deadline, or with its task.
 
-    psycopg would first ask the server to cancel, over a new connection, and then wait for the old one to say so: five seconds each, and
-    a deadline is meant for a server that says nothing. PostgreSQL gives up by itself: see `session_setup`.
+    psycopg would first ask the server to cancel, over a new connection, and then wait for the old
+    one to confirm: five seconds each, and a deadline is meant for a server that says nothing.
+    PostgreSQL gives up by itself: see `session_setup`.
     """
 
     async def cancel_safe(self, *, timeout: float = 0.0) -> None:
@@ -146,29 +162,35 @@ def _hosts(given: Mapping[str, Any]) -> int:
 
 
 def transaction_setup(seconds: float) -> dict[str, str]:
-    """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
+    """How long PostgreSQL may wait, in its notation: for a lock, for a statement, and for us."""
     return {
-        "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
-        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
-    }  # fmt: skip
+        "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}",
+        "statement": f"{seconds * 1000:.0f}",
+        "idle": f"{math.ceil(seconds)}",
+        "interval": f"{math.ceil(seconds / 3)}",
+        "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
+    }
 
 
 async def session_setup(
     conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE
 ) -> bool:
-    """The first question on a connection. Returns whether it is the server's own: then it has our settings from now on.
+    """Run the first query on a connection. Returns whether the connection is the server's own: then
+    it has our settings from now on.
 
-    `seconds`: the deadline of a statement; after twice that PostgreSQL, too, is rid of a connection whose peer has vanished, and of
-    the locks that it held. False: a pooler stands in between, and what was set would stay behind for others.
+    `seconds`: the deadline of a statement; after twice that PostgreSQL, too, closes a connection
+    whose peer has vanished, and releases its locks. False: a pooler stands in between, and what we
+    set would stay behind for others.
     """
     cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
     values = {"pid": conn.pgconn.backend_pid} | transaction_setup(seconds)
-    question = statements.load("ledger")["session_setup"].encode()
+    setup = statements.load("ledger")["session_setup"].encode()
     try:
-        await cursor.execute(question, values, prepare=False)
+        await cursor.execute(setup, values, prepare=False)
     except errors.QueryCanceled:
-        # Until ours is set the account's own deadline holds, be it a millisecond. A second time PostgreSQL has it all in its caches.
-        await cursor.execute(question, values, prepare=False)
+        # The account's own deadline holds until ours is set, even if it is one millisecond. The
+        # second try is faster: PostgreSQL has everything in its caches.
+        await cursor.execute(setup, values, prepare=False)
     row = await cursor.fetchone()
     assert row is not None
     return bool(row[0])
@@ -177,8 +199,8 @@ async def session_setup(
 def error_text(error: BaseException) -> str:
     """The first line of an error's text, without what could be a secret.
 
-    libpq never names a password; but of a DSN that it can't take apart it quotes pieces, and with them pieces of a password that has a
-    blank, a slash or an @ in it.
+    libpq never names a password. But it quotes pieces of a DSN that it can't parse, and with them
+    pieces of a password that has a blank, a slash or an @ in it.
     """
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else type(error).__name__
@@ -191,10 +213,11 @@ def error_text(error: BaseException) -> str:
 
 
 def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
-    """Whether a connection was refused as everybody's is: nobody listens there, or PostgreSQL is starting up or shutting down.
+    """Whether everyone's connections are refused: no server listens there, or PostgreSQL is
+    starting up or shutting down.
 
-    False where others may be let in, or be in already: no answer, no way there, too many clients, a password that is wrong. Of several
-    hosts none may be listening.
+    False where others may get in, or are in already: no answer, no route, too many clients, a wrong
+    password. With several hosts: True only if none of them listens.
     """
     attempts = str(error).split("\n- ")[1:] or [str(error)]
     if all(
@@ -202,8 +225,8 @@ def takes_nobody(error: psycopg.Error, dsn: str) -> bool:
         for attempt in attempts
     ):
         return True
-    # What a server said follows two blanks, and may be in any language. libpq's ping knows it by its code. It holds the whole process up, but
-    # this server has just answered.
+    # A server's own message follows two blanks, in any language; libpq's ping reads its code
+    # instead. The ping blocks the whole process, but this server has just answered.
     if _hosts(conninfo_to_dict(dsn)) > 1 or ":  " not in attempts[-1]:
         return False
     return (
@@ -220,19 +243,20 @@ _OF_A_DSN = re.compile(r"connection (?:option|info)|URI|percent-encoded|port num
 
 
 def _is_refusal(error: psycopg.Error) -> bool:
-    """Whether it is the values or the schema that PostgreSQL won't have, and not the moment or the connection."""
+    """Whether PostgreSQL rejects the values or the schema: neither the moment nor the connection is
+    the cause."""
     if error.sqlstate is None:
         return not isinstance(error, errors.OperationalError | errors.InterfaceError)
-    # 08 connection, 0A a plan from before a column changed its type, 25 a standby after a failover, 26 a forgotten plan,
-    # 40 a deadlock, 53 no resources, 57 shut down, 58 disk.
+    # 08 connection, 0A a plan from before a column changed its type, 25 a standby after a failover,
+    # 26 a forgotten plan, 40 a deadlock, 53 no resources, 57 shut down, 58 disk.
     return error.sqlstate[:2] not in ("08", "0A", "25", "26", "40", "53", "57", "58", "XX")
 
 
 class QueryConnection:
-    """One connection, opened when needed, one question at a time.
+    """One connection, opened when needed, one query at a time.
 
-    Where one breaks its siblings open theirs anew before their next question: most often they broke too, and then the same outage would be
-    told again.
+    When one breaks, its siblings reconnect before their next query: most often they broke too, and
+    the same outage would be reported again.
     """
 
     def __init__(
@@ -244,7 +268,7 @@ class QueryConnection:
         *,
         prepare: bool = True,
     ) -> None:
-        """`prepare`: have PostgreSQL keep the plans of what is asked."""
+        """`prepare`: have PostgreSQL keep the plans of the statements."""
         self._dsn = dsn
         self._info = connection_info(dsn, name, deadlines.connect)
         self._within = deadlines.statement
@@ -255,7 +279,7 @@ class QueryConnection:
         self._suspect = False
         self._pipe: PipelineConnection | None = None
         self._pooled = False
-        """Whether a pooler lends us the server's connection for one transaction at a time."""
+        """Whether a pooler lends us a server connection for one transaction at a time."""
         self._turn = asyncio.Lock()
 
     async def ask(
@@ -266,16 +290,16 @@ class QueryConnection:
         *,
         as_: type[dict[str, Any]] | type[tuple[Any, ...]] = dict,
     ) -> list[Any]:
-        """Run a statement; `after` another one, where given (with its values), in one transaction and still one round trip.
+        """Run a statement and return its rows, each `as_` a dict or a tuple.
 
-        Raises DatabaseUnavailable, StatementRejected.
+        `after`: a statement (with its values) to run before it in the same transaction, still in
+        one round trip. Raises DatabaseUnavailable, StatementRejected.
         """
         text, names = numbered(statement)
         async with self._turn:
             asked_at = time.monotonic()
             try:
-                # PostgreSQL itself gives a statement up a little before, where it is there.
-                within = self._within * 16 / 15
+                within = self._within / SERVER_GIVES_UP_AT
                 async with asyncio.timeout(
                     within + (0.0 if self._is_open else self._connect_within)
                 ) as deadline:
@@ -285,19 +309,19 @@ class QueryConnection:
                     pipe = self._pipe
                     assert pipe is not None
                     wanted = (text, given_in_order(names, values))
-                    before: list[Step] = self._borrowed if self._pooled else []
+                    before: list[Step] = self._pooled_setup if self._pooled else []
                     if after is not None:
                         first, its = (after, {}) if isinstance(after, str) else after
                         first_text, first_names = numbered(first)
                         before = [*before, (first_text, given_in_order(first_names, its))]
-                    question = pipe.ask(
+                    query = pipe.ask(
                         before,
                         wanted,
                         [(b"commit", ())] if self._pooled else [],
                         self._prepare and not self._pooled,
                     )
                     try:
-                        answer = await question.answer
+                        answer = await query.answer
                     except psycopg.Error:
                         await self._roll_back(pipe)
                         raise
@@ -327,13 +351,13 @@ class QueryConnection:
                 self._break()
                 raise DatabaseUnavailable(error_text(error), asked_at) from error
             except BaseException:
-                # Cancelled in mid-question: what the connection would say next belongs to nobody.
+                # Cancelled in the middle of a query: nobody would read the rest of its answer.
                 self._drop()
                 raise
 
     @property
-    def _borrowed(self) -> list[Step]:
-        """What a transaction begins with where nothing may stay behind."""
+    def _pooled_setup(self) -> list[Step]:
+        """The start of a transaction on a pooled connection, where no setting may stay behind."""
         text, names = numbered(statements.load("ledger")["transaction_setup"])
         given = transaction_setup(self._within)
         return [
@@ -342,7 +366,7 @@ class QueryConnection:
         ]
 
     async def _roll_back(self, pipe: PipelineConnection) -> None:
-        """End a transaction that was begun in so many words, and refused."""
+        """End a transaction that we began explicitly and that failed."""
         if pipe.is_in_error:
             await pipe.ask([], (b"rollback", ()), [], False).answer
 
@@ -362,8 +386,8 @@ class QueryConnection:
         self._pipe = PipelineConnection(conn)
 
     def _break(self) -> None:
-        for line in self._siblings:
-            line._suspect = True
+        for sibling in self._siblings:
+            sibling._suspect = True
         self._drop()
 
     def _drop(self) -> None:

@@ -1,15 +1,18 @@
-"""The bell: one dedicated LISTEN connection that wakes the worker.
+"""The listener: one dedicated LISTEN connection that wakes the worker.
 
-A notification says only "look": the payload is empty and the row is the truth. The worker must also look once after every
-(re)connection, as whatever rang meanwhile was not heard; the bell rings itself for that.
+A notification only says that something changed: its payload is empty, and the row is the truth. The
+worker must also query once after every (re)connection, as notifications sent meanwhile are lost;
+the listener calls `notify()` for that.
 
-The connection is the bell's alone, and is read as soon as something comes, which psycopg's `notifies()` would do two turns of the loop later. A
-half-open peer raises nothing, and a LISTEN through a
-transaction pooler, or on another server than the one that is written to, succeeds and hears nothing. So every now and then the bell has
-itself rung, on a channel of its own and from another connection (the ledger's): what arrives has come all the way. What does not is told
-once, loudly; until it is heard again the worker lives by its regular look. It reconnects for ever, with jitter.
+The connection is used for nothing else, and is read as soon as data arrives; psycopg's `notifies()`
+would do that two turns of the event loop later. A half-open connection raises nothing. A LISTEN
+through a transaction pooler, or on another server than the one that is written to, succeeds and
+receives nothing. So the listener tests itself from time to time: it has a channel of its own
+notified from another connection (the ledger's). If that does not arrive, it is deaf. This is
+logged once; until a test succeeds the worker relies on its polls. It reconnects for ever, with
+jitter.
 
-Never here: what a notify means.
+Never here: what a notification means.
 """
 
 from __future__ import annotations
@@ -38,18 +41,25 @@ from .connection import (
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 60.0
-"""Seconds, as a replica that has nothing to do should cost nothing: what rings meanwhile on a dead connection, the regular look finds. Oftener
-where the lease is short."""
+"""Seconds between self-tests. An idle replica should cost nothing, and polls find what a dead
+connection misses. More often where the lease is short."""
 PROBE_DEADLINE = 5.0
+"""Seconds that a self-test, or a statement on this connection, may take."""
 SELF_TEST_STEP = 0.2
-RECONNECT_MOST = 5.0
-MEANWHILE = "until then a look every RECALL_POLL_INTERVAL finds what is inserted"
-POOLER = "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does not pass"
+"""Seconds between two checks whether the self-test's notification was sent."""
+RECONNECT_FIRST, RECONNECT_MOST, DOUBLINGS_MOST = 0.2, 5.0, 6
+"""Seconds, at most, before it reconnects: doubling with each failure, for so many failures."""
+ANSWERS_JITTER = 0.05
+"""Seconds over which replicas spread their connections when PostgreSQL answers again."""
+MEANWHILE = "until then a poll every RECALL_POLL_INTERVAL finds new recalls"
+POOLER = (
+    "notifications do not arrive: a transaction pooler, which LISTEN does not pass, is in between"
+)
 POOLER_HINT = f"give the server's own address in RECALL_LISTEN_DSN; {MEANWHILE}"
 ELSEWHERE = (
-    "what is rung does not reach it: RECALL_LISTEN_DSN leads to another database than RECALL_DSN"
+    "notifications do not arrive: RECALL_LISTEN_DSN leads to another database than RECALL_DSN"
 )
-ELSEWHERE_HINT = f"the same database on the same server in RECALL_LISTEN_DSN; {MEANWHILE}"
+ELSEWHERE_HINT = f"name the same database on the same server in RECALL_LISTEN_DSN; {MEANWHILE}"
 
 
 class Listener:
@@ -64,8 +74,8 @@ class Listener:
         events: Events,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 frozen
     ) -> None:
-        """`self_test(channel)`: notify that channel from another connection. Raises DatabaseUnavailable or
-        StatementRejected where that can't be done."""
+        """`self_test(channel)`: notify that channel from another connection. It raises
+        DatabaseUnavailable or StatementRejected where that can't be done."""
         self._deadlines = deadlines
         self._connect_within = deadlines.connecting(dsn)
         self._probe_every = (
@@ -77,27 +87,29 @@ class Listener:
         self._notify = notify
         self._self_test = self_test
         self._events = events
-        # The same for all connections of this bell: behind a pooler a LISTEN stays on whatever connection it was passed to.
+        # The same for all connections of this listener: behind a pooler, a LISTEN stays on the
+        # server connection that ran it.
         self._own = f"{CHANNEL}_{uuid4().hex[:16]}"
         self._direct = True
         self.listening = False
         self.deaf = False
-        """Whether the last self_test did not come."""
+        """Whether the last self-test did not arrive."""
         self._rechecks = False
         self._answers = asyncio.Event()
         self._tested = False
         self._stirred = asyncio.Event()
-        """What is waited for may have come."""
+        """Set when the event that `_wait` waits for may have happened."""
 
     def recheck(self) -> None:
-        """PostgreSQL was away for others and answers again: soon see whether this connection still hears, or connect at once."""
+        """PostgreSQL was unavailable to other connections and answers again: test this connection
+        soon, or connect at once."""
         self._rechecks = True
         self._answers.set()
         self._stirred.set()
 
     @property
     def state(self) -> str:
-        """listening, lost or deaf: for people."""
+        """`listening`, `lost` or `deaf`: for people."""
         return "deaf" if self.deaf else "listening" if self.listening else "lost"
 
     async def run(self) -> None:
@@ -109,10 +121,10 @@ class Listener:
                 await self._listen()
                 failures = 0
             except (psycopg.Error, OSError, TimeoutError) as error:
-                told = self.listening or failures == 0
+                is_news = self.listening or failures == 0
                 failures = 1 if self.listening else failures + 1
                 self.listening = False
-                if told:
+                if is_news:
                     reason = (
                         "no answer to the probe"
                         if isinstance(error, TimeoutError)
@@ -121,20 +133,23 @@ class Listener:
                     self._events.tell("listener.lost", reason=reason)
             try:
                 async with asyncio.timeout(
-                    random.uniform(0.05, min(RECONNECT_MOST, 0.2 * 2 ** min(failures, 6)))
+                    random.uniform(
+                        0.05,
+                        min(RECONNECT_MOST, RECONNECT_FIRST * 2 ** min(failures, DOUBLINGS_MOST)),
+                    )
                 ):
                     await self._answers.wait()
-                # The same instant for all replicas.
-                await asyncio.sleep(random.uniform(0.0, 0.05))
+                # All replicas notice it in the same instant.
+                await asyncio.sleep(random.uniform(0.0, ANSWERS_JITTER))
             except TimeoutError:
                 pass
 
     async def _listen(self) -> None:
-        """Listen on a new connection. Returns when that does not hear what is rung."""
+        """Listen on a new connection. Returns when notifications do not arrive on it."""
         async with asyncio.timeout(self._connect_within):
             conn = await Connection.connect(**self._info)
-        # What comes while it is asked something.
-        conn.add_notify_handler(lambda came: self._receive(came.channel))
+        # For notifications that arrive while a statement runs.
+        conn.add_notify_handler(lambda notification: self._receive(notification.channel))
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
                 self._direct = await session_setup(conn, self._deadlines.statement)
@@ -144,10 +159,10 @@ class Listener:
             if not self.deaf:
                 self._events.tell("listener.listening", channel=CHANNEL)
             self._notify()
-            while await self._hears(conn):
+            while await self._passes_self_test(conn):
                 await self._wait(conn, self._probe_every, while_trusted=True)
             if self.deaf:
-                # A new connection did not hear either. It is kept for a while, as nothing speaks for another one.
+                # A new connection is deaf, too. It is kept for a while: another one would not help.
                 await self._wait(conn, self._probe_every, while_trusted=True)
                 return
             self.deaf = True
@@ -160,22 +175,23 @@ class Listener:
     async def _wait(
         self, conn: psycopg.AsyncConnection[Any], seconds: float, *, while_trusted: bool = False
     ) -> bool:
-        """Hear what comes, for so long, or until the self_test comes (or a recheck). Returns whether the self_test came."""
+        """Receive notifications for so many seconds, or until the self-test's arrives (or, where
+        `while_trusted`, a recheck is wanted). Returns whether the self-test's arrived."""
         broken: list[psycopg.Error] = []
 
-        def hear() -> None:
+        def receive() -> None:
             try:
                 conn.pgconn.consume_input()
-                while (came := conn.pgconn.notifies()) is not None:
-                    self._receive(came.relname.decode())
+                while (notification := conn.pgconn.notifies()) is not None:
+                    self._receive(notification.relname.decode())
             except psycopg.Error as error:
                 broken.append(error)
                 self._stirred.set()
 
         loop, socket, until = asyncio.get_running_loop(), conn.fileno(), time.monotonic() + seconds
-        loop.add_reader(socket, hear)
+        loop.add_reader(socket, receive)
         try:
-            hear()
+            receive()
             while (
                 not (self._tested or broken or (while_trusted and self._rechecks))
                 and (left := until - time.monotonic()) > 0
@@ -198,8 +214,9 @@ class Listener:
         else:
             self._notify()
 
-    async def _hears(self, conn: psycopg.AsyncConnection[Any]) -> bool:
-        """Whether this connection hears what is rung; True, too, where nobody can notify now. Raises TimeoutError where it is dead."""
+    async def _passes_self_test(self, conn: psycopg.AsyncConnection[Any]) -> bool:
+        """Whether notifications arrive on this connection; also True where none can be sent now.
+        Raises TimeoutError where the connection is dead."""
         self._rechecks = False
         self_test = asyncio.ensure_future(self._test_notified())
         until: float | None = None
@@ -208,7 +225,7 @@ class Listener:
                 if await self._wait(
                     conn, SELF_TEST_STEP if until is None else until - time.monotonic()
                 ):
-                    return self._is_heard()
+                    return self._not_deaf()
                 if until is None and self_test.done():
                     if not self_test.result():
                         break
@@ -218,17 +235,17 @@ class Listener:
             raise
         async with asyncio.timeout(PROBE_DEADLINE):
             await conn.execute(b"select 1", prepare=False)
-        # Should this process have been stopped meanwhile, the self_test has come and was not read.
-        return self._is_heard() if await self._wait(conn, SELF_TEST_STEP) else until is None
+        # If this process was stopped meanwhile, the notification may have arrived unread.
+        return self._not_deaf() if await self._wait(conn, SELF_TEST_STEP) else until is None
 
-    def _is_heard(self) -> bool:
+    def _not_deaf(self) -> bool:
         if self.deaf:
             self.deaf = False
             self._events.tell("listener.listening", channel=CHANNEL)
         return True
 
     async def _test_notified(self) -> bool:
-        """Have ourselves rung. False where that can't be done now."""
+        """Have our own channel notified. False where that can't be done now."""
         try:
             await self._self_test(self._own)
         except (DatabaseUnavailable, StatementRejected):

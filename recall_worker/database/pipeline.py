@@ -1,9 +1,11 @@
-"""One open connection in libpq's pipeline mode: a transaction in one write, its answer read as it comes.
+"""One open connection in libpq's pipeline mode: one write per transaction, answers read as they
+come.
 
-To a worker that was idle, psycopg's cursors cost twice the time of such a round trip, being more code than the caches hold
-by then. Values and rows are adapted by psycopg all the same.
+In a worker that was idle, psycopg's cursors take twice the time of such a round trip: they are more
+code than the CPU's caches still hold by then. psycopg still adapts the values and rows.
 
-Never here: when a connection is opened, how long it is waited for, and what its silence means (connection).
+Never here: when a connection is opened, how long we wait for it, and what silence means
+(connection).
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ _Prepared: TypeAlias = tuple[_Plan, bytes]
 
 
 class PendingQuery:
-    """What was asked in one transaction and has not been answered whole."""
+    """The statements of one transaction whose answer is not complete yet."""
 
     def __init__(self, place: int, prepared: _Prepared | None) -> None:
-        """`place`: which of the results is wanted, counted from 0. `prepared`: what the first one says of having been prepared."""
+        """`place`: which of the results is wanted, counted from 0. `prepared`: the plan that the
+        first result confirms, if one is being prepared."""
         self.answer: asyncio.Future[PGresult] = asyncio.get_running_loop().create_future()
-        """When the transaction has ended. Raises psycopg.Error."""
+        """Done when the transaction has ended. Raises psycopg.Error."""
         self.prepared = prepared
         self._place = place
         self._results = 0
@@ -46,7 +49,7 @@ class PendingQuery:
         self._error: psycopg.Error | None = None
 
     def take(self, result: PGresult) -> bool:
-        """One result more. Returns whether it was the last one."""
+        """Add one result. Returns whether it was the last one."""
         match result.status:
             case pq.ExecStatus.PIPELINE_SYNC:
                 if self._error is None and self._wanted is not None and not self.answer.done():
@@ -55,7 +58,7 @@ class PendingQuery:
                     self.fail(psycopg.InternalError("an answer without its result"))
                 return True
             case pq.ExecStatus.FATAL_ERROR:
-                # One without a code is libpq's own: the connection is lost.
+                # An error without a code comes from libpq itself: the connection is lost.
                 coded = result.error_field(pq.DiagnosticField.SQLSTATE) is not None
                 error = (
                     errors.error_from_result(result)
@@ -72,16 +75,18 @@ class PendingQuery:
         return False
 
     def fail(self, error: psycopg.Error) -> None:
-        """The transaction was refused, or the connection is lost; what PostgreSQL said before that says more."""
+        """The transaction was refused, or the connection is lost. PostgreSQL's first error is
+        raised instead where there was one: it says more."""
         if not self.answer.done():
             self.answer.set_exception(self._error or error)
 
 
 class PipelineConnection:
-    """An open connection in pipeline mode: what is asked leaves in one write, and its answers are read as they come."""
+    """An open connection in pipeline mode: each transaction is sent in one write, and its answers
+    are read as they come."""
 
     def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
-        """`conn`: nobody else's from now on. It may be pooled by a pooler."""
+        """`conn`: used by nobody else from now on. It may be pooled."""
         self._conn = conn
         self._pg = conn.pgconn
         self._adapt = Transformer(conn)
@@ -90,7 +95,7 @@ class PipelineConnection:
         self._lost: psycopg.Error | None = None
         self._loop = asyncio.get_running_loop()
         self._socket = self._pg.socket
-        """Remembered, as libpq closes it when the server has."""
+        """Remembered, as libpq closes it when the server does."""
         self._pg.enter_pipeline_mode()
         self._loop.add_reader(self._socket, self._read)
 
@@ -102,11 +107,12 @@ class PipelineConnection:
     def ask(
         self, before: Sequence[Step], wanted: Step, behind: Sequence[Step], prepare: bool
     ) -> PendingQuery:
-        """Send these statements, one transaction; the rows are those of `wanted`. Raises psycopg.Error where that can't be sent."""
+        """Send these statements as one transaction; the rows are those of `wanted`. Raises
+        psycopg.Error where they can't be sent."""
         if self._lost is not None:
             raise self._lost
         pg, text = self._pg, wanted[0]
-        # Whatever can't be adapted is found before anything is sent.
+        # A value that can't be adapted is found before anything is sent.
         adapted = [(step, *self._adapted(values)) for step, values in (*before, wanted, *behind)]
         plan = text, adapted[len(before)][2]
         name = self._prepared.get(plan) if prepare else None
@@ -114,7 +120,7 @@ class PipelineConnection:
         if fresh:
             name = b"recall_worker_%d" % len(self._prepared)
             pg.send_prepare(name, text, plan[1])
-        self._asked = question = PendingQuery(
+        self._asked = query = PendingQuery(
             len(before) + fresh, (plan, name) if fresh and name is not None else None
         )
         for place, (step, given, types, formats) in enumerate(adapted):
@@ -125,7 +131,7 @@ class PipelineConnection:
         pg.pipeline_sync()
         if pg.flush():
             self._loop.add_writer(self._socket, self._flush)
-        return question
+        return query
 
     def _adapted(
         self, values: Sequence[Any]
@@ -140,7 +146,8 @@ class PipelineConnection:
         try:
             return self._rows(result, as_)
         except errors.DataError:
-            # A date that psycopg can't load. Most tables have none, so it is only from the first one on that each is looked at more closely.
+            # A date that psycopg can't load. Most tables have none, so the slower loader is used
+            # only from the first one on.
             self._conn.adapters.register_loader("timestamptz", Dates)
             self._adapt = Transformer(self._conn)
             return self._rows(result, as_)
@@ -157,11 +164,11 @@ class PipelineConnection:
         )
 
     def _flush(self) -> None:
-        """Send what the kernel did not take before."""
+        """Send what the kernel did not accept before."""
         try:
             left = self._pg.flush()
         except psycopg.Error:
-            left = 0  # The reader finds out, too.
+            left = 0  # The reader notices the error, too.
         if not left:
             self._loop.remove_writer(self._socket)
 
@@ -171,7 +178,7 @@ class PipelineConnection:
             self._pg.consume_input()
         except psycopg.Error as error:
             lost = error
-        # The results of each statement end with None; after two there is nothing more for now.
+        # None ends the results of each statement; two in a row mean that there is no more for now.
         nones = 0
         while self._asked is not None and nones < 2 and not self._pg.is_busy():
             result = self._pg.get_result()
@@ -179,35 +186,35 @@ class PipelineConnection:
                 nones += 1
                 continue
             nones = 0
-            question = self._asked
-            if question.prepared is not None:
-                plan, name = question.prepared
-                question.prepared = None
+            query = self._asked
+            if query.prepared is not None:
+                plan, name = query.prepared
+                query.prepared = None
                 if result.status == pq.ExecStatus.COMMAND_OK:
                     self._prepared[plan] = name
-            if question.take(result):
+            if query.take(result):
                 self._asked = None
         if lost is not None:
-            self._hang_up()
+            self._stop_watching()
             self._lost = lost
             if self._asked is not None:
                 self._asked.fail(lost)
 
-    def _hang_up(self) -> None:
+    def _stop_watching(self) -> None:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
 
     def close(self) -> None:
-        """At once: it never waits for a peer that is gone."""
+        """Close at once: this never waits for a peer that is gone."""
         if self._lost is None:
-            self._hang_up()
+            self._stop_watching()
         self._pg.finish()
 
 
 @cache
 def numbered(statement: str) -> tuple[bytes, tuple[str, ...]]:
-    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order. psycopg would take a statement as long as
-    ours apart each time that it is run."""
+    """A statement with `$1`, `$2` … in place of its named parameters, and those names in order.
+    Cached: psycopg would parse statements as long as ours at every run."""
     numbers: dict[str, int] = {}
     text = re.sub(
         r"%\((\w+)\)s",
@@ -223,8 +230,8 @@ def given_in_order(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]
 
 
 def _array(values: Sequence[Any]) -> str:
-    """A list as PostgreSQL reads an array; of what, the statement says. psycopg's own way finds out for each element how to write it, which
-    costs a settle more than all the rest of it."""
+    """A list in PostgreSQL's notation of an array; the statement names its type. psycopg would find
+    out for each element how to write it, which costs more than the rest of a settle."""
     return "{" + ",".join([_WRITTEN[type(value)](value) for value in values]) + "}"
 
 
@@ -233,5 +240,11 @@ def _quoted(value: object) -> str:
 
 
 _WRITTEN: Mapping[type, Callable[[Any], str]] = {
-    type(None): lambda _: "null", bool: str, int: str, float: repr, str: _quoted, UUID: str, datetime: _quoted,
-}  # fmt: skip
+    type(None): lambda _: "null",
+    bool: str,
+    int: str,
+    float: repr,
+    str: _quoted,
+    UUID: str,
+    datetime: _quoted,
+}

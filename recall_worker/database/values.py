@@ -1,4 +1,4 @@
-"""Values as Python can hold them: dates beyond its calendar, and documents that somebody wrote by hand."""
+"""Values that Python has no type for: dates beyond its calendar, and JSON written by hand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from psycopg.adapt import Loader
 from psycopg.types.datetime import TimestamptzLoader
 
 LEVELS_MOST = 100
-"""Values within values that are read from a JSON document: Python's own reader and writer stop at
-some hundreds.
+"""Levels of nesting that are read from a JSON document: Python's own reader and writer stop at some
+hundreds.
 """
 DIGITS_MOST = 300
 """Digits of a whole number that a double can still stand for."""
@@ -24,14 +24,15 @@ EARLIEST, LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UT
 
 
 def clamped(when: datetime) -> datetime:
-    """`when`, or the nearest date that can still be reckoned with."""
+    """`when`, or the nearest date that Python can still calculate with."""
     return when if EARLIEST.year < when.year < LATEST.year else min(LATEST, max(EARLIEST, when))
 
 
 class Dates(TimestamptzLoader):
-    """Dates as Python can hold them: those that it can't (infinite, before Christ, beyond the year 9998) as the nearest.
+    """Dates as Python can hold them. Those that it can't hold (infinite, before Christ, beyond the
+    year 9998) become the nearest that it can.
 
-    In UTC, as Python's difference of two dates of one zone is that of its clocks on the wall.
+    In UTC, as Python subtracts two dates of one zone by local time, ignoring clock changes.
     """
 
     def load(self, data: Buffer) -> datetime:
@@ -47,17 +48,15 @@ class Dates(TimestamptzLoader):
 def load_whatever_stands_there(
     conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any],
 ) -> None:
-    """Have a connection read also what somebody may have written into a row by hand and Python has
-    no value for.
-    """
+    """Have a connection also load values that somebody wrote by hand and Python has no type for."""
     conn.adapters.register_loader("timestamptz", Dates)
     for name in ("json", "jsonb"):
         conn.adapters.register_loader(name, Documents)
 
 
 class Documents(Loader):
-    """JSON. What Python, or a reader of our own `--json`, has no value for stays text: a document in
-    which values are nested for more than LEVELS_MOST, a number that is no finite double.
+    """JSON. What Python, or a reader of our own `--json`, has no type for stays text: a document
+    nested deeper than LEVELS_MOST, a number that is no finite double.
     """
 
     def load(self, data: Buffer) -> Any:

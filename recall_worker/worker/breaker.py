@@ -1,11 +1,14 @@
-"""The breaker: whether the endpoint is worth calling. Pure state; instants are monotonic seconds brought by the caller.
+"""The breaker: whether the endpoint is worth calling. Pure state; instants are monotonic seconds
+that the caller passes in.
 
-It opens when two sessions in a row meet Misconfigured or Unavailable with no answer between: one session's trouble never stops
-the others. While it is open claims stop, but for probes: one row at a time, after 1 s doubling to 30 s. Which row is probed
-rotates by itself, as the one that met trouble is deferred. Any answer to a call sent since then closes it; so does a probe that
-was sent and meets silence for a while, as a run may take minutes and trouble is quick to show.
+It opens when two different sessions in a row get Misconfigured or Unavailable with no answer in
+between: one session's trouble never stops the others. While it is open only probes are claimed: one
+row at a time, after 1 s doubling to 30 s. The probed row changes by itself, as a row that failed is
+deferred. Any answer to a call sent since then closes the breaker. So does a probe that was sent and
+has been silent for a while: a run may take minutes, but trouble shows quickly.
 
-Whatever changes its state returns the event that this makes, so that no change can go untold: `endpoint_status` tells them.
+Each method that changes the state returns the event of that change, so that every change is logged:
+`endpoint_status` does that.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from ..recall import (
     Unsent,
 )
 
-PROBE_FIRST = 1.0
-PROBE_MOST = 30.0
+PROBE_FIRST, PROBE_MOST = 1.0, 30.0
+"""Seconds before a probe: doubling from the first to the most."""
 PATIENCE = 5.0
+"""Seconds of silence after which a probe counts as being run."""
+PROBE_UNSENT_CHECK, PROBE_CHECK_LEAST = 1.0, 0.05
+"""Seconds until the next check on a probe that is not sent yet, and at least on one that is."""
 
 
 class Breaker:
@@ -56,7 +62,9 @@ class Breaker:
             return None, 0.0
         if self._probe is not None:
             sent_at = self._probe.sent_at
-            return 0, 1.0 if sent_at is None else max(0.05, sent_at + PATIENCE - now)
+            if sent_at is None:
+                return 0, PROBE_UNSENT_CHECK
+            return 0, max(PROBE_CHECK_LEAST, sent_at + PATIENCE - now)
         return (1, 0.0) if now >= self._next_probe else (0, self._next_probe - now)
 
     def open_for(self, now: float) -> float:
@@ -64,7 +72,8 @@ class Breaker:
         return now - self._opened_at
 
     def be_patient(self, now: float) -> str | None:
-        """The probe may have been silent for long enough to show that it is being run: breaker.closed, or None."""
+        """Close if the probe has been silent for so long that it must be running: breaker.closed,
+        or None."""
         sent_at = self._probe.sent_at if self._probe is not None else None
         return self.close() if sent_at is not None and now - sent_at >= PATIENCE else None
 
@@ -83,7 +92,8 @@ class Breaker:
         self._probe = call
 
     def note(self, call: Call, outcome: Outcome, now: float) -> str | None:
-        """Take an ending in; returns the event that it makes: breaker.opened, breaker.closed, breaker.probed, or None."""
+        """Note how a call ended. Returns the event: breaker.opened, breaker.closed, breaker.probed,
+        or None."""
         was_probe = call is self._probe
         if was_probe:
             self._probe = None

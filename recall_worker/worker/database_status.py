@@ -1,7 +1,8 @@
-"""Whether PostgreSQL answers: every loop reports here, so that an outage is told once, at its beginning and at its end.
+"""Whether PostgreSQL answers. Every loop reports here, so that an outage is logged once when it
+begins and once when it ends.
 
-After an outage, however long, living owners come first: expired leases of others are left alone for a third of a lease, in
-which those who still run them settle and renew.
+After an outage, however long, living owners come first: for GRACE_AFTER_OUTAGE nobody takes the
+leases of others that have ended, so that workers that still run them can settle and renew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Callable
 
 from ..events import Events
 
+GRACE_AFTER_OUTAGE = 1 / 3
+"""Part of a lease: a worker renews at a third of it, so every living owner renews within this."""
+
 
 class DatabaseStatus:
     def __init__(self, events: Events, lease: float) -> None:
@@ -19,7 +23,7 @@ class DatabaseStatus:
         self._lease = lease
         self._lost_at: float | None = None
         self._found_at = 0.0
-        self._courteous_until = 0.0
+        self._grace_until = 0.0
         self._on_return: list[Callable[[], None]] = []
 
     @property
@@ -28,24 +32,26 @@ class DatabaseStatus:
 
     @property
     def may_take_expired(self) -> bool:
-        return self._lost_at is None and time.monotonic() >= self._courteous_until
+        return self._lost_at is None and time.monotonic() >= self._grace_until
 
     @property
     def may_take_expired_in(self) -> float:
         """Seconds until it may, while PostgreSQL answers; 0 where it may."""
-        return max(0.0, self._courteous_until - time.monotonic())
+        return max(0.0, self._grace_until - time.monotonic())
 
     def on_return(self, act: Callable[[], None]) -> None:
         """Have `act()` called when PostgreSQL answers again."""
         self._on_return.append(act)
 
     def woke(self, late: float) -> None:
-        """The process slept this much longer than it meant to, in seconds: it may have been stopped while its leases ran out."""
-        if late > self._lease / 3:
+        """The process slept `late` seconds longer than it meant to: it may have been stopped while
+        its leases ended."""
+        if late > self._lease * GRACE_AFTER_OUTAGE:
             self._return()
 
     def lost(self, reason: str, asked_at: float = math.inf) -> None:
-        """`asked_at`: monotonic instant of what went unanswered. Asked before PostgreSQL was found again, it is no news."""
+        """`asked_at`: monotonic instant of the unanswered query. One from before PostgreSQL
+        answered again is no news."""
         if self._lost_at is None and asked_at >= self._found_at:
             self._lost_at = time.monotonic()
             self._events.tell("database.lost", reason=reason)
@@ -59,6 +65,6 @@ class DatabaseStatus:
             self._return()
 
     def _return(self) -> None:
-        self._courteous_until = time.monotonic() + self._lease / 3
+        self._grace_until = time.monotonic() + self._lease * GRACE_AFTER_OUTAGE
         for act in self._on_return:
             act()

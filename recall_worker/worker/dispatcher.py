@@ -1,11 +1,13 @@
-"""Claims what is due and starts it, never more than the free slots; and takes up what dead workers left.
+"""Claims what is due and starts it, never more than the free slots; takes up what dead workers
+left.
 
-Owns the loop of looks: when the next one is due is `wake`'s to say, and whatever that says the loop gives way to all others
-at every turn. A look claims first, sends the calls on their way, and then asks what is due next.
+Owns the dispatch loop. `wake` decides when the next dispatch is due; at every turn the loop lets
+all other tasks run. A dispatch claims first, lets the calls be sent, and then asks what is due
+next.
 
-What the database decides: what is due, and whose it is. Rows of dead workers are taken up one at a time: until its request
-has been sent such a row may be what that worker died of, and nobody is to die with it twice. Those that the API accepted are
-only polled, and are taken up together.
+What the database decides: what is due, and who holds it. Rows of dead workers are taken up one at a
+time: until its request has been sent, such a row may be what killed that worker, and must not kill
+several. Rows whose runs the API accepted are only polled, and are taken up together.
 """
 
 from __future__ import annotations
@@ -25,22 +27,25 @@ from ..settings import Settings
 from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
 from .executor import Executor
-from .run import Run, Runs
+from .run import RENEW_AT, Run, Runs
 from .wake import Looked, Wake
 
 OUTAGE_PAUSE = (0.1, 0.5)
+"""Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
 REFUSED_PAUSE = (1.0, 5.0)
+"""The same after PostgreSQL refused a statement."""
 TICK = 0.001
-"""Seconds before an instant from which on the loop turns without sleeping: its sleeps are whole milliseconds, rounded up."""
+"""Seconds before an instant at which the loop stops sleeping and only yields: its sleeps are whole
+milliseconds, rounded up."""
 TOGETHER_LEAST, TOGETHER_MOST = 5, 100
-"""Recalls that one claim takes at most: half of the slots, within these bounds. With all slots in one claim this process and
-PostgreSQL come to wait for each other by turns."""
+"""Recalls that one claim takes at most: half of the slots, within these bounds. With all slots in
+one claim, this process and PostgreSQL take turns waiting for each other."""
 CALLS_FIRST = 0.001
-"""Seconds for which calls go before the question what is due next."""
+"""Seconds in which calls may be sent before the query for what is due next."""
 UNSEEN_MOST = 1.0
-"""Seconds after which that is asked in the midst of a backlog, too."""
+"""Seconds after which that query is sent even during a backlog."""
 PROBED_AGAIN = 1.0
-"""Seconds after which a worker whose breaker is open looks after its probe."""
+"""Seconds until a worker whose breaker is open checks its probe."""
 
 
 class Dispatcher:
@@ -67,16 +72,16 @@ class Dispatcher:
         self._wake = wake
         self._roused = asyncio.Event()
         self._leases_ended = True
-        """Whether leases may have ended that are to be taken up: as of when that was asked last."""
+        """Whether leases that are to be taken up may have ended, as of the last query for them."""
         self._unseen_since: float | None = None
-        """The first claim since it was asked what is due next."""
+        """Monotonic instant of the first claim since the last query for what is due next."""
         self._full = False
         """Whether the last claim took as much as it might: more may be due."""
         self._stopped = False
         self.turned_at = time.monotonic()
         """Monotonic instant of the loop's last turn: what a watchdog should look at."""
 
-    # --- what happened -------------------------------------------------------------------------------------------
+    # --- what happened ----------------------------------------------------------------------------
 
     def notified(self) -> None:
         """A notification came, or the listener has a new connection."""
@@ -89,7 +94,7 @@ class Dispatcher:
         self._roused.set()
 
     def progressed(self) -> None:
-        """A run has left its slot, or has proven to be escape_controls: worth a look where something waits for that."""
+        """A run has left its slot, or has proven safe: dispatch where something waits for that."""
         if self._full or self._leases_ended:
             self.changed()
 
@@ -103,10 +108,10 @@ class Dispatcher:
         self._stopped = True
         self._roused.set()
 
-    # --- the loop ------------------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Look whenever it is time. Returns when stopped."""
+        """Dispatch whenever it is time. Returns when stopped."""
         while not self._stopped:
             self._roused.clear()
             self.turned_at = now = time.monotonic()
@@ -114,14 +119,15 @@ class Dispatcher:
             if wait > 0:
                 await self._sleep(now + wait)
                 continue
-            # Whatever is computed here, all others have their turn.
+            # Let all other tasks run, however often this loop turns.
             await asyncio.sleep(0)
             claims = self._wake.begin(time.monotonic())
             found = await self.dispatch_once(claims=claims)
             self._wake.looked(found, time.monotonic())
 
     async def _sleep(self, until: float) -> None:
-        """Until an instant, or until something wakes us. A process that was stopped meanwhile overslept."""
+        """Sleep until an instant, or until something wakes us, and report how late it was: the
+        process may have been stopped meanwhile."""
         try:
             async with asyncio.timeout(until - time.monotonic() - TICK):
                 await self._roused.wait()
@@ -131,7 +137,8 @@ class Dispatcher:
         self._database.woke(time.monotonic() - until)
 
     async def dispatch_once(self, *, claims: bool) -> Looked:
-        """Claim what is due and start it. `claims`: at once; else only where there is anything."""
+        """Claim what is due and start it. `claims`: claim at once; else first ask whether anything
+        is due."""
         slots, changes_in = await self._endpoint.allowance(self._runs.free_slots)
         if slots <= 0:
             return Looked(blocked=True, again_in=changes_in)
@@ -166,8 +173,9 @@ class Dispatcher:
         if claimed.refused:
             return Looked(taken, unfinished=True, blocked=True)
         self._unseen_since = self._unseen_since or claimed.asked_at
-        # The calls go first: PostgreSQL and this process would otherwise be busy with what comes next. What is notified meanwhile
-        # is a look of its own, and while all slots are filled nobody needs to know.
+        # The calls go first: PostgreSQL and this process would otherwise be busy with what comes
+        # next. What is notified meanwhile is a look of its own, and while all slots are filled
+        # nobody needs to know.
         if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
             if self._full:
                 return self._filled(taken)
@@ -178,15 +186,15 @@ class Dispatcher:
         return self._filled(taken) if self._full else self._seen(taken, next_due, tried=tried)
 
     def _filled(self, taken: int) -> Looked:
-        """The end of a run wakes us; some may have ended meanwhile. A probe that is being run is looked after, as its silence may
-        close the breaker."""
+        """The slots are filled. The end of a run wakes us; some may have ended meanwhile. A running
+        probe is checked, as its silence may close the breaker."""
         if self._endpoint.is_open:
             return Looked(taken, full=True, again_in=PROBED_AGAIN)
         return Looked(taken, full=True, has_room=self._runs.free_slots > 0)
 
     def _seen(self, taken: int, next_due: NextDue, *, tried: bool) -> Looked:
-        # Leases that have ended are for the next look, unless this one has tried to take them up: then something stands in
-        # the way of those that are left.
+        # The next dispatch takes up the leases that have ended, unless this one has tried: then
+        # something blocks those that are left.
         ended = next_due.ended and not tried
         may_take_in = self._database.may_take_expired_in if ended else 0.0
         return Looked(
@@ -200,7 +208,7 @@ class Dispatcher:
         )
 
     async def _is_called(self, within: float) -> bool:
-        """Whether anything asks for another look within so many seconds."""
+        """Whether anything asks for another dispatch within so many seconds."""
         if self._wake.is_called:
             return True
         self._roused.clear()
@@ -224,20 +232,21 @@ class Dispatcher:
         return next_due
 
     async def _settle_moved(self) -> None:
-        """Put cron recalls that plain SQL inserted or moved on moments of theirs, so that the application's next skip adds the
-        right distance."""
+        """Put cron recalls that plain SQL inserted or moved on ticks of their cron expressions, so
+        that the application's next skip adds the right distance."""
         moved = await self._ledger.moved()
         for id, reason in await self._ledger.settle_moved(
             [(claim, judging.planned(claim, random.random)) for claim in moved]
         ):
             self._events.tell("recall.stranded", recall=id, error=reason)
 
-    # --- taking up -----------------------------------------------------------------------------------------------
+    # --- taking up --------------------------------------------------------------------------------
 
     async def _take_up(self, slots: int, *, probing: bool) -> int:
-        """Take up what dead workers left, within so many slots; returns how many of these that used.
+        """Take up what dead workers left, within so many slots. Returns how many of these it used.
 
-        While the breaker is open accepted runs take no probe's place, as they are only polled: but a slot is kept for it.
+        While the breaker is open, accepted runs may fill all slots but one, which the probe needs:
+        they are only polled.
         """
         in_hand = self._runs.in_doubt(self._settings.lease)
         ended = await self._ledger.ended_leases(in_hand)
@@ -248,7 +257,7 @@ class Dispatcher:
         if probing:
             used = max(0, slots - self._runs.free_slots)
         if ended.unanswered and used < slots and not self._runs.any_unproven:
-            # One, and the next one where the oldest is locked.
+            # Only one: the oldest that is not locked.
             used += await self._take(ended.unanswered, in_hand, probing=probing, most=1)
         return used
 
@@ -262,7 +271,7 @@ class Dispatcher:
         await self._start(claimed, probing=probing)
         return len(claimed.claims)
 
-    # --- starting ------------------------------------------------------------------------------------------------
+    # --- starting ---------------------------------------------------------------------------------
 
     def _tell_claimed(self, claimed: Claimed) -> None:
         self._database.found()
@@ -306,7 +315,7 @@ class Dispatcher:
                 else "stopping"
                 if self._stopped
                 else "its claim was answered too late"
-                if time.monotonic() > held_until - self._settings.lease / 3
+                if time.monotonic() > held_until - self._settings.lease * RENEW_AT
                 else None
             )
             if unsent is not None:
@@ -317,19 +326,20 @@ class Dispatcher:
             run.task = asyncio.create_task(self._executor.execute(run))
 
     def _forget(self, claim: Claim) -> None:
-        """Should the row have been ours before, the lease of that time is gone with this claim."""
+        """If the row was ours before, that lease ended with this claim: abort the run under it."""
         for run in self._runs:
             if run.claim.id == claim.id:
                 run.abort("lost")
 
     async def _write_moves(self, placements: list[tuple[Claim, Placement]]) -> dict[object, Claim]:
-        """Those that are to run now, as they stand after it; the others go back as moved."""
+        """Write the moves of the claims that are to run now. Returns those by lease, as they are
+        after it; the others go back as moved."""
         try:
             placed = await self._ledger.write_moves(
                 [(claim, to) for claim, to in placements if judging.runs_now(claim, to)]
             )
         except (DatabaseUnavailable, StatementRejected):
-            return {}  # Put back unsent: the settle honours the move.
+            return {}  # Put back unsent: the settle applies the move.
         for claim in placed:
             self._events.tell(
                 "recall.moved",

@@ -1,9 +1,10 @@
-"""Whether the endpoint answers, as this worker knows it: its breaker, and what the replicas tell each other.
+"""Whether the endpoint answers, as far as this worker knows: its breaker, and what replicas share.
 
-Owns the breaker, and is the one place where its changes are told: to the log, to the workers' table (by a heartbeat), to the
-claim loop, and, where this worker got an answer, to the other replicas.
+Owns the breaker, and is the one place that reports its changes: to the log, to recall_workers (by a
+heartbeat), to the dispatcher, and, where this worker got an answer, to the other replicas.
 
-The database decides whose the next probe is, and whether anybody was answered. Never here: what an outcome means for a row.
+The database decides which replica makes the next probe, and knows whether any replica got an
+answer. Never here: what an outcome means for a row.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from ..recall import Outcome
 from .breaker import Breaker
 
 ASK_AGAIN = 1.0
-"""Seconds until PostgreSQL is asked again for the fleet's probe, where it did not say when."""
+"""Seconds until we ask PostgreSQL again for the fleet's probe, where it did not say when."""
 
 
 class EndpointStatus:
     def __init__(
         self, ledger: Ledger, endpoint: str, events: Events, on_change: Callable[[], None]
     ) -> None:
-        """`endpoint`: what replicas with the same endpoint know it by. `on_change()` is called when the breaker opened or closed."""
+        """`endpoint`: the endpoint's key, the same in all replicas that call it. `on_change()` is
+        called when the breaker opened or closed."""
         self._ledger = ledger
         self._endpoint = endpoint
         self._events = events
@@ -45,7 +47,8 @@ class EndpointStatus:
         return self._breaker.is_open
 
     async def allowance(self, free_slots: int) -> tuple[int, float | None]:
-        """How many rows may be claimed now, at most `free_slots`; and seconds until that may change by itself, None: it does not."""
+        """How many rows may be claimed now, at most `free_slots`; and seconds until that may change
+        by itself (None: it does not)."""
         self._changed(
             self._breaker.be_patient(time.monotonic()), "the probe was taken and is being run"
         )
@@ -53,7 +56,8 @@ class EndpointStatus:
         if allowed is None:
             return free_slots, None
         if free_slots <= 0:
-            # The end of a run is told; a probe that is being run closes the breaker by its silence.
+            # The end of a run wakes the dispatcher; a running probe closes the breaker by its
+            # silence.
             return 0, changes_in if allowed == 0 else None
         try:
             return await self._shared(min(allowed, free_slots), changes_in, free_slots)
@@ -63,7 +67,8 @@ class EndpointStatus:
     async def _shared(
         self, allowed: int, changes_in: float, free_slots: int
     ) -> tuple[int, float | None]:
-        """What the fleet knows: whether the endpoint answers others, and whose the next probe is."""
+        """The allowance after asking whether the endpoint answers other replicas, and whether the
+        next probe is ours."""
         now = time.monotonic()
         probe = await self._ledger.probe(
             self._endpoint, self._breaker.open_for(now), wanted=allowed > 0
@@ -82,14 +87,14 @@ class EndpointStatus:
         self._breaker.probing(call)
 
     def note(self, call: Call, outcome: Outcome) -> None:
-        """A call has ended so, or the API has accepted its run."""
+        """Note how a call ended, or that the API has accepted its run."""
         event = self._breaker.note(call, outcome, time.monotonic())
         self._changed(event, getattr(outcome, "reason", None), session=call.claim.session_id)
         if event == "breaker.closed":
             self._telling = asyncio.create_task(self._tell_others())
 
     def _changed(self, event: str | None, reason: str | None, **facts: str) -> None:
-        """The one place where the breaker's changes are told."""
+        """Report a change of the breaker."""
         if event is None:
             return
         self._events.tell(event, **facts, **({"reason": reason} if reason else {}))
@@ -99,4 +104,4 @@ class EndpointStatus:
         try:
             await self._ledger.endpoint_answers(self._endpoint)
         except (DatabaseUnavailable, StatementRejected):
-            pass  # The others find out by their own probes.
+            pass  # The others learn it from their own probes.

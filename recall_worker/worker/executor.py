@@ -1,10 +1,13 @@
-"""One run, step by step: checked, counted, read, looked up or called, accepted, followed; its outcome goes to the settler.
+"""One run, step by step: check, count, find or call, accept, follow; its outcome goes to the
+settler.
 
-The claim says what is to be run and never changes; what is learned on the way (the API's reference, when the request was
-sent) stands in the run. Nothing is raised from here: a defect ends a run as one that was broken off.
+The claim says what to run and never changes; what is learned on the way (the API's reference, when
+the request was sent) is kept in the run. Nothing is raised from here: a defect ends a run like one
+that was broken off.
 
-What the database decides: whether the lease is still ours when a reference is put on record, and when the request of a row
-that was taken up from a dead worker is about to be sent. Never here: what an outcome means for the row (judge).
+What the database decides: whether the lease is still ours when a reference is recorded, and when
+the request of a row taken up from a dead worker is about to be sent. Never here: what an outcome
+means for the row (judge).
 """
 
 from __future__ import annotations
@@ -36,16 +39,22 @@ from ..recall import (
 from ..settings import Settings
 from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
-from .run import ENDED, LET_GO, Run, Runs
+from .run import ENDED, LET_GO, MARGIN, Run, Runs
 from .settler import LOCKED_FIRST, LOCKED_MOST, Settler
 
 OUTAGE_PAUSE = (0.1, 0.5)
+"""Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
 LONG_AT_ONCE = 2
-"""Long messages that are read and sent at the same time, so that a worker's memory does not grow with its slots."""
+"""Long messages that are read and sent at the same time, so that a worker's memory does not grow
+with its slots."""
 LONG_PATIENCE = 5.0
-"""Seconds after which the next one is read although the server has not taken all of the one before."""
+"""Seconds after which the next long message is read although the server has not yet received all of
+the one before."""
 READ_AGAIN = 5.0
-"""Seconds until a message is read again that could not be read."""
+"""Seconds until the next try to read a message that could not be read."""
+COUNT_AGAIN, COUNT_AGAIN_LEAST = 1.0, 0.05
+"""Seconds until a session's runs are counted again: where PostgreSQL does not say, and at least."""
+HOUR = 3600
 
 
 class Executor:
@@ -62,8 +71,8 @@ class Executor:
         events: Events,
         progressed: Callable[[], None],
     ) -> None:
-        """`progressed()` is called where a slot is free before its run is settled, and where a row that was taken up from a
-        dead worker has proven to be escape_controls."""
+        """`progressed()` is called when a slot is free before its run is settled, and when a row
+        taken up from a dead worker has proven safe."""
         self._settings = settings
         self._policy = policy
         self._protocol = protocol
@@ -97,10 +106,10 @@ class Executor:
         self._finish(run, outcome)
 
     def give_back(self, run: Run, reason: str) -> None:
-        """Nothing is done about this run: its row goes back as it was."""
+        """Do not make this run: its row goes back as it was."""
         self._finish(run, self._broken_off(run, reason))
 
-    # --- the steps -----------------------------------------------------------------------------------------------
+    # --- the steps --------------------------------------------------------------------------------
 
     async def _outcome(self, run: Run) -> Outcome:
         if run.reference is None:
@@ -118,34 +127,38 @@ class Executor:
         return await self._followed(run)
 
     async def _checked(self, run: Run) -> Outcome | None:
-        """What already decides the run, so that nothing is sent; None where it is to be called."""
+        """The outcome where it is decided without a call; None where the run is to be called."""
         decided = judging.before_call(
             run.claim, self._policy.max_attempts, self._policy.message_limit
         )
         if isinstance(decided, Unknown) and isinstance(
             found := await self._protocol.find(run.claim), Accepted
         ):
-            # No attempt is left, but the last one reached the server: it is followed there.
+            # No attempt is left, but the last one arrived at the server: follow it there.
             return found
         return decided
 
     async def _counted(self, run: Run) -> Capped | None:
-        """Whether the session has had as many runs as it may: asked under its lease, so that no two claims count at once."""
+        """Capped where the session has had as many runs as it may. Counted under its lease, so that
+        no two claims count at once."""
         windows = self._settings.session_windows
         if not windows:
             return None
         try:
             found = await self._ledger.count_session_runs(run.claim.session_id, windows)
         except (DatabaseUnavailable, StatementRejected) as error:
-            return Capped(f"its session's runs could not be counted: {error.reason}", 1.0)
+            return Capped(f"its session's runs could not be counted: {error.reason}", COUNT_AGAIN)
         for (span, most), (runs, frees_in) in zip(windows, found, strict=True):
             if runs >= most:
-                said = f"its session had {runs} runs within {'an hour' if span == 3600 else 'a day'}, and may have {most}"
-                return Capped(said, max(0.05, frees_in or 1.0))
+                within = "an hour" if span == HOUR else "a day"
+                return Capped(
+                    f"its session had {runs} runs within {within}, and may have {most}",
+                    max(COUNT_AGAIN_LEAST, frees_in or COUNT_AGAIN),
+                )
         return None
 
     async def _called(self, run: Run) -> Outcome:
-        """Look the run up where it may be there already, else post it."""
+        """Find the run where the API may have it already, else post it."""
         claim = run.claim
         if claim.begun:
             found = await self._protocol.find(claim)
@@ -175,7 +188,7 @@ class Executor:
         return Unsent(withheld[0]) if withheld and run.call.sent_at is None else outcome
 
     async def _called_at_length(self, run: Run) -> Outcome:
-        """The same with a message that is read for this call alone, a few at a time."""
+        """Call with a message that is read only for this call, a few at a time."""
         loop, call = asyncio.get_running_loop(), run.call
         await self._long.acquire()
         holds = True
@@ -210,7 +223,8 @@ class Executor:
             release()
 
     async def _accepted(self, run: Run, accepted: Accepted) -> bool:
-        """Put the reference on record before it is polled, however long PostgreSQL takes. False where the row is not ours any more."""
+        """Record the reference before it is polled, however long PostgreSQL takes. False where the
+        row is no longer ours."""
         run.reference, run.delivered_at = accepted.reference, time.monotonic()
         self._endpoint.note(run.call, accepted)
         self._progressed()
@@ -223,13 +237,13 @@ class Executor:
                 if not isinstance(answer, Locked):
                     return answer
                 await asyncio.sleep(pause)
-                pause = min(LOCKED_MOST, self._settings.lease / 12, pause * 2)
+                pause = min(LOCKED_MOST, self._settings.lease * MARGIN, pause * 2)
             except DatabaseUnavailable as outage:
                 self._database.lost(outage.reason, outage.asked_at)
                 await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
             except StatementRejected as refusal:
                 if refusal.is_lock:
-                    # Somebody holds the whole table, as DDL does.
+                    # The whole table is locked, as DDL does.
                     await asyncio.sleep(pause)
                     continue
                 self._events.tell(
@@ -238,7 +252,7 @@ class Executor:
                 return False
 
     async def _followed(self, run: Run) -> Outcome:
-        """Poll the run that the API accepted, for as long as its time goes."""
+        """Poll the run that the API accepted, until RECALL_RUN_TIMEOUT after it was accepted."""
         assert run.reference is not None
         age = (
             run.claim.delivered_age or 0.0
@@ -252,10 +266,11 @@ class Executor:
             await self._protocol.abort(run.claim, run.reference)
         return outcome
 
-    # --- endings -------------------------------------------------------------------------------------------------
+    # --- endings ----------------------------------------------------------------------------------
 
     async def _end_there(self, run: Run) -> None:
-        """The application ended the recall: ask the API to end the run that it accepted, be its reference on record yet or not."""
+        """The application ended the recall: ask the API to end the run that it accepted, whether or
+        not its reference is recorded yet."""
         claim = run.claim
         with suppress(DatabaseUnavailable, StatementRejected):
             if run.aborted is None and not set(
@@ -272,13 +287,13 @@ class Executor:
     @staticmethod
     def _broken_off(run: Run, reason: str) -> Outcome:
         if run.reference is not None and run.aborted not in LET_GO:
-            # It goes on at the API, whether this worker has polled it or not.
+            # It continues at the API, whether this worker has polled it or not.
             return Accepted(run.reference, 202)
         return Unsent(reason) if run.call.sent_at is None else Unknown(reason)
 
     def _finish(self, run: Run, outcome: Outcome) -> None:
         if isinstance(outcome, Unsent):
-            # Of an accepted run nothing is given back: that would have it posted again.
+            # An accepted run is never given back as unsent: it would be posted again.
             outcome = self._broken_off(run, outcome.reason)
         now, call = time.monotonic(), run.call
         breaker_closed = not self._endpoint.is_open

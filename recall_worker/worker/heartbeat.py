@@ -1,7 +1,8 @@
-"""The worker's row in recall_workers, kept fresh: for people, and for other replicas to know that this one is ready.
+"""The worker's row in recall_workers, kept fresh: for people, and so that other replicas know that
+this one is ready.
 
-A heartbeat also does what one worker does for all: it ends leases without an end, and those of recalls that were ended or
-paused in mid-run and whose worker then died.
+A heartbeat also does what one worker does for all: it ends leases without an end, and leases of
+recalls that were ended or paused during a run and whose worker then died.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ..database.ledger import Ledger
 HEARTBEAT_MOST, HEARTBEAT_LEAST = 60.0, 5.0
 """Seconds between two heartbeats: a lease, within these bounds."""
 SOON = 5.0
-"""Seconds until the next one where the last did not get through, and after the start: replicas that were started together
-know of each other a little later."""
+"""Seconds until the next one after a failed one, and after the start: replicas that start together
+learn of each other a little later."""
 
 
 class Heartbeat:
@@ -31,8 +32,9 @@ class Heartbeat:
         in_hand: Callable[[], Collection[str]],
         replicas_ahead: Callable[[int], None],
     ) -> None:
-        """`facts()`: the columns of the worker's row. `in_hand()`: recalls whose leases may have ended, and are this worker's.
-        `replicas_ahead(n)` is told how many other replicas are ready before this one."""
+        """`facts()`: the columns of the worker's row. `in_hand()`: this worker's recalls whose
+        leases may have ended. `replicas_ahead(n)` is called with the number of other replicas that
+        are ready and come before this one."""
         self._ledger = ledger
         self._every = min(HEARTBEAT_MOST, max(HEARTBEAT_LEAST, lease))
         self._settings = settings
@@ -41,10 +43,10 @@ class Heartbeat:
         self._replicas_ahead = replicas_ahead
         self._now = asyncio.Event()
         self.check: Callable[[], Awaitable[None]] | None = None
-        """What else is looked at whenever a heartbeat is due: whether the schema still is for this code."""
+        """A check before each heartbeat: whether the schema still fits this code."""
 
     def beat_now(self) -> None:
-        """What people see in the row has changed."""
+        """Write the row now: what people see in it has changed."""
         self._now.set()
 
     async def run(self) -> None:

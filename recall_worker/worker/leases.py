@@ -1,12 +1,15 @@
-"""Keeps the leases of the runs in hand, and lets go of those that are no longer ours.
+"""Renews the leases of the runs in hand, and breaks off runs that are no longer ours.
 
-All leases are renewed at once at a third of their length; also those of runs that have ended and wait to be settled. When the bell
-rings, a look tells whether somebody ended a recall that is being run: its call is aborted at once.
+All leases are renewed together (RENEW_AT), including those of runs that have ended and wait to be
+settled. A notification starts a check whether the application ended a recall during its run: its
+call is aborted at once.
 
-A worker that is cut off breaks its calls off a twelfth of a lease before their leases end, so that its successor's run does not meet
-its own. By the monotonic clock, counted from when the last renewal that went well was asked for: PostgreSQL's lease ends later. Not where
-PostgreSQL takes nobody, as while it is restarted: then nobody takes leases either, nor for a third of a lease after it. Nor where a lock
-of the application is all that stands in the way.
+A worker that is cut off from PostgreSQL breaks its calls off before their leases end (MARGIN), so
+that its run and the next worker's never overlap. This uses the monotonic clock, counted from the
+moment when the last successful renewal was sent: PostgreSQL's lease ends later. It does not break
+calls off while PostgreSQL refuses everyone, as during a restart: then nobody can take leases
+either, nor for GRACE_AFTER_OUTAGE afterwards. Nor where only a lock of the application prevents the
+renewal.
 """
 
 from __future__ import annotations
@@ -17,16 +20,23 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..database.connection import DatabaseUnavailable, StatementRejected
-from ..database.ledger import Ledger
+from ..database.ledger import OWNERS_FIRST, Ledger
 from .database_status import DatabaseStatus
-from .run import Run
+from .run import MARGIN, RENEW_AT, Run
 
 CHUNK = 2000
+"""Leases that are renewed in one statement."""
 LOCKED_PAUSE = 1.0
+"""Seconds, at most, until the next renewal where a row was locked."""
 OUTAGE_PAUSE = (0.1, 0.5)
+"""Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
+REFUSED_PAUSE = 1.0
+"""Seconds, at most, until the next try after PostgreSQL refused to renew."""
 UNRENEWED = "its lease could not be renewed"
-CHECK_PAUSE = 0.1
-"""Seconds between two looks at least; a look that takes long is waited for twenty times as long."""
+CHECK_PAUSE, CHECK_SHARE = 0.1, 20
+"""Seconds between two checks, at least; and at least so many times as long as the check took."""
+STOOD_STILL_GRACE = 1 / 4
+"""Part of a lease in which PostgreSQL is asked about it, after this process stood still."""
 
 
 class LeaseRenewer:
@@ -38,7 +48,8 @@ class LeaseRenewer:
         held: Callable[[], Mapping[str, Run]],
         let_go: Callable[[Run, str], None],
     ) -> None:
-        """`held()`: the runs in hand by their recalls' ids. `let_go(run, state)` is told of each that is no longer ours."""
+        """`held()`: the runs in hand by their recalls' ids. `let_go(run, state)` is called for each
+        that is no longer ours."""
         self._ledger = ledger
         self._lease = lease
         self._database = database
@@ -49,12 +60,12 @@ class LeaseRenewer:
         database.on_return(self._renew_now.set)
 
     def notified(self) -> None:
-        """The bell rang: somebody may have ended what is being run."""
+        """A notification came: the application may have ended a recall that is being run."""
         self._notified.set()
 
     async def renew(self) -> None:
         """Renew for ever. Returns only by cancellation."""
-        pause = self._lease / 3
+        pause = self._lease * RENEW_AT
         while True:
             try:
                 async with asyncio.timeout(pause):
@@ -62,7 +73,7 @@ class LeaseRenewer:
             except TimeoutError:
                 pass
             self._renew_now.clear()
-            pause = self._lease / 3
+            pause = self._lease * RENEW_AT
             runs = dict(self._held())
             ids = list(runs)
             try:
@@ -91,36 +102,43 @@ class LeaseRenewer:
                 if outage.for_all:
                     for run in runs.values():
                         self._is_left(run, outage.asked_at)
-                pause = min(self._lease / 12, random.uniform(*OUTAGE_PAUSE))
+                pause = min(self._lease * MARGIN, random.uniform(*OUTAGE_PAUSE))
             except StatementRejected as refusal:
                 self._database.lost(refusal.reason)
-                pause = min(self._lease / 12, 1.0)
+                pause = min(self._lease * MARGIN, REFUSED_PAUSE)
 
     def _is_left(self, run: Run, since: float) -> None:
-        """What nobody could take just now is left to us for a third of a lease from then: see `claim`."""
-        run.ours_until = max(run.ours_until, since + self._lease / 3)
+        """Nobody could take this lease at `since`, so all workers leave it to us for OWNERS_FIRST
+        from then: see `Ledger.ended_leases`."""
+        run.ours_until = max(run.ours_until, since + self._lease * OWNERS_FIRST)
 
     async def let_go_in_time(self) -> None:
         """Break off the calls whose leases are about to end. Returns only by cancellation."""
-        margin = self._lease / 12
+        margin = self._lease * MARGIN
         while True:
             going = [run for run in self._held().values() if run.goes_on]
             began = time.monotonic()
-            wait = min([self._lease / 4, *(run.ours_until - margin - began for run in going)])
+            wait = min(
+                [
+                    self._lease * STOOD_STILL_GRACE,
+                    *(run.ours_until - margin - began for run in going),
+                ]
+            )
             if wait > 0:
                 await asyncio.sleep(wait)
                 continue
             for run in going:
                 if run.ours_until < began:
-                    # Past the end, and not broken off before: this process stood still. PostgreSQL knows whether the lease is gone, and is
-                    # asked before a run is broken off that is still ours.
+                    # Past the end, and not broken off before: this process stood still. PostgreSQL
+                    # knows whether the lease is gone: ask it first, as the run may still be ours.
                     self._renew_now.set()
-                    run.ours_until = began + self._lease / 4
+                    run.ours_until = began + self._lease * STOOD_STILL_GRACE
                 elif run.ours_until - margin <= began:
                     self._let_go(run, UNRENEWED)
 
     async def check_leases(self) -> None:
-        """Look at each ring whether the runs in hand are still ours. Returns only by cancellation."""
+        """Check at each notification whether the runs in hand are still ours. Returns only by
+        cancellation."""
         while True:
             await self._notified.wait()
             self._notified.clear()
@@ -136,8 +154,8 @@ class LeaseRenewer:
                     ),
                 )
             except (DatabaseUnavailable, StatementRejected):
-                continue  # The renewal says so, and looks itself.
-            await asyncio.sleep(max(CHECK_PAUSE, 20 * (time.monotonic() - began)))
+                continue  # The renewal reports the outage, and checks the leases itself.
+            await asyncio.sleep(max(CHECK_PAUSE, CHECK_SHARE * (time.monotonic() - began)))
 
     def _part(self, runs: Mapping[str, Run], states: Mapping[str, str]) -> None:
         for id, state in states.items():

@@ -1,7 +1,8 @@
 """The daemon as a process: signals, systemd's notifications, limits of the operating system.
 
-SIGTERM and SIGINT drain; the same again releases at once. systemd is told READY when the loop turns, with or without PostgreSQL,
-and is fed by the loop that does the work: a worker whose claim loop stands still is not fed.
+SIGTERM and SIGINT drain; a second one releases at once. systemd gets READY when the loop turns,
+with or without PostgreSQL. Its watchdog gets no more notifications when the dispatch loop stands
+still.
 """
 
 from __future__ import annotations
@@ -26,18 +27,23 @@ from ..statements import generation
 from .worker import Worker
 
 STANDSTILL = STATEMENT_DEADLINE + 2 * CONNECT_DEADLINE + 30.0
-"""Seconds that one turn of the claim loop can take at the very most, with the longest poll behind it."""
+"""Seconds that one turn of the dispatch loop can take at most, after the longest pause between
+polls."""
 
+SCHEMA_PATIENCE = 5.0
+"""Seconds, at most, that the check of the schema takes at the start."""
+WATCHDOG_AT = 1 / 3
+"""Part of systemd's watchdog interval after which it is notified: two may be late."""
 WORKING_FILES = 64
-"""Descriptors kept for PostgreSQL, look-ups of names, files and the log. Calls need one for each slot; as many again are kept for polls,
-and for runs that were answered and wait to be settled."""
+"""Descriptors kept for PostgreSQL, DNS, files and the log. Calls need one for each slot; as many
+again are kept for polls, and for runs that were answered and wait to be settled."""
 UNLIMITED = 1 << 30
 
 
 class SchemaRefused(Exception):
     """The schema and this code can't work together. `hint` says what to do.
 
-    `excludes_code`: the schema is for newer code, so that no start of this code can succeed. Else
+    `excludes_code`: the schema is for newer code, so that this code can't start at all. Else
     `migrate` may still run.
     """
 
@@ -48,7 +54,8 @@ class SchemaRefused(Exception):
 
 
 def name_worker() -> str:
-    """A name for this replica: host, pid, and four random letters, as a container's pid is always the same."""
+    """A name for this replica: host, pid, and four random letters, as the pid in a container is
+    always the same."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:4]}"
 
 
@@ -56,10 +63,11 @@ Beside = Callable[[Worker, Events], AbstractAsyncContextManager[None]]
 
 
 async def serve(settings: Settings, beside: Beside | None = None) -> None:
-    """Be a worker until stopped by a signal. `beside(worker, events)` is entered before it works and left when it has ended.
+    """Run a worker until a signal stops it. `beside(worker, events)` is entered before it works and
+    left when it has ended.
 
-    Raises SchemaRefused where the schema is not for this code, at once or, where the schema comes to exclude it later, after a drain;
-    ExceptionGroup where a defect ended a loop.
+    Raises SchemaRefused where the schema does not fit this code: at once or, where a later
+    migration excludes this code, after a drain. Raises ExceptionGroup where a defect ended a loop.
     """
     name = name_worker()
     events = Events(worker=name)
@@ -71,7 +79,7 @@ async def serve(settings: Settings, beside: Beside | None = None) -> None:
         nonlocal signals
         signals += 1
         notify("STOPPING=1")
-        # A first signal in the midst of a drain that the schema began must not cut that short.
+        # A first signal during a drain that the schema began must not cut that drain short.
         if signals > 1 or not worker.status.is_draining:
             worker.stop()
 
@@ -101,7 +109,7 @@ async def serve(settings: Settings, beside: Beside | None = None) -> None:
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing happens where no systemd asks."""
+    """Notify systemd (sd_notify(3)); does nothing where systemd did not ask for it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -111,16 +119,16 @@ def notify(state: str) -> None:
         try:
             sock.sendto(state.encode(), address)
         except OSError:
-            pass  # A manager that is gone is no reason to stop working.
+            pass  # The worker goes on without its manager.
 
 
 def standing_still(worker: Worker) -> bool:
-    """Whether the claim loop has not turned for longer than it ever should."""
+    """Whether the dispatch loop has not turned for longer than it ever should."""
     return time.monotonic() - worker.turned_at >= STANDSTILL
 
 
 async def _feed(worker: Worker) -> None:
-    every = float(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 3
+    every = float(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 * WATCHDOG_AT
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     while every > 0 and mine:
         if not standing_still(worker):
@@ -129,11 +137,12 @@ async def _feed(worker: Worker) -> None:
 
 
 async def _check_schema(settings: Settings, name: str) -> None:
-    """Refuse to work on a schema that is too old or too new. A database that is away is waited for elsewhere."""
+    """Raise SchemaRefused for a schema that is too old or too new. Do not wait for a database that
+    does not answer: the worker does that."""
     assert settings.dsn is not None
     ledger = Ledger(settings.dsn, name, settings.lease)
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SCHEMA_PATIENCE):
             unfit = misfit(*await ledger.schema())
     except (DatabaseUnavailable, TimeoutError):
         return
@@ -144,9 +153,10 @@ async def _check_schema(settings: Settings, name: str) -> None:
 
 
 async def _check_running(worker: Worker, events: Events) -> None:
-    """Let a running worker drain and end once the schema excludes its code. Raises DatabaseUnavailable, StatementRejected.
+    """Let a running worker drain and end once the schema excludes its code. Raises
+    DatabaseUnavailable, StatementRejected.
 
-    Only then: a schema that is missing or older than the code is one that somebody restores.
+    Only then: a schema that is missing or older than the code is probably being restored.
     """
     unfit = misfit(*await worker.schema())
     if unfit is not None and unfit.excludes_code and not worker.status.is_draining:
@@ -156,7 +166,8 @@ async def _check_running(worker: Worker, events: Events) -> None:
 
 
 def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
-    """Why a schema of this version, which works with code from `oldest_code` on, and this code can't work together; None where they can."""
+    """Why this code can't work with a schema of this version, which works with code from
+    `oldest_code` on; None where it can."""
     needed = generation()
     if version == 0:
         return SchemaRefused(
@@ -164,7 +175,8 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
         )
     if oldest_code > needed:
         return SchemaRefused(
-            f"the schema is at version {version} and works with code from generation {oldest_code} on; this is {needed}",
+            f"the schema is at version {version} and works with code from generation {oldest_code} "
+            f"on; this is {needed}",
             "upgrade recall-worker on this host",
             excludes_code=True,
         )
@@ -176,13 +188,13 @@ def misfit(version: int, oldest_code: int) -> SchemaRefused | None:
 
 
 def spare_descriptors(slots: int) -> int:
-    """Descriptors that the process may open beside those that its work needs."""
+    """Descriptors that the process may open besides those that its work needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft - WORKING_FILES - 2 * slots if soft != resource.RLIM_INFINITY else UNLIMITED
 
 
 def _raise_open_files() -> None:
-    """As many open files as the system lets us: each open run is a socket."""
+    """Allow as many open files as the system lets us: each open run is a socket."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,11 +1,13 @@
-"""Deletes what is over for long enough (RECALL_PRUNE), a little at a time, where it is in nobody's way.
+"""Deletes what has been over for long enough (RECALL_PRUNE), a little at a time, without blocking
+others.
 
-One replica of all prunes at a time, and then none for a while: a twenty-fourth of the shortest retention, a day at most. Whose turn it is stands in
-`recall_chores`, so a restart neither forgets nor repeats it, and it holds through a transaction pooler. A batch is a statement of its own
-on a connection of its own, open only meanwhile; it waits for no row, and is followed by a pause of four times what it took. Nothing is deleted while
-PostgreSQL is lost or the worker drains: what is left of a walk is left to the next one.
+One replica of all prunes at a time, and then none for a while: PART of the shortest retention, a
+day at most. `recall_chores` records whose turn it is, so a restart neither forgets nor repeats it,
+and it works through a transaction pooler. A batch is one statement, on a connection that is open
+only for pruning; it skips locked rows, and a pause of PAUSE times its duration follows. Nothing is
+deleted while PostgreSQL is lost or the worker drains: the next walk deletes what is left.
 
-The database decides whose turn it is, and what may go. Never here: what a batch is (sweep).
+The database decides whose turn it is, and what may be deleted. Never here: what a batch is (sweep).
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ from ..events import Events
 from ..sweep import Sweep
 from .database_status import DatabaseStatus
 
-PART = 1 / 24
-LONGEST = 86_400.0
+PART, LONGEST = 1 / 24, 86_400.0
+"""The pause between two turns: this part of the shortest retention, and so many seconds at most."""
 START_WITHIN = 60.0
-"""Seconds over which replicas that start together spread their first question."""
-ASK_AGAIN = 3600.0
-"""Seconds, at most, until one whose turn it is not asks again: another may be configured otherwise."""
+"""Seconds over which replicas that start together spread their first query."""
+ASK_AGAIN, ASK_AGAIN_LEAST = 3600.0, 0.05
+"""Seconds, at most and at least, until a replica whose turn it is not asks again: another may have
+another retention."""
 OPEN_FOR = 30.0
-"""Seconds until the next look from which on the connection is not kept for it."""
-PAUSE_LEAST = 0.02
-PAUSE = 4
+"""Seconds until the next turn from which on the connection is closed meanwhile."""
+PAUSE, PAUSE_LEAST = 4, 0.02
+"""The pause after a batch: so many times its duration, and so many seconds at least."""
+TURN_RENEWED_AT = 1 / 4
+"""Part of TURN after which a replica that prunes renews its turn."""
 LOCKED_PAUSE = 1.0
+"""Seconds until the next try while the whole table is locked."""
 LOCKED = "55P03"
 
 
@@ -63,16 +69,16 @@ class Pruner:
         await self._ledger.stop_pruning()
 
     async def _prune_if_due(self) -> float:
-        """Prune if it is our turn. Returns seconds until the next look."""
+        """Prune if it is our turn. Returns seconds until the next try."""
         if self._database.is_lost:
             return min(self._every, TURN)
         try:
             next_in = await self._ledger.take_turn(self._every)
             if next_in is None:
                 next_in = self._every if await self._sweep() else min(self._every, TURN)
-            return min(max(next_in, 0.05), ASK_AGAIN)
+            return min(max(next_in, ASK_AGAIN_LEAST), ASK_AGAIN)
         except DatabaseUnavailable:
-            # Told by those who need PostgreSQL for more than this.
+            # The loops that need PostgreSQL for more than this report it.
             return min(self._every, TURN)
         except StatementRejected as refusal:
             if refusal.sqlstate != LOCKED:
@@ -80,7 +86,8 @@ class Pruner:
             return max(self._every, TURN)
 
     async def _sweep(self) -> bool:
-        """Walk through both tables. Returns whether the end was reached. Raises DatabaseUnavailable, StatementRejected."""
+        """Walk through both tables. Returns whether the end was reached. Raises
+        DatabaseUnavailable, StatementRejected."""
         sweep = Sweep(self._keep)
         began = asked = time.monotonic()
         whole = False
@@ -88,7 +95,7 @@ class Pruner:
             while (batch := sweep.next()) is not None:
                 if self._stopped.is_set() or self._database.is_lost:
                     break
-                if time.monotonic() - asked > TURN / 4:
+                if time.monotonic() - asked > TURN * TURN_RENEWED_AT:
                     asked = time.monotonic()
                     if await self._ledger.take_turn(self._every) is not None:
                         break
@@ -98,7 +105,7 @@ class Pruner:
                 except StatementRejected as refusal:
                     if refusal.sqlstate != LOCKED:
                         raise
-                    # Somebody holds the whole table, as DDL does.
+                    # The whole table is locked, as DDL does.
                     await self._is_stopped_within(LOCKED_PAUSE)
                     continue
                 took = time.monotonic() - at

@@ -1,4 +1,5 @@
-"""A run: one claimed occurrence in a slot, from the claim until it is settled; and all that this worker has in hand."""
+"""A run: one claimed occurrence in a slot, from the claim until it is settled; and all that this
+worker has in hand."""
 
 from __future__ import annotations
 
@@ -12,26 +13,33 @@ from ..protocols import Call
 from ..recall import FINAL, Claim
 
 ENDED = (*FINAL, "deleted")
-"""What the application can make of a recall in mid-run."""
+"""What the application can make of a recall during its run."""
 LET_GO = (*ENDED, "lost")
-"""Why a run is broken off that is not this worker's to finish."""
+"""Why a run is broken off that is no longer this worker's to finish."""
+RENEW_AT = 1 / 3
+"""Part of a lease after which it is renewed: two more tries fit in before it ends."""
+MARGIN = 1 / 12
+"""Part of a lease that is kept clear before its end: calls are broken off by then, and no pause
+that a lease depends on is longer."""
 
 
 @dataclass(slots=True, eq=False)
 class Run:
     call: Call
     held_until: float
-    """Monotonic instant up to which its lease is ours for certain: counted from when the claim or the last renewal was asked for."""
+    """Monotonic instant up to which its lease is ours for certain: counted from when the claim or
+    the last renewal was sent."""
     ours_until: float
-    """Monotonic instant up to which nobody else runs it: with its lease, or beyond that, as long as nobody could take it."""
+    """Monotonic instant up to which nobody else runs it: the end of its lease, or later where
+    nobody could take it."""
     reference: str | None = None
-    """How the API calls the run that it accepted, be it on record yet or not."""
+    """The API's name for the run that it accepted, recorded yet or not."""
     delivered_at: float | None = None
     """Monotonic instant at which the API accepted it."""
     task: asyncio.Task[None] | None = field(default=None)
     holds_slot: bool = True
     aborted: str | None = None
-    """Why the call was broken off by us, if it was."""
+    """Why we broke the call off, if we did."""
 
     @property
     def claim(self) -> Claim:
@@ -43,8 +51,8 @@ class Run:
 
     @property
     def is_unproven(self) -> bool:
-        """Whether it was taken up from a worker that died, and has not gone as far as being sent, accepted or ended: until
-        then it may be what that worker died of."""
+        """Whether it was taken up from a worker that died, and has not been sent, accepted or ended
+        yet: until then it may be what killed that worker."""
         return (
             self.claim.taken_from is not None
             and self.reference is None
@@ -54,7 +62,8 @@ class Run:
         )
 
     def abort(self, reason: str) -> bool:
-        """Break the call off; what has ended already stays as it ended. Returns whether there was anything to break off."""
+        """Break the call off; a run that has ended stays as it ended. Returns whether there was
+        anything to break off."""
         if self.task is None or not self.goes_on:
             return False
         self.aborted = reason
@@ -65,15 +74,16 @@ class Run:
 class Runs:
     """All runs in hand, and the slots that they hold.
 
-    A run that was answered leaves its slot before it is settled, so that the next one is claimed meanwhile. Should PostgreSQL take no
-    settles, no more gather than there are slots. What ends otherwise keeps its slot: trouble is not to be met faster.
+    A run that was answered leaves its slot before it is settled, so that the next one is claimed
+    meanwhile. While PostgreSQL accepts no settles, at most as many such runs gather as there are
+    slots. A run that ends otherwise keeps its slot, so that failures do not speed the worker up.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.slots_in_use = 0
         self.idle = asyncio.Event()
-        """Set while nothing is in hand."""
+        """Set while no run is in hand."""
         self.idle.set()
         self._runs: dict[UUID, Run] = {}
 
@@ -92,18 +102,19 @@ class Runs:
 
     @property
     def any_unproven(self) -> bool:
-        """Whether one that was taken up from a dead worker has not proven to be escape_controls yet."""
+        """Whether a run that was taken up from a dead worker has not proven safe yet."""
         return any(
             run.is_unproven for run in self._runs.values() if run.claim.taken_from is not None
         )
 
     def by_id(self) -> dict[str, Run]:
-        """By their recalls' ids."""
+        """The runs by their recalls' ids."""
         return {run.claim.id: run for run in self._runs.values()}
 
     def in_doubt(self, lease: float) -> list[str]:
-        """Recalls in hand whose leases may have ended: their renewal was refused, or is late. `lease`: seconds."""
-        soon = time.monotonic() + lease / 3
+        """Ids of recalls in hand whose leases may have ended: their renewal was refused, or is
+        late. `lease`: seconds."""
+        soon = time.monotonic() + lease * RENEW_AT
         return [run.claim.id for run in self._runs.values() if run.held_until < soon]
 
     def add(self, run: Run) -> None:
@@ -116,7 +127,7 @@ class Runs:
         run.holds_slot = False
 
     def remove(self, run: Run) -> None:
-        """It is settled, one way or the other."""
+        """The run is settled, whatever the answer."""
         self.leave_slot(run)
         self._runs.pop(run.claim.lease, None)
         if not self._runs:

@@ -1,13 +1,15 @@
 """Endings become verdicts and are written.
 
-While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under load, and nothing waits when
-idle. A row that the application moved in mid-run is judged again with what stands there now; one that it holds locked is asked
-for again, at growing distances and together with all others, so that no row waits for another's lock. One of them at a time also
-stands in the queue for its lock. In an outage endings wait here, with their runs' slots, until PostgreSQL is back.
+While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under
+load, and nothing waits when idle. A row that the application moved during its run is judged again
+with its new time. A row that the application holds locked is tried again, after pauses that grow
+and together with all others, so that no row waits for another's lock. One of them at a time also
+waits in the queue for its lock. In an outage endings wait here, with their runs' slots, until
+PostgreSQL answers again.
 
-The application may cancel, move and delete what is being run. Nobody but the lease's holder settles it: where somebody does, by marking it
-fired or failed, or by putting it off by its interval as after a run, another scheduler is at work on the same table, and `lease.violated`
-says so.
+The application may cancel, move and delete a recall during its run. Only the lease's holder settles
+it. If anything else marks it fired or failed, or moves it by its interval as after a run, another
+scheduler works on the same table: `lease.violated` reports that.
 """
 
 from __future__ import annotations
@@ -47,15 +49,19 @@ from ..recall import (
     reason_of,
 )
 from .database_status import DatabaseStatus
-from .run import Run
+from .run import MARGIN, Run
 
 BATCH_MOST = 500
+"""Endings that are settled in one statement, at most."""
 NEVER_CALLED = Unsent | Capped | Misfired | Expired | Malformed
 LOCKED_FIRST = 0.05
 LOCKED_MOST = 1.0
-"""Seconds between two times that a locked row is asked for: doubling from the first to the most, and a twelfth of a lease at
-most, so that a row whose lock is gone is settled before its lease ends."""
+"""Seconds between two tries to settle a locked row: doubling from the first to the most, and MARGIN
+of a lease at most, so that a row whose lock is gone is settled before its lease ends."""
 OUTAGE_PAUSE = (0.1, 0.5)
+"""Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
+REASON_TOLD = 300
+"""Characters of a reason that go into the log."""
 VIOLATED = "does another scheduler run beside the workers? docs/migration.md"
 
 
@@ -70,8 +76,8 @@ class Settler:
         lease: float,
         dice: Dice = random.random,
     ) -> None:
-        """`free(run, is_over)` is called when a run is settled, one way or the other: its slot is free then. `is_over`: its recall will not be due
-        again."""
+        """`free(run, is_over)` is called when a run is settled, whatever the answer: its slot is
+        free then. `is_over`: its recall will not be due again."""
         self._ledger = ledger
         self._policy = policy
         self._events = events
@@ -81,19 +87,19 @@ class Settler:
         self._waiting: list[tuple[Run, Ending, float]] = []
         self._some = asyncio.Event()
         self._standing: asyncio.Task[None] | None = None
-        """What stands in the queue for a locked row."""
-        self._locked_most = min(LOCKED_MOST, lease / 12)
+        """The task that waits in the queue for a locked row."""
+        self._locked_most = min(LOCKED_MOST, lease * MARGIN)
         self._together = BATCH_MOST
-        """Endings that go in one batch: fewer where one of them takes too long."""
+        """Endings in one batch, at most: fewer where one of them takes too long."""
         self._slow: set[UUID] = set()
-        """Leases of rows that could not be settled in time: each goes alone from then on, beside the batches."""
+        """Leases of rows that could not be settled in time: each is settled alone from then on."""
 
     def put(self, run: Run, ending: Ending) -> None:
         """Have this ending judged and written."""
         self._again(run, ending, LOCKED_FIRST)
 
     async def run(self) -> None:
-        """Write endings as they come. Returns only by cancellation."""
+        """Write endings as they arrive. Returns only by cancellation."""
         while True:
             await self._some.wait()
             self._some.clear()
@@ -110,7 +116,8 @@ class Settler:
                 except DatabaseUnavailable as outage:
                     self._waiting = batch + self._waiting
                     if outage.timed_out:
-                        # PostgreSQL is there, so one of these rows may be to blame. (Should it not be, others say so.)
+                        # PostgreSQL was connected, so one of these rows may be the cause. (If it is
+                        # an outage, other loops report it.)
                         self._together = max(1, len(batch) // 2)
                         self._slow |= {run.claim.lease for run, _, _ in batch if len(batch) == 1}
                     else:
@@ -130,7 +137,7 @@ class Settler:
                     self._conclude(run, ending, verdict, answer, pause)
 
     def _next_batch(self) -> list[tuple[Run, Ending, float]]:
-        """What is written next. Rows that take too long are sent off alone."""
+        """The batch to write next. Rows that take too long are settled alone, beside it."""
         batch: list[tuple[Run, Ending, float]] = []
         waiting = deque(self._waiting)
         while waiting and len(batch) < self._together:
@@ -179,7 +186,8 @@ class Settler:
         self._free(run, is_over)
 
     def _alone(self, run: Run, ending: Ending, verdict: Verdict, pause: float) -> None:
-        """Beside the batches: it stands in the queue for its row, or waits for that, one at a time."""
+        """Settle it beside the batches, waiting in the queue for its row; later, where another one
+        waits there now."""
         if self._standing is None:
             self._standing = asyncio.create_task(self._settle_waiting(run, ending, verdict, pause))
         else:
@@ -188,7 +196,7 @@ class Settler:
     async def _settle_waiting(
         self, run: Run, ending: Ending, verdict: Verdict, pause: float
     ) -> None:
-        """Stand in the queue for a locked row: its owner should be the first to have it."""
+        """Wait in the queue for a locked row, so that its lease's owner gets it first."""
         try:
             answer = await self._ledger.settle_waiting(ending, verdict)
         except DatabaseUnavailable:
@@ -196,13 +204,13 @@ class Settler:
         finally:
             self._standing = None
         if isinstance(answer, Locked):
-            # In a batch again, as whatever else may stand in the way is told apart there.
+            # In a batch again, where every other cause is recognized.
             self._later(run, ending, pause)
         else:
             self._conclude(run, ending, verdict, answer, pause)
 
     def _later(self, run: Run, ending: Ending, pause: float) -> None:
-        """Ask for it again after a pause, and the next time after a longer one."""
+        """Try again after a pause, and the next time after a longer one."""
         asyncio.get_running_loop().call_later(
             pause, self._again, run, ending, min(self._locked_most, pause * 2)
         )
@@ -223,7 +231,7 @@ class Settler:
         }
         now = time.monotonic()
         if called is not None:
-            # Of the occurrence's calls the first one is what its owner waited for.
+            # The owner of the recall waited for the occurrence's first call.
             facts["first"] = claim.begun_age is None
             facts["lag_ms"] = round((claim.lag + called) * 1000, 1)
             facts["lateness_ms"] = round((claim.lateness + called) * 1000, 1)
@@ -234,7 +242,7 @@ class Settler:
         if status is not None:
             facts["http_status"] = status
         if reason is not None:
-            facts["reason"] = reason[:300]
+            facts["reason"] = reason[:REASON_TOLD]
         if not isinstance(outcome, NEVER_CALLED):
             facts["traceparent"] = run.call.traceparent
         self._events.tell(event, **facts)

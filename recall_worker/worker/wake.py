@@ -1,14 +1,18 @@
-"""When to look at the table next, and why. Pure state: instants are monotonic seconds that the caller brings.
+"""When to dispatch next, and why. Pure state: instants are monotonic seconds that the caller passes
+in.
 
-A look is one question to PostgreSQL for what is due. It is asked at a due instant, when a notification or the end of a run
-may have changed the answer, after a pause (an outage, an open breaker), and at the latest after the poll interval.
+A dispatch asks PostgreSQL once for what is due. It happens at a due instant, when a notification or
+the end of a run may have changed the answer, after a pause (an outage, an open breaker), and at the
+latest after the poll interval.
 
-Every wait goes through `_arm`, which keeps one rule: a look that follows at once needs a reason, and a reason is something
-that has changed since the look before began: a notification, the end of a run, recalls that were claimed, PostgreSQL or the
-endpoint answering again. Where nothing has changed the next look is FLOOR_FIRST seconds away, then twice that, up to
-FLOOR_MOST, whatever the look found. So no state of the table, of the breaker or of a clock makes a worker spin.
+Every wait goes through `_arm`, which keeps one rule: a dispatch that follows at once needs a
+reason, and a reason is something that has changed since the last dispatch began: a notification,
+the end of a run, recalls that were claimed, PostgreSQL or the endpoint answering again. Where
+nothing has changed, the next dispatch is FLOOR_FIRST seconds away, then twice that, up to
+FLOOR_MOST, whatever the last one found. So no state of the table, of the breaker or of a clock
+makes a worker spin.
 
-Never here: a clock, a timer, a question.
+Never here: a clock, a timer, a query.
 """
 
 from __future__ import annotations
@@ -17,77 +21,86 @@ import math
 from dataclasses import dataclass
 
 FLOOR_FIRST, FLOOR_MOST = 0.05, 1.0
-"""Seconds between two looks where nothing has changed: doubling from the first to the most."""
+"""Seconds between two dispatches where nothing has changed: doubling from the first to the most."""
 UNPROVOKED_MOST = 20
-"""Looks that may come earlier than the floor in FLOOR_MOST seconds because a row has fallen due, or falls due in a moment:
-a timer may be early by a fraction of a millisecond, another replica may have been faster, and rows fall due while
-PostgreSQL is being asked."""
+"""Dispatches that may come before the floor within FLOOR_MOST seconds because a row has fallen due,
+or falls due in a moment: a timer may be early by a fraction of a millisecond, another replica may
+have been faster, and rows fall due while PostgreSQL answers."""
 SHORTEST = 0.0005
-"""Seconds until a due instant, at least: PostgreSQL read its clock a little after it was asked."""
+"""Seconds until a due instant, at least: PostgreSQL read its clock a little after we asked."""
 EAGER_REPLICAS = 2
-"""Replicas that look at once at a notification or a due instant. In a fleet one claim finds it, and all others were for
-nothing."""
+"""Replicas that dispatch at once at a notification or a due instant. In a fleet one claim finds the
+row, and all other claims find nothing."""
 WAKE_STAGGER, WAKE_STAGGER_MOST = 0.01, 0.25
-"""Seconds by which each further replica looks later than the one before it, should those have died, or be full."""
+"""Seconds by which each further replica dispatches later than the one before it, in case those have
+died, or are full."""
 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What one look found. Without arguments: nothing is due, and nothing is known of what comes."""
+    """What one dispatch found. Without arguments: nothing is due, and nothing is known of later
+    rows."""
 
     claimed: int = 0
     """Recalls that were taken."""
     full: bool = False
-    """It took as many as it might: more may be due."""
+    """It took as many as it was allowed to: more may be due."""
     has_room: bool = False
-    """Of a full look: whether a slot is free all the same."""
+    """Where `full`: whether a slot is free all the same."""
     waiting: bool = False
-    """Something is due and was not taken: locked, behind a run of its session, or under a lease that has ended."""
+    """Something is due and was not taken: it is locked, waits for a run of its session, or is under
+    a lease that has ended."""
     fell_due: bool = False
-    """Some of that fell due only after the claim was asked for."""
+    """Some of that fell due only after the claim was sent."""
     ended: bool = False
-    """Leases have ended that may be taken up, and this look did not try yet."""
+    """Leases have ended that may be taken up, and this dispatch did not try yet."""
     due_at: float | None = None
     """Monotonic instant at which the next row is due."""
     unfinished: bool = False
-    """PostgreSQL refused a part of what is due, or rows wait to be put on their moments: to be asked again soon."""
+    """PostgreSQL refused a part of what is due, or moved cron rows wait for their ticks: try again
+    soon."""
     blocked: bool = False
-    """It could not look, or not at all of what is due: no slot is free, the breaker is open, PostgreSQL does not answer."""
+    """It could not ask, or not for all that is due: no slot is free, the breaker is open, or
+    PostgreSQL does not answer."""
     again_in: float | None = None
-    """Seconds until something outside of the table may have changed: an outage, a probe, the end of a courtesy."""
+    """Seconds until something outside of the table may have changed: an outage, a probe, the end of
+    the grace after an outage."""
 
 
 class Wake:
-    """`begin` a look when `seconds` are over, tell what it found to `looked`; tell at any time what happened meanwhile."""
+    """Call `begin` when `seconds` are over, and `looked` with what the dispatch found; report at
+    any time what happened meanwhile."""
 
     def __init__(self, poll: float, now: float) -> None:
         """`poll`: seconds between polls when no notification arrives."""
         self._poll = poll
         self._look_at = now
         self._claims = True
-        """Whether the next look claims. Else it first asks whether anything is due, which is cheap."""
+        """Whether the next dispatch claims. Else it first asks whether anything is due, which is
+        cheap."""
         self._claims_at = math.inf
-        """The due instant from which on it claims in any case."""
+        """The due instant from which it claims in any case."""
         self._called = False
-        """Whether the look that follows was asked for while one was going on."""
+        """Whether another dispatch was requested during the current one."""
         self._later: float | None = None
-        """When a notification is looked after for which other replicas come first."""
+        """When to dispatch after a notification for which other replicas come first."""
         self._changed = True
-        """Whether anything has changed since the last look began."""
+        """Whether anything has changed since the last dispatch began."""
         self._run_ended = False
         self._waits = True
-        """Whether something may wait for a run of ours to end: as of the last look, and of what was notified since."""
+        """Whether something may wait for a run of ours to end, as of the last dispatch and the
+        notifications since."""
         self._looking = False
         self._floor = FLOOR_FIRST
         self._unprovoked, self._unprovoked_since = 0, now
         self._at_once = False
-        """Whether the last look came at once although nothing had changed: that is for once."""
+        """Whether the last dispatch came at once although nothing had changed: allowed once."""
         self.replicas_ahead = 0
         """How many other replicas are ready before this one."""
 
     @property
     def is_called(self) -> bool:
-        """Whether something has asked for another look since this one began."""
+        """Whether another dispatch was requested since this one began."""
         return self._called
 
     @property
@@ -98,10 +111,10 @@ class Wake:
         )
 
     def seconds(self, now: float) -> float:
-        """Until the next look; 0 where it is time."""
+        """Seconds until the next dispatch; 0 where it is time."""
         return max(0.0, self._look_at - now)
 
-    # --- what happened -------------------------------------------------------------------------------------------
+    # --- what happened ----------------------------------------------------------------------------
 
     def notified(self, now: float) -> None:
         """A notification came: the table may hold something new."""
@@ -115,16 +128,18 @@ class Wake:
             self._look_at = min(self._look_at, self._later)
 
     def run_ended(self, now: float, *, is_over: bool, awaited: bool = False) -> None:
-        """A run was settled. `is_over`: its recall will not be due again. `awaited`: something waits for the slot."""
+        """A run was settled. `is_over`: its recall will not be due again. `awaited`: something
+        waits for the slot."""
         self._changed = self._run_ended = True
         if self._waits or awaited:
             self._call(now, claims=True)
         elif not is_over:
-            # It is due again, some time.
+            # Its recall is due again at some time.
             self._call(now, claims=False)
 
     def changed(self, now: float) -> None:
-        """PostgreSQL is back, the breaker opened or closed, a slot is free: look again."""
+        """PostgreSQL answers again, the breaker opened or closed, or a slot is free: dispatch
+        again."""
         self._call(now, claims=True)
 
     def _call(self, now: float, *, claims: bool) -> None:
@@ -133,10 +148,11 @@ class Wake:
         self._called |= self._looking
         self._look_at = min(self._look_at, now)
 
-    # --- looks ---------------------------------------------------------------------------------------------------
+    # --- dispatches -------------------------------------------------------------------------------
 
     def begin(self, now: float) -> bool:
-        """A look begins. Returns whether it claims; else it first asks whether anything is due."""
+        """A dispatch begins. Returns whether it claims; else it first asks whether anything is
+        due."""
         claims, self._claims = self._claims or now >= self._claims_at, False
         self._claims_at = math.inf
         if self._later is not None and self._later <= now:
@@ -147,12 +163,12 @@ class Wake:
         return claims
 
     def asks_ahead(self) -> None:
-        """The look asks what is due next: a run that ends from now on needs no look of its own, as the answer tells whether
-        anything can have waited for it."""
+        """The dispatch asks what is due next: a run that ends from now on needs no dispatch of its
+        own, as the answer shows whether anything can have waited for it."""
         self._waits = False
 
     def looked(self, found: Looked, now: float) -> None:
-        """The look that began last has ended, and found this."""
+        """The dispatch that began last has ended, and found this."""
         self._looking = False
         self._waits = found.waiting or found.full or found.blocked
         if found.claimed:
@@ -168,7 +184,7 @@ class Wake:
             self._claims = reason = True
             at = now
         elif found.waiting or found.unfinished:
-            # What stands in its way may go without a notification.
+            # What blocks it may go away without a notification.
             self._claims = True
             at = min(at, now + self._next_floor())
         if found.due_at is not None and found.due_at + self.wake_delay < at:
@@ -181,10 +197,12 @@ class Wake:
         self._arm(at, now, reason=reason)
 
     def _arm(self, at: float, now: float, *, reason: bool = False) -> None:
-        """The next look is at `at`, or later where nothing has changed: the one place through which every wait passes.
+        """Set the next dispatch to `at`, or later where nothing has changed. Every wait passes
+        here.
 
-        `reason`: a row fell due meanwhile, or does in a moment. That is told by PostgreSQL's clock, which may stand still,
-        and so it counts a few times a second only, and never twice in a row for a look at once.
+        `reason`: a row fell due meanwhile, or does in a moment. PostgreSQL's clock says so, and it
+        may stand still: so this counts only a few times a second, and never twice in a row for a
+        dispatch at once.
         """
         before, self._at_once = self._at_once, False
         if not self._changed and at < now + FLOOR_FIRST:

@@ -1,7 +1,8 @@
 """The worker: builds its parts, supervises their loops, and stops them in order.
 
-All its loops are supervised together: one that ends by a defect ends the worker, loudly, after its runs were given back.
-What a run goes through stands in `dispatcher` (claim, start), `executor` (call) and `settler` (judge, write).
+All its loops are supervised together: a defect in one ends the worker with an error, after its runs
+were given back. A run passes through `dispatcher` (claim, start), `executor` (call) and `settler`
+(judge, write).
 """
 
 from __future__ import annotations
@@ -35,30 +36,35 @@ from .settler import Settler
 from .wake import Wake
 
 SETTLE_PATIENCE = 10.0
-"""Seconds that a stopping worker waits for its last settles; leases that are not settled by then end by themselves."""
+"""Seconds that a stopping worker waits for its last settles; leases that are not settled by then
+end by themselves."""
 
 PRUNE_PATIENCE = 1.0
-"""Seconds that it waits besides for a batch that is being pruned."""
+"""Seconds that it then waits for a batch that is being pruned."""
+
+DEREGISTER_PATIENCE = 2.0
+"""Seconds that it then waits for its row in recall_workers to be deleted."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How a worker is, as it knows itself."""
+    """A worker's own view of its state."""
 
     slots: int
     slots_in_use: int
     breaker: str
     """open or closed"""
     bell: str
-    """listening, lost or unheard"""
+    """listening, lost or deaf"""
     database_is_lost: bool
     is_draining: bool
 
 
 class Worker:
-    """One replica. `run()` works until `stop()` is called (drain) and, if need be, called again (release now)."""
+    """One replica. `run()` works until `stop()` is called (drain); a second `stop()` releases the
+    runs at once."""
 
     def __init__(self, settings: Settings, protocol: Protocol, events: Events, name: str) -> None:
         assert settings.dsn is not None
@@ -102,24 +108,43 @@ class Worker:
         )
         self._endpoint = EndpointStatus(self._ledger, endpoint, events, self._endpoint_changed)
         executor = Executor(
-            settings, self._policy, protocol, self._ledger, self._runs, self._settler, self._endpoint, self._database, events,
+            settings,
+            self._policy,
+            protocol,
+            self._ledger,
+            self._runs,
+            self._settler,
+            self._endpoint,
+            self._database,
+            events,
             self._progressed,
-        )  # fmt: skip
+        )
         self._dispatcher = Dispatcher(
-            settings, self._ledger, self._runs, executor, self._endpoint, self._database, events, self._wake,
+            settings,
+            self._ledger,
+            self._runs,
+            executor,
+            self._endpoint,
+            self._database,
+            events,
+            self._wake,
             lambda: self.traceparent(),
-        )  # fmt: skip
+        )
         self._leases = LeaseRenewer(
             self._ledger, settings.lease, self._database, self._runs.by_id, self._let_go
         )
         self._heartbeat = Heartbeat(
-            self._ledger, settings.lease, settings.shown(), self._facts, lambda: self._runs.in_doubt(settings.lease),
+            self._ledger,
+            settings.lease,
+            settings.shown(),
+            self._facts,
+            lambda: self._runs.in_doubt(settings.lease),
             self._replicas_ahead,
-        )  # fmt: skip
+        )
         self._drained_at: float | None = None
         self._refused: Exception | None = None
         self.traceparent: Callable[[], str] = traceparent
-        """What a call's header of that name is made by: whoever writes traces puts its own in here."""
+        """Makes the value of a call's `traceparent` header; tracing replaces it."""
         keep = settings.keep
         self._pruner = (
             Pruner(self._ledger, keep, self._database, events, self._stop) if keep else None
@@ -130,10 +155,11 @@ class Worker:
             lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None
         )
 
-    # --- from outside --------------------------------------------------------------------------------------------
+    # --- from outside -----------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Claim no more and let the runs end, at most RECALL_DRAIN_TIMEOUT; called again: give them back now."""
+        """Claim no more and let the runs end, for RECALL_DRAIN_TIMEOUT at most. A second call gives
+        them back now."""
         if self._stop.is_set():
             if not self._hurry.is_set():
                 self._events.tell("worker.hurried", runs=len(self._runs))
@@ -157,7 +183,8 @@ class Worker:
         return self._refused
 
     def before_heartbeat(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Have `check()` awaited whenever a heartbeat is due. It may raise DatabaseUnavailable, StatementRejected."""
+        """Have `check()` awaited before each heartbeat. It may raise DatabaseUnavailable,
+        StatementRejected."""
         self._heartbeat.check = check
 
     @property
@@ -166,7 +193,8 @@ class Worker:
 
     @property
     def turned_at(self) -> float:
-        """Monotonic instant of the claim loop's last turn, or of the drain's: what a watchdog should look at."""
+        """Monotonic instant of the last turn of the dispatch loop, or of the drain: for a
+        watchdog."""
         return max(self._dispatcher.turned_at, self._drained_at or 0.0)
 
     @property
@@ -181,26 +209,27 @@ class Worker:
         )
 
     async def schema(self) -> tuple[int, int]:
-        """The schema's version and the oldest code that can work with it. Raises DatabaseUnavailable, StatementRejected."""
-        return await self._heard(self._ledger.schema())
+        """The schema's version and the oldest code that can work with it. Raises
+        DatabaseUnavailable, StatementRejected."""
+        return await self._noting_outages(self._ledger.schema())
 
     async def backlog(self) -> Backlog:
-        """What is due in the table and in nobody's hand. Raises DatabaseUnavailable, StatementRejected."""
-        return await self._heard(self._ledger.backlog())
+        """What is due and unclaimed in the table. Raises DatabaseUnavailable, StatementRejected."""
+        return await self._noting_outages(self._ledger.backlog())
 
-    async def _heard(self, answer: Awaitable[T]) -> T:
-        """An answer for somebody outside. An outage that shows here is for all to know; that it is over is for those to say
-        who write: a standby answers questions, too."""
+    async def _noting_outages(self, query: Awaitable[T]) -> T:
+        """Await a query for a caller outside. An outage that shows here is noted; the end of an
+        outage is for those to note who write, as a standby answers queries, too."""
         try:
-            return await answer
+            return await query
         except DatabaseUnavailable as outage:
             self._database.lost(outage.reason)
             self._dispatcher.changed()
             raise
 
     async def run(self) -> None:
-        """Work until stopped. Raises ExceptionGroup where a loop broke by a defect, after giving the runs back, and what
-        `refuse()` was given."""
+        """Work until stopped. Raises ExceptionGroup where a defect ended a loop, after giving the
+        runs back, and the exception that `refuse()` got."""
         self._events.tell(
             "worker.started", **{k: v for k, v in self._settings.shown().items() if v is not None}
         )
@@ -225,7 +254,7 @@ class Worker:
                 await self._dispatcher.run()
                 await self._drain()
                 if pruning is not None:
-                    # It has seen the stop, and ends by itself: after the batch that it is at.
+                    # The pruner knows of the stop, and ends by itself after its current batch.
                     await asyncio.wait((pruning,), timeout=PRUNE_PATIENCE)
                     helpers.append(pruning)
                 for helper in helpers:
@@ -234,13 +263,13 @@ class Worker:
             for run in self._runs:
                 run.abort("the worker broke")
             await self._protocol.close()
-            await self._say_goodbye()
+            await self._deregister()
             await self._ledger.close()
         self._events.tell("worker.stopped")
         if self._refused is not None:
             raise self._refused
 
-    # --- what the parts tell each other --------------------------------------------------------------------------
+    # --- what the parts report to each other ------------------------------------------------------
 
     def _notified(self) -> None:
         if self._runs:
@@ -268,26 +297,30 @@ class Worker:
         self._wake.replicas_ahead = number
 
     def _facts(self) -> dict[str, Any]:
-        """This worker's row, for people."""
+        """The columns of this worker's row, for people."""
         status = self.status
         return {
-            "host": socket.gethostname(), "pid": os.getpid(), "version": self._version,
-            "slots": self._settings.concurrency, "running": status.slots_in_use, "breaker": status.breaker,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": self._version,
+            "slots": self._settings.concurrency,
+            "running": status.slots_in_use,
+            "breaker": status.breaker,
             "bell": status.bell,
-        }  # fmt: skip
+        }
 
     async def _self_test(self, channel: str) -> None:
-        """Notify a channel of the listener's own. It goes over the connection of the renewals: an outage may show here first, and
-        holds them up."""
+        """Notify the listener's own channel. This uses the connection of the renewals: an outage
+        may show here first, and delays them."""
         try:
             await self._ledger.notify(channel)
         except DatabaseUnavailable as outage:
             self._database.lost(outage.reason, outage.asked_at)
-            # Whether it is found again is for those to say who write: a standby, too, can be notified.
+            # Only writes show that PostgreSQL is back: a NOTIFY may also succeed on a standby.
             self._dispatcher.changed()
             raise
 
-    # --- stopping ------------------------------------------------------------------------------------------------
+    # --- stopping ---------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         hurry = asyncio.create_task(self._hurry.wait())
@@ -314,14 +347,15 @@ class Worker:
 
     @property
     def _is_hurried_away(self) -> bool:
-        """A second signal does not wait for a PostgreSQL that is lost: the leases end by themselves."""
+        """A second signal does not wait for a PostgreSQL that is lost: the leases end by
+        themselves."""
         return self._hurry.is_set() and self._database.is_lost
 
-    async def _say_goodbye(self) -> None:
+    async def _deregister(self) -> None:
         if self._is_hurried_away:
             return
         try:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(DEREGISTER_PATIENCE):
                 await self._ledger.deregister()
         except (DatabaseUnavailable, StatementRejected, TimeoutError):
             pass

@@ -33,10 +33,7 @@ from .test_listener import listening
 from .test_ops import read, scrape, value
 from .test_outage import same_process
 
-POOLER = (
-    "what is rung does not reach it: a transaction pooler stands in between, which LISTEN does "
-    "not pass"
-)
+POOLER = "notifications do not arrive: a transaction pooler, which LISTEN does not pass, is in between"
 
 
 @pytest.fixture
