@@ -10,18 +10,27 @@ where recall_id = %(id)s
 order by occurrence, coalesce(called_at, ended_at), rekey, attempt;
 
 -- name: list
--- Newest trigger first, as the application lists. One status is told as one: before PostgreSQL 17 an index in order can't filter by many.
+-- Newest trigger first, as the application lists. One status is told as one: before PostgreSQL 17
+-- an index in order can't filter by many.
 select * from session_recalls
-where (%(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) = 1 or status = any (%(statuses)s::text[]))
-    and (%(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) > 1 or status = (%(statuses)s::text[])[1])
+where (
+        %(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) = 1
+        or status = any (%(statuses)s::text[])
+    )
+    and (
+        %(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) > 1
+        or status = (%(statuses)s::text[])[1]
+    )
 order by trigger_at desc, id
 limit %(limit)s offset %(offset)s;
 
 -- name: list_session
--- Ids and times first: left alone, the planner likes to walk the whole table by time until the session has filled a page.
+-- Ids and times first: left alone, the planner likes to walk the whole table by time until the
+-- session has filled a page.
 with mine as materialized (
     select id, trigger_at from session_recalls
-    where session_id = %(session_id)s and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
+    where session_id = %(session_id)s
+        and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
 ),
 page as materialized (
     select id from mine order by trigger_at desc, id limit %(limit)s offset %(offset)s
@@ -31,12 +40,14 @@ where id = any (array(select id from page))
 order by trigger_at desc, id;
 
 -- name: list_user
--- The owner is the application's: its table sessions says whose a session is. (An index on sessions (user_id) is worth having there.)
+-- The owner is the application's: its table sessions says whose a session is. (An index on sessions
+-- (user_id) is worth having there.)
 with mine as materialized (
     select id, trigger_at from session_recalls
     where session_id = any (array(
             select s.id from sessions s
-            where s.user_id = %(user_id)s and (%(session_id)s::text is null or s.id = %(session_id)s)
+            where s.user_id = %(user_id)s
+                and (%(session_id)s::text is null or s.id = %(session_id)s)
         ))
         and (%(statuses)s::text[] is null or status = any (%(statuses)s::text[]))
 ),
@@ -51,44 +62,55 @@ order by trigger_at desc, id;
 -- The evidence on one recall, in one look.
 select r.*, now() as now, coalesce(r.lease_until, r.trigger_at) as due_at,
     coalesce(r.planned_at, r.trigger_at) <> r.trigger_at as moved,
-    o.id as ahead, o.status as ahead_status, o.leased_by as ahead_leased_by, o.leased_at as ahead_leased_at,
+    o.id as ahead, o.status as ahead_status, o.leased_by as ahead_leased_by,
+    o.leased_at as ahead_leased_at,
     o.lease_until as ahead_lease_until, o.paused_at as ahead_paused_at,
     w.alive, w.breakers, w.slots, l.leases, h.seen_at as holder_seen_at,
-    a.outcomes as deferred_as, a.calls as deferred_calls, a.called_at as deferred_since, a.last_called_at as deferred_last
+    a.outcomes as deferred_as, a.calls as deferred_calls, a.called_at as deferred_since,
+    a.last_called_at as deferred_last
 from session_recalls r
 left join lateral (
-    -- What this recall's session must be done with first: one that is being run, one whose aborted call is open, one that is due longer.
+    -- What this recall's session must be done with first: one that is being run, one whose aborted
+    -- call is open, one that is due longer.
     select * from (
         select * from session_recalls x
-        where x.session_id = r.session_id and x.lease is not null and x.status in ('pending', 'running')
+        where x.session_id = r.session_id and x.lease is not null
+            and x.status in ('pending', 'running')
         union all
         select * from session_recalls x
-        where x.session_id = r.session_id and x.lease is not null and x.status not in ('pending', 'running') and x.lease_until > now()
+        where x.session_id = r.session_id and x.lease is not null
+            and x.status not in ('pending', 'running') and x.lease_until > now()
         union all
         select * from session_recalls x
-        where x.session_id = r.session_id and x.status = 'pending' and x.lease is null and x.paused_at is null
+        where x.session_id = r.session_id and x.status = 'pending' and x.lease is null
+            and x.paused_at is null
             and x.trigger_at <= now() and (x.trigger_at, x.id) < (r.trigger_at, r.id)
         union all
         select * from session_recalls x
-        where x.session_id = r.session_id and x.status = 'running' and x.lease is null and x.paused_at is null
+        where x.session_id = r.session_id and x.status = 'running' and x.lease is null
+            and x.paused_at is null
             and x.trigger_at <= now() and (x.trigger_at, x.id) < (r.trigger_at, r.id)
     ) y
     where y.id <> r.id
     limit 1
 ) o on true
 cross join (
-    select count(*) as alive, count(*) filter (where breaker = 'open') as breakers, coalesce(sum(slots), 0) as slots
+    select count(*) as alive, count(*) filter (where breaker = 'open') as breakers,
+        coalesce(sum(slots), 0) as slots
     from recall_workers
     where seen_at > now() - %(silence)s * interval '1 second'
 ) w
 cross join (
-    select count(*) as leases from session_recalls where lease is not null and status in ('pending', 'running')
+    select count(*) as leases from session_recalls
+    where lease is not null and status in ('pending', 'running')
 ) l
 left join recall_workers h on h.worker = r.leased_by
 left join lateral (
-    -- Where no connection was established nothing was called: the occurrence's beginning stands for that.
+    -- Where no connection was established nothing was called: the occurrence's beginning stands for
+    -- that.
     select jsonb_object_agg(m.outcome, m.calls) as outcomes, sum(m.calls) as calls,
-        min(coalesce(m.called_at, r.begun_at, m.ended_at)) as called_at, max(coalesce(m.last_called_at, m.ended_at)) as last_called_at
+        min(coalesce(m.called_at, r.begun_at, m.ended_at)) as called_at,
+        max(coalesce(m.last_called_at, m.ended_at)) as last_called_at
     from recall_attempts m
     where m.recall_id = r.id and m.occurrence = r.occurrence and m.rekey = r.rekey
         -- The attempt of a deferral is given back.
@@ -105,7 +127,12 @@ where r.id = %(id)s;
 with live as materialized (
     select w.worker,
         case when jsonb_typeof(w.settings -> 'fleet_concurrency') = 'number'
-            then nullif(floor(least(greatest((w.settings ->> 'fleet_concurrency')::numeric, 0), 2147483647)), 0)::integer
+            then nullif(
+                floor(least(
+                    greatest((w.settings ->> 'fleet_concurrency')::numeric, 0), 2147483647
+                )),
+                0
+            )::integer
         end as cap,
         -- Rounded, as a double knows no number as small as numeric does.
         case when jsonb_typeof(w.settings -> 'lease') = 'number'
@@ -115,13 +142,16 @@ with live as materialized (
     where w.seen_at > now() - %(silence)s * interval '1 second'
 ),
 fleet as (
-    select case when count(*) = count(cap) then max(cap) end as cap, coalesce(max(lease), 60) as lease from live
+    select case when count(*) = count(cap) then max(cap) end as cap,
+        coalesce(max(lease), 60) as lease from live
 )
-select f.cap as fleet_cap, f.lease as fleet_lease, c.leases as fleet_leases, c.of_live as fleet_of_live,
+select f.cap as fleet_cap, f.lease as fleet_lease, c.leases as fleet_leases,
+    c.of_live as fleet_of_live,
     c.leases - c.of_live - c.ended as fleet_of_silent, c.ended as fleet_ended
 from fleet f cross join lateral (
     select count(*) as leases, count(*) filter (where r.lease_until <= now()) as ended,
-        count(*) filter (where r.lease_until > now() and r.leased_by in (select worker from live)) as of_live
+        count(*) filter (where r.lease_until > now() and r.leased_by in (select worker from live))
+            as of_live
     from session_recalls r
     where r.lease is not null and r.status in ('pending', 'running')
         and r.lease_until > now() - f.lease / 3 * interval '1 second'
@@ -129,7 +159,8 @@ from fleet f cross join lateral (
 
 -- name: workers
 -- Who is about, and how many runs each has in hand: that is what the leases say, not the last beat.
-select w.*, w.seen_at > now() - %(silence)s * interval '1 second' as alive, coalesce(l.leases, 0) as leases, now() as now
+select w.*, w.seen_at > now() - %(silence)s * interval '1 second' as alive,
+    coalesce(l.leases, 0) as leases, now() as now
 from recall_workers w
 left join (
     select leased_by, count(*) as leases from session_recalls
@@ -158,15 +189,18 @@ group by outcome
 order by calls desc, outcome;
 
 -- name: stats_lateness
--- How late the occurrences of the last while were, in seconds: from the nominal time to the first call. Where a hand wrote a time that is
--- none there is no telling.
+-- How late the occurrences of the last while were, in seconds: from the nominal time to the first
+-- call. Where a hand wrote a time that is none there is no telling.
 select count(*) as occurrences,
     percentile_disc(0.5) within group (order by late) as p50,
     percentile_disc(0.99) within group (order by late) as p99,
     max(late) as most
 from (
-    select extract(epoch from min(called_at) - min(greatest(scheduled_for, '0001-01-02'::timestamptz)))::float8 as late
+    select extract(
+        epoch from min(called_at) - min(greatest(scheduled_for, '0001-01-02'::timestamptz))
+    )::float8 as late
     from recall_attempts
-    where ended_at > now() - %(window)s * interval '1 second' and isfinite(called_at) and scheduled_for < 'infinity'
+    where ended_at > now() - %(window)s * interval '1 second' and isfinite(called_at)
+        and scheduled_for < 'infinity'
     group by recall_id, occurrence
 ) first;
