@@ -148,18 +148,12 @@ def _hosts(given: Mapping[str, Any]) -> int:
 def transaction_setup(seconds: float) -> dict[str, str]:
     """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
     return {
-<<<<<<< Updated upstream
-        "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
-        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
-    }  # fmt: skip
-=======
         "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}",
         "statement": f"{seconds * 1000:.0f}",
         "idle": f"{math.ceil(seconds)}",
         "interval": f"{math.ceil(seconds / 3)}",
         "unacknowledged": f"{seconds * 4 / 3 * 1000:.0f}",
     }
->>>>>>> Stashed changes
 
 
 async def session_setup(
