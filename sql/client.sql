@@ -1,12 +1,12 @@
 -- The application's side of the table, as `Recalls` and the command line use it: plain SQL that any
 -- application may write. What `Recalls` does by session acts on the pending recall, as the
--- application's own SQL does; the command line acts by id, and reaches the one that runs outside
--- its session's slot, too.
+-- application's own SQL does; the command line acts by id, and also on the one that runs outside
+-- its session's slot.
 
 -- name: schedule
 -- The ten columns of the contract, and how it recurs and ends. The trigger frees the session's slot
 -- where the recall in it is a one-shot that is being run, and refuses an interval that could only
--- loop. Jitter puts off the due time, and not the nominal one.
+-- loop. Jitter delays the due time, not the nominal one.
 insert into session_recalls
     (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
     additional_context_message, status, created_at, updated_at, cadence, cron, time_zone, until_at,
@@ -24,7 +24,7 @@ from (
 returning *;
 
 -- name: clock
--- Where a time is computed outside of PostgreSQL, as cron's are.
+-- PostgreSQL's time, for times that are computed outside of it, as cron's are.
 select now() as now;
 
 -- name: cancel_pending
@@ -49,7 +49,8 @@ order by coalesce(lease_until, trigger_at)
 limit %(limit)s;
 
 -- name: next_trigger
--- The nearest time at which anything that waits is due, be it past; none where nothing waits.
+-- The nearest time at which anything that waits is due, even if it is past; no row where nothing
+-- waits.
 select trigger_at as next_trigger from session_recalls
 where status in ('pending', 'running') and paused_at is null and lease is null
 order by coalesce(lease_until, trigger_at)
@@ -66,7 +67,7 @@ select distinct session_id from session_recalls
 where session_id = any (%(session_ids)s::text[]) and status = 'pending';
 
 -- name: cancel
--- In whatever live state. Its call is aborted at once.
+-- In any live state. Its call is aborted at once.
 update session_recalls
 set status = 'cancelled', reason = %(reason)s, ended_at = now(), updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('pending', 'running')
@@ -86,7 +87,7 @@ where id = any (%(ids)s::text[]) and status in ('pending', 'running') and call_t
 returning *;
 
 -- name: reschedule
--- In mid-run the new time stands for what comes after the run.
+-- In mid-run the new time applies to what comes after the run.
 update session_recalls
 set trigger_at = coalesce(
         %(at)s::timestamptz, now() + coalesce(%(after)s::float8, 0) * interval '1 second'
@@ -96,14 +97,14 @@ where id = any (%(ids)s::text[]) and status in ('pending', 'running')
 returning *;
 
 -- name: pause
--- A run that is open ends as it ends; what follows waits. Pausing again changes nothing.
+-- The current run is not interrupted; what follows waits. Pausing again changes nothing.
 update session_recalls
 set paused_at = coalesce(paused_at, now()), updated_at = now()
 where id = any (%(ids)s::text[]) and status in ('pending', 'running')
 returning *;
 
 -- name: resume
--- One that is not paused is left as it is; `resumed` tells.
+-- A recall that is not paused stays as it is; `resumed` says which were.
 with held as materialized (
     select id, paused_at is not null as paused from session_recalls
     where id = any (%(ids)s::text[]) and status in ('pending', 'running')
@@ -121,10 +122,11 @@ select *, false as resumed from session_recalls
 where id = any (array(select id from held where not paused));
 
 -- name: fire
--- The occurrence that waits, now. One that was called already keeps its key and its nominal time;
--- one that is early has its own time moved to now, and nobody takes that for a move by the
--- application. A move that the application had made itself (a skip, or another time) stays one:
--- planned_at moves along, and the claim honours it. What is due already is left as it is.
+-- Run the next occurrence now. One that was called already keeps its key and its nominal time; one
+-- that is early has its own time moved to now, and no worker takes that for a move by the
+-- application. A move that the application had made before (a skip, or another time) stays one:
+-- planned_at moves by the same distance, and the claim sees it. A recall that is due already stays
+-- as it is.
 update session_recalls
 set trigger_at = least(trigger_at, now()),
     planned_at = case
@@ -134,7 +136,7 @@ set trigger_at = least(trigger_at, now()),
         then (now() at time zone 'UTC' - (trigger_at - planned_at)) at time zone 'UTC'
         else now() - interval '1 microsecond'
     end,
-    -- On grid and cron the nominal time stands, as the next one follows from it.
+    -- On grid and cron the nominal time stays, as the next one follows from it.
     scheduled_for = case
         when cadence = 'interval' then least(coalesce(scheduled_for, trigger_at), now())
         else coalesce(scheduled_for, trigger_at) end,
@@ -144,10 +146,10 @@ where id = any (%(ids)s::text[]) and status in ('pending', 'running') and lease 
 returning *;
 
 -- name: retry
--- The occurrence that failed or was cancelled, again, under a new key and with all its attempts;
+-- Run the occurrence that failed or was cancelled again, under a new key and with all its attempts;
 -- not while an aborted call is still open. What the application had moved before stays moved, as
--- with fire. Where it was ended in mid-run and its worker then died, that call's mark is left here,
--- as the worker can't.
+-- with fire. Where it was ended in mid-run and its worker then died, that call is recorded here, as
+-- the worker can't.
 with before as materialized (
     select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until,
         r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.trigger_at, r.run_reference,
@@ -193,7 +195,7 @@ where r.id = b.id
 returning r.*;
 
 -- name: states
--- What stands in the way of an operation on these.
+-- Why an operation on these recalls was not possible.
 select id, session_id, status, call_type, interval_seconds, paused_at, lease is not null as leased,
     leased_by
 from session_recalls

@@ -1,4 +1,4 @@
--- What people ask. Nothing here decides anything, and nothing here takes a lock.
+-- What people read. Nothing here decides anything, and nothing here takes a lock.
 
 -- name: show
 select * from session_recalls where id = %(id)s;
@@ -10,8 +10,8 @@ where recall_id = %(id)s
 order by occurrence, coalesce(called_at, ended_at), rekey, attempt;
 
 -- name: list
--- Newest trigger first, as the application lists. One status is told as one: before PostgreSQL 17
--- an index in order can't filter by many.
+-- Newest trigger first, as the application lists. One status is compared by itself: before
+-- PostgreSQL 17 an ordered index can't filter by many.
 select * from session_recalls
 where (
         %(statuses)s::text[] is null or cardinality(%(statuses)s::text[]) = 1
@@ -25,8 +25,8 @@ order by trigger_at desc, id
 limit %(limit)s offset %(offset)s;
 
 -- name: list_session
--- Ids and times first: left alone, the planner likes to walk the whole table by time until the
--- session has filled a page.
+-- Ids and times first: otherwise the planner may walk the whole table by time until the session has
+-- filled a page.
 with mine as materialized (
     select id, trigger_at from session_recalls
     where session_id = %(session_id)s
@@ -40,8 +40,8 @@ where id = any (array(select id from page))
 order by trigger_at desc, id;
 
 -- name: list_user
--- The owner is the application's: its table sessions says whose a session is. (An index on sessions
--- (user_id) is worth having there.)
+-- The owner is the application's: its table sessions says which user a session belongs to. (An
+-- index on sessions (user_id) is worth having there.)
 with mine as materialized (
     select id, trigger_at from session_recalls
     where session_id = any (array(
@@ -59,7 +59,7 @@ where id = any (array(select id from page))
 order by trigger_at desc, id;
 
 -- name: why
--- The evidence on one recall, in one look.
+-- All evidence on one recall, in one statement.
 select r.*, now() as now, coalesce(r.lease_until, r.trigger_at) as due_at,
     coalesce(r.planned_at, r.trigger_at) <> r.trigger_at as moved,
     o.id as ahead, o.status as ahead_status, o.leased_by as ahead_leased_by,
@@ -70,8 +70,8 @@ select r.*, now() as now, coalesce(r.lease_until, r.trigger_at) as due_at,
     a.last_called_at as deferred_last
 from session_recalls r
 left join lateral (
-    -- What this recall's session must be done with first: one that is being run, one whose aborted
-    -- call is open, one that is due longer.
+    -- What must end first in this recall's session: a recall that is being run, one whose aborted
+    -- call is open, or one that has been due for longer.
     select * from (
         select * from session_recalls x
         where x.session_id = r.session_id and x.lease is not null
@@ -113,7 +113,7 @@ left join lateral (
         max(coalesce(m.last_called_at, m.ended_at)) as last_called_at
     from recall_attempts m
     where m.recall_id = r.id and m.occurrence = r.occurrence and m.rekey = r.rekey
-        -- The attempt of a deferral is given back.
+        -- A deferral gives its attempt back.
         and m.attempt = r.attempt + case when r.lease is null then 1 else 0 end
         and m.outcome in ('busy', 'unavailable', 'misconfigured')
 ) a on true
@@ -121,9 +121,10 @@ where r.id = %(id)s;
 
 -- name: fleet
 -- Whether RECALL_FLEET_CONCURRENCY holds back what is due: the cap, the leases that a claim counts
--- against it, and whose they are. A lease that has ended counts for a third of a lease more: until
--- then its owner may be alive. There is a cap where all live workers keep to one; of several the
--- highest decides. Settings may be a hand's: what is no number of at least 1 is no cap.
+-- against it, and whose they are. A lease that has expired counts during the grace (a part of a
+-- lease), as its owner may be alive. There is a cap where all live workers have one; of several the
+-- highest decides. Settings may have been written by hand: what is no number of at least 1 is no
+-- cap.
 with live as materialized (
     select w.worker,
         case when jsonb_typeof(w.settings -> 'fleet_concurrency') = 'number'
@@ -134,7 +135,7 @@ with live as materialized (
                 0
             )::integer
         end as cap,
-        -- Rounded, as a double knows no number as small as numeric does.
+        -- Rounded, as a double has no number as small as numeric has.
         case when jsonb_typeof(w.settings -> 'lease') = 'number'
             then round(least(greatest((w.settings ->> 'lease')::numeric, 0), 86400), 3)::float8
         end as lease
@@ -158,7 +159,7 @@ from fleet f cross join lateral (
 ) c;
 
 -- name: workers
--- Who is about, and how many runs each has in hand: that is what the leases say, not the last beat.
+-- Running workers, and how many runs each has in hand: the leases say that, not the last heartbeat.
 select w.*, w.seen_at > now() - %(silence)s * interval '1 second' as alive,
     coalesce(l.leases, 0) as leases, now() as now
 from recall_workers w
@@ -170,7 +171,7 @@ left join (
 order by w.started_at, w.worker;
 
 -- name: stats_recalls
--- Everything is counted, in one pass.
+-- All counts in one pass.
 select status, count(*) as recalls,
     count(*) filter (where lease is null and paused_at is null) as waiting,
     count(*) filter (where lease is null and paused_at is not null) as paused,
@@ -182,15 +183,15 @@ from session_recalls
 group by status;
 
 -- name: stats_calls
--- What the calls of the last while came to.
+-- Outcomes of the calls within the window.
 select outcome, sum(calls)::bigint as calls from recall_attempts
 where ended_at > now() - %(window)s * interval '1 second'
 group by outcome
 order by calls desc, outcome;
 
 -- name: stats_lateness
--- How late the occurrences of the last while were, in seconds: from the nominal time to the first
--- call. Where a hand wrote a time that is none there is no telling.
+-- How late the occurrences within the window were, in seconds: from the nominal time to the first
+-- call. Nothing can be said of a row where somebody wrote an infinite time.
 select count(*) as occurrences,
     percentile_disc(0.5) within group (order by late) as p50,
     percentile_disc(0.99) within group (order by late) as p99,

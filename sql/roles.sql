@@ -1,11 +1,11 @@
--- Who may do what: three roles that own nothing and bring no login. Apply it after `recall-worker
--- migrate`, and again after each upgrade (`recall-worker migrate --roles` does both, and `migrate`
--- renews the grants of roles that are there):
+-- Who may do what: three roles that own nothing and can't log in. Apply this file after
+-- `recall-worker migrate`, and again after each upgrade (`recall-worker migrate --roles` does both,
+-- and `migrate` renews the grants of roles that exist):
 --
 --     psql -v ON_ERROR_STOP=1 -f roles.sql "postgresql://owner@host/database"
 --
--- as a superuser, or as the owner of the tables with CREATEROLE. Then give accounts of your own a
--- role, which is all that it takes:
+-- as a superuser, or as the owner of the tables with CREATEROLE. Then grant a role to accounts of
+-- your own; nothing else is needed:
 --
 --     create role worker_1 login password '…' in role recall_worker;
 --
@@ -14,8 +14,8 @@
 --                       application's own tables besides
 --   recall_reader       the commands that only look: list, show, why, stats, workers
 --
--- They hold back an account that is not the tables' owner. Whoever owns a table can do anything to
--- it: docs/roles.md says what then holds. Repeated calls end in the same grants, whatever an
+-- They restrict an account that is not the tables' owner. The owner of a table can do anything to
+-- it: docs/roles.md says what holds then. Applying it again gives the same grants, whatever an
 -- earlier version of this file had granted. One transaction; no table is locked.
 
 do $roles$
@@ -28,8 +28,7 @@ declare
         'cadence', 'cron', 'time_zone', 'until_at', 'times', 'failures_most', 'grace_seconds',
         'jitter_seconds'
     ];
-    -- What a recall is, and never becomes: no worker sends it to another session, or says something
-    -- else in it.
+    -- What a recall keeps for ever: no worker sends it to another session, or changes its message.
     fixed constant text[] := array['id', 'session_id', 'call_type', 'internal_comment',
         'additional_context_message', 'created_at'];
     roles constant text[] := array['recall_worker', 'recall_application', 'recall_reader'];
@@ -71,11 +70,11 @@ begin
                 'role % can do more than these grants say: it has attributes, or is a member of %',
                 role, own;
         end if;
-        -- Not where everybody has it: whoever owns the tables may not be the schema's owner.
+        -- Not where everybody has it: the tables' owner may not be the schema's owner.
         if not has_schema_privilege(role, place, 'usage') then
             execute format('grant usage on schema %I to %I', place, role);
         end if;
-        -- All columns' grants go with it.
+        -- The grants of single columns go with it.
         execute format(
             'revoke all on %s, recall_attempts, recall_workers, recall_endpoints, recall_chores, '
             'recall_schema from %I',
@@ -83,16 +82,16 @@ begin
         execute format('grant select on %s to %I', recalls, role);
     end loop;
 
-    -- The application: its own columns, and no others. It deletes sessions, which takes their
-    -- recalls along by the owner's hand.
+    -- The application: its own columns, and no others. It deletes sessions, and the foreign key
+    -- then deletes their recalls with the owner's rights.
     select string_agg(quote_ident(a.attname), ', ' order by a.attnum) into given
     from pg_attribute a
     where a.attrelid = recalls and a.attnum > 0 and not a.attisdropped
         and a.attname = any (written);
     execute format('grant insert (%s), update (%s) on %s to recall_application', given, given,
         recalls);
-    -- Where jitter puts the first occurrence off, who schedules says what its time is; afterwards
-    -- that is the worker's.
+    -- Where jitter delays the first occurrence, the one who schedules writes its nominal time;
+    -- afterwards the worker does.
     execute format('grant insert (scheduled_for) on %s to recall_application, recall_worker',
         recalls);
 
@@ -127,8 +126,7 @@ begin
         select from pg_namespace n cross join lateral aclexplode(n.nspacl) a
         where n.nspname = place and a.grantee = 0 and a.privilege_type = 'CREATE'
     ) then
-        -- As PostgreSQL 14 and older set it up. Not taken away here: the application may count on
-        -- it.
+        -- As PostgreSQL 14 and older set it up. Not revoked here: the application may need it.
         raise warning 'everybody may create objects in schema %', place
             using hint = format(
                 'Where nothing counts on it: revoke create on schema %I from public.', place);
