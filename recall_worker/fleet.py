@@ -10,12 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .settings import GRACE_AFTER_OUTAGE, LEASE, LEASE_MOST
 from .terminal import span
 
 SILENT_AFTER = 180.0
 """Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats at
 the longest lease.
 """
+FLEET = {
+    "silence": SILENT_AFTER,
+    "lease": LEASE,
+    "lease_most": LEASE_MOST,
+    "grace": GRACE_AFTER_OUTAGE,
+}
+"""The values of the statement `fleet`. `lease`: of workers whose rows do not say theirs."""
 ALIKE = (
     "lease",
     "run_url",
@@ -53,7 +61,7 @@ def fleet_cap(row: Mapping[str, Any]) -> str | None:
     if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
         return None
     one = row["fleet_ended"] == 1
-    after = span(row["fleet_lease"] / 3)
+    after = span(row["fleet_lease"] * GRACE_AFTER_OUTAGE)
     whose = [
         (row["fleet_of_live"], "of live workers"),
         (row["fleet_of_silent"], "of workers that are not heard of"),

@@ -25,6 +25,13 @@ The triggers have the number written out, in sql/migrations/ (0010, and 0016 las
 LONGEST = 1e9
 """Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all still take."""
 
+LEASE, LEASE_MOST = 60.0, 86_400
+"""Seconds of a lease where none is set, and of the longest."""
+
+GRACE_AFTER_OUTAGE = 1 / 3
+"""Part of a lease for which an expired one is left to its owner after PostgreSQL was down, or while
+the row was locked: a living owner renews within that time."""
+
 KEPT = ("fired", "cancelled", "failed", "calls")
 """What can be kept for a while and then deleted: recalls that are over, by status, and the marks of calls."""
 
@@ -86,10 +93,10 @@ class Settings:
         60.0, "seconds until a busy session is tried again, where it does not say", least=0.05
     )
     lease: float = _setting(
-        60.0,
+        LEASE,
         "seconds after which a silent worker's runs are taken up by another",
         least=1,
-        most=86_400,
+        most=LEASE_MOST,
     )
     run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)

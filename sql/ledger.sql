@@ -79,7 +79,8 @@ with candidate as materialized (
             where o.session_id = r.session_id and o.lease is not null
                 and o.status not in ('pending', 'running')
                 -- A lease that ends later than any worker's can is no worker's.
-                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
+                and o.lease_until > now()
+                and o.lease_until < now() + %(lease_end_most)s * interval '1 second'
         )
     order by coalesce(r.lease_until, r.trigger_at)
     limit least(%(slots)s::bigint, case
@@ -87,7 +88,7 @@ with candidate as materialized (
         select count(*) from session_recalls f
         where f.lease is not null and f.status in ('pending', 'running')
             and (f.lease_until > now() - %(held_for)s * interval '1 second'
-                or pg_postmaster_start_time() > now() - %(lease)s / 3 * interval '1 second')
+                or pg_postmaster_start_time() > now() - %(grace)s * interval '1 second')
     )) end)
     for update of r skip locked
 )
@@ -136,7 +137,8 @@ where k.id = r.id and r.id = any (array(select id from candidate))
 returning
     r.id, r.session_id, r.call_type,
     case
-        when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message
+        when octet_length(r.additional_context_message) <= %(batch_message_most)s
+        then r.additional_context_message
     end as message,
     r.interval_seconds as interval, r.occurrence, r.rekey,
     r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease,
@@ -166,18 +168,18 @@ ended as materialized (
         -- leases.
         and num_nulls(r.paused_at) = 1
         -- After an outage living owners come first: during the grace nobody takes an expired lease.
-        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
         -- Runs in hand are being renewed or settled. Of our own leases that leaves those whose
         -- claim's answer was lost. They wait for one grace longer: this statement may itself have
         -- been delayed, by a process that was suspended after it listed what is in hand.
         and r.id <> all (%(in_hand)s::text[])
         and (r.leased_by is distinct from %(worker)s
-            or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
+            or r.lease_until < now() - %(grace)s * interval '1 second')
         -- Their owners could not renew what was locked: during the grace it is left to them.
         and r.id <> all (%(left)s::text[])
         and r.id <> all (%(aside)s::text[])
     order by r.session_id
-    limit 1000
+    limit %(most)s
 )
 select case when %(fleet)s::integer is not null then %(fleet)s - (
         select count(*) from session_recalls f
@@ -216,10 +218,10 @@ with candidate as materialized (
         and coalesce(r.lease_until, r.trigger_at) <= now()
         and (r.lease is null or (
             %(ended)s
-            and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+            and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
             and r.id <> all (%(in_hand)s::text[])
             and (r.leased_by is distinct from %(worker)s
-                or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
+                or r.lease_until < now() - %(grace)s * interval '1 second')
         ))
         and (r.lease is not null or not exists (
             select from session_recalls o
@@ -232,7 +234,8 @@ with candidate as materialized (
             select from session_recalls o
             where o.session_id = r.session_id and o.lease is not null
                 and o.status not in ('pending', 'running')
-                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
+                and o.lease_until > now()
+                and o.lease_until < now() + %(lease_end_most)s * interval '1 second'
         )
     order by coalesce(r.lease_until, r.trigger_at), r.id
     limit least(%(slots)s::bigint, case
@@ -317,7 +320,8 @@ where k.id = r.id and r.id = any (array(select id from candidate))
 returning
     r.id, r.session_id, r.call_type,
     case
-        when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message
+        when octet_length(r.additional_context_message) <= %(batch_message_most)s
+        then r.additional_context_message
     end as message,
     r.interval_seconds as interval, r.occurrence, r.rekey,
     r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease,
@@ -372,7 +376,7 @@ with passed as materialized (
         and coalesce(r.lease_until, r.trigger_at) <= now()
         and r.id <> all (%(aside)s::text[])
     order by coalesce(r.lease_until, r.trigger_at)
-    limit 20
+    limit %(passed_most)s
 )
 select (
         select extract(
@@ -387,18 +391,22 @@ select (
     ) as next_in,
     (select count(*) from passed)::integer as passed_over,
     coalesce((select bool_or(leased) from passed), false) as ended,
-    case when (select count(*) from passed) < 20 then (select min(due_for) from passed) else (
-        select extract(
-            epoch from now()
-                - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz)
-        )::float8
-        from session_recalls r
-        where r.status in ('pending', 'running') and r.paused_at is null
-            and coalesce(r.lease_until, r.trigger_at) <= now()
-            and r.id <> all (%(aside)s::text[])
-        order by coalesce(r.lease_until, r.trigger_at) desc
-        limit 1
-    ) end as youngest,
+    case
+        when (select count(*) from passed) < %(passed_most)s
+        then (select min(due_for) from passed)
+        else (
+            select extract(
+                epoch from now()
+                    - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz)
+            )::float8
+            from session_recalls r
+            where r.status in ('pending', 'running') and r.paused_at is null
+                and coalesce(r.lease_until, r.trigger_at) <= now()
+                and r.id <> all (%(aside)s::text[])
+            order by coalesce(r.lease_until, r.trigger_at) desc
+            limit 1
+        )
+    end as youngest,
     exists (
         select from session_recalls r
         where r.cadence = 'cron' and r.call_type = 'recurring'
@@ -416,7 +424,7 @@ where r.status in ('pending', 'running') and r.paused_at is null
     and coalesce(r.lease_until, r.trigger_at) <= now()
     and r.lease is null and r.id <> all (%(aside)s::text[])
 order by coalesce(r.lease_until, r.trigger_at)
-limit 1000;
+limit %(most)s;
 
 -- name: write_moves
 -- The application moved trigger_at, or cron moments were missed: the occurrence that follows is
@@ -461,7 +469,7 @@ from session_recalls r
 where r.cadence = 'cron' and r.call_type = 'recurring'
     and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
     and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
-limit 500;
+limit %(most)s;
 
 -- name: settle_moved
 -- Put them on the moment that follows from the move, with the distance from there: the
@@ -865,7 +873,8 @@ where not exists (
 -- not all of a fleet poll at once when something falls due. A worker that died is forgotten after a
 -- day (`forget_after`).
 with forgotten as (
-    delete from recall_workers where seen_at < now() - interval '1 day' and worker <> %(worker)s
+    delete from recall_workers
+    where seen_at < now() - %(forget_after)s * interval '1 second' and worker <> %(worker)s
 ),
 endless as (
     -- A lease without an end, or with one further off than any worker's can be, would hold its
@@ -876,9 +885,10 @@ endless as (
     where id = any (array(
         select id from session_recalls
         where lease is not null and status in ('pending', 'running')
-            and (lease_until is null or lease_until > now() + interval '25 hours')
+            and (lease_until is null
+                or lease_until > now() + %(lease_end_most)s * interval '1 second')
         order by session_id
-        limit 100
+        limit %(most)s
         for update skip locked
     ))
     returning id
@@ -892,9 +902,9 @@ over as materialized (
         r.taken_lease, r.sent_at, false as goes_on
     from session_recalls r
     where r.lease is not null and r.status not in ('pending', 'running')
-        and r.lease_until < now() - interval '1 minute'
+        and r.lease_until < now() - %(abandoned_after)s * interval '1 second'
     order by r.session_id
-    limit 100
+    limit %(most)s
     for update of r skip locked
 ),
 paused as materialized (
@@ -906,11 +916,11 @@ paused as materialized (
         r.taken_lease, r.sent_at, true as goes_on
     from session_recalls r
     where r.lease is not null and r.status in ('pending', 'running') and r.paused_at is not null
-        and r.lease_until < now() - %(lease)s / 3 * interval '1 second'
-        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        and r.lease_until < now() - %(grace)s * interval '1 second'
+        and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
         and r.id <> all (%(in_hand)s::text[])
     order by r.session_id
-    limit 100
+    limit %(most)s
     for update of r skip locked
 ),
 abandoned as (
@@ -955,8 +965,8 @@ marked as (
 ),
 notified as (
     -- Another recall may wait for what was freed here.
-    select pg_notify('session_recalls', '') where exists (select from ended)
-        or exists (select from endless)
+    select pg_notify('session_recalls', '')
+    where exists (select from ended) or exists (select from endless)
 )
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
 values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s,
@@ -966,9 +976,8 @@ on conflict (worker) do update
         breaker = excluded.breaker, bell = excluded.bell
 returning (select count(*) from notified) as notified, (
     select count(*) from recall_workers w
-    where w.worker < %(worker)s and w.seen_at > now() - interval '90 seconds'
-        and w.running < w.slots
-        and w.breaker = 'closed' and w.bell = 'listening'
+    where w.worker < %(worker)s and w.seen_at > now() - %(not_ready_after)s * interval '1 second'
+        and w.running < w.slots and w.breaker = 'closed' and w.bell = 'listening'
 ) as ahead;
 
 -- name: notify

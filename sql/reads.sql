@@ -137,14 +137,16 @@ with live as materialized (
         end as cap,
         -- Rounded, as a double has no number as small as numeric has.
         case when jsonb_typeof(w.settings -> 'lease') = 'number'
-            then round(least(greatest((w.settings ->> 'lease')::numeric, 0), 86400), 3)::float8
+            then round(
+                least(greatest((w.settings ->> 'lease')::numeric, 0), %(lease_most)s), 3
+            )::float8
         end as lease
     from recall_workers w
     where w.seen_at > now() - %(silence)s * interval '1 second'
 ),
 fleet as (
     select case when count(*) = count(cap) then max(cap) end as cap,
-        coalesce(max(lease), 60) as lease from live
+        coalesce(max(lease), %(lease)s) as lease from live
 )
 select f.cap as fleet_cap, f.lease as fleet_lease, c.leases as fleet_leases,
     c.of_live as fleet_of_live,
@@ -155,7 +157,7 @@ from fleet f cross join lateral (
             as of_live
     from session_recalls r
     where r.lease is not null and r.status in ('pending', 'running')
-        and r.lease_until > now() - f.lease / 3 * interval '1 second'
+        and r.lease_until > now() - f.lease * %(grace)s * interval '1 second'
 ) c;
 
 -- name: workers

@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 
 from recall_worker import statements
 from recall_worker import sweep as sweeping
+from recall_worker.fleet import FLEET
 
 from . import postgres
 from .application import Application
@@ -1199,7 +1200,7 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "why", {**SILENT, "id": "old5"}),
     ("reads", "why", {**SILENT, "id": "live1004"}),
     ("reads", "workers", SILENT),
-    ("reads", "fleet", SILENT),
+    ("reads", "fleet", FLEET),
     ("reads", "stats_calls", {"window": 3600.0}),
     ("reads", "stats_lateness", {"window": 3600.0}),
     *(("client", name, ONE) for name in (

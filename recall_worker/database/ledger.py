@@ -52,6 +52,7 @@ from ..recall import (
     name_of,
     reason_of,
 )
+from ..settings import GRACE_AFTER_OUTAGE, LEASE_MOST
 from ..sweep import Batch
 from .connection import DatabaseUnavailable, Deadlines, QueryConnection, StatementRejected
 from .values import clamped
@@ -69,7 +70,26 @@ TURN = 60.0
 BACKLOG_MOST = 10_000
 """Overdue recalls that are counted: beyond that the number says nothing more, and counting would cost."""
 PASSED_MOST = 20
-"""Rows of what is due and was not claimed that are looked at one by one: the limit in the statement `ahead`."""
+"""Rows of what is due and was not claimed that `next_due` reads one by one."""
+BATCH_MESSAGE_MOST = 65_536
+"""Octets of a message that is claimed with its row: a longer one is read alone."""
+ENDED_MOST = 1000
+"""Expired leases that are listed at once."""
+MOVED_MOST = 500
+"""Moved cron recalls that are put on a moment at once."""
+LEASE_END_MOST = LEASE_MOST + 3600.0
+"""Seconds from now after which no worker's lease ends: one that does was not written by a worker. An
+hour more than the longest lease, for a clock that was set back."""
+ABANDONED_AFTER = 60.0
+"""Seconds after which the expired lease of a recall that was ended in mid-run is ended by any worker:
+its owner, if only slow, has settled by then."""
+ABANDONED_MOST = 100
+"""Leases of each kind that one heartbeat ends."""
+NOT_READY_AFTER = 90.0
+"""Seconds without a heartbeat after which a worker no longer counts as ready: one and a half of the
+longest pause between two."""
+FORGET_AFTER = 86_400.0
+"""Seconds without a heartbeat after which a worker's row is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +176,7 @@ class Ledger:
         name = f"recall-worker ledger {worker}"
         self._worker = worker
         self._lease = lease
+        self._grace = lease * GRACE_AFTER_OUTAGE
         self._fleet = fleet
         self._message_limit = message_limit
         self._lines: list[QueryConnection] = []
@@ -199,7 +220,7 @@ class Ledger:
         asked_at = time.monotonic()
         if self._alone_next or any(aside.until <= asked_at for aside in self._aside.values()):
             return await self._claim_one_by_one(slots, asked_at, all_held=all_held)
-        values = self._claiming(slots, HELD if all_held else self._lease / 3) | {
+        values = self._claiming(slots, HELD if all_held else self._grace) | {
             "aside": list(self._aside)
         }
         try:
@@ -224,7 +245,8 @@ class Ledger:
     def _claiming(self, slots: int, held_for: float) -> dict[str, Any]:
         return {
             "lease": self._lease, "worker": self._worker, "slots": slots, "fleet": self._fleet, "held_for": held_for,
-            "message_limit": self._message_limit,
+            "message_limit": self._message_limit, "grace": self._grace, "lease_end_most": LEASE_END_MOST,
+            "batch_message_most": BATCH_MESSAGE_MOST,
         }  # fmt: skip
 
     async def ended_leases(self, in_hand: Collection[str] = ()) -> EndedLeases:
@@ -236,7 +258,7 @@ class Ledger:
         now = time.monotonic()
         self._left = {id: until for id, until in self._left.items() if until > now}
         values = {
-            "lease": self._lease, "worker": self._worker, "in_hand": list(in_hand), "left": list(self._left),
+            "grace": self._grace, "worker": self._worker, "in_hand": list(in_hand), "left": list(self._left), "most": ENDED_MOST,
             "aside": [id for id, aside in self._aside.items() if aside.until > now], "fleet": self._fleet,
         }  # fmt: skip
         found = (await self._claims.ask(self._sql["ended_leases"], values))[0]
@@ -315,14 +337,16 @@ class Ledger:
         stranded: list[tuple[str, str]] = []
         tried = [id for id, aside in self._aside.items() if aside.until <= asked_at]
         if self._alone_next or not tried:
-            rows = await self._claims.ask(self._sql["due_ids"], {"aside": list(self._aside)})
+            rows = await self._claims.ask(
+                self._sql["due_ids"], {"aside": list(self._aside), "most": ALONE_MOST}
+            )
             tried += [row["id"] for row in rows]
         self._alone_next = False
         for id in tried[:ALONE_MOST]:
             if len(claims) >= slots:
                 break
             try:
-                taken = await self._take_up([id], 1, held_for=HELD if all_held else self._lease / 3)
+                taken = await self._take_up([id], 1, held_for=HELD if all_held else self._grace)
                 claims += taken
                 if taken:
                     self._aside.pop(id, None)
@@ -359,7 +383,8 @@ class Ledger:
         `claimed_at`: the monotonic instant at which all that is due was asked for last; None: nothing was.
         """
         asked_at = time.monotonic()
-        found = (await self._claims.ask(self._sql["next_due"], {"aside": list(self._aside)}))[0]
+        values = {"aside": list(self._aside), "passed_most": PASSED_MOST}
+        found = (await self._claims.ask(self._sql["next_due"], values))[0]
         since = math.inf if claimed_at is None else time.monotonic() - claimed_at
         youngest = found["youngest"]
         return NextDue(
@@ -373,7 +398,7 @@ class Ledger:
 
     def _leave_to_owners(self, ids: Iterable[str]) -> None:
         """These rows are locked by the application, and their leases have ended: their owners could not renew them."""
-        self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease / 3))
+        self._left.update(dict.fromkeys(ids, time.monotonic() + self._grace))
 
     async def message(self, claim: Claim) -> str | None:
         """The message of a claim that came without it; None where it was changed since, or the lease is not ours any more."""
@@ -411,7 +436,7 @@ class Ledger:
         return [
             _claim(row)._replace(lateness=0.0)
             for row in await self._claims.ask(
-                self._sql["moved"], {"aside": list(self._aside)}, as_=tuple
+                self._sql["moved"], {"aside": list(self._aside), "most": MOVED_MOST}, as_=tuple
             )
         ]
 
@@ -596,7 +621,9 @@ class Ledger:
         `in_hand`: as with `ended_leases`.
         """
         values = {
-            **facts, "worker": self._worker, "settings": json.dumps(settings), "lease": self._lease, "in_hand": list(in_hand),
+            **facts, "worker": self._worker, "settings": json.dumps(settings), "grace": self._grace, "in_hand": list(in_hand),
+            "lease_end_most": LEASE_END_MOST, "abandoned_after": ABANDONED_AFTER, "not_ready_after": NOT_READY_AFTER,
+            "forget_after": FORGET_AFTER, "most": ABANDONED_MOST,
         }  # fmt: skip
         row = (await self._claims.ask(self._sql["heartbeat"], values))[0]
         return int(row["ahead"])
