@@ -28,10 +28,6 @@ LONGEST = 1e9
 LEASE, LEASE_MOST = 60.0, 86_400
 """Seconds of a lease where none is set, and of the longest."""
 
-GRACE_AFTER_OUTAGE = 1 / 3
-"""Part of a lease for which an expired one is left to its owner after PostgreSQL was down, or while
-the row was locked: a living owner renews within that time."""
-
 KEPT = ("fired", "cancelled", "failed", "calls")
 """What can be kept for a while and then deleted: recalls that are over, by status, and the marks of calls."""
 

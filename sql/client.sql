@@ -159,7 +159,7 @@ with before as materialized (
         and (r.lease is null or r.lease_until < now())
     for update of r
 ),
-marked as (
+recorded as (
     insert into recall_attempts
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
         missed, called_at, last_called_at, ended_at, reason, settled)

@@ -77,12 +77,13 @@ where datname = current_database() and pid <> pg_backend_pid() and backend_type 
 order by xact_start
 limit 1;
 
--- name: ring
+-- name: notify
 -- Both channels in one transaction: what arrives on the doctor's own proves that this very
 -- notification came, and not another one.
 select pg_notify('session_recalls', ''), pg_notify(%(channel)s, '');
 
--- name: echo
+-- name: notify_own
+-- The doctor's own channel alone: no worker is woken.
 select pg_notify(%(channel)s, '');
 
 -- name: clock

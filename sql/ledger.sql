@@ -23,7 +23,7 @@ select d.direct,
     case when d.direct then set_config('tcp_keepalives_idle', %(idle)s, false) end,
     case when d.direct then set_config('tcp_keepalives_interval', %(interval)s, false) end,
     case when d.direct then set_config('tcp_keepalives_count', '3', false) end,
-    case when d.direct then set_config('tcp_user_timeout', %(unacknowledged)s, false) end,
+    case when d.direct then set_config('tcp_user_timeout', %(unheard)s, false) end,
     case when d.direct
         then set_config('default_transaction_isolation', 'read committed', false) end,
     case when d.direct then set_config('idle_session_timeout', '0', false) end,
@@ -430,7 +430,7 @@ limit %(most)s;
 -- The application moved trigger_at, or cron moments were missed: the occurrence that follows is
 -- written before it is called, so that after a crash another worker calls it under the same key.
 -- Guarded by the lease and by the very trigger_at that was judged.
-with told as (
+with given as (
     select *
     from unnest(
         %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(occurrences)s::integer[],
@@ -445,7 +445,7 @@ set occurrence = t.occurrence,
     scheduled_for = coalesce(t.at, r.trigger_at), planned_at = r.trigger_at,
     interval_seconds = coalesce(t.distance, r.interval_seconds),
     missed = t.missed
-from told t
+from given t
 where r.id = t.id and r.id = any (%(ids)s::text[]) and r.lease = t.lease
     and r.trigger_at = t.trigger::timestamptz
     and r.status in ('pending', 'running')
@@ -474,7 +474,7 @@ limit %(most)s;
 -- name: settle_moved
 -- Put them on the moment that follows from the move, with the distance from there: the
 -- application's next skip adds that. Or end them.
-with told as (
+with given as (
     select *
     from unnest(
         %(ids)s::text[], %(triggers)s::text[], %(statuses)s::text[], %(reasons)s::text[],
@@ -485,7 +485,7 @@ with told as (
 held as materialized (
     select r.id
     from session_recalls r
-    join told t on t.id = r.id
+    join given t on t.id = r.id
     where r.id = any (%(ids)s::text[]) and r.lease is null and r.status in ('pending', 'running')
         and r.trigger_at = t.trigger::timestamptz
     for update of r skip locked
@@ -502,7 +502,7 @@ set status = coalesce(t.status, r.status), ended_at = case when t.status is not 
     trigger_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
     planned_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
     interval_seconds = coalesce(t.distance, r.interval_seconds), updated_at = now()
-from told t
+from given t
 where r.id = t.id and r.id = any (array(select id from held));
 
 -- name: accept
@@ -521,7 +521,7 @@ accepted as (
         and r.status in ('pending', 'running')
     returning r.*
 ),
-marked as (
+recorded as (
     insert into recall_attempts as a
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
         missed, called_at, last_called_at, ended_at, http_status, settled, delivered_at)
@@ -594,7 +594,7 @@ select exists (select from turn) as mine, coalesce((select answered from known),
 
 -- name: endpoint_answers
 -- The endpoint answers again: recorded, and the other workers are notified.
-with told as (
+with given as (
     insert into recall_endpoints as e (endpoint, answered_at) values (%(endpoint)s, now())
     on conflict (endpoint) do update set answered_at = now(), probes = 0
 )
@@ -605,14 +605,14 @@ select pg_notify('session_recalls', '');
 -- (nobody else can take it meanwhile either); of one that is no longer ours, or no longer live, the
 -- state says why. A request sent since the last renewal is recorded at the same time, at no cost: a
 -- worker that takes the row up later then knows that it was called.
-with told as (
+with given as (
     select * from unnest(%(ids)s::text[], %(leases)s::uuid[], %(sent_ago)s::float8[])
         as t (id, lease, sent_ago)
 ),
 held as materialized (
     select r.id, t.sent_ago
     from session_recalls r
-    join told t on t.id = r.id
+    join given t on t.id = r.id
     where r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.status in ('pending', 'running')
     for update of r skip locked
 ),
@@ -637,7 +637,7 @@ select t.id,
         when r.status not in ('pending', 'running') then r.status
         else 'locked'
     end as state
-from told t
+from given t
 left join renewed n on n.id = t.id
 left join session_recalls r on r.id = t.id and r.id = any (%(ids)s::text[]);
 
@@ -659,7 +659,7 @@ where r.id is null or r.lease is distinct from t.lease or r.status not in ('pend
 -- what the judge saw. A row that the application holds locked is passed over and tried again, so
 -- that it delays no other. The call is recorded in the same transaction, also where the lease is
 -- gone; not where the settle will be tried again.
-with told as (
+with given as (
     select *
     from unnest(
         %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(statuses)s::text[],
@@ -715,7 +715,7 @@ state as materialized (
             when h.trigger_at <> t.trigger::timestamptz then 'moved'
             else 'settled'
         end as state
-    from told t
+    from given t
     left join held h on h.id = t.id
 ),
 written as (
@@ -774,7 +774,7 @@ written as (
         reason = t.reason,
         ended_at = case when t.status in ('pending', 'running') then null else now() end,
         updated_at = now()
-    from told t
+    from given t
     where r.id = t.id and r.lease = t.lease
         and r.id = any (array(select id from state where state = 'settled'))
     returning r.id, r.status
@@ -790,8 +790,8 @@ before as (
     -- an array of ids, mostly empty: while the table is small, a join may be planned to read all of
     -- it for records of that outcome, and that plan stays until the next analyze.
     delete from recall_attempts a
-    using told t join state s on s.id = t.id
-    where a.recall_id = any (array(select id from told where has_reference))
+    using given t join state s on s.id = t.id
+    where a.recall_id = any (array(select id from given where has_reference))
         and t.has_reference and t.outcome is not null
         and s.state not in ('moved', 'locked', 'again')
         and a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey
@@ -799,7 +799,7 @@ before as (
         and a.outcome = 'accepted' and t.outcome <> 'accepted'
     returning a.recall_id, a.called_at, a.delivered_at
 ),
-marked as (
+recorded as (
     insert into recall_attempts as a
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
         missed, called_at, last_called_at, ended_at, http_status, reason, settled, delivered_at,
@@ -816,7 +816,7 @@ marked as (
         end),
         case when t.outcome in ('answered', 'failed')
             then now() - t.ended_ago * interval '1 second' end
-    from told t
+    from given t
     join state s on s.id = t.id and s.lease = t.lease
     left join written w on w.id = t.id and s.state = 'settled'
     left join before b on b.recall_id = t.id
@@ -893,7 +893,7 @@ endless as (
     ))
     returning id
 ),
-over as materialized (
+ended_in_run as materialized (
     -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so
     -- its lease is ended and its call recorded here. Its session has been free since the lease
     -- expired. `abandoned_after` leaves a slow owner the time to settle it.
@@ -924,7 +924,7 @@ paused as materialized (
     for update of r skip locked
 ),
 abandoned as (
-    select * from over union all select * from paused
+    select * from ended_in_run union all select * from paused
 ),
 ended as (
     update session_recalls r
@@ -944,7 +944,7 @@ ended as (
     where a.id = r.id and r.id = any (array(select id from abandoned))
     returning r.id
 ),
-marked as (
+recorded as (
     insert into recall_attempts
         (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
         missed, called_at, last_called_at, ended_at, reason, settled)

@@ -12,7 +12,7 @@
 --   recall_worker       the daemon and the operator's commands
 --   recall_application  what the application does to session_recalls: its own columns. Grant it the
 --                       application's own tables besides
---   recall_reader       the commands that only look: list, show, why, stats, workers
+--   recall_reader       the commands that only read: list, show, why, stats, workers
 --
 -- They restrict an account that is not the tables' owner. The owner of a table can do anything to
 -- it: docs/roles.md says what holds then. Applying it again gives the same grants, whatever an

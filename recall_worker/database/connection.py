@@ -152,7 +152,7 @@ def transaction_setup(seconds: float) -> dict[str, str]:
         "statement": f"{seconds * 1000:.0f}",
         "idle": f"{math.ceil(seconds)}",
         "interval": f"{math.ceil(seconds / 3)}",
-        "unacknowledged": f"{seconds * 4 / 3 * 1000:.0f}",
+        "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
     }
 
 
