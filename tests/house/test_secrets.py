@@ -303,9 +303,9 @@ async def broken_loop(*given, **named):
     raise RuntimeError("a defect")
 
 if sys.argv.pop(1) == "call":
-    native.pieces = broken
+    native.body = broken
 else:
-    leases.LeaseRenewer.renew = broken_loop
+    keeper.LeaseRenewer.renew = broken_loop
 main()
 """
 
