@@ -10,12 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .database.ledger import OWNERS_FIRST
+from .settings import LEASE, LEASE_MOST
 from .terminal import span
 
 SILENT_AFTER = 180.0
 """Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats at
 the longest lease.
 """
+FLEET = {
+    "silence": SILENT_AFTER,
+    "lease": LEASE,
+    "lease_most": LEASE_MOST,
+    "grace": OWNERS_FIRST,
+}
+"""The values of the statement `fleet`. `lease`: of workers whose rows do not say theirs."""
 ALIKE = (
     "lease",
     "run_url",
@@ -53,7 +62,7 @@ def fleet_cap(row: Mapping[str, Any]) -> str | None:
     if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
         return None
     one = row["fleet_ended"] == 1
-    after = span(row["fleet_lease"] / 3)
+    after = span(row["fleet_lease"] * OWNERS_FIRST)
     whose = [
         (row["fleet_of_live"], "of live workers"),
         (row["fleet_of_silent"], "of workers that are not heard of"),

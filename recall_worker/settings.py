@@ -28,6 +28,9 @@ LONGEST = 1e9
 """Seconds of the longest duration that can be set: 31 years, which PostgreSQL, JSON and timers all
 still accept."""
 
+LEASE, LEASE_MOST = 60.0, 86_400
+"""Seconds of a lease where none is set, and of the longest."""
+
 KEPT = ("fired", "cancelled", "failed", "calls")
 """What can be kept for a while and then deleted: recalls that are over, by status, and records of
 calls."""
@@ -94,10 +97,10 @@ class Settings:
         least=0.05,
     )
     lease: float = _setting(
-        60.0,
+        LEASE,
         "seconds after which a silent worker's runs are taken up by another",
         least=1,
-        most=86_400,
+        most=LEASE_MOST,
     )
     run_timeout: float = _setting(1800.0, "seconds a run may take", least=0.1)
     max_attempts: int = _setting(3, "attempts of one occurrence in all", least=1, most=1000)

@@ -1,17 +1,22 @@
--- What `doctor` asks. Catalogues and settings first, then the rows. Nothing here changes anything, and nothing here takes a lock.
+-- What `doctor` asks. Catalogues and settings first, then the rows. Nothing here changes anything,
+-- and nothing here takes a lock.
 
 -- name: server
--- Where this is, as whom, and how the server is set for this account.
-select current_setting('server_version') as version, current_setting('server_version_num')::integer as number,
+-- Which database and role this is, and how the server is set for this account.
+select current_setting('server_version') as version,
+    current_setting('server_version_num')::integer as number,
     current_database() as database, current_user as role, r.rolsuper as superuser,
     pg_is_in_recovery() as standby, current_setting('transaction_read_only') = 'on' as read_only,
     row_security_active(to_regclass('session_recalls')) as row_security,
     current_setting('fsync') as fsync, current_setting('full_page_writes') as full_page_writes,
-    current_setting('synchronous_commit') as synchronous_commit, current_setting('autovacuum') as autovacuum,
+    current_setting('synchronous_commit') as synchronous_commit,
+    current_setting('autovacuum') as autovacuum,
     extract(epoch from current_setting('statement_timeout')::interval)::float8 as statement_timeout,
-    -- Places for such as we are: those kept for superusers, and since PostgreSQL 16 for a role, are not.
+    -- Connections for ordinary accounts: those reserved for superusers, and since PostgreSQL 16 for
+    -- a role, are not.
     least(
-        current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer
+        current_setting('max_connections')::integer
+            - current_setting('superuser_reserved_connections')::integer
             - coalesce(current_setting('reserved_connections', true)::integer, 0),
         nullif(r.rolconnlimit, -1), nullif(d.datconnlimit, -1)
     ) as places,
@@ -23,11 +28,12 @@ from pg_roles r, pg_database d
 where r.rolname = current_user and d.datname = current_database();
 
 -- name: read_only
--- On the connection for LISTEN: a standby takes none.
+-- On the connection for LISTEN: a standby does not accept LISTEN.
 select pg_is_in_recovery() as standby;
 
 -- name: indexes
--- Indexes that are missing or invalid: those that the statements were written for, and whatever a broken-off build has left behind.
+-- Indexes that are missing or invalid: those that the statements were written for, and any that an
+-- interrupted build has left behind.
 select w.name, x.indexrelid is not null as there
 from (
     select unnest(%(names)s::text[])
@@ -45,7 +51,10 @@ order by w.name;
 -- Constraints that hold for new rows only.
 select c.conrelid::regclass::text as table, c.conname as name, c.contype = 'f' as foreign_key
 from pg_constraint c
-where c.conrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts'), to_regclass('recall_workers'))
+where c.conrelid in (
+        to_regclass('session_recalls'), to_regclass('recall_attempts'),
+        to_regclass('recall_workers')
+    )
     and not c.convalidated
 order by c.conname;
 
@@ -58,26 +67,31 @@ where t.tgenabled is null or t.tgenabled not in ('O', 'A')
 order by w.name;
 
 -- name: open_transaction
--- The transaction that has been open for longest, in whose way vacuum and locks stand. Of others' sessions, what this account may see.
-select pid, usename as role, application_name as application, state, extract(epoch from now() - xact_start)::float8 as seconds
+-- The transaction that has been open for longest: vacuum and locks wait for it. Of other accounts'
+-- sessions, what this account may see.
+select pid, usename as role, application_name as application, state,
+    extract(epoch from now() - xact_start)::float8 as seconds
 from pg_stat_activity
 where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'
     and xact_start < now() - %(longest)s * interval '1 second'
 order by xact_start
 limit 1;
 
--- name: ring
--- Both channels in one transaction: what arrives on the doctor's own proves that this very ring came, and not another one.
+-- name: notify
+-- Both channels in one transaction: what arrives on the doctor's own proves that this very
+-- notification came, and not another one.
 select pg_notify('session_recalls', ''), pg_notify(%(channel)s, '');
 
--- name: echo
+-- name: notify_own
+-- The doctor's own channel alone: no worker is woken.
 select pg_notify(%(channel)s, '');
 
 -- name: clock
 select clock_timestamp() as now;
 
 -- name: overdue
--- What is due for so long that no worker can have looked, or had a slot; but for what waits for its own session's run.
+-- Recalls that have been due for so long that no worker can have polled, or had a slot; without
+-- those that wait for their own session's run.
 with due as materialized (
     select id, session_id, lease is not null as leased, coalesce(lease_until, trigger_at) as due_at
     from session_recalls
@@ -88,27 +102,36 @@ waiting as (
     select d.* from due d
     where not exists (
         select from session_recalls o
-        where o.session_id = d.session_id and o.lease is not null and o.status in ('pending', 'running') and o.id <> d.id
+        where o.session_id = d.session_id and o.lease is not null
+            and o.status in ('pending', 'running') and o.id <> d.id
             and o.lease_until > now()
     )
 )
-select count(*) as recalls, count(*) filter (where leased) as leased, min(due_at) as since, now() as now,
+select count(*) as recalls, count(*) filter (where leased) as leased, min(due_at) as since,
+    now() as now,
     (select id from waiting order by due_at, id limit 1) as oldest
 from waiting;
 
 -- name: settled_by_others
--- What was marked fired past the workers since they have been about, be it instead of them or after them: the application does so by hand, an
--- old scheduler beside the workers with every recall. By the index on trigger_at, and so of what was due within two hours.
+-- What was marked fired without the workers since they started, instead of them or after them: the
+-- application does so by hand, an old scheduler beside the workers with every recall. By the index
+-- on trigger_at, and so of what was due within two hours.
 select count(*) as recalls, (array_agg(r.id order by r.updated_at desc))[1] as last
 from session_recalls r
 where r.status = 'fired' and r.trigger_at between now() - interval '2 hours' and now()
-    and r.updated_at > greatest(%(since)s, now() - interval '1 hour') and (r.ended_at is null or r.updated_at > r.ended_at);
+    and r.updated_at > greatest(%(since)s, now() - interval '1 hour')
+    and (r.ended_at is null or r.updated_at > r.ended_at);
 
 -- name: held
--- What is held back, by what, and one reason of each.
-select h.by, count(*) as recalls, min(h.since) as since, (array_agg(h.reason order by h.updated_at desc))[1] as reason, now() as now
+-- Recalls that are held back, by what, and one reason of each.
+select h.by, count(*) as recalls, min(h.since) as since,
+    (array_agg(h.reason order by h.updated_at desc))[1] as reason, now() as now
 from (
-    select case when paused_at is not null then 'paused' when deferrals > 0 then coalesce(last_outcome, 'held back') else 'retried' end as by,
+    select case
+            when paused_at is not null then 'paused'
+            when deferrals > 0 then coalesce(last_outcome, 'held back')
+            else 'retried'
+        end as by,
         coalesce(paused_at, begun_at, updated_at) as since, reason, updated_at
     from session_recalls
     where status in ('pending', 'running') and lease is null
@@ -118,7 +141,7 @@ group by h.by
 order by recalls desc, h.by;
 
 -- name: failed
--- What was given up lately.
+-- What was given up within a day.
 select count(*) as recalls, (array_agg(reason order by ended_at desc))[1] as reason
 from session_recalls
 where status = 'failed' and ended_at > now() - interval '1 day';
@@ -132,5 +155,6 @@ order by ended_at desc
 limit 1;
 
 -- name: waiting
--- Whether there is anything to do for a worker.
-select count(*) as recalls from session_recalls where status in ('pending', 'running') and paused_at is null;
+-- Whether a worker would have anything to do.
+select count(*) as recalls from session_recalls
+where status in ('pending', 'running') and paused_at is null;

@@ -1,25 +1,31 @@
--- The worker's statements: claim, place, renew, settle. Every one is a single round trip in its own transaction.
--- now() is the start of that transaction: PostgreSQL's clock decides what is due, the worker's is for durations only.
+-- The worker's statements: claim, take up, write moves, renew, settle. Each is one round trip in
+-- its own transaction. now() is the start of that transaction: PostgreSQL's clock decides what is
+-- due, the worker's clock measures durations only.
 
 -- name: session_setup
--- The first question on a connection: is it the server's own? A pooler announces a backend of its own making, and passes each transaction
--- to another one. On the server's own connection these settings then hold, whatever the database or the account has for others: a bound
--- on waiting for locks, as an insert that the application keeps open can hold up an index entry; no other isolation, no shorter
--- deadlines, than our statements are made for; and bounds on waiting for us, as the locks of a worker that was cut off in the middle of
--- a transaction must not outlive its lease. Dates come in the one style that psycopg reads, and in UTC, as Python's difference of two dates of
--- one zone is that of its clocks on the wall; also through a pooler: that much it passes.
--- Our statements are long, and their plans, all by index, do not depend on the values: planned anew, a claim of ten rows costs three times
--- as much. And a plan that was made while a table was empty must not go on reading it from end to end. Before PostgreSQL 18 a scan that is
--- held back so, and can't be helped, looks dear enough to be compiled, at a few hundred milliseconds each time.
+-- The first statement on a connection. Is it the server's own, or a pooler's? A pooler announces a
+-- backend of its own making and passes each transaction to another one. On the server's own
+-- connection these settings then hold, whatever the database or the account sets for others: a
+-- bound on waiting for locks, as an insert that the application keeps open can hold up an index
+-- entry; the isolation and the deadlines that our statements are made for; and bounds on waiting
+-- for us, as the locks of a worker that was cut off in the middle of a transaction must not outlive
+-- its lease. Dates come in the one style that psycopg reads, and in UTC, as Python subtracts two
+-- dates of one zone by their wall clocks; a pooler passes these two settings on.
+-- Our plans are all by index and do not depend on the values; to plan a claim of ten rows each time
+-- would triple its cost. And a plan that was made while a table was empty must not go on reading
+-- the whole table. Before PostgreSQL 18 a sequential scan that is disabled, and can't be avoided,
+-- looks expensive enough to be compiled, at a few hundred milliseconds each time.
 select d.direct,
     case when d.direct then set_config('lock_timeout', %(lock)s, false) end,
     case when d.direct then set_config('statement_timeout', %(statement)s, false) end,
-    case when d.direct then set_config('idle_in_transaction_session_timeout', %(statement)s, false) end,
+    case when d.direct
+        then set_config('idle_in_transaction_session_timeout', %(statement)s, false) end,
     case when d.direct then set_config('tcp_keepalives_idle', %(idle)s, false) end,
     case when d.direct then set_config('tcp_keepalives_interval', %(interval)s, false) end,
     case when d.direct then set_config('tcp_keepalives_count', '3', false) end,
     case when d.direct then set_config('tcp_user_timeout', %(unheard)s, false) end,
-    case when d.direct then set_config('default_transaction_isolation', 'read committed', false) end,
+    case when d.direct
+        then set_config('default_transaction_isolation', 'read committed', false) end,
     case when d.direct then set_config('idle_session_timeout', '0', false) end,
     case when d.direct then set_config('plan_cache_mode', 'force_generic_plan', false) end,
     case when d.direct then set_config('enable_seqscan', 'off', false) end,
@@ -29,50 +35,60 @@ select d.direct,
 from (select pg_backend_pid() = %(pid)s as direct) d;
 
 -- name: transaction_setup
--- The same for one transaction, where a pooler lends the connection: as nothing may stay behind on it.
-select set_config('lock_timeout', %(lock)s, true), set_config('statement_timeout', %(statement)s, true),
+-- The same for one transaction, where a pooler shares the connection: nothing may stay behind on
+-- it.
+select set_config('lock_timeout', %(lock)s, true),
+    set_config('statement_timeout', %(statement)s, true),
     set_config('idle_in_transaction_session_timeout', %(statement)s, true);
 
 -- name: claim
--- The oldest due that nobody holds, and no more than their calls need to know: what comes next is asked when those
--- have been sent (`next_due`). Leases that have ended are taken up by `take_up`: PostgreSQL would make ready for that at
--- each claim, at a tenth of all that a claim costs an idle worker.
--- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than asked.
--- A session with a leased row is passed over, and of a session's due rows only the oldest is a candidate: two claimers
--- then contend for one row, which `skip locked` decides (idx_recalls_one_run guards what is left: a row inserted in
--- between).
--- The fleet's cap counts what holds: a lease that ended longer ago than `held_for` is nobody's run any more. Not while
--- PostgreSQL has just come up, as living owners then renew first.
--- A long message is not loaded here: a batch of them would not fit into a worker. Whoever calls it reads it alone
--- (`message`). Nor are other texts without a bound: what is cut off here is too long to be used.
+-- The oldest due rows that nobody holds, with no more than their calls need to know: what comes
+-- next is asked after those calls were sent (`next_due`). Leases that have expired are taken up by
+-- `take_up`: PostgreSQL would prepare for that at each claim, at a tenth of what a claim costs an
+-- idle worker.
+-- The limit is inside a materialized CTE, as a planner may otherwise rerun it and claim more than
+-- asked.
+-- A session with a leased row is passed over, and of a session's due rows only the oldest is a
+-- candidate: two claimers then compete for one row, which `skip locked` decides
+-- (idx_recalls_one_run guards the rest: a row inserted in between).
+-- The fleet's cap counts leases: one that expired longer than `held_for` ago is no longer anybody's
+-- run. Not while PostgreSQL has just started, as living owners then renew first.
+-- A long message is not loaded here: a batch of them would not fit into a worker. The worker that
+-- calls it reads it alone (`message`). Other texts without a bound are not loaded whole either:
+-- what is cut off here is too long to be used.
 with candidate as materialized (
     select r.id, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
     where r.status in ('pending', 'running') and r.paused_at is null
         and coalesce(r.lease_until, r.trigger_at) <= now()
         and r.lease is null
-        -- Those that PostgreSQL refuses to have claimed are tried alone.
+        -- Rows that PostgreSQL refuses to have claimed are tried alone.
         and r.id <> all (%(aside)s::text[])
         and not exists (
             select from session_recalls o
-            where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
-                -- num_nulls() and not `is null`: the planner must not come to think that idx_recalls_due, read from end
-                -- to end, could help to find the rows of one session. Where its statistics know of no live rows, it would.
+            where o.session_id = r.session_id and o.status in ('pending', 'running')
+                and o.id <> r.id
+                -- num_nulls() and not `is null`: the planner must not believe that idx_recalls_due,
+                -- read from end to end, helps to find the rows of one session. It would where its
+                -- statistics know of no live rows.
                 and (o.lease is not null
                     or (num_nulls(o.paused_at) = 1 and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
         )
         and not exists (
             select from session_recalls o
-            where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
-                -- Nobody holds a lease for longer than a day: one that would end later is no worker's.
-                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
+            where o.session_id = r.session_id and o.lease is not null
+                and o.status not in ('pending', 'running')
+                -- A lease that ends later than any worker's can is no worker's.
+                and o.lease_until > now()
+                and o.lease_until < now() + %(lease_end_most)s * interval '1 second'
         )
     order by coalesce(r.lease_until, r.trigger_at)
-    limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
+    limit least(%(slots)s::bigint, case
+        when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
         select count(*) from session_recalls f
         where f.lease is not null and f.status in ('pending', 'running')
             and (f.lease_until > now() - %(held_for)s * interval '1 second'
-                or pg_postmaster_start_time() > now() - %(lease)s / 3 * interval '1 second')
+                or pg_postmaster_start_time() > now() - %(grace)s * interval '1 second')
     )) end)
     for update of r skip locked
 )
@@ -82,70 +98,88 @@ set lease = gen_random_uuid(),
     leased_at = now(),
     leased_by = %(worker)s,
     sent_at = null,
-    -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim of all the others.
-    -- A run that the API accepted is polled on, not called again.
+    -- Counters and dates that no worker wrote (an old row, a hostile one) must not stop the claim
+    -- of all the others. A run that the API accepted is polled, not called again.
     attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null)::integer,
-    -- A key stands for one body: what the application changed between two calls of one occurrence is sent under a new one.
+    -- A key stands for one body: what the application changed between two calls of one occurrence
+    -- is sent under a new key.
     rekey = least(r.rekey, 2147483646) + coalesce(
         r.run_reference is null and r.begun_at is not null
         and split_part(r.body_hash, ':', 1) = r.occurrence::text
         and octet_length(r.additional_context_message) <= %(message_limit)s
         and split_part(r.body_hash, ':', 2)
-            <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
+            <> hashtextextended(
+                row(r.session_id, r.call_type, r.additional_context_message)::text, 0
+            )::text,
         false)::integer,
-    body_hash = case when r.run_reference is null and octet_length(r.additional_context_message) <= %(message_limit)s
-        then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
+    body_hash = case
+        when r.run_reference is null
+            and octet_length(r.additional_context_message) <= %(message_limit)s
+        then r.occurrence || ':' || hashtextextended(
+            row(r.session_id, r.call_type, r.additional_context_message)::text, 0
+        )
         else r.body_hash
     end,
     scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
     planned_at = coalesce(r.planned_at, r.trigger_at),
     begun_at = case when r.begun_at is null then null else least(r.begun_at, now()) end,
-    -- On cron the worker counts, where the distance to the following moment has passed.
+    -- For cron the worker counts, once the distance to the next moment has passed.
     missed = case
-        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.cadence <> 'cron'
+        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null
+            and r.cadence <> 'cron'
         then least(2147483647, greatest(0, floor(extract(epoch from now()
-            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
+            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz))
+                / r.interval_seconds)))::integer
         else r.missed
     end
 from candidate k
 where k.id = r.id and r.id = any (array(select id from candidate))
 returning
     r.id, r.session_id, r.call_type,
-    case when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message end as message,
+    case
+        when octet_length(r.additional_context_message) <= %(batch_message_most)s
+        then r.additional_context_message
+    end as message,
     r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
-    r.trigger_at, r.planned_at, null::text as taken_from, octet_length(r.additional_context_message) as octets,
-    false as called_before, 0 as takeovers,
+    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease,
+    r.trigger_at::text as trigger, r.trigger_at, r.planned_at, null::text as taken_from,
+    octet_length(r.additional_context_message) as octets, false as called_before, 0 as takeovers,
     substring(r.run_reference for 4001) as reference, r.delivered_at, now() as claimed_at,
-    substring(r.cadence for 100) as cadence,
-    substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
-    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome;
+    substring(r.cadence for 100) as cadence, substring(r.cron for 1001) as cron,
+    substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures,
+    r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter,
+    substring(r.last_outcome for 100) as last_outcome;
 
 -- name: ended_leases
--- Leases that have ended and may be taken up, oldest first, and which of those that are left to their owners are still
--- locked. By the index of leases: there are as many as there are runs in hand.
+-- Leases that have expired and may be taken up, oldest first, and which of those that are left to
+-- their owners are still locked. By the index of leases: there are as many as there are runs.
 with unlocked as materialized (
-    -- Leases that ended while the application held their rows locked: is it done with them? Only locking tells.
-    select r.id from session_recalls r where r.id = any (%(left)s::text[]) for share of r skip locked
+    -- Leases that expired while the application held their rows locked: has it released them? Only
+    -- locking tells.
+    select r.id from session_recalls r
+    where r.id = any (%(left)s::text[])
+    for share of r skip locked
 ),
 ended as materialized (
     select r.id, r.lease_until, r.run_reference is not null as accepted
     from session_recalls r
     where r.lease is not null and r.status in ('pending', 'running') and r.lease_until <= now()
-        -- num_nulls(), so that idx_recalls_due, which a backlog fills, can't be taken for an index of leases.
+        -- num_nulls(), so that idx_recalls_due, which a backlog fills, is not taken for an index of
+        -- leases.
         and num_nulls(r.paused_at) = 1
-        -- After an outage living owners come first: for a third of a lease nobody takes an expired one.
-        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
-        -- What is in hand is being renewed or settled. Of our own that leaves those whose claim's answer was lost. They
-        -- wait for a third of a lease longer: this statement may itself have been held up, by a process that stood
-        -- still, since it was asked what is in hand.
+        -- After an outage living owners come first: during the grace nobody takes an expired lease.
+        and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
+        -- Runs in hand are being renewed or settled. Of our own leases that leaves those whose
+        -- claim's answer was lost. They wait for one grace longer: this statement may itself have
+        -- been delayed, by a process that was suspended after it listed what is in hand.
         and r.id <> all (%(in_hand)s::text[])
-        and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
-        -- Nor could their owners renew what was locked: for a third of a lease it is left to them.
+        and (r.leased_by is distinct from %(worker)s
+            or r.lease_until < now() - %(grace)s * interval '1 second')
+        -- Their owners could not renew what was locked: during the grace it is left to them.
         and r.id <> all (%(left)s::text[])
         and r.id <> all (%(aside)s::text[])
     order by r.session_id
-    limit 1000
+    limit %(most)s
 )
 select case when %(fleet)s::integer is not null then %(fleet)s - (
         select count(*) from session_recalls f
@@ -153,23 +187,30 @@ select case when %(fleet)s::integer is not null then %(fleet)s - (
     ) end as room,
     array(select id from ended order by lease_until, id) as ids,
     array(select accepted from ended order by lease_until, id) as accepted,
-    array(select l.id from unnest(%(left)s::text[]) as l (id) where l.id <> all (array(select u.id from unlocked u))) as locked;
+    array(
+        select l.id from unnest(%(left)s::text[]) as l (id)
+        where l.id <> all (array(select u.id from unlocked u))
+    ) as locked;
 
 -- name: take_up
--- These very rows, by their ids: leases that have ended, whose workers were not heard of again; or rows that are due
--- and go alone, as a batch with them was refused. One that is locked, renewed or settled meanwhile is left out.
--- Of a row that was taken up from a dead worker it is put on record when its request is sent (`sent`), before it is:
--- should this worker die as well, a call that was never made costs no attempt (`takeovers` counts these).
--- The session's rules and the fleet's cap are those of `claim`. A lease that has ended is not counted where it is what
--- is taken up: `held_for` is 0 then.
+-- These rows, by their ids: leases that have expired, whose workers were not heard of again; or due
+-- rows that are tried alone, as a batch with them was refused. A row that is locked, or was renewed
+-- or settled meanwhile, is left out.
+-- Of a row that was taken up from a dead worker it is recorded when its request is about to be sent
+-- (`sent`): should this worker die as well, a call that was never made costs no attempt
+-- (`takeovers` counts these).
+-- The session's rules and the fleet's cap are those of `claim`. A lease that has expired does not
+-- count where it is the one that is taken up: `held_for` is 0 then.
 with candidate as materialized (
-    select r.id, r.lease, r.leased_by, coalesce(r.lease_until, r.trigger_at) as due_at, r.session_id, r.occurrence,
-        r.rekey, r.attempt, r.leased_at, r.scheduled_for, r.missed, r.run_reference, r.trigger_at, r.takeovers,
-        gen_random_uuid() as new_lease,
-        -- When its request was sent, where that is on record; only what was written under this lease counts.
+    select r.id, r.lease, r.leased_by, coalesce(r.lease_until, r.trigger_at) as due_at,
+        r.session_id, r.occurrence, r.rekey, r.attempt, r.leased_at, r.scheduled_for, r.missed,
+        r.run_reference, r.trigger_at, r.takeovers, gen_random_uuid() as new_lease,
+        -- When its request was sent, where that is recorded; only what was written under this lease
+        -- counts.
         case when r.sent_at >= r.leased_at then r.sent_at end as sent_at,
-        -- Known not to have been sent: its sending would be on record.
-        r.lease is not null and r.taken_lease is not distinct from r.lease and r.run_reference is null
+        -- Known not to have been sent: sending would have been recorded.
+        r.lease is not null and r.taken_lease is not distinct from r.lease
+            and r.run_reference is null
             and (r.sent_at >= r.leased_at) is not true as unsent
     from session_recalls r
     where r.id = any (%(ids)s::text[])
@@ -177,23 +218,28 @@ with candidate as materialized (
         and coalesce(r.lease_until, r.trigger_at) <= now()
         and (r.lease is null or (
             %(ended)s
-            and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+            and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
             and r.id <> all (%(in_hand)s::text[])
-            and (r.leased_by is distinct from %(worker)s or r.lease_until < now() - %(lease)s / 3 * interval '1 second')
+            and (r.leased_by is distinct from %(worker)s
+                or r.lease_until < now() - %(grace)s * interval '1 second')
         ))
         and (r.lease is not null or not exists (
             select from session_recalls o
-            where o.session_id = r.session_id and o.status in ('pending', 'running') and o.id <> r.id
+            where o.session_id = r.session_id and o.status in ('pending', 'running')
+                and o.id <> r.id
                 and (o.lease is not null
                     or (num_nulls(o.paused_at) = 1 and (o.trigger_at, o.id) < (r.trigger_at, r.id)))
         ))
         and not exists (
             select from session_recalls o
-            where o.session_id = r.session_id and o.lease is not null and o.status not in ('pending', 'running')
-                and o.lease_until > now() and o.lease_until < now() + interval '25 hours'
+            where o.session_id = r.session_id and o.lease is not null
+                and o.status not in ('pending', 'running')
+                and o.lease_until > now()
+                and o.lease_until < now() + %(lease_end_most)s * interval '1 second'
         )
     order by coalesce(r.lease_until, r.trigger_at), r.id
-    limit least(%(slots)s::bigint, case when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
+    limit least(%(slots)s::bigint, case
+        when %(fleet)s::integer is not null then greatest(0, %(fleet)s - (
         select count(*) from session_recalls f
         where f.lease is not null and f.status in ('pending', 'running')
             and f.lease_until > now() - %(held_for)s * interval '1 second'
@@ -201,22 +247,27 @@ with candidate as materialized (
     for update of r skip locked
 ),
 taken as (
-    -- The dead worker can't leave its call's mark; whoever takes the row up does it in its place. Where it is not known
-    -- whether the request was sent the mark has no time of a call; where it is known that it was not, there is no mark.
+    -- The dead worker can't record its call; the worker that takes the row up does so in its place.
+    -- Where it is not known whether the request was sent the record has no time of a call; where it
+    -- is known that it was not, there is no record.
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at,
-        last_called_at, ended_at, reason, settled)
-    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id, coalesce(c.leased_by, 'unknown'), c.lease,
-        coalesce(c.scheduled_for, c.trigger_at), c.missed, c.sent_at, c.sent_at, c.due_at,
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+        missed, called_at, last_called_at, ended_at, reason, settled)
+    select c.id, c.occurrence, c.rekey, c.attempt, 'unknown', c.session_id,
+        coalesce(c.leased_by, 'unknown'), c.lease, coalesce(c.scheduled_for, c.trigger_at),
+        c.missed, c.sent_at, c.sent_at, c.due_at,
         'the worker was not heard of again: its lease ended'
-            || case when c.sent_at is null then ', and perhaps nothing was called' else '' end, 'taken'
+            || case when c.sent_at is null then ', and perhaps nothing was called' else '' end,
+        'taken'
     from candidate c
-    -- An id that is too long for an index is not called by anybody: see judge.
-    where c.lease is not null and c.run_reference is null and not c.unsent and octet_length(c.id) <= 2000
+    -- An id that is too long for an index is never called: see judge.
+    where c.lease is not null and c.run_reference is null and not c.unsent
+        and octet_length(c.id) <= 2000
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
-        set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease, worker = excluded.worker,
-            called_at = coalesce(a.called_at, excluded.called_at),
-            last_called_at = coalesce(excluded.last_called_at, a.last_called_at), ended_at = excluded.ended_at
+        set calls = a.calls + (a.lease <> excluded.lease)::integer, lease = excluded.lease,
+            worker = excluded.worker, called_at = coalesce(a.called_at, excluded.called_at),
+            last_called_at = coalesce(excluded.last_called_at, a.last_called_at),
+            ended_at = excluded.ended_at
 )
 update session_recalls r
 set lease = k.new_lease,
@@ -224,8 +275,13 @@ set lease = k.new_lease,
     lease_until = now() + %(lease)s * interval '1 second',
     leased_at = now(),
     leased_by = %(worker)s,
-    attempt = least(greatest(r.attempt, 0), 2147483646) + (r.run_reference is null and not k.unsent)::integer,
-    takeovers = case when k.lease is null then 0 when k.unsent then least(k.takeovers, 2147483646) + 1 else 1 end,
+    attempt = least(greatest(r.attempt, 0), 2147483646)
+        + (r.run_reference is null and not k.unsent)::integer,
+    takeovers = case
+        when k.lease is null then 0
+        when k.unsent then least(k.takeovers, 2147483646) + 1
+        else 1
+    end,
     sent_at = null,
     may_still_run = r.may_still_run or (k.lease is not null and not k.unsent),
     rekey = least(r.rekey, 2147483646) + coalesce(
@@ -233,150 +289,203 @@ set lease = k.new_lease,
         and split_part(r.body_hash, ':', 1) = r.occurrence::text
         and octet_length(r.additional_context_message) <= %(message_limit)s
         and split_part(r.body_hash, ':', 2)
-            <> hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text,
+            <> hashtextextended(
+                row(r.session_id, r.call_type, r.additional_context_message)::text, 0
+            )::text,
         false)::integer,
-    body_hash = case when r.run_reference is null and octet_length(r.additional_context_message) <= %(message_limit)s
-        then r.occurrence || ':' || hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)
+    body_hash = case
+        when r.run_reference is null
+            and octet_length(r.additional_context_message) <= %(message_limit)s
+        then r.occurrence || ':' || hashtextextended(
+            row(r.session_id, r.call_type, r.additional_context_message)::text, 0
+        )
         else r.body_hash
     end,
     scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at),
     planned_at = coalesce(r.planned_at, r.trigger_at),
-    -- A lease that ended on its own was a call that may have been made.
+    -- A lease that expired stands for a call that may have been made.
     begun_at = case when r.lease is null and r.begun_at is null then null
         else least(coalesce(r.begun_at, r.leased_at), now()) end,
     missed = case
-        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null and r.lease is null
+        when r.call_type = 'recurring' and r.interval_seconds > 0 and r.begun_at is null
+            and r.lease is null
             and r.cadence <> 'cron'
         then least(2147483647, greatest(0, floor(extract(epoch from now()
-            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz)) / r.interval_seconds)))::integer
+            - greatest(coalesce(r.scheduled_for, r.trigger_at), '0001-01-02'::timestamptz))
+                / r.interval_seconds)))::integer
         else r.missed
     end
 from candidate k
 where k.id = r.id and r.id = any (array(select id from candidate))
 returning
     r.id, r.session_id, r.call_type,
-    case when octet_length(r.additional_context_message) <= 65536 then r.additional_context_message end as message,
+    case
+        when octet_length(r.additional_context_message) <= %(batch_message_most)s
+        then r.additional_context_message
+    end as message,
     r.interval_seconds as interval, r.occurrence, r.rekey,
-    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease, r.trigger_at::text as trigger,
-    r.trigger_at, r.planned_at, case when k.lease is not null then coalesce(substring(k.leased_by for 500), 'unknown') end as taken_from,
-    octet_length(r.additional_context_message) as octets, k.sent_at is not null as called_before, r.takeovers,
+    r.attempt, r.deferrals, r.scheduled_for, r.missed, r.begun_at, k.due_at, r.lease,
+    r.trigger_at::text as trigger,
+    r.trigger_at, r.planned_at,
+    case
+        when k.lease is not null then coalesce(substring(k.leased_by for 500), 'unknown')
+    end as taken_from,
+    octet_length(r.additional_context_message) as octets, k.sent_at is not null as called_before,
+    r.takeovers,
     substring(r.run_reference for 4001) as reference, r.delivered_at, now() as claimed_at,
-    substring(r.cadence for 100) as cadence,
-    substring(r.cron for 1001) as cron, substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times,
-    r.failures, r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome;
+    substring(r.cadence for 100) as cadence, substring(r.cron for 1001) as cron,
+    substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures,
+    r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter,
+    substring(r.last_outcome for 100) as last_outcome;
 
 -- name: message
--- A message that is too long to be claimed in a batch, for the one call that needs it. Guarded by the lease and by the
--- hash that the claim wrote: what the application has changed since then begins another key.
+-- A message that is too long to be claimed in a batch, for the one call that needs it. Guarded by
+-- the lease and by the hash that the claim wrote: a change by the application since then begins
+-- another key.
 select r.additional_context_message as message
 from session_recalls r
 where r.id = %(id)s and r.lease = %(lease)s and r.status in ('pending', 'running')
     and split_part(r.body_hash, ':', 2)
-        = hashtextextended(row(r.session_id, r.call_type, r.additional_context_message)::text, 0)::text;
+        = hashtextextended(
+            row(r.session_id, r.call_type, r.additional_context_message)::text, 0
+        )::text;
 
 -- name: sent
--- The request of a row that was taken up from a dead worker is about to be sent: on record before it is. No row: the
--- lease is no longer ours, and nothing may be sent. `taken_lease` tells that this is kept for this very lease, as
--- workers of an earlier version know nothing of it.
+-- The request of a row that was taken up from a dead worker is about to be sent; this is recorded
+-- before. No row: the lease is no longer ours, and nothing may be sent. `taken_lease` says that
+-- this is recorded for this very lease, as workers of an earlier version do not do it.
 update session_recalls
 set sent_at = greatest(now(), leased_at)
 where id = %(id)s and lease = %(lease)s and status in ('pending', 'running')
 returning id;
 
 -- name: next_due
--- When the next row is due, and what is due and was not claimed: locked by the application, behind a run of its session,
--- or under a lease that has ended. With it, for how long it has been due: what fell due since the claim was asked for it
--- could not see.
+-- When the next row is due, and what is due and was not claimed: locked by the application, behind
+-- a run of its session, or under a lease that has expired. Also for how long it has been due: the
+-- last claim could not see what fell due after it.
 with passed as materialized (
-    -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a third of all is due,
-    -- and would read the whole table for an `exists`.
+    -- Ordered, as PostgreSQL keeps no statistics of a partial index's expression, believes that a
+    -- third of all rows is due, and would read the whole table for an `exists`.
     select r.lease is not null as leased,
-        extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8 as due_for
+        extract(
+            epoch from now()
+                - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz)
+        )::float8 as due_for
     from session_recalls r
-    where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+    where r.status in ('pending', 'running') and r.paused_at is null
+        and coalesce(r.lease_until, r.trigger_at) <= now()
         and r.id <> all (%(aside)s::text[])
     order by coalesce(r.lease_until, r.trigger_at)
-    limit 20
+    limit %(passed_most)s
 )
 select (
-        select extract(epoch from least(coalesce(r.lease_until, r.trigger_at), now() + interval '1 day') - now())::float8
+        select extract(
+            epoch from least(coalesce(r.lease_until, r.trigger_at), now() + interval '1 day')
+                - now()
+        )::float8
         from session_recalls r
-        where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) > now()
+        where r.status in ('pending', 'running') and r.paused_at is null
+            and coalesce(r.lease_until, r.trigger_at) > now()
         order by coalesce(r.lease_until, r.trigger_at)
         limit 1
     ) as next_in,
-    (select count(*) from passed)::integer as passed_over, coalesce((select bool_or(leased) from passed), false) as ended,
-    case when (select count(*) from passed) < 20 then (select min(due_for) from passed) else (
-        select extract(epoch from now() - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz))::float8
-        from session_recalls r
-        where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
-            and r.id <> all (%(aside)s::text[])
-        order by coalesce(r.lease_until, r.trigger_at) desc
-        limit 1
-    ) end as youngest,
+    (select count(*) from passed)::integer as passed_over,
+    coalesce((select bool_or(leased) from passed), false) as ended,
+    case
+        when (select count(*) from passed) < %(passed_most)s
+        then (select min(due_for) from passed)
+        else (
+            select extract(
+                epoch from now()
+                    - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz)
+            )::float8
+            from session_recalls r
+            where r.status in ('pending', 'running') and r.paused_at is null
+                and coalesce(r.lease_until, r.trigger_at) <= now()
+                and r.id <> all (%(aside)s::text[])
+            order by coalesce(r.lease_until, r.trigger_at) desc
+            limit 1
+        )
+    end as youngest,
     exists (
         select from session_recalls r
-        where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
-            and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
+        where r.cadence = 'cron' and r.call_type = 'recurring'
+            and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
+            and r.lease is null and r.status in ('pending', 'running')
+            and r.id <> all (%(aside)s::text[])
     ) as moved;
 
 -- name: due_ids
--- Where PostgreSQL refuses a claim because of one row: what is due, oldest first, to be claimed one by one.
+-- Where PostgreSQL refuses a claim because of one row: what is due, oldest first, to be claimed one
+-- by one.
 select r.id
 from session_recalls r
-where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+where r.status in ('pending', 'running') and r.paused_at is null
+    and coalesce(r.lease_until, r.trigger_at) <= now()
     and r.lease is null and r.id <> all (%(aside)s::text[])
 order by coalesce(r.lease_until, r.trigger_at)
-limit 1000;
+limit %(most)s;
 
 -- name: write_moves
--- The application moved trigger_at, or cron moments were missed: the occurrence that follows from it is written before it is called,
--- so that whoever comes after a crash calls it under the same key. Guarded by the lease and by the very trigger_at that was judged.
-with told as (
+-- The application moved trigger_at, or cron moments were missed: the occurrence that follows is
+-- written before it is called, so that after a crash another worker calls it under the same key.
+-- Guarded by the lease and by the very trigger_at that was judged.
+with given as (
     select *
     from unnest(
-        %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(occurrences)s::integer[], %(ats)s::timestamptz[],
-        %(distances)s::integer[], %(missed)s::integer[]
+        %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(occurrences)s::integer[],
+        %(ats)s::timestamptz[], %(distances)s::integer[], %(missed)s::integer[]
     ) as t (id, lease, trigger, occurrence, at, distance, missed)
 )
 update session_recalls r
-set occurrence = t.occurrence, rekey = case when r.occurrence = t.occurrence then r.rekey else 0 end,
-    attempt = 1, deferrals = 0, begun_at = null, body_hash = t.occurrence || ':' || split_part(r.body_hash, ':', 2),
-    scheduled_for = coalesce(t.at, r.trigger_at), planned_at = r.trigger_at, interval_seconds = coalesce(t.distance, r.interval_seconds),
+set occurrence = t.occurrence,
+    rekey = case when r.occurrence = t.occurrence then r.rekey else 0 end,
+    attempt = 1, deferrals = 0, begun_at = null,
+    body_hash = t.occurrence || ':' || split_part(r.body_hash, ':', 2),
+    scheduled_for = coalesce(t.at, r.trigger_at), planned_at = r.trigger_at,
+    interval_seconds = coalesce(t.distance, r.interval_seconds),
     missed = t.missed
-from told t
-where r.id = t.id and r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.trigger_at = t.trigger::timestamptz
+from given t
+where r.id = t.id and r.id = any (%(ids)s::text[]) and r.lease = t.lease
+    and r.trigger_at = t.trigger::timestamptz
     and r.status in ('pending', 'running')
 returning r.id;
 
 -- name: moved
--- Cron recalls that wait where the application moved them, or that plain SQL wrote without the distance to the next moment: the same
--- columns as a claim's, of rows that nobody leases.
-select r.id, r.session_id, r.call_type, null::text as message, r.interval_seconds as interval, r.occurrence,
-    r.rekey, r.attempt, r.deferrals, coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at,
-    now() as due_at, '00000000-0000-0000-0000-000000000000'::uuid as lease, r.trigger_at::text as trigger, r.trigger_at,
-    r.planned_at, null::text as taken_from, 0 as octets, false as called_before, 0 as takeovers, null::text as reference,
-    null::timestamptz as delivered_at, now() as claimed_at, substring(r.cadence for 100) as cadence, substring(r.cron for 1001) as cron,
-    substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures, r.failures_most,
-    r.grace_seconds as grace, r.jitter_seconds as jitter, substring(r.last_outcome for 100) as last_outcome
+-- Waiting cron recalls that the application moved, or that plain SQL wrote without the distance to
+-- the next moment: the same columns as a claim's, of rows that nobody leases.
+select r.id, r.session_id, r.call_type, null::text as message, r.interval_seconds as interval,
+    r.occurrence, r.rekey, r.attempt, r.deferrals,
+    coalesce(r.scheduled_for, r.planned_at) as scheduled_for, r.missed, r.begun_at,
+    now() as due_at, '00000000-0000-0000-0000-000000000000'::uuid as lease,
+    r.trigger_at::text as trigger, r.trigger_at, r.planned_at, null::text as taken_from,
+    0 as octets, false as called_before, 0 as takeovers, null::text as reference,
+    null::timestamptz as delivered_at, now() as claimed_at,
+    substring(r.cadence for 100) as cadence, substring(r.cron for 1001) as cron,
+    substring(r.time_zone for 1001) as time_zone, r.until_at as until, r.times, r.failures,
+    r.failures_most, r.grace_seconds as grace, r.jitter_seconds as jitter,
+    substring(r.last_outcome for 100) as last_outcome
 from session_recalls r
-where r.cadence = 'cron' and r.call_type = 'recurring' and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
+where r.cadence = 'cron' and r.call_type = 'recurring'
+    and (r.planned_at <> r.trigger_at or r.interval_seconds is null)
     and r.lease is null and r.status in ('pending', 'running') and r.id <> all (%(aside)s::text[])
-limit 500;
+limit %(most)s;
 
 -- name: settle_moved
--- Put them on the moment that follows from the move, with the distance from there: the application's next skip adds that. Or end them.
-with told as (
+-- Put them on the moment that follows from the move, with the distance from there: the
+-- application's next skip adds that. Or end them.
+with given as (
     select *
     from unnest(
-        %(ids)s::text[], %(triggers)s::text[], %(statuses)s::text[], %(reasons)s::text[], %(occurrences)s::integer[],
-        %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[]
+        %(ids)s::text[], %(triggers)s::text[], %(statuses)s::text[], %(reasons)s::text[],
+        %(occurrences)s::integer[], %(ats)s::timestamptz[], %(jitters)s::float8[],
+        %(distances)s::integer[]
     ) as t (id, trigger, status, reason, occurrence, at, jitter, distance)
 ),
 held as materialized (
     select r.id
     from session_recalls r
-    join told t on t.id = r.id
+    join given t on t.id = r.id
     where r.id = any (%(ids)s::text[]) and r.lease is null and r.status in ('pending', 'running')
         and r.trigger_at = t.trigger::timestamptz
     for update of r skip locked
@@ -387,17 +496,20 @@ set status = coalesce(t.status, r.status), ended_at = case when t.status is not 
     occurrence = coalesce(t.occurrence, r.occurrence),
     rekey = case when r.occurrence = coalesce(t.occurrence, r.occurrence) then r.rekey else 0 end,
     attempt = 0, deferrals = 0, begun_at = null, missed = 0,
-    scheduled_for = coalesce(t.at, case when t.status is null then r.trigger_at else r.scheduled_for end),
+    scheduled_for = coalesce(
+        t.at, case when t.status is null then r.trigger_at else r.scheduled_for end
+    ),
     trigger_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
     planned_at = coalesce(t.at + t.jitter * interval '1 second', r.trigger_at),
     interval_seconds = coalesce(t.distance, r.interval_seconds), updated_at = now()
-from told t
+from given t
 where r.id = t.id and r.id = any (array(select id from held));
 
 -- name: accept
--- The API took the run and will say later how it ended: its reference is on record before it is polled. Delivered and completed are
--- two facts; the mark says so.
--- A row that the application holds locked is passed over and asked for again: renewals must not wait behind it.
+-- The API accepted the run and will say later how it ended: its reference is recorded before it is
+-- polled. Delivered and completed are two facts; the call's record has both.
+-- A row that the application holds locked is passed over and tried again: renewals must not wait
+-- behind it.
 with held as materialized (
     select r.id from session_recalls r where r.id = %(id)s for update of r skip locked
 ),
@@ -409,30 +521,36 @@ accepted as (
         and r.status in ('pending', 'running')
     returning r.*
 ),
-marked as (
+recorded as (
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
-        ended_at, http_status, settled, delivered_at)
-    select r.id, r.occurrence, r.rekey, r.attempt, 'accepted', r.session_id, %(worker)s, r.lease, r.scheduled_for, r.missed,
-        now() - %(called_ago)s * interval '1 second', now() - %(called_ago)s * interval '1 second', now(), %(http_status)s, 'polled', now()
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+        missed, called_at, last_called_at, ended_at, http_status, settled, delivered_at)
+    select r.id, r.occurrence, r.rekey, r.attempt, 'accepted', r.session_id, %(worker)s, r.lease,
+        r.scheduled_for, r.missed,
+        now() - %(called_ago)s * interval '1 second', now() - %(called_ago)s * interval '1 second',
+        now(), %(http_status)s, 'polled', now()
     from accepted r
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
         -- The same lease is the same call, whose answer was lost.
-        set calls = a.calls + (a.lease <> excluded.lease)::integer, last_called_at = excluded.last_called_at,
-            ended_at = excluded.ended_at, lease = excluded.lease, worker = excluded.worker, delivered_at = excluded.delivered_at
+        set calls = a.calls + (a.lease <> excluded.lease)::integer,
+            last_called_at = excluded.last_called_at, ended_at = excluded.ended_at,
+            lease = excluded.lease, worker = excluded.worker, delivered_at = excluded.delivered_at
 )
 select exists (select from accepted) as accepted,
-    not exists (select from held) and exists (select from session_recalls r where r.id = %(id)s) as locked;
+    not exists (select from held)
+        and exists (select from session_recalls r where r.id = %(id)s) as locked;
 
 -- name: count_session_runs
--- How many runs a session had in each window, and when the oldest of them leaves it. Asked under the session's lease: its runs are
--- one after the other, each on record before the next can be claimed, so nothing is counted that another worker is about to add.
+-- How many runs a session had in each window, and when the oldest of them leaves it. Asked under
+-- the session's lease: its runs are one after the other, each recorded before the next can be
+-- claimed, so another worker can't be about to add one.
 select w.span, w.most, r.runs, r.frees_in
 from unnest(%(spans)s::float8[], %(mosts)s::integer[]) as w (span, most)
 cross join lateral (
     select count(*) as runs,
-        -- The window has room again when so many have left it that one fits.
-        (select extract(epoch from coalesce(a.last_called_at, a.ended_at) - now())::float8 + w.span from recall_attempts a
+        -- The window has room again when enough runs have left it for one more to fit.
+        (select extract(epoch from coalesce(a.last_called_at, a.ended_at) - now())::float8 + w.span
+            from recall_attempts a
          where a.session_id = %(session_id)s
             and (a.last_called_at > now() - w.span * interval '1 second'
                 or (a.last_called_at is null and a.ended_at > now() - w.span * interval '1 second'))
@@ -447,48 +565,54 @@ cross join lateral (
 ) r;
 
 -- name: fleet_lock
--- Claims under a cap on the whole fleet go one at a time; the lock ends with the transaction, and the count that follows sees all
--- that was claimed before.
+-- Claims under a cap on the whole fleet go one at a time; the lock ends with the transaction, and
+-- the count that follows sees all that was claimed before.
 select pg_advisory_xact_lock(hashtext('recall-worker fleet'), hashtext(current_schema()));
 
 -- name: probe
--- While the endpoint is down: has anybody found it answering since, and, where `wanted`, is the next probe ours? All replicas share the
--- probes, 1 s doubling to 30 s apart, so that twenty of them ask no more often than one.
+-- While the endpoint is down: has any worker found it answering since, and, where `wanted`, is the
+-- next probe ours? All replicas share the probes, so that twenty of them send no more than one
+-- would: 1 s doubling to 30 s apart.
 with turn as (
     insert into recall_endpoints as e (endpoint, probed_at, probes)
     select %(endpoint)s, now(), 1
     where %(wanted)s
     on conflict (endpoint) do update set probed_at = now(), probes = least(e.probes + 1, 10)
-    where e.probed_at is null or e.probed_at <= now() - least(30, 2 ^ e.probes) * interval '1 second'
+    where e.probed_at is null
+        or e.probed_at <= now() - least(30, 2 ^ e.probes) * interval '1 second'
     returning endpoint
 ),
 known as (
     select e.answered_at > now() - %(open_for)s * interval '1 second' as answered,
-        greatest(0, extract(epoch from e.probed_at - now()) + least(30, 2 ^ e.probes))::float8 as next_in
+        greatest(0, extract(epoch from e.probed_at - now()) + least(30, 2 ^ e.probes))::float8
+            as next_in
     from recall_endpoints e
     where e.endpoint = %(endpoint)s
 )
-select exists (select from turn) as mine, coalesce((select answered from known), false) as answered, (select next_in from known) as next_in;
+select exists (select from turn) as mine, coalesce((select answered from known), false) as answered,
+    (select next_in from known) as next_in;
 
 -- name: endpoint_answers
--- The endpoint answered again: on record, and rung for the others.
-with told as (
+-- The endpoint answers again: recorded, and the other workers are notified.
+with given as (
     insert into recall_endpoints as e (endpoint, answered_at) values (%(endpoint)s, now())
     on conflict (endpoint) do update set answered_at = now(), probes = 0
 )
 select pg_notify('session_recalls', '');
 
 -- name: renew
--- For all runs at once. A row that the application holds locked is passed over and asked for again soon (nobody else can take
--- it meanwhile either); one that is no longer ours, or no longer live, says why. What was sent meanwhile is on record by
--- it, at no cost: whoever takes the row up from a dead worker then knows that it was called.
-with told as (
-    select * from unnest(%(ids)s::text[], %(leases)s::uuid[], %(sent_ago)s::float8[]) as t (id, lease, sent_ago)
+-- For all runs at once. A row that the application holds locked is passed over and tried again soon
+-- (nobody else can take it meanwhile either); of one that is no longer ours, or no longer live, the
+-- state says why. A request sent since the last renewal is recorded at the same time, at no cost: a
+-- worker that takes the row up later then knows that it was called.
+with given as (
+    select * from unnest(%(ids)s::text[], %(leases)s::uuid[], %(sent_ago)s::float8[])
+        as t (id, lease, sent_ago)
 ),
 held as materialized (
     select r.id, t.sent_ago
     from session_recalls r
-    join told t on t.id = r.id
+    join given t on t.id = r.id
     where r.id = any (%(ids)s::text[]) and r.lease = t.lease and r.status in ('pending', 'running')
     for update of r skip locked
 ),
@@ -496,7 +620,11 @@ renewed as (
     update session_recalls r
     set lease_until = now() + %(lease)s * interval '1 second',
         sent_at = case when r.sent_at >= r.leased_at then r.sent_at
-            else greatest(now() - h.sent_ago * interval '1 second', case when h.sent_ago is not null then r.leased_at end) end
+            else greatest(
+                now() - h.sent_ago * interval '1 second',
+                case when h.sent_ago is not null then r.leased_at end
+            )
+        end
     from held h
     where h.id = r.id and r.id = any (array(select id from held))
     returning r.id
@@ -509,34 +637,46 @@ select t.id,
         when r.status not in ('pending', 'running') then r.status
         else 'locked'
     end as state
-from told t
+from given t
 left join renewed n on n.id = t.id
 left join session_recalls r on r.id = t.id and r.id = any (%(ids)s::text[]);
 
 -- name: check_leases
--- Of the runs in hand, those that are no longer ours to finish: asked when the bell rings, as a cancel rings it.
+-- Of the runs in hand, those that are no longer ours to finish: asked when a notification arrives,
+-- as a cancel sends one.
 select t.id,
-    case when r.id is null then 'deleted' when r.lease is distinct from t.lease then 'lost' else r.status end as state
+    case
+        when r.id is null then 'deleted'
+        when r.lease is distinct from t.lease then 'lost'
+        else r.status
+    end as state
 from unnest(%(ids)s::text[], %(leases)s::uuid[]) as t (id, lease)
 left join session_recalls r on r.id = t.id and r.id = any (%(ids)s::text[])
 where r.id is null or r.lease is distinct from t.lease or r.status not in ('pending', 'running');
 
 -- name: settle
--- A batch of verdicts, each guarded by its lease, by the row being live, and by trigger_at standing where the judge saw it.
--- What is locked by the application is passed over and asked for again, so that it strands nobody. The call's mark is left in
--- the same transaction, also where the lease is gone; not where the settle will be asked for again.
-with told as (
+-- A batch of verdicts, each guarded by its lease, by the row being live, and by trigger_at being
+-- what the judge saw. A row that the application holds locked is passed over and tried again, so
+-- that it delays no other. The call is recorded in the same transaction, also where the lease is
+-- gone; not where the settle will be tried again.
+with given as (
     select *
     from unnest(
-        %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(statuses)s::text[], %(occurrences)s::integer[],
-        %(rekeys)s::integer[], %(attempts)s::integer[], %(deferrals)s::integer[], %(delays)s::float8[], %(fresh)s::boolean[],
-        %(outcomes)s::text[], %(reasons)s::text[], %(called_ago)s::float8[], %(ended_ago)s::float8[], %(http_statuses)s::integer[],
-        %(call_occurrences)s::integer[], %(call_rekeys)s::integer[], %(call_attempts)s::integer[],
-        %(sessions)s::text[], %(scheduled)s::timestamptz[], %(missed)s::integer[], %(keep_references)s::boolean[], %(references)s::boolean[],
-        %(kept)s::text[], %(ats)s::timestamptz[], %(jitters)s::float8[], %(distances)s::integer[], %(failures)s::integer[]
-    ) as t (id, lease, trigger, status, occurrence, rekey, attempt, deferrals, delay, fresh, outcome, reason, called_ago, ended_ago,
-        http_status, call_occurrence, call_rekey, call_attempt, session_id, scheduled_for, missed, keep_reference, has_reference, kept, at,
-        jitter, distance, failures)
+        %(ids)s::text[], %(leases)s::uuid[], %(triggers)s::text[], %(statuses)s::text[],
+        %(occurrences)s::integer[], %(rekeys)s::integer[], %(attempts)s::integer[],
+        %(deferrals)s::integer[], %(delays)s::float8[], %(fresh)s::boolean[],
+        %(outcomes)s::text[], %(reasons)s::text[], %(called_ago)s::float8[],
+        %(ended_ago)s::float8[], %(http_statuses)s::integer[], %(call_occurrences)s::integer[],
+        %(call_rekeys)s::integer[], %(call_attempts)s::integer[], %(sessions)s::text[],
+        %(scheduled)s::timestamptz[], %(missed)s::integer[], %(keep_references)s::boolean[],
+        %(references)s::boolean[], %(kept)s::text[], %(ats)s::timestamptz[],
+        %(jitters)s::float8[], %(distances)s::integer[], %(failures)s::integer[]
+    ) as t (
+        id, lease, trigger, status, occurrence, rekey, attempt, deferrals, delay, fresh, outcome,
+        reason, called_ago, ended_ago, http_status, call_occurrence, call_rekey, call_attempt,
+        session_id, scheduled_for, missed, keep_reference, has_reference, kept, at, jitter,
+        distance, failures
+    )
 ),
 held as materialized (
     select r.id, r.session_id, r.lease, r.status, r.trigger_at, r.updated_at, r.interval_seconds,
@@ -547,21 +687,26 @@ held as materialized (
 ),
 state as materialized (
     select t.id, t.lease, h.status as status_before, h.trigger_at, h.unrecorded,
-        -- Due an interval from the moment of writing: what a scheduler writes after a run, and hardly anybody else.
+        -- Due an interval from the moment of writing: a scheduler writes that after a run, and
+        -- hardly anybody else does.
         case when isfinite(h.trigger_at) and isfinite(h.updated_at)
             then coalesce(
-                abs(extract(epoch from h.trigger_at) - extract(epoch from h.updated_at) - h.interval_seconds) < least(1, 0.01 * h.interval_seconds),
+                abs(extract(epoch from h.trigger_at) - extract(epoch from h.updated_at)
+                    - h.interval_seconds) < least(1, 0.01 * h.interval_seconds),
                 false)
             else false
         end as as_settled,
         case
-            -- Looked up one by one by their primary keys: an `exists` may be answered by hashing the whole table.
-            when h.id is null and (select true from session_recalls r where r.id = t.id) then 'locked'
+            -- Looked up one by one by their primary keys: PostgreSQL may answer an `exists` by
+            -- hashing the whole table.
+            when h.id is null and (select true from session_recalls r where r.id = t.id)
+            then 'locked'
             -- Written before, by a settle whose answer was lost with the connection.
             when h.lease is distinct from t.lease and (
                 select a.lease = t.lease and a.settled <> 'taken'
                 from recall_attempts a
-                where a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey
+                where a.recall_id = t.id and a.occurrence = t.call_occurrence
+                    and a.rekey = t.call_rekey
                     and a.attempt = t.call_attempt and a.outcome = t.outcome
             ) then 'again'
             when h.id is null then 'deleted'
@@ -570,233 +715,285 @@ state as materialized (
             when h.trigger_at <> t.trigger::timestamptz then 'moved'
             else 'settled'
         end as state
-    from told t
+    from given t
     left join held h on h.id = t.id
 ),
 written as (
     update session_recalls r
     set status = case
-            -- Moved out of its session's slot and put back: only where no newer recall has taken the slot.
+            -- Moved out of its session's slot and put back: only where no newer recall has taken
+            -- the slot.
             when r.status = 'running' and t.status = 'pending' and exists (
                 select from session_recalls o
                 where o.session_id = r.session_id and o.status = 'pending' and o.id <> r.id
             ) then 'running'
             else t.status
         end,
-        -- A run that goes on at the API is handed over: its lease ends now, and whoever takes it up polls on.
+        -- A run that goes on at the API is handed over: its lease ends now, and the worker that
+        -- takes it up goes on polling.
         lease = case when t.keep_reference then r.lease end,
         lease_until = case when t.keep_reference then now() end,
         leased_at = case when t.keep_reference then r.leased_at end,
-        leased_by = case when t.keep_reference or t.status not in ('pending', 'running') then r.leased_by end,
+        leased_by = case
+            when t.keep_reference or t.status not in ('pending', 'running') then r.leased_by
+        end,
         occurrence = t.occurrence, rekey = t.rekey, attempt = t.attempt, deferrals = t.deferrals,
-        trigger_at = coalesce(t.at + t.jitter * interval '1 second', now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at),
+        trigger_at = coalesce(t.at + t.jitter * interval '1 second',
+            now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at),
         planned_at = case when t.keep_reference then r.planned_at
-            else coalesce(t.at + t.jitter * interval '1 second', now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at) end,
+            else coalesce(t.at + t.jitter * interval '1 second',
+                now() + (t.delay - t.ended_ago) * interval '1 second', r.trigger_at) end,
         interval_seconds = coalesce(t.distance, r.interval_seconds),
         failures = coalesce(t.failures, r.failures),
         scheduled_for = case when t.fresh then t.at else r.scheduled_for end,
         begun_at = case when t.fresh then null
-            -- A call that found no connection begins the occurrence, too: how long it waits is counted from there.
-            else coalesce(r.begun_at, now() - coalesce(t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end)
-                * interval '1 second') end,
+            -- A call that found no connection begins the occurrence, too: how long it waits is
+            -- counted from there.
+            else coalesce(
+                r.begun_at,
+                now() - coalesce(
+                    t.called_ago, case t.outcome when 'unavailable' then t.ended_ago end
+                ) * interval '1 second'
+            )
+        end,
         missed = case when t.fresh then 0 else r.missed end,
-        -- A run that is not known to have ended may go on at the API: its session's slot is free for what it schedules.
+        -- A run that is not known to have ended may go on at the API: its session's slot is free
+        -- for what it schedules.
         may_still_run = case
             when t.outcome = 'unknown' then true
             when t.fresh or t.outcome in ('answered', 'failed', 'refused', 'gone') then false
             else r.may_still_run
         end,
-        -- A worker that is stopped in an outage knows what the API accepted, and could not put it on record before.
+        -- A worker that is stopped during an outage knows what the API accepted, and could not
+        -- record it before.
         run_reference = case when t.keep_reference then coalesce(r.run_reference, t.kept) end,
         delivered_at = case when t.keep_reference then
-            coalesce(r.delivered_at, now() - coalesce(t.called_ago, t.ended_ago) * interval '1 second') end,
+            coalesce(r.delivered_at,
+                now() - coalesce(t.called_ago, t.ended_ago) * interval '1 second') end,
         last_outcome = coalesce(t.outcome, r.last_outcome),
         reason = t.reason,
         ended_at = case when t.status in ('pending', 'running') then null else now() end,
         updated_at = now()
-    from told t
-    where r.id = t.id and r.lease = t.lease and r.id = any (array(select id from state where state = 'settled'))
+    from given t
+    where r.id = t.id and r.lease = t.lease
+        and r.id = any (array(select id from state where state = 'settled'))
     returning r.id, r.status
 ),
 freed as (
-    -- Ended by somebody else in mid-run: nothing changes but that the session is free again.
+    -- Ended by the application in mid-run: nothing changes but that the session is free again.
     update session_recalls r
     set lease = null, lease_until = null
     where r.id = any (array(select id from state where state = 'ended'))
 ),
 before as (
-    -- The mark of a run that was accepted and has ended: its times go into the final one. By an array of ids, mostly empty: a join may be planned,
-    -- while the table is small, to read all of it for marks of that outcome, and goes on so until the next analyze.
+    -- The record of a run that was accepted and has ended: its times go into the final record. By
+    -- an array of ids, mostly empty: while the table is small, a join may be planned to read all of
+    -- it for records of that outcome, and that plan stays until the next analyze.
     delete from recall_attempts a
-    using told t join state s on s.id = t.id
-    where a.recall_id = any (array(select id from told where has_reference))
-        and t.has_reference and t.outcome is not null and s.state not in ('moved', 'locked', 'again')
-        and a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey and a.attempt = t.call_attempt
+    using given t join state s on s.id = t.id
+    where a.recall_id = any (array(select id from given where has_reference))
+        and t.has_reference and t.outcome is not null
+        and s.state not in ('moved', 'locked', 'again')
+        and a.recall_id = t.id and a.occurrence = t.call_occurrence and a.rekey = t.call_rekey
+        and a.attempt = t.call_attempt
         and a.outcome = 'accepted' and t.outcome <> 'accepted'
     returning a.recall_id, a.called_at, a.delivered_at
 ),
-marked as (
+recorded as (
     insert into recall_attempts as a
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
-        ended_at, http_status, reason, settled, delivered_at, completed_at)
-    select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id, %(worker)s, t.lease, t.scheduled_for, t.missed,
-        coalesce(b.called_at, now() - t.called_ago * interval '1 second'), coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+        missed, called_at, last_called_at, ended_at, http_status, reason, settled, delivered_at,
+        completed_at)
+    select t.id, t.call_occurrence, t.call_rekey, t.call_attempt, t.outcome, t.session_id,
+        %(worker)s, t.lease, t.scheduled_for, t.missed,
+        coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
+        coalesce(b.called_at, now() - t.called_ago * interval '1 second'),
         now() - t.ended_ago * interval '1 second', t.http_status, t.reason,
         case t.outcome when 'accepted' then 'polled' else coalesce(w.status, s.state) end,
         coalesce(b.delivered_at, case
             when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second'
             when t.outcome = 'accepted' then now() - t.called_ago * interval '1 second'
         end),
-        case when t.outcome in ('answered', 'failed') then now() - t.ended_ago * interval '1 second' end
-    from told t
+        case when t.outcome in ('answered', 'failed')
+            then now() - t.ended_ago * interval '1 second' end
+    from given t
     join state s on s.id = t.id and s.lease = t.lease
     left join written w on w.id = t.id and s.state = 'settled'
     left join before b on b.recall_id = t.id
-    where s.state not in ('moved', 'locked', 'again') and (t.outcome <> 'accepted' or (s.state = 'settled' and s.unrecorded))
-        and (t.called_ago is not null or t.outcome in ('unavailable', 'misfired') or b.recall_id is not null)
+    where s.state not in ('moved', 'locked', 'again')
+        and (t.outcome <> 'accepted' or (s.state = 'settled' and s.unrecorded))
+        and (t.called_ago is not null or t.outcome in ('unavailable', 'misfired')
+            or b.recall_id is not null)
     on conflict (recall_id, occurrence, rekey, attempt, outcome) do update
-        -- The same lease is the same call: its mark may have been left already by whoever took the row up.
-        set calls = a.calls + (a.lease <> excluded.lease)::integer, called_at = coalesce(a.called_at, excluded.called_at),
+        -- The same lease is the same call: the worker that took the row up may have recorded it.
+        set calls = a.calls + (a.lease <> excluded.lease)::integer,
+            called_at = coalesce(a.called_at, excluded.called_at),
             last_called_at = coalesce(excluded.last_called_at, a.last_called_at),
-            ended_at = excluded.ended_at, worker = excluded.worker, lease = excluded.lease, http_status = excluded.http_status,
-            reason = excluded.reason, settled = excluded.settled
+            ended_at = excluded.ended_at, worker = excluded.worker, lease = excluded.lease,
+            http_status = excluded.http_status, reason = excluded.reason, settled = excluded.settled
 )
-select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status, s.trigger_at::text as trigger,
-    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz) as trigger_at, s.as_settled
+select s.id, s.lease, s.state, coalesce(w.status, s.status_before) as status,
+    s.trigger_at::text as trigger,
+    least(greatest(s.trigger_at, '0001-01-02'::timestamptz), '9998-01-01'::timestamptz)
+        as trigger_at, s.as_settled
 from state s
 left join written w on w.id = s.id and s.state = 'settled';
 
 -- name: wait_for
--- Stand in the queue for rows that the application holds locked, in the transaction that settles them: SKIP LOCKED alone
--- can miss the moment between the unlock and the end of the lease.
+-- Wait for rows that the application holds locked, in the transaction that settles them: SKIP
+-- LOCKED can miss the moment between unlock and lease expiry.
 select r.id from session_recalls r where r.id = any (%(ids)s::text[]) for update of r;
 
 -- name: backlog
--- How much is due and in nobody's hand, and for how long: for those who watch. Counted to a bound, oldest first, so that it costs the same
--- at any size. What waits for its own session's run does not count: no worker could do anything about that.
+-- How many recalls are due and not leased, and for how long the oldest: for monitoring. Counted to
+-- a bound, oldest first, so that it costs the same at any size. What waits for its own session's
+-- run does not count: no worker could do anything about that.
 with due as materialized (
     select r.id, r.session_id, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
-    where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until, r.trigger_at) <= now()
+    where r.status in ('pending', 'running') and r.paused_at is null
+        and coalesce(r.lease_until, r.trigger_at) <= now()
     order by coalesce(r.lease_until, r.trigger_at)
     limit %(most)s
 )
 select count(*) as overdue,
     -- A century stands for dates without a beginning.
-    coalesce(extract(epoch from now() - min(greatest(d.due_at, now() - interval '100 years'))), 0)::float8 as oldest
+    coalesce(extract(epoch from now() - min(greatest(d.due_at, now() - interval '100 years'))),
+        0)::float8 as oldest
 from due d
 where not exists (
     select from session_recalls o
-    where o.session_id = d.session_id and o.lease is not null and o.status in ('pending', 'running') and o.id <> d.id
+    where o.session_id = d.session_id and o.lease is not null and o.status in ('pending', 'running')
+        and o.id <> d.id
         and o.lease_until > now()
 );
 
 -- name: heartbeat
--- That this worker is about, for people to read; and how many others are at hand before it, so that not all of a fleet look at once when
--- something falls due. Whoever died without a word is forgotten after a day.
+-- That this worker is running, for people to read; and how many others are ready before it, so that
+-- not all of a fleet poll at once when something falls due. A worker that died is forgotten after a
+-- day (`forget_after`).
 with forgotten as (
-    delete from recall_workers where seen_at < now() - interval '1 day' and worker <> %(worker)s
+    delete from recall_workers
+    where seen_at < now() - %(forget_after)s * interval '1 second' and worker <> %(worker)s
 ),
 endless as (
-    -- A lease without an end, or with one that lies further off than any worker's (a day), would hold its session for ever: a row
-    -- restored from elsewhere, a clock that was wrong for an hour, a hand. It ends now. Ordered, so that the index of leases is read.
+    -- A lease without an end, or with one further off than any worker's can be, would hold its
+    -- session for ever: a row restored from elsewhere, a clock that was wrong for an hour, a manual
+    -- update. It ends now. Ordered, so that the index of leases is read.
     update session_recalls
     set lease_until = now()
     where id = any (array(
         select id from session_recalls
         where lease is not null and status in ('pending', 'running')
-            and (lease_until is null or lease_until > now() + interval '25 hours')
+            and (lease_until is null
+                or lease_until > now() + %(lease_end_most)s * interval '1 second')
         order by session_id
-        limit 100
+        limit %(most)s
         for update skip locked
     ))
     returning id
 ),
-over as materialized (
-    -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so its lease is ended and
-    -- its call's mark left here. Its session has been free since the lease ran out.
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at,
-        r.scheduled_for, r.missed, r.trigger_at, r.run_reference, r.taken_lease, r.sent_at, false as goes_on
+ended_in_run as materialized (
+    -- Ended by the application in mid-run, and then the worker died: nobody takes such a row up, so
+    -- its lease is ended and its call recorded here. Its session has been free since the lease
+    -- expired. `abandoned_after` leaves a slow owner the time to settle it.
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until,
+        r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.trigger_at, r.run_reference,
+        r.taken_lease, r.sent_at, false as goes_on
     from session_recalls r
-    where r.lease is not null and r.status not in ('pending', 'running') and r.lease_until < now() - interval '1 minute'
+    where r.lease is not null and r.status not in ('pending', 'running')
+        and r.lease_until < now() - %(abandoned_after)s * interval '1 second'
     order by r.session_id
-    limit 100
+    limit %(most)s
     for update of r skip locked
 ),
 paused as materialized (
-    -- Paused in mid-run, and then the worker died: nobody takes it up before it is resumed, and until then it must not
-    -- block its session. Its lease is ended here; an accepted run keeps its reference, and is polled once it is resumed.
-    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until, r.leased_by, r.leased_at,
-        r.scheduled_for, r.missed, r.trigger_at, r.run_reference, r.taken_lease, r.sent_at, true as goes_on
+    -- Paused in mid-run, and then the worker died: nobody takes it up before it is resumed, and
+    -- until then it must not block its session. Its lease is ended here; an accepted run keeps its
+    -- reference, and is polled once it is resumed.
+    select r.id, r.session_id, r.occurrence, r.rekey, r.attempt, r.lease, r.lease_until,
+        r.leased_by, r.leased_at, r.scheduled_for, r.missed, r.trigger_at, r.run_reference,
+        r.taken_lease, r.sent_at, true as goes_on
     from session_recalls r
     where r.lease is not null and r.status in ('pending', 'running') and r.paused_at is not null
-        and r.lease_until < now() - %(lease)s / 3 * interval '1 second'
-        and pg_postmaster_start_time() < now() - %(lease)s / 3 * interval '1 second'
+        and r.lease_until < now() - %(grace)s * interval '1 second'
+        and pg_postmaster_start_time() < now() - %(grace)s * interval '1 second'
         and r.id <> all (%(in_hand)s::text[])
     order by r.session_id
-    limit 100
+    limit %(most)s
     for update of r skip locked
 ),
 abandoned as (
-    select * from over union all select * from paused
+    select * from ended_in_run union all select * from paused
 ),
 ended as (
     update session_recalls r
     set lease = null, lease_until = null,
-        -- As when another worker takes it up: what may have been called counts, and begins the occurrence; what is known
-        -- not to have been sent costs no attempt.
+        -- As when another worker takes it up: a call that may have been made counts, and begins the
+        -- occurrence; one that is known not to have been sent costs no attempt.
         attempt = greatest(0, r.attempt - (a.goes_on and r.run_reference is null
-            and a.taken_lease is not distinct from a.lease and (a.sent_at >= a.leased_at) is not true)::integer),
-        begun_at = case when a.goes_on then least(coalesce(r.begun_at, r.leased_at), now()) else r.begun_at end,
+            and a.taken_lease is not distinct from a.lease
+            and (a.sent_at >= a.leased_at) is not true)::integer),
+        begun_at = case when a.goes_on then least(coalesce(r.begun_at, r.leased_at), now())
+            else r.begun_at end,
         may_still_run = r.may_still_run or a.goes_on,
-        last_outcome = case when a.goes_on and r.run_reference is null then 'unknown' else r.last_outcome end,
+        last_outcome = case when a.goes_on and r.run_reference is null then 'unknown'
+            else r.last_outcome end,
         scheduled_for = coalesce(r.scheduled_for, r.planned_at, r.trigger_at)
     from abandoned a
     where a.id = r.id and r.id = any (array(select id from abandoned))
     returning r.id
 ),
-marked as (
+recorded as (
     insert into recall_attempts
-        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, missed, called_at, last_called_at,
-        ended_at, reason, settled)
-    select a.id, a.occurrence, a.rekey, a.attempt, 'unknown', a.session_id, coalesce(a.leased_by, 'unknown'), a.lease,
-        coalesce(a.scheduled_for, a.trigger_at), a.missed,
-        case when a.sent_at >= a.leased_at then a.sent_at end, case when a.sent_at >= a.leased_at then a.sent_at end,
-        a.lease_until,
+        (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+        missed, called_at, last_called_at, ended_at, reason, settled)
+    select a.id, a.occurrence, a.rekey, a.attempt, 'unknown', a.session_id,
+        coalesce(a.leased_by, 'unknown'), a.lease, coalesce(a.scheduled_for, a.trigger_at),
+        a.missed, case when a.sent_at >= a.leased_at then a.sent_at end,
+        case when a.sent_at >= a.leased_at then a.sent_at end, a.lease_until,
         'the worker was not heard of again: its lease ended'
-            || case when (a.sent_at >= a.leased_at) is not true then ', and perhaps nothing was called' else '' end,
+            || case when (a.sent_at >= a.leased_at) is not true
+                then ', and perhaps nothing was called' else '' end,
         case when a.goes_on then 'taken' else 'ended' end
     from abandoned a
     where a.run_reference is null and octet_length(a.id) <= 2000
         -- Known not to have been sent: see take_up.
-        and not (a.taken_lease is not distinct from a.lease and (a.sent_at >= a.leased_at) is not true)
+        and not (a.taken_lease is not distinct from a.lease
+            and (a.sent_at >= a.leased_at) is not true)
     on conflict do nothing
 ),
 notified as (
-    -- Somebody waits for what was freed here.
-    select pg_notify('session_recalls', '') where exists (select from ended) or exists (select from endless)
+    -- Another recall may wait for what was freed here.
+    select pg_notify('session_recalls', '')
+    where exists (select from ended) or exists (select from endless)
 )
 insert into recall_workers (worker, host, pid, version, slots, running, breaker, bell, settings)
-values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s, %(settings)s::jsonb)
+values (%(worker)s, %(host)s, %(pid)s, %(version)s, %(slots)s, %(running)s, %(breaker)s, %(bell)s,
+    %(settings)s::jsonb)
 on conflict (worker) do update
-    set seen_at = now(), slots = excluded.slots, running = excluded.running, breaker = excluded.breaker, bell = excluded.bell
+    set seen_at = now(), slots = excluded.slots, running = excluded.running,
+        breaker = excluded.breaker, bell = excluded.bell
 returning (select count(*) from notified) as notified, (
     select count(*) from recall_workers w
-    where w.worker < %(worker)s and w.seen_at > now() - interval '90 seconds' and w.running < w.slots
-        and w.breaker = 'closed' and w.bell = 'listening'
+    where w.worker < %(worker)s and w.seen_at > now() - %(not_ready_after)s * interval '1 second'
+        and w.running < w.slots and w.breaker = 'closed' and w.bell = 'listening'
 ) as ahead;
 
 -- name: notify
--- Whether a bell hears can only be told by a ring from another connection. The channel is that bell's own: nobody else is woken.
+-- Only a notification from another connection shows whether a listener still receives any. The
+-- channel is that listener's own: nobody else is woken.
 select pg_notify(%(channel)s, '');
 
 -- name: deregister
--- This worker has stopped in good order. The bell lets the others look at what it put back.
+-- This worker has stopped in good order. The notification lets the others poll for what it put
+-- back.
 with gone as (
     delete from recall_workers where worker = %(worker)s
 )
 select pg_notify('session_recalls', '');
 
 -- name: schema
--- What the schema is, and the oldest code that can work with it.
-select coalesce(max(version), 0) as version, coalesce(max(oldest_code), 0) as oldest_code from recall_schema;
+-- The schema's version, and the oldest code that can work with it.
+select coalesce(max(version), 0) as version, coalesce(max(oldest_code), 0) as oldest_code
+    from recall_schema;

@@ -19,6 +19,7 @@ from psycopg.rows import dict_row
 
 from recall_worker import statements
 from recall_worker import sweep as sweeping
+from recall_worker.fleet import FLEET
 
 from .conftest import Connection
 from .support import postgres
@@ -1269,7 +1270,7 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("reads", "why", {**SILENT, "id": "old5"}),
     ("reads", "why", {**SILENT, "id": "live1004"}),
     ("reads", "workers", SILENT),
-    ("reads", "fleet", SILENT),
+    ("reads", "fleet", FLEET),
     ("reads", "stats_calls", {"window": 3600.0}),
     ("reads", "stats_lateness", {"window": 3600.0}),
     *(

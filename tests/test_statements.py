@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,13 +23,32 @@ import psycopg
 import pytest
 from psycopg import ClientCursor
 
-from recall_worker import statements
+from recall_worker import Recalls, statements
 from recall_worker.database import connection as connection_module
 from recall_worker.database import ledger as ledger_module
 from recall_worker.database.ledger import Ledger
-from recall_worker.recall import After, AsMoved, Busy, Claim, Defer, Ending, Placement
+from recall_worker.database.pipeline import numbered
+from recall_worker.recall import (
+    Accepted,
+    After,
+    AsMoved,
+    Busy,
+    Claim,
+    Defer,
+    Ending,
+    Finish,
+    Placement,
+)
+from recall_worker.settings import KEPT
+from recall_worker.sweep import Sweep
 
+from .conftest import connected
 from .support import postgres
+from .support.endpoint import Endpoint
+from .support.pgbouncer import PgBouncer
+from .support.recorder import Recorder
+from .test_cli import operate
+from .test_ledger import put
 from .test_recall import claim_with
 
 FILES = sorted(path.stem for path in statements.folder().glob("*.sql"))
@@ -429,3 +449,136 @@ async def test_a_large_batch_looks_up_one_by_one(
     ]
     assert looked_up and "Seq Scan" not in [n["Node Type"] for n in looked_up]
     assert max(map(touched, looked_up)) <= 500
+
+
+# --- what is executed -----------------------------------------------------------------------------
+
+WHOLE = {
+    numbered(statement)[0].decode(): f"{file}/{name}"
+    for file, name in NAMED
+    for statement in [statements.load(file)[name]]
+}
+"""The statements as PostgreSQL must receive them, and their names. Equal texts count as one."""
+OUR_ROWS = re.compile(
+    r"\b(from|join|into|update) (session_recalls|recall_(attempts|workers|endpoints|chores))\b"
+)
+"""What only statements of sql/ read and write. (recall_schema is the migrations' own.)"""
+REFUSING = """
+create function refuse() returns trigger language plpgsql as
+    $$ begin raise check_violation using message = 'not this one'; end $$;
+create trigger refuse before update on session_recalls
+    for each row when (old.id = 'refused') execute function refuse();
+"""
+
+
+async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """Every method of a ledger, on recalls of its own."""
+    ledger = Ledger(dsn, WORKER, LEASE, fleet=100)
+    try:
+        await ledger.schema()
+        for id in ("called", "accepted", "refused"):
+            await put(db, f"s-{id}", id=id)
+        await db.execute(REFUSING.encode())
+        claims = {claim.id: claim for claim in (await ledger.claim(10)).claims}
+        assert set(claims) == {"called", "accepted"}, "one is refused, the others are claimed"
+        called, accepted = claims["called"], claims["accepted"]
+        leases = {id: claim.lease for id, claim in claims.items()}
+        await ledger.next_due(claimed_at=None)
+        await ledger.ended_leases()
+        await ledger.take_up(["called"])
+        await ledger.message(called)
+        await ledger.sent(called)
+        await ledger.write_moves([(called, Placement(called.occurrence, AsMoved(), 0))])
+        await ledger.moved()
+        await ledger.settle_moved([(called, Finish("fired", None))])
+        await ledger.accept(accepted, Accepted("run-1", 202), 0.1)
+        await ledger.count_session_runs("s-called", [(3600.0, 1)])
+        await ledger.renew(leases)
+        await ledger.check_leases(leases)
+        ending = Ending(called, Busy(409), 0.1, 0.2, time.monotonic())
+        await ledger.settle_waiting(ending, Defer(After(60.0), "the session is busy"))
+        await ledger.probe("endpoint", 1.0, wanted=True)
+        await ledger.endpoint_answers("endpoint")
+        facts = {
+            "host": "h",
+            "pid": 1,
+            "version": "1",
+            "slots": 3,
+            "running": 0,
+            "breaker": "closed",
+            "bell": "listening",
+        }
+        await ledger.heartbeat(facts, {})
+        await ledger.notify("somebody")
+        await ledger.backlog()
+        assert await ledger.take_turn(60.0) is None
+        sweep = Sweep(dict.fromkeys(KEPT, 3600.0))
+        while (batch := sweep.next()) is not None:
+            sweep.note(batch, await ledger.prune(batch), 0.01)
+        await ledger.end_turn(0.0)
+        await ledger.deregister()
+        await db.execute(b"drop function refuse cascade; delete from sessions")
+    finally:
+        await ledger.close()
+
+
+async def use_recalls(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """The application's side."""
+    await db.execute("insert into sessions values ('s', 'ann')")
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+        recalls = Recalls()
+        made = await recalls.schedule("s", "m", cron="0 9 * * *", conn=conn)
+        await recalls.preview(made.id, conn=conn)
+        await recalls.skip_next("s", conn=conn)
+        await recalls.reschedule(made.id, datetime.now(UTC) + timedelta(days=1), conn=conn)
+        await recalls.list(conn=conn)
+        await recalls.due(conn=conn)
+        await recalls.next_trigger_at(conn=conn)
+        await recalls.sessions_with_pending(["s"], conn=conn)
+        await recalls.cancel("s", conn=conn)
+        await recalls.mark_fired(made.id, conn=conn)
+
+
+def use_the_commands(dsn: str) -> None:
+    """The operator's side, every command that asks the database for something."""
+    id = operate(dsn, "schedule", "s", "m", "--every", "1h", "--in", "1h").out.strip()
+    for words in (
+        "list", "list --session s", "list --user ann", f"show {id}", f"why {id}", "workers",
+        "stats", f"skip {id}", f"pause {id}", f"resume {id}", f"fire {id}",
+        f"reschedule {id} --in 1h",
+        f"cancel {id} --yes", f"retry {id}", "cancel --session s --yes",
+        "prune --older-than 30d --yes",
+    ):  # fmt: skip
+        done = operate(dsn, *words.split())
+        assert done.status == 0, (words, done)
+    assert operate(dsn, "pause", id).status == 1, "it is over, and is said to be"
+
+
+async def test_what_is_executed_stands_in_the_files_and_each_statement_is(
+    database: str, bouncer: PgBouncer, endpoint: Endpoint
+) -> None:
+    """What PostgreSQL receives is each statement of sql/, whole; no other one touches the rows."""
+    pooled = Recorder(bouncer.way_to(database))
+    async with Recorder(database) as recorder, pooled, connected(database) as db:
+        await use_the_ledger(pooled.dsn, db)
+        await use_the_ledger(recorder.dsn, db)
+        await use_recalls(recorder.dsn, db)
+        await asyncio.to_thread(use_the_commands, recorder.dsn)
+        await put(db, "overdue", -3600.0)
+        environ = {
+            "RECALL_RUN_URL": endpoint.url,
+            "RECALL_RUN_TOKEN": "token",
+            "RECALL_PRUNE": "fired=1d",
+        }
+        # Without a running worker `doctor` asks other questions than with one.
+        await asyncio.to_thread(operate, recorder.dsn, "doctor", environ=environ)
+        await db.execute(
+            "insert into recall_workers (worker, host, pid, version, slots, settings)"
+            " values ('w', 'h', 1, '1', 3, '{}')"
+        )
+        await asyncio.to_thread(operate, recorder.dsn, "doctor", environ=environ)
+    received = recorder.statements | pooled.statements
+    assert not [name for text, name in WHOLE.items() if text not in received]
+    # `doctor` puts a word before a statement, to ask for its rights.
+    others = {text.removeprefix("explain ") for text in received} - set(WHOLE)
+    assert not [text for text in others if OUR_ROWS.search(text)]

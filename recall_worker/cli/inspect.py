@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import statements
 from ..events import escape_controls
-from ..fleet import SILENT_AFTER, differences, fleet_cap, told_setting
+from ..fleet import FLEET, SILENT_AFTER, differences, fleet_cap, told_setting
 from ..recall import STATUSES
 from ..terminal import (
     Trouble,
@@ -36,7 +36,7 @@ def why(dsn: str | None, id: str, *, as_json: bool) -> None:
     with connect(dsn) as conn:
         reads = statements.load("reads")
         found = conn.execute(reads["why"].encode(), {"id": id, "silence": SILENT_AFTER}).fetchone()
-        fleet = conn.execute(reads["fleet"].encode(), {"silence": SILENT_AFTER}).fetchone()
+        fleet = conn.execute(reads["fleet"].encode(), FLEET).fetchone()
     if found is None or fleet is None:
         raise Trouble(f"there is no recall {id}", command("list"))
     row = found | fleet

@@ -54,6 +54,7 @@ from ..recall import (
     name_of,
     reason_of,
 )
+from ..settings import LEASE_MOST
 from ..sweep import Batch
 from .connection import DatabaseUnavailable, Deadlines, QueryConnection, StatementRejected
 from .values import clamped
@@ -67,7 +68,8 @@ ALONE_MOST = 100
 """Rows that are claimed one by one after a batch was refused, before the next query."""
 OWNERS_FIRST = 1 / 3
 """Part of a lease for which a row whose lease has ended is left to its owner, where the owner could
-not renew it: long enough for the owner to try again."""
+not renew it (PostgreSQL was down, or the row was locked): long enough for the owner to try again.
+The `grace` of the statements."""
 HELD = 1e9
 """Seconds, as good as for ever: after an outage the owner of a lease that has ended may be
 alive."""
@@ -77,7 +79,26 @@ BACKLOG_MOST = 10_000
 """Overdue recalls that are counted, at most: counting costs, and a higher number says nothing
 new."""
 PASSED_MOST = 20
-"""Due rows left unclaimed that are examined one by one: the limit in the statement `next_due`."""
+"""Due rows left unclaimed that are examined one by one."""
+BATCH_MESSAGE_MOST = 65_536
+"""Octets of a message that is claimed with its row: a longer one is read alone."""
+ENDED_MOST = 1000
+"""Leases that have ended, listed at once."""
+MOVED_MOST = 500
+"""Moved cron recalls that are put on a moment at once."""
+LEASE_END_MOST = LEASE_MOST + 3600.0
+"""Seconds from now after which no worker's lease ends: one that does was not written by a worker.
+An hour more than the longest lease, for a clock that was set back."""
+ABANDONED_AFTER = 60.0
+"""Seconds after which the ended lease of a recall that was ended in mid-run is ended by any worker:
+its owner, if only slow, has settled by then."""
+ABANDONED_MOST = 100
+"""Leases of each kind that one heartbeat ends."""
+NOT_READY_AFTER = 90.0
+"""Seconds without a heartbeat after which a worker no longer counts as ready: one and a half of the
+longest pause between two."""
+FORGET_AFTER = 86_400.0
+"""Seconds without a heartbeat after which a worker's row is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +191,7 @@ class Ledger:
         name = f"recall-worker ledger {worker}"
         self._worker = worker
         self._lease = lease
+        self._grace = lease * OWNERS_FIRST
         self._fleet = fleet
         self._message_limit = message_limit
         self._connections: list[QueryConnection] = []
@@ -246,7 +268,7 @@ class Ledger:
 
     def _held_for(self, *, all_held: bool) -> float:
         """Seconds for which a lease that has ended counts under the fleet's cap."""
-        return HELD if all_held else self._lease * OWNERS_FIRST
+        return HELD if all_held else self._grace
 
     def _claim_values(self, slots: int, held_for: float) -> dict[str, Any]:
         return {
@@ -256,6 +278,9 @@ class Ledger:
             "fleet": self._fleet,
             "held_for": held_for,
             "message_limit": self._message_limit,
+            "grace": self._grace,
+            "lease_end_most": LEASE_END_MOST,
+            "batch_message_most": BATCH_MESSAGE_MOST,
         }
 
     async def ended_leases(self, in_hand: Collection[str] = ()) -> EndedLeases:
@@ -268,10 +293,11 @@ class Ledger:
         now = time.monotonic()
         self._left = {id: until for id, until in self._left.items() if until > now}
         values = {
-            "lease": self._lease,
+            "grace": self._grace,
             "worker": self._worker,
             "in_hand": list(in_hand),
             "left": list(self._left),
+            "most": ENDED_MOST,
             "aside": [id for id, aside in self._aside.items() if aside.until > now],
             "fleet": self._fleet,
         }
@@ -357,7 +383,8 @@ class Ledger:
         stranded: list[tuple[str, str]] = []
         tried = [id for id, aside in self._aside.items() if aside.until <= asked_at]
         if self._alone_next or not tried:
-            rows = await self._claims.ask(self._sql["due_ids"], {"aside": list(self._aside)})
+            values = {"aside": list(self._aside), "most": ALONE_MOST}
+            rows = await self._claims.ask(self._sql["due_ids"], values)
             tried += [row["id"] for row in rows]
         self._alone_next = False
         for id in tried[:ALONE_MOST]:
@@ -404,7 +431,8 @@ class Ledger:
         there was none.
         """
         asked_at = time.monotonic()
-        found = (await self._claims.ask(self._sql["next_due"], {"aside": list(self._aside)}))[0]
+        values = {"aside": list(self._aside), "passed_most": PASSED_MOST}
+        found = (await self._claims.ask(self._sql["next_due"], values))[0]
         since = math.inf if claimed_at is None else time.monotonic() - claimed_at
         youngest = found["youngest"]
         return NextDue(
@@ -419,7 +447,7 @@ class Ledger:
     def _leave_to_owners(self, ids: Iterable[str]) -> None:
         """The application holds these rows locked, and their leases have ended: their owners could
         not renew them."""
-        self._left.update(dict.fromkeys(ids, time.monotonic() + self._lease * OWNERS_FIRST))
+        self._left.update(dict.fromkeys(ids, time.monotonic() + self._grace))
 
     async def message(self, claim: Claim) -> str | None:
         """The message of a claim that came without it; None where it was changed since, or the
@@ -455,12 +483,9 @@ class Ledger:
 
     async def moved(self) -> list[Claim]:
         """Cron recalls that wait where the application moved them, as claims without a lease."""
-        return [
-            _claim(row)._replace(lateness=0.0)
-            for row in await self._claims.ask(
-                self._sql["moved"], {"aside": list(self._aside)}, as_=tuple
-            )
-        ]
+        values = {"aside": list(self._aside), "most": MOVED_MOST}
+        rows = await self._claims.ask(self._sql["moved"], values, as_=tuple)
+        return [_claim(row)._replace(lateness=0.0) for row in rows]
 
     async def settle_moved(
         self, verdicts: Sequence[tuple[Claim, Finish | Next]]
@@ -667,8 +692,13 @@ class Ledger:
             **facts,
             "worker": self._worker,
             "settings": json.dumps(settings),
-            "lease": self._lease,
+            "grace": self._grace,
             "in_hand": list(in_hand),
+            "lease_end_most": LEASE_END_MOST,
+            "abandoned_after": ABANDONED_AFTER,
+            "not_ready_after": NOT_READY_AFTER,
+            "forget_after": FORGET_AFTER,
+            "most": ABANDONED_MOST,
         }
         row = (await self._claims.ask(self._sql["heartbeat"], values))[0]
         return int(row["ahead"])

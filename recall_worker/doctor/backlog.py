@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import statements
-from ..fleet import SILENT_AFTER, fleet_cap
+from ..fleet import FLEET, fleet_cap
 from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
 
@@ -30,7 +30,7 @@ async def backlog(exam: Examination) -> None:
         else command("why", row["oldest"])
     )
     text = statements.load("reads")["fleet"].encode()
-    [fleet] = await (await exam.conn.execute(text, {"silence": SILENT_AFTER})).fetchall()
+    [fleet] = await (await exam.conn.execute(text, FLEET)).fetchall()
     if (cap := fleet_cap(fleet)) is not None:
         seen += f"; {cap}"
         todo = "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait for these runs to end"

@@ -128,7 +128,7 @@ async def bell(exam: Examination) -> None:
     for n in range(RINGS):
         began = time.monotonic()
         # Only the first of them also rings the workers' channel.
-        await exam.ask("echo" if n else "ring", channel=own)
+        await exam.ask("notify_own" if n else "notify", channel=own)
         heard: set[str] = set()
         while own not in heard and (left := began + RING_PATIENCE - time.monotonic()) > 0:
             async for notification in conn.notifies(timeout=left, stop_after=1):
