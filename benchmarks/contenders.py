@@ -1,6 +1,8 @@
-"""Who is compared: how each one's schema is made, how rows are written for it, and how its workers are started.
+"""Who is compared: how each one's schema is made, how rows are written for it, and how its workers
+are started.
 
-The statements are what each library's own "defer", "enqueue" or "add_job" sends, with `%(session)s`, `%(message)s` and `%(due)s` (null: now).
+The statements are what each library's own "defer", "enqueue" or "add_job" sends, with
+`%(session)s`, `%(message)s` and `%(due)s` (null: now).
 """
 
 from __future__ import annotations
@@ -142,7 +144,10 @@ CONTENDERS = {
         ),
         Contender(
             "graphile-worker",
-            f"select graphile_worker.add_job('call', {_JOB.format('%(session)s::text')}::json, run_at => %(due)s::timestamptz)",
+            (
+                "select graphile_worker.add_job('call', "
+                f"{_JOB.format('%(session)s::text')}::json, run_at => %(due)s::timestamptz)"
+            ),
             f"""select count(*) from graphile_worker.add_jobs((select array_agg(('call', {_JOB.format(_NTH)}::json, null,
                 %(due)s::timestamptz, null, null, null, null)::graphile_worker.job_spec){_SERIES}))""",
             _graphile_install,
@@ -226,7 +231,9 @@ class Field:
             )
 
     def settle_down(self, within: float = 60.0) -> None:
-        """Wait until all workers are about: a first row was called for, and no more connections are being opened."""
+        """Wait until all workers are about: a first row was called for, and no more connections are
+        being opened.
+        """
         self.ground.sink.reset()
         self._warmed += 1
         self.insert(f"p-warm-{self._warmed}")

@@ -1,4 +1,6 @@
-"""Figures and how they are shown: medians with the least and the most, ratios of pairs, tables, targets."""
+"""Figures and how they are shown: medians with the least and the most, ratios of pairs, tables,
+targets.
+"""
 
 from __future__ import annotations
 

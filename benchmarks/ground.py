@@ -1,4 +1,5 @@
-"""The ground on which everything is measured: PostgreSQL, the sink, the installed packages, the kernel's clocks.
+"""The ground on which everything is measured: PostgreSQL, the sink, the installed packages, the
+kernel's clocks.
 
 Never here: what is measured (measures/), who is compared (contenders.py).
 """
@@ -68,7 +69,9 @@ class Sink:
         return self._ask("state")
 
     def wait(self, within: float, **least: int) -> dict[str, Any]:
-        """Wait until so many arrivals (`count`), `probes`, or calls that are `held`; returns the state, reached or not."""
+        """Wait until so many arrivals (`count`), `probes`, or calls that are `held`; returns the
+        state, reached or not.
+        """
         return self._ask("wait", within=within, **least)
 
     def between(self, since: int, until: int) -> int:
@@ -102,7 +105,8 @@ class Ground:
                 )
             )
             self.scratch.chmod(0o711)
-            # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL comes.
+            # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL
+            # comes.
             self.server = stack.enter_context(
                 EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"})
             )
@@ -122,7 +126,7 @@ class Ground:
     ) -> None:
         self._stack.close()
 
-    # --- databases -----------------------------------------------------------------------------------------------
+    # --- databases --------------------------------------------------------------------------------
 
     @contextmanager
     def database(self, template: str = "template0") -> Iterator[str]:
@@ -143,7 +147,9 @@ class Ground:
             self.maintenance.execute("checkpoint")
 
     def transactions(self, dsn: str) -> int:
-        """Transactions of this database so far, as PostgreSQL counts them: a backend tells its own within a second."""
+        """Transactions of this database so far, as PostgreSQL counts them: a backend tells its own
+        within a second.
+        """
         name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
         self.maintenance.execute("select pg_stat_clear_snapshot()")
         row = self.maintenance.execute(
@@ -156,7 +162,7 @@ class Ground:
         """Seconds of CPU that PostgreSQL's living processes have used."""
         return cpu(self.server.processes())
 
-    # --- what is installed ---------------------------------------------------------------------------------------
+    # --- what is installed ------------------------------------------------------------------------
 
     @cached_property
     def cache(self) -> Path:
@@ -172,7 +178,9 @@ class Ground:
 
     @cached_property
     def installed(self) -> Path:
-        """Where the wheel of this checkout is installed, without its dependencies, which are this interpreter's."""
+        """Where the wheel of this checkout is installed, without its dependencies, which are this
+        interpreter's.
+        """
         digest = hashlib.sha256()
         for path in sorted(
             [
@@ -202,7 +210,9 @@ class Ground:
 
     @cached_property
     def npm(self) -> Path:
-        """Where the npm packages of package.json are installed, with graphile.mjs beside them. Raises OSError where there is no npm."""
+        """Where the npm packages of package.json are installed, with graphile.mjs beside them.
+        Raises OSError where there is no npm.
+        """
         place = self.cache / "npm"
         place.mkdir(exist_ok=True)
         wanted = (HERE / "package.json").read_bytes()

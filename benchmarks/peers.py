@@ -1,4 +1,6 @@
-"""One worker of a peer, or the bare loop, as a process: `python -m benchmarks.peers NAME DSN URL SLOTS`. Ends with SIGTERM."""
+"""One worker of a peer, or the bare loop, as a process: `python -m benchmarks.peers NAME DSN URL
+SLOTS`. Ends with SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MESSAGE = "Look at the build again, and say whether it is green. " * 4
 
 
 class Caller:
-    """The run endpoint, called as recall-worker calls it: the same transport, body and number of headers."""
+    """The run endpoint, called as recall-worker calls it: the same transport, body and number of
+    headers.
+    """
 
     def __init__(self, url: str, slots: int) -> None:
         self._url = url
@@ -110,11 +114,16 @@ set lease = gen_random_uuid(), lease_until = now() + interval '60 seconds', leas
 from candidate c
 where c.id = r.id
 returning r.id, r.session_id, r.additional_context_message"""
-SETTLE = "update session_recalls set status = 'fired', lease = null, lease_until = null where id = %(id)s"
+SETTLE = (
+    "update session_recalls set status = 'fired', lease = null, lease_until = null where "
+    "id = %(id)s"
+)
 
 
 async def bare(dsn: str, caller: Caller, slots: int) -> None:
-    """What is left of a worker that keeps no promise but to call: it listens, claims the row, calls, and writes that it has."""
+    """What is left of a worker that keeps no promise but to call: it listens, claims the row,
+    calls, and writes that it has.
+    """
     import psycopg
 
     from recall_worker.database.connection import Deadlines, QueryConnection

@@ -33,8 +33,8 @@ class DurationError(ValueError):
 def seconds(text: str, *, bare: bool = False) -> float:
     """The seconds of a duration: numbers with units, the largest unit first.
 
-    `bare`: whether a number alone counts, as seconds. Else it is refused, as nobody can tell whether
-    its author meant seconds, minutes or days. Raises DurationError.
+    `bare`: whether a number alone counts, as seconds. Else it is refused, as nobody can tell
+    whether its author meant seconds, minutes or days. Raises DurationError.
     """
     said = text.strip().lower()
     if bare:

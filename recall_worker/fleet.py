@@ -13,8 +13,8 @@ from typing import Any
 from .terminal import span
 
 SILENT_AFTER = 180.0
-"""Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats at
-the longest lease.
+"""Seconds after which a worker that has not been heard of counts as gone: three of its heartbeats
+at the longest lease.
 """
 ALIKE = (
     "lease",
@@ -31,8 +31,8 @@ TOLD_MOST = 100
 
 
 def told_setting(row: Mapping[str, Any], name: str) -> str | None:
-    """A setting as the worker told it; None where it did not. In a row of another version, or of one
-    that somebody wrote by hand, anything may stand there.
+    """A setting as the worker told it; None where it did not. In a row of another version, or of
+    one that somebody wrote by hand, anything may stand there.
     """
     told = row["settings"].get(name) if isinstance(row["settings"], dict) else None
     if isinstance(told, int | float):
@@ -59,9 +59,18 @@ def fleet_cap(row: Mapping[str, Any]) -> str | None:
         (row["fleet_of_silent"], "of workers that are not heard of"),
         (
             row["fleet_ended"],
-            f"that {'has' if one else 'have'} ended, counted until {after} after {'its' if one else 'their'} end",
+            (
+                f"that {'has' if one else 'have'} ended, counted until {after} after "
+                f"{'its' if one else 'their'} end"
+            ),
         ),
     ]
     told = ", ".join(f"{leases} {how}" for leases, how in whose if leases)
-    count = f"{row['fleet_leases']} lease{' counts' if row['fleet_leases'] == 1 else 's count'} against it"
-    return f"the fleet runs as many as RECALL_FLEET_CONCURRENCY ({row['fleet_cap']}) allows: {count} ({told})"
+    count = (
+        f"{row['fleet_leases']} "
+        f"lease{' counts' if row['fleet_leases'] == 1 else 's count'} against it"
+    )
+    return (
+        f"the fleet runs as many as RECALL_FLEET_CONCURRENCY ({row['fleet_cap']}) allows: "
+        f"{count} ({told})"
+    )

@@ -1,4 +1,5 @@
-"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, times.
+"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON
+documents, times.
 
 Every text that comes from a row is made escape_controls before a terminal sees it.
 """
@@ -59,7 +60,10 @@ def explain(error: BaseException) -> Trouble | None:
                 "recall-worker migrate",
             )
         case errors.InsufficientPrivilege():
-            hint = "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), or the tables' owner for migrate"
+            hint = (
+                "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), "
+                "or the tables' owner for migrate"
+            )
             return Trouble(f"PostgreSQL forbids it: {error_text(error)}", hint)
         case errors.ReadOnlySqlTransaction():
             return Trouble(
@@ -95,7 +99,8 @@ def explain(error: BaseException) -> Trouble | None:
         case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(
             error, "format_message"
         ):
-            # A usage error of the command line's own library, which is click or what typer made of it.
+            # A usage error of the command line's own library, which is click or what typer made of
+            # it.
             what = str(getattr(error, "format_message")()).strip().removesuffix(".")  # noqa: B009 - typer tells no types of it
             return Trouble(what, f"{usage.command_path} --help", status=USAGE)
         case _:
@@ -124,7 +129,8 @@ def warn_of_password(dsn: str | None) -> None:
         return  # What can't be read is told where it is used.
     if given:
         tell(
-            "Note: the list of processes shows the password in --dsn to everybody on this host: set RECALL_DSN instead."
+            "Note: the list of processes shows the password in --dsn to everybody on this "
+            "host: set RECALL_DSN instead."
         )
 
 
@@ -175,7 +181,9 @@ def rfc3339(when: datetime) -> str:
 
 
 def local(when: datetime | None) -> str:
-    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL writes it; `--at` takes it back."""
+    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL
+    writes it; `--at` takes it back.
+    """
     if when is None:
         return ""
     try:
@@ -230,8 +238,9 @@ def seconds(text: str, option: str) -> float:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()
 ) -> None:
-    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of `yields`, each down to so many cells, or
-    altogether for 0. Piped, it is as wide as its data, and plain. A column whose name begins with `>` is set to the right.
+    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of
+    `yields`, each down to so many cells, or altogether for 0. Piped, it is as wide as its data, and
+    plain. A column whose name begins with `>` is set to the right.
     """
     names = [name.removeprefix(">") for name in columns]
     cells = [[escape_controls(cell) for cell in row] for row in rows]
@@ -373,7 +382,21 @@ def _has_colours() -> bool:
 
 
 _COLOURS = {
-    "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
-    "deaf": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
-    "pass": "32", "fail": "31", "not shown": "33", "cancelled": "2",
-}  # fmt: skip
+    "pending": "36",
+    "running": "33",
+    "in a run": "33",
+    "fired": "32",
+    "alive": "32",
+    "failed": "31",
+    "silent": "31",
+    "open": "31",
+    "deaf": "31",
+    "lost": "31",
+    "ok": "32",
+    "note": "33",
+    "problem": "31",
+    "pass": "32",
+    "fail": "31",
+    "not shown": "33",
+    "cancelled": "2",
+}

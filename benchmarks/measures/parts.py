@@ -47,7 +47,9 @@ BUYS = {
     "request": "the call; a bare loop pays this, too",
     "answer": "likewise paid by a bare loop",
     "wire": "knowing whether anything was sent: may it be posted again?",
-    "body, headers, reading": "the endpoint's contract: key, attempt, lateness, trace; what the answer means",
+    "body, headers, reading": (
+        "the endpoint's contract: key, attempt, lateness, trace; what the answer means"
+    ),
     "slots, breaker, ledger": "never more than the slots; a place for each run",
     "PostgreSQL's answers": "questions as they leave, claims and settlements as they come",
     "waiting": "the system's: what is ready to be read",
@@ -122,6 +124,6 @@ def report(found: dict[str, Any]) -> str:
         for name, share in found["parts"].items()
     ]
     return (
-        f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than the sum:\n\n"
-        + table(["", "µs", "share"], rows)
-    )
+        f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than "
+        "the sum:\n\n"
+    ) + table(["", "µs", "share"], rows)

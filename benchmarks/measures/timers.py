@@ -1,4 +1,6 @@
-"""From a due instant to the request's arrival; the same with millions of rows in the table; and what a claim costs then."""
+"""From a due instant to the request's arrival; the same with millions of rows in the table; and
+what a claim costs then.
+"""
 
 from __future__ import annotations
 
@@ -67,12 +69,18 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
         (arrived[s] + offset - at.timestamp() * 1e9) / 1e6 for s, at in due.items() if s in arrived
     ]
     return {
-        "least": min(late), "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": instants - len(late),
-    }  # fmt: skip
+        "least": min(late),
+        "p50": percentile(late, 0.5),
+        "p99": percentile(late, 0.99),
+        "most": max(late),
+        "never": instants - len(late),
+    }
 
 
 def _load(field: Field, first: int, last: int) -> None:
-    """So many recalls wait for another day, and as many are settled, with their marks. Triggers are for what applications write."""
+    """So many recalls wait for another day, and as many are settled, with their marks. Triggers are
+    for what applications write.
+    """
     field.connection.execute("set session_replication_role = replica")
     for prefix, due, status, more, values in (
         ("w", "interval '1 day' + n * interval '1 second'", "pending", "", ""),
@@ -97,8 +105,15 @@ def _claim_time(field: Field) -> dict[str, Any]:
     """Milliseconds of a claim of ten rows as the worker makes it: prepared, and committed."""
     sql = statements.load("ledger")
     values = {
-        "slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": [], "in_hand": [], "left": [],
-    }  # fmt: skip
+        "slots": CLAIMED,
+        "lease": 60.0,
+        "worker": "bench",
+        "take_expired": True,
+        "fleet": None,
+        "aside": [],
+        "in_hand": [],
+        "left": [],
+    }
     with psycopg.connect(field.dsn, autocommit=True) as connection:
         given = {"pid": connection.pgconn.backend_pid} | transaction_setup(STATEMENT_DEADLINE)
         connection.execute(sql["session_setup"].encode(), given, prepare=False)
@@ -136,7 +151,10 @@ def report(found: dict[str, Any]) -> str:
     said = "Milliseconds; recalls due 20 ms apart:\n\n" + table(
         ["", "least", "p50", "p99", "most"], rows
     )
-    said += f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, each with its mark.\n\n"
+    said += (
+        f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, "
+        "each with its mark.\n\n"
+    )
     for name in (OURS, LOADED):
         said += judged(
             f"p99, {name}",
@@ -146,9 +164,13 @@ def report(found: dict[str, Any]) -> str:
         )
     claims = found["claims"]
     said += "\nA claim of ten rows, with so many recalls pending for later and as many settled:\n\n"
-    said += table(["rows", "milliseconds, median", "least"], [
-        [f"2 × {int(size):,}", number(claim["ms"]["median"]), number(claim["ms"]["least"])] for size, claim in claims.items()
-    ])  # fmt: skip
+    said += table(
+        ["rows", "milliseconds, median", "least"],
+        [
+            [f"2 × {int(size):,}", number(claim["ms"]["median"]), number(claim["ms"]["least"])]
+            for size, claim in claims.items()
+        ],
+    )
     smallest, *_, largest = claims.values()
     grown = largest["ms"]["median"] / smallest["ms"]["median"]
     said += "\n" + judged("claim time from the fewest rows to the most", grown, 1.2, unit=" ×")

@@ -1,12 +1,14 @@
-"""A small agent application: it owns the sessions, a person chats with its agent, the agent schedules recalls, recall-worker calls them in.
+"""A small agent application: it owns the sessions, a person chats with its agent, the agent
+schedules recalls, recall-worker calls them in.
 
     pip install fastapi uvicorn[standard] asyncpg
     DATABASE_URL=postgresql://… uvicorn app:app                      # the application
     RECALL_DSN=… RECALL_RUN_URL='http://127.0.0.1:8000/sessions/{session_id}/run' recall-worker run
 
-What to copy from here is the order of things in `run`: the key is looked up and the session taken in one transaction, so that two calls at once,
-or a call and a chat, can never both have the session; the session is given back however the run ends.
-The agent is a stand-in for a language model: it understands `remind me in 5s: <what>` and `stop reminding me`.
+What to copy from here is the order of things in `run`: the key is looked up and the session taken
+in one transaction, so that two calls at once, or a call and a chat, can never both have the
+session; the session is given back however the run ends. The agent is a stand-in for a language
+model: it understands `remind me in 5s: <what>` and `stop reminding me`.
 """
 
 import asyncio
@@ -58,7 +60,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(title="A small agent application", lifespan=lifespan)
 
 
-# --- the agent and its tool ----------------------------------------------------------------------------------------
+# --- the agent and its tool -----------------------------------------------------------------------
 
 
 async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
@@ -67,7 +69,10 @@ async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
         return await schedule_recall(pool, session_id, int(wish[1]), wish[2])
     if text == "stop reminding me":
         done = await pool.execute(
-            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = $1 and status = 'pending'",
+            (
+                "update session_recalls set status = 'cancelled', updated_at = now() where "
+                "session_id = $1 and status = 'pending'"
+            ),
             session_id,
         )
         return "I will not." if done != "UPDATE 0" else "I was not going to."
@@ -82,8 +87,10 @@ async def schedule_recall(pool: asyncpg.Pool, session_id: str, seconds: int, mes
             """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
                                             additional_context_message, status, created_at, updated_at)
                values (gen_random_uuid()::text, $1, 'once', now() + $2 * interval '1 second', null, null, $3, 'pending', now(), now())""",
-            session_id, seconds, message,
-        )  # fmt: skip
+            session_id,
+            seconds,
+            message,
+        )
     except asyncpg.UniqueViolationError:
         return "There is a reminder already."
     return f"I will come back in {seconds} s."
@@ -105,15 +112,16 @@ async def take(conn: asyncpg.Connection, session_id: str) -> bool:
     return await conn.fetchval(
         """update sessions set busy_until = now() + $2 * interval '1 second'
            where id = $1 and (busy_until is null or busy_until < now()) returning true""",
-        session_id, BUSY_FOR,
-    )  # fmt: skip
+        session_id,
+        BUSY_FOR,
+    )
 
 
 async def give_back(pool: asyncpg.Pool, session_id: str) -> None:
     await pool.execute("update sessions set busy_until = null where id = $1", session_id)
 
 
-# --- a person chats ---------------------------------------------------------------------------------------------------
+# --- a person chats -------------------------------------------------------------------------------
 
 
 @app.websocket("/sessions/{session_id}/chat")
@@ -152,7 +160,7 @@ async def chat(socket: WebSocket, session_id: str, user: str = "ann") -> None:
         await give_back(pool, session_id)
 
 
-# --- recall-worker calls --------------------------------------------------------------------------------------------
+# --- recall-worker calls --------------------------------------------------------------------------
 
 
 @app.post("/sessions/{session_id}/run")
@@ -174,9 +182,13 @@ async def run(session_id: str, request: Request) -> Response:
     body_hash = hashlib.sha256(body).hexdigest()
 
     async with pool.acquire() as conn, conn.transaction():
-        # Whoever comes second with this key waits here for the first one's transaction, and then sees its row.
+        # Whoever comes second with this key waits here for the first one's transaction, and then
+        # sees its row.
         new = await conn.fetchval(
-            "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true",
+            (
+                "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing "
+                "returning true"
+            ),
             key,
             body_hash,
         )
@@ -194,18 +206,28 @@ async def run(session_id: str, request: Request) -> Response:
                 return JSONResponse({"code": "session_not_found"}, 404)
             return JSONResponse({"code": "session_busy"}, 409, {"Retry-After": "1"})
         await conn.execute(
-            "insert into messages (session_id, role, text, recall_key) values ($1, 'system', $2, $3) on conflict do nothing",
-            session_id, system_message, key,
-        )  # fmt: skip
+            (
+                "insert into messages (session_id, role, text, recall_key) values ($1, 'system', "
+                "$2, $3) on conflict do nothing"
+            ),
+            session_id,
+            system_message,
+            key,
+        )
 
     alive = asyncio.create_task(keep_busy(pool, session_id))
     try:
         answer = {"status": "completed", "reply": await agent(pool, session_id, user_message)}
         async with pool.acquire() as conn, conn.transaction():
             await conn.execute(
-                "insert into messages (session_id, role, text, recall_key) values ($1, 'agent', $2, $3) on conflict do nothing",
-                session_id, answer["reply"], key,
-            )  # fmt: skip
+                (
+                    "insert into messages (session_id, role, text, recall_key) values ($1, "
+                    "'agent', $2, $3) on conflict do nothing"
+                ),
+                session_id,
+                answer["reply"],
+                key,
+            )
             await conn.execute(
                 "update runs set answer = $2 where key = $1", key, json.dumps(answer)
             )

@@ -1,4 +1,6 @@
-"""The commands and their options. What a command does stands in its own file and is imported when it runs."""
+"""The commands and their options. What a command does stands in its own file and is imported when
+it runs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import typer
 
 app = typer.Typer(
     name="recall-worker",
-    help="Keeps an AI agent's promises to come back: calls what is due in PostgreSQL, on time, and accounts for it.",
+    help=(
+        "Keeps an AI agent's promises to come back: calls what is due in PostgreSQL, on "
+        "time, and accounts for it."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -52,7 +57,9 @@ def migrate(
         bool,
         typer.Option(
             "--roles",
-            help="Make the roles recall_worker, recall_application, recall_reader and their grants.",
+            help=(
+                "Make the roles recall_worker, recall_application, recall_reader and their grants."
+            ),
         ),
     ] = False,
     json: Json = False,
@@ -126,17 +133,28 @@ def run(
         typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR"),
     ] = None,
 ) -> None:
-    """Be a worker: claim what is due, call the agent, settle. SIGTERM drains; a second one stops at once.
+    """Be a worker: claim what is due, call the agent, settle. SIGTERM drains; a second one stops at
+    once.
 
-    All settings are RECALL_* variables; these options win over them. Secrets come from RECALL_RUN_TOKEN, RECALL_SIGNING_SECRET, their
-    _FILE forms, or systemd credentials of these names, and never from options.
+    All settings are RECALL_* variables; these options win over them. Secrets come from
+    RECALL_RUN_TOKEN, RECALL_SIGNING_SECRET, their _FILE forms, or systemd credentials of these
+    names, and never from options.
     """
     from .run import run
 
     flags = {
-        "dsn": dsn, "listen_dsn": listen_dsn, "run_url": run_url, "ca_file": ca_file, "protocol": protocol, "concurrency": concurrency,
-        "lease": lease, "drain_timeout": drain_timeout, "ops_listen": ops_listen, "log_level": log_level, "log_format": log_format,
-    }  # fmt: skip
+        "dsn": dsn,
+        "listen_dsn": listen_dsn,
+        "run_url": run_url,
+        "ca_file": ca_file,
+        "protocol": protocol,
+        "concurrency": concurrency,
+        "lease": lease,
+        "drain_timeout": drain_timeout,
+        "ops_listen": ops_listen,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
     run(flags, embedded=embedded, data=data)
 
 
@@ -158,7 +176,10 @@ def schedule(
     every: Annotated[
         str | None,
         typer.Option(
-            help="Again and again, this long after each run; first after one interval, or at --in or --at.",
+            help=(
+                "Again and again, this long after each run; first after one interval, or at "
+                "--in or --at."
+            ),
             metavar="DURATION",
         ),
     ] = None,
@@ -172,7 +193,9 @@ def schedule(
     cron: Annotated[
         str | None,
         typer.Option(
-            help="Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'.",
+            help=(
+                "Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'."
+            ),
             metavar="EXPR",
         ),
     ] = None,
@@ -212,9 +235,23 @@ def schedule(
     from .recalls import schedule
 
     schedule(
-        dsn, session, message, after=after, at=at, every=every, grid=grid, cron=cron, time_zone=tz, until=until, times=times,
-        failures=failures, grace=grace, jitter=jitter, comment=comment, as_json=json,
-    )  # fmt: skip
+        dsn,
+        session,
+        message,
+        after=after,
+        at=at,
+        every=every,
+        grid=grid,
+        cron=cron,
+        time_zone=tz,
+        until=until,
+        times=times,
+        failures=failures,
+        grace=grace,
+        jitter=jitter,
+        comment=comment,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -391,7 +428,9 @@ def workers(dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def stats(dsn: Dsn = None, json: Json = False) -> None:
-    """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late they were."""
+    """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late
+    they were.
+    """
     from .inspect import stats
 
     stats(dsn, as_json=json)
@@ -419,7 +458,9 @@ def prune(
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
-    """Delete recalls that are final and old, and the marks of old calls; in batches, never in the way."""
+    """Delete recalls that are final and old, and the marks of old calls; in batches, never in the
+    way.
+    """
     from .prune import prune
 
     prune(dsn, older_than=older_than, keep=keep, statuses=status, yes=yes, as_json=json)
@@ -427,10 +468,12 @@ def prune(
 
 @app.command()
 def doctor(dsn: Dsn = None, json: Json = False) -> None:
-    """Check what the worker needs: database, rights, schema, ring, pooler, endpoint, workers; and what waits, and why.
+    """Check what the worker needs: database, rights, schema, ring, pooler, endpoint, workers; and
+    what waits, and why.
 
-    Each line is ok, a note or a problem, with what to do; exit 1 where there is a problem, 3 where the database can't be reached. Nothing
-    is changed and no agent is run: the endpoint is asked by GET. Settings are those of `run`, from the environment.
+    Each line is ok, a note or a problem, with what to do; exit 1 where there is a problem, 3 where
+    the database can't be reached. Nothing is changed and no agent is run: the endpoint is asked by
+    GET. Settings are those of `run`, from the environment.
     """
     from .doctor import doctor
 
@@ -457,9 +500,11 @@ def check_endpoint(
     ] = 120.0,
     json: Json = False,
 ) -> None:
-    """Probe an API, harmlessly, for what the run endpoint's contract asks of it; exit 1 where it does not keep it.
+    """Probe an API, harmlessly, for what the run endpoint's contract asks of it; exit 1 where it
+    does not keep it.
 
-    Some ten short runs are started in the session. Token and signing secret come from the settings, as for `run`.
+    Some ten short runs are started in the session. Token and signing secret come from the settings,
+    as for `run`.
     """
     from .check_endpoint import check_endpoint
 
@@ -488,7 +533,9 @@ def reference_api(
         ),
     ] = None,
 ) -> None:
-    """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
+    """A small, correct run endpoint with an agent that only waits: for trying things out, and to
+    read.
+    """
     from ..contract.reference_api import serve
 
     serve(host, port, seconds=seconds, token=token, accept_after=accept_after)
@@ -500,7 +547,9 @@ def demo(
         bool, typer.Option("--keep", help="Leave database and log behind, and say where.")
     ] = False,
 ) -> None:
-    """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
+    """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing
+    is left.
+    """
     from ..demo.demo import demo
 
     demo(keep=keep)

@@ -1,6 +1,7 @@
 """`why`, `workers`, `stats`: what is going on, in a sentence or a table.
 
-`why` is a pure function of the evidence that one statement gathers: it says what a recall waits for, first cause first.
+`why` is a pure function of the evidence that one statement gathers: it says what a recall waits
+for, first cause first.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def why(dsn: str | None, id: str, *, as_json: bool) -> None:
 
 
 def because(row: Row) -> str:
-    """Why a recall is where it is, in a sentence with its evidence. `row`: the statements `why` and `fleet`."""
+    """Why a recall is where it is, in a sentence with its evidence. `row`: the statements `why` and
+    `fleet`.
+    """
     now: datetime = row["now"]
     if row["status"] not in ("pending", "running"):
         return _ended(row, now)
@@ -84,7 +87,8 @@ def _ended(row: Row, now: datetime) -> str:
             f": {row['reason']}" if row["reason"] else ""
         )
     else:
-        # The application's own statement leaves neither a time nor a reason; what stands there is from the last call.
+        # The application's own statement leaves neither a time nor a reason; what stands there is
+        # from the last call.
         how = f"{row['status'].capitalize()} by the application since {local(row['updated_at'])}"
         how += f"; its last call had ended as {row['last_outcome']}" if row["last_outcome"] else ""
     if _holds(row["lease_until"], now):
@@ -95,7 +99,10 @@ def _ended(row: Row, now: datetime) -> str:
 def _waits_for(row: Row, now: datetime) -> str:
     if row["lease"] is not None:
         which = f"occurrence {row['occurrence']}, attempt {row['attempt']}"
-        held = f"in a run since {local(row['leased_at'])}: {which}, leased by worker {row['leased_by']}"
+        held = (
+            f"in a run since {local(row['leased_at'])}: {which}, leased by worker "
+            f"{row['leased_by']}"
+        )
         if row["run_reference"] is not None:
             held += f", accepted by the API at {local(row['delivered_at'])} and polled since"
         if _holds(row["lease_until"], now):
@@ -130,7 +137,10 @@ def _behind(row: Row, now: datetime) -> str:
         return f"its session waits for an aborted call to end: {run}"
     if _holds(row["ahead_lease_until"], now):
         return f"its session is in a run: {run}"
-    return f"its session is in a run: {run}, {_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
+    return (
+        f"its session is in a run: {run}, "
+        f"{_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
+    )
 
 
 def _holds(lease_until: datetime | None, now: datetime) -> bool:
@@ -172,7 +182,10 @@ def _history(row: Row) -> str | None:
         if len(kinds) == 1
         else f"{times} ({', '.join(f'{name} {n}' for name, n in kinds.items())})"
     )
-    return f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
+    return (
+        f"deferred, {counted} since {local(row['deferred_since'])}, the last time "
+        f"{local(row['deferred_last'])}: {row['reason']}"
+    )
 
 
 def workers(dsn: str | None, *, as_json: bool) -> None:
@@ -187,21 +200,39 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell("No workers. Start one with: recall-worker run")
         return
     print_table(
-        ["WORKER", "STATE", ">SEEN", ">RUNS", "BREAKER", "BELL", "SINCE", "VERSION", ">LEASE", ">POLL"],
+        [
+            "WORKER",
+            "STATE",
+            ">SEEN",
+            ">RUNS",
+            "BREAKER",
+            "BELL",
+            "SINCE",
+            "VERSION",
+            ">LEASE",
+            ">POLL",
+        ],
         [
             [
-                row["worker"], "alive" if row["alive"] else "silent", relative(row["seen_at"], row["now"]),
-                f"{row['leases']}/{row['slots']}", row["breaker"], row["bell"], local(row["started_at"]), row["version"],
+                row["worker"],
+                "alive" if row["alive"] else "silent",
+                relative(row["seen_at"], row["now"]),
+                f"{row['leases']}/{row['slots']}",
+                row["breaker"],
+                row["bell"],
+                local(row["started_at"]),
+                row["version"],
                 *(f"{told_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
             ]
             for row in rows
         ],
         yields=[("POLL", 0), ("LEASE", 0), ("VERSION", 0), ("SINCE", 0), ("WORKER", 12)],
-    )  # fmt: skip
+    )
     alive = [row for row in rows if row["alive"]]
     if deaf := sum(row["bell"] == "deaf" for row in alive):
         tell(
-            f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
+            f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted "
+            "by polls only: recall-worker doctor"
         )
     for name, values in differences(alive):
         tell(escape_controls(f"Note: live workers differ in {name}: {', '.join(values)}"))

@@ -1,8 +1,9 @@
 """`cancel`, `skip`, `pause`, `resume`, `retry`, `fire`, `reschedule`: the operator's hand.
 
-Each is one guarded statement on the rows that it can apply to; what it did not apply to is looked at afterwards, and said with what
-to do instead. Races with claim, settle, cancel and deletion are decided by the row's lock: an operation acts on the row as it finds it.
-docs/operations.md says what each does in every state.
+Each is one guarded statement on the rows that it can apply to; what it did not apply to is looked
+at afterwards, and said with what to do instead. Races with claim, settle, cancel and deletion are
+decided by the row's lock: an operation acts on the row as it finds it. docs/operations.md says what
+each does in every state.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def pause(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
         rows = _act(conn, "pause", {"ids": ids})
 
         def said(row: Row) -> str:
-            return f"paused since {local(row['paused_at'])}{'; the run that is open ends as it ends' if row['lease'] else ''}"
+            return (
+                "paused since "
+                f"{local(row['paused_at'])}{'; the run that is open ends as it ends' if row['lease'] else ''}"
+            )
 
         _show(rows, as_json, said)
         _account(conn, rows, ids, _why_not_live)
@@ -108,10 +112,16 @@ def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
 
         def why_not(row: Row) -> tuple[str, str]:
             if row["id"] in taken:
-                what = f"{row['id']}: its session {row['session_id']} has another pending recall, and holds one at a time"
+                what = (
+                    f"{row['id']}: its session {row['session_id']} has another pending "
+                    "recall, and holds one at a time"
+                )
                 return (
                     what,
-                    f"{command('list', '--status', 'pending', '--session', row['session_id'])}, and cancel that one first",
+                    (
+                        f"{command('list', '--status', 'pending', '--session', row['session_id'])}, "
+                        "and cancel that one first"
+                    ),
                 )
             return _why_not_retried(row)
 
@@ -149,7 +159,9 @@ def _act(
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, said: Callable[[Row], str]) -> None:
-    """What was done: the rows as they stand now, or a sentence for each; and for a script their ids."""
+    """What was done: the rows as they stand now, or a sentence for each; and for a script their
+    ids.
+    """
     if as_json:
         print_json(rows)
         return

@@ -1,4 +1,6 @@
-"""`preview`: when an expression, or a recall, falls next, with zone and offset, so that a change of clocks is seen before it comes."""
+"""`preview`: when an expression, or a recall, falls next, with zone and offset, so that a change of
+clocks is seen before it comes.
+"""
 
 from __future__ import annotations
 
@@ -106,13 +108,17 @@ def _show(
         ["LOCAL TIME", "ZONE", "OFFSET", "UTC", "WHEN", ""],
         [
             [
-                f"{wall:%a %Y-%m-%d %H:%M:%S}", wall.tzname() or "", _offset(wall), f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
-                relative(moment, now), note,
+                f"{wall:%a %Y-%m-%d %H:%M:%S}",
+                wall.tzname() or "",
+                _offset(wall),
+                f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
+                relative(moment, now),
+                note,
             ]
             for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
         ],
         yields=[("UTC", 0), ("WHEN", 0), ("", 12)],
-    )  # fmt: skip
+    )
     if not moments:
         tell("Nothing is ahead.")
 

@@ -1,4 +1,6 @@
-"""`prune`: delete what is over and old, and the marks of old calls: the daemon's own sweep, at once and without its pauses."""
+"""`prune`: delete what is over and old, and the marks of old calls: the daemon's own sweep, at once
+and without its pauses.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
     conn = psycopg.connect(
         **connection_info(address, "recall-worker cli"),
         row_factory=dict_row,
-        prepare_threshold=None,  # A transaction pooler may stand in between, and pass the next statement to another connection.
+        # A transaction pooler may stand in between, and pass the next statement to another
+        # connection.
+        prepare_threshold=None,
     )
     load_whatever_stands_there(conn)
     return conn
@@ -78,13 +80,19 @@ def schedule(
     with explained():
         where = None if time_zone is None else cadence.zone(time_zone)
     told: dict[str, Any] = {
-        "at": None if at is None else instant(at, "--at", where), "after": _span(after, "--in"), "every": _span(every, "--every"),
-        "grid": _span(grid, "--grid"), "cron": cron,
+        "at": None if at is None else instant(at, "--at", where),
+        "after": _span(after, "--in"),
+        "every": _span(every, "--every"),
+        "grid": _span(grid, "--grid"),
+        "cron": cron,
         # Besides cron it says by which clock --at and --until are meant.
         "time_zone": time_zone if cron is not None or (at is None and until is None) else None,
-        "until": None if until is None else instant(until, "--until", where), "times": times, "failures": failures,
-        "grace": _span(grace, "--grace"), "jitter": _span(jitter, "--jitter"),
-    }  # fmt: skip
+        "until": None if until is None else instant(until, "--until", where),
+        "times": times,
+        "failures": failures,
+        "grace": _span(grace, "--grace"),
+        "jitter": _span(jitter, "--jitter"),
+    }
     with explained():
         # Said before PostgreSQL is asked for anything; its own clock then decides.
         cadence.plan(datetime.now(UTC), 0.0, **told)
@@ -141,7 +149,9 @@ def _span(text: str | None, option: str) -> timedelta | None:
 
 
 def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
-    """A time as people write it. Without an offset it is the wall clock's there (None: here). Raises Trouble."""
+    """A time as people write it. Without an offset it is the wall clock's there (None: here).
+    Raises Trouble.
+    """
     try:
         when = datetime.fromisoformat(text)
         if when.tzinfo is None:
@@ -202,13 +212,27 @@ def list_recalls(
         ["ID", "SESSION", "TYPE", "STATUS", "WHEN", "DUE", ">OCC", "MESSAGE"],
         [
             [
-                row["id"], row["session_id"], nature(row), row["status"], _when(row, now), local(row["trigger_at"]),
-                str(row["occurrence"]), _line(row["additional_context_message"], 200),
+                row["id"],
+                row["session_id"],
+                nature(row),
+                row["status"],
+                _when(row, now),
+                local(row["trigger_at"]),
+                str(row["occurrence"]),
+                _line(row["additional_context_message"], 200),
             ]
             for row in rows
         ],
-        yields=[("MESSAGE", 16), ("OCC", 0), ("DUE", 0), ("TYPE", 0), ("SESSION", 36), ("MESSAGE", 0), ("SESSION", 8)],
-    )  # fmt: skip
+        yields=[
+            ("MESSAGE", 16),
+            ("OCC", 0),
+            ("DUE", 0),
+            ("TYPE", 0),
+            ("SESSION", 36),
+            ("MESSAGE", 0),
+            ("SESSION", 8),
+        ],
+    )
     if len(rows) == limit:
         tell(f"More may follow: --offset {offset + limit}")
 
@@ -257,17 +281,44 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
     if calls:
         print()
         print_table(
-            [">OCC", ">ATT", "OUTCOME", ">CALLS", "CALLED", ">LATE", ">MISSED", ">TOOK", ">HTTP", "REASON", "WORKER"],
+            [
+                ">OCC",
+                ">ATT",
+                "OUTCOME",
+                ">CALLS",
+                "CALLED",
+                ">LATE",
+                ">MISSED",
+                ">TOOK",
+                ">HTTP",
+                "REASON",
+                "WORKER",
+            ],
             [
                 [
-                    str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""), str(c["attempt"]), c["outcome"], str(c["calls"]),
-                    local(c["called_at"]), _between(c["called_at"], c["scheduled_for"]), str(c["missed"] or ""),
-                    _between(c["ended_at"], c["last_called_at"]), str(c["http_status"] or ""), c["reason"] or "", c["worker"],
+                    str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""),
+                    str(c["attempt"]),
+                    c["outcome"],
+                    str(c["calls"]),
+                    local(c["called_at"]),
+                    _between(c["called_at"], c["scheduled_for"]),
+                    str(c["missed"] or ""),
+                    _between(c["ended_at"], c["last_called_at"]),
+                    str(c["http_status"] or ""),
+                    c["reason"] or "",
+                    c["worker"],
                 ]
                 for c in calls
             ],
-            yields=[("REASON", 24), ("WORKER", 0), ("REASON", 0), ("TOOK", 0), ("MISSED", 0), ("CALLED", 19)],
-        )  # fmt: skip
+            yields=[
+                ("REASON", 24),
+                ("WORKER", 0),
+                ("REASON", 0),
+                ("TOOK", 0),
+                ("MISSED", 0),
+                ("CALLED", 19),
+            ],
+        )
 
 
 def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
@@ -304,7 +355,9 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 
 def _stands_for(row: Mapping[str, Any]) -> str | None:
-    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
+    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and
+    how many more were missed.
+    """
     if row["status"] not in ("pending", "running") or row["scheduled_for"] in (
         None,
         row["trigger_at"],

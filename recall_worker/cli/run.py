@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..worker.worker import Worker
 
 GARBAGE = 20_000
-"""Objects by which the young ones may grow until the collector walks through them: some megabytes."""
+"""Objects by which the young ones may grow until the collector walks through them: some megabytes.
+"""
 
 
 def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
@@ -42,10 +43,12 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         events.configure(chosen.log_level, chosen.log_format)
         for name in settings.ignored():
             tell(f"Note: {name} is not a setting of recall-worker and is ignored.")
-        # What was imported stays: not walking through it again keeps the collector's pauses out of the lag.
+        # What was imported stays: not walking through it again keeps the collector's pauses out of
+        # the lag.
         gc.collect()
         gc.freeze()
-        # A run makes hundreds of objects and no cycles: a look for those at every seven hundredth, as is Python's way, takes a tenth of the time.
+        # A run makes hundreds of objects and no cycles: a look for those at every seven hundredth,
+        # as is Python's way, takes a tenth of the time.
         gc.set_threshold(GARBAGE, 20, 20)
         try:
             asyncio.run(serve(chosen, functools.partial(_watched, chosen)))
@@ -58,7 +61,9 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
 async def _watched(
     chosen: settings.Settings, worker: Worker, told: events.Events
 ) -> AsyncIterator[None]:
-    """What is switched on for those who watch the worker: pages and metrics, traces. What is off is not imported."""
+    """What is switched on for those who watch the worker: pages and metrics, traces. What is off is
+    not imported.
+    """
     async with contextlib.AsyncExitStack() as stack:
         if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get(
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
@@ -67,7 +72,8 @@ async def _watched(
                 from ..ops.traces import traced
             except ImportError:
                 tell(
-                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that is not installed: recall-worker[otel]."
+                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that "
+                    "is not installed: recall-worker[otel]."
                 )
             else:
                 await stack.enter_async_context(traced(worker, told))
@@ -102,7 +108,9 @@ def _embedded(data: str | None) -> Any:
 
 
 def _home() -> Path:
-    """Where the embedded data is kept: as root the server runs as another account, which can't enter root's home."""
+    """Where the embedded data is kept: as root the server runs as another account, which can't
+    enter root's home.
+    """
     if os.geteuid() == 0:
         return Path("/var/lib/recall-worker/postgresql")
     return (

@@ -1,8 +1,9 @@
-"""Does an API keep the contract of the run endpoint? For its author: one row a property, with what was seen.
+"""Does an API keep the contract of the run endpoint? For its author: one row a property, with what
+was seen.
 
-What an API does inside can't be seen from outside, so the rows on runs reason by time: how long a run lasts is measured first, on calls
-that have the session to themselves. Where runs are too short for two to meet, or a measure is in doubt, the verdict is "not shown",
-never "pass".
+What an API does inside can't be seen from outside, so the rows on runs reason by time: how long a
+run lasts is measured first, on calls that have the session to themselves. Where runs are too short
+for two to meet, or a measure is in doubt, the verdict is "not shown", never "pass".
 
 Never here: how a probe is made (probes), how rows are shown (cli/check_endpoint), the database, a
 session that was not named (but for one that does not exist).
@@ -91,15 +92,23 @@ class Check:
         return self._probes.made
 
     async def rows(self) -> list[Row]:
-        """All rows, in the order in which they are shown. Raises Trouble where the endpoint can't be reached at all."""
+        """All rows, in the order in which they are shown. Raises Trouble where the endpoint can't
+        be reached at all.
+        """
         found: dict[str, Finding] = {}
         async with self._probes:
             found["answers"] = await self._found(self._answers)
             for name, find in (
-                ("key_after", self._key_after), ("body", self._body), ("busy", self._busy), ("key_during", self._key_during),
-                ("slow", self._slow), ("hang_up", self._hang_up), ("cancel", self._cancel), ("accepted", self._accepted),
+                ("key_after", self._key_after),
+                ("body", self._body),
+                ("busy", self._busy),
+                ("key_during", self._key_during),
+                ("slow", self._slow),
+                ("hang_up", self._hang_up),
+                ("cancel", self._cancel),
+                ("accepted", self._accepted),
                 ("retry_after", self._retry_after),
-            ):  # fmt: skip
+            ):
                 no_run = Finding(NOT_SHOWN, "no call was answered as a run")
                 found[name] = no_run if self._first is None else await self._found(find)
                 if (
@@ -138,7 +147,7 @@ class Check:
             LONGER,
         )
 
-    # --- the rows --------------------------------------------------------------------------------------------------
+    # --- the rows ---------------------------------------------------------------------------------
 
     async def _answers(self) -> Finding:
         key = self._probes.new_key()
@@ -170,7 +179,8 @@ class Check:
         self._first = run = await self._probes.to_its_end(reply)
         if run.length is None:
             return Finding(PASS, f"{reply}; its run was not seen to end")
-        # A first run may be longer than others, as things are loaded for it: one more, to know how long they are.
+        # A first run may be longer than others, as things are loaded for it: one more, to know how
+        # long they are.
         another = self._probes.new_key()
         second = await self._probes.when_free(lambda: self._probes.call(another))
         if second.got_in:
@@ -206,18 +216,27 @@ class Check:
         if again.is_replay:
             return Finding(
                 PASS,
-                f"the same request was answered after {span(took)}, as a replay (Idempotent-Replayed)",
+                (
+                    f"the same request was answered after {span(took)}, as a replay "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if length >= SHORT and took >= length / 2:
             return Finding(
                 FAIL,
-                f"the same request took {span(took)}, as long as a run ({span(length)}): it ran again",
+                (
+                    f"the same request took {span(took)}, as long as a run ({span(length)}): it "
+                    "ran again"
+                ),
                 REMEMBER,
             )
         if not isinstance(first.reply.outcome, Accepted) and again.document != first.reply.document:
             return Finding(
                 FAIL,
-                "the same request was answered otherwise than the first time: it seems to have run again",
+                (
+                    "the same request was answered otherwise than the first time: it seems to "
+                    "have run again"
+                ),
                 REMEMBER,
             )
         if length < SHORT:
@@ -318,7 +337,10 @@ class Check:
             rest = f"; {unclear} more showed nothing, as the runs are too short" if unclear else ""
             return Finding(
                 PASS,
-                f"{TOGETHER} calls at once: one got in, the others were told {codes}; {shown} times{rest}",
+                (
+                    f"{TOGETHER} calls at once: one got in, the others were told {codes}; {shown} "
+                    f"times{rest}"
+                ),
             )
         if unclear:
             return self._too_short() or Finding(
@@ -329,7 +351,9 @@ class Check:
         )
 
     def _met(self, runs: list[Run]) -> str | None:
-        """How it is that several calls got in at once, where the API can't be excused by runs that are too short to meet."""
+        """How it is that several calls got in at once, where the API can't be excused by runs that
+        are too short to meet.
+        """
         spans = sorted(run.length for run in runs if run.length is not None)
         if not self._probes.lengths or len(spans) < 2:
             return "no run was seen to end before another was accepted"
@@ -340,9 +364,15 @@ class Check:
         ):
             return None
         if spans[0] < self._probes.shortest / 2:
-            return f"one was answered after {span(spans[0])}, where a run takes {span(self._probes.shortest)}: busy is no success"
+            return (
+                f"one was answered after {span(spans[0])}, where a run takes "
+                f"{span(self._probes.shortest)}: busy is no success"
+            )
         if spans[-1] - spans[0] > self._probes.shortest / 2:
-            return "were made to wait for one another: the second person of a session is to be sent away, not queued"
+            return (
+                "were made to wait for one another: the second person of a session is to "
+                "be sent away, not queued"
+            )
         return "ran beside one another"
 
     async def _key_during(self) -> Finding:
@@ -395,7 +425,10 @@ class Check:
             self._probes.measured(run)
             return Finding(
                 PASS,
-                "the same request while its run was on waited for its end and got its answer (Idempotent-Replayed)",
+                (
+                    "the same request while its run was on waited for its end and got its answer "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if run.ended_at is None or run.ended_at < again.sent_at + self._probes.shortest / 8:
             return Finding(
@@ -464,7 +497,10 @@ class Check:
         )
         return Finding(
             PASS,
-            f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP {refused[0].status}",
+            (
+                f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP "
+                f"{refused[0].status}"
+            ),
         )
 
     async def _hang_up(self) -> Finding:
@@ -486,7 +522,10 @@ class Check:
         if not again.got_in:
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again, {span(again.sent_at - flight.sent_at)} on: {again}",
+                (
+                    "a caller who hung up and asked again, "
+                    f"{span(again.sent_at - flight.sent_at)} on: {again}"
+                ),
                 OUTLIVE,
             )
         run = await self._probes.to_its_end(again, at_once=True)
@@ -496,20 +535,29 @@ class Check:
         ):
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again was answered before the run can have ended: {again}",
+                (
+                    "a caller who hung up and asked again was answered before the run can have "
+                    f"ended: {again}"
+                ),
                 OUTLIVE,
             )
         if again.is_replay and not isinstance(again.outcome, Accepted):
             return Finding(
                 PASS,
-                "a caller who hung up and asked again got the answer of the first run (Idempotent-Replayed)",
+                (
+                    "a caller who hung up and asked again got the answer of the first run "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if run.ended_at is None or run.length is None:
             return Finding(NOT_SHOWN, "the run that was asked for again was not seen to end")
         if run.length < self._probes.shortest * 0.75:
             return Finding(
                 PASS,
-                f"a caller who hung up and asked again had the answer {span(run.length)} later: the first run's",
+                (
+                    f"a caller who hung up and asked again had the answer {span(run.length)} "
+                    "later: the first run's"
+                ),
             )
         if (
             again.sent_at > flight.sent_at + max(self._probes.lengths)
@@ -518,7 +566,10 @@ class Check:
             on = span(run.on_until - flight.sent_at)
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again made it run again: a run was on {on} after the first call",
+                (
+                    f"a caller who hung up and asked again made it run again: a run was on {on} "
+                    "after the first call"
+                ),
                 OUTLIVE,
             )
         return Finding(NOT_SHOWN, "the runs differ too much in length to tell one run from two")
@@ -616,7 +667,10 @@ class Check:
             said = getattr(lost[0].outcome, "reason", "")
             return Finding(
                 FAIL,
-                f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to end: {said}",
+                (
+                    f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to "
+                    f"end: {said}"
+                ),
                 POLL,
             )
         words = ", ".join(sorted({name_of(run.outcome) for run in self._probes.followed}))
@@ -635,7 +689,10 @@ class Check:
                 )
         return Finding(
             PASS,
-            f"none of {sum(reply.answer is not None for reply in self._probes.replies)} answers was a redirect",
+            (
+                f"none of {sum(reply.answer is not None for reply in self._probes.replies)} "
+                "answers was a redirect"
+            ),
         )
 
     async def _retry_after(self) -> Finding:
@@ -651,7 +708,10 @@ class Check:
             )
         return Finding(
             PASS,
-            f"{len(told)} busy answers had Retry-After ({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)",
+            (
+                f"{len(told)} busy answers had Retry-After "
+                f"({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)"
+            ),
         )
 
 
@@ -662,7 +722,10 @@ REMEMBER = (
 REPLAYED = "send Idempotent-Replayed: true with an answer that is given again"
 PIN = "422 where the body's hash is another than the one kept with the key"
 NAME_IT = '404 with {"code": "session_not_found"}; --missing-session gives another id to ask for'
-ATOMIC = "take the session in one atomic step (a unique row, a conditional update); who comes second: 409"
+ATOMIC = (
+    "take the session in one atomic step (a unique row, a conditional update); who comes "
+    "second: 409"
+)
 ONCE = "keep the key when the run starts: 409 (or the same 202) until it has ended"
 UNTIL = "free the session when the run has ended, not before: renew its mark, if that lapses"
 OUTLIVE = "let the run go on when its caller leaves; meanwhile 409, afterwards its answer"

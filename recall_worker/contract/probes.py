@@ -1,8 +1,10 @@
-"""The probes of `check-endpoint`: calls to a run endpoint as the worker makes them, over a plain HTTP client, counted and timed.
+"""The probes of `check-endpoint`: calls to a run endpoint as the worker makes them, over a plain
+HTTP client, counted and timed.
 
-Owns what is sent, the bound on how often, and what can be told of a run from outside: when it was asked for, until when it was known to
-be on, when it was seen to have ended. Answers are read by the worker's own table. Nothing is kept between two requests: no
-connection, no cookie; no redirect is followed, nothing unpacked, and no answer read past what the worker would read.
+Owns what is sent, the bound on how often, and what can be told of a run from outside: when it was
+asked for, until when it was known to be on, when it was seen to have ended. Answers are read by the
+worker's own table. Nothing is kept between two requests: no connection, no cookie; no redirect is
+followed, nothing unpacked, and no answer read past what the worker would read.
 
 Never here: what an API should have done (check_endpoint).
 """
@@ -49,7 +51,9 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """How one request was answered. Instants are monotonic; `sent_at`: when the whole request had left."""
+    """How one request was answered. Instants are monotonic; `sent_at`: when the whole request had
+    left.
+    """
 
     key: str
     sent_at: float
@@ -124,7 +128,9 @@ class Spent(Exception):
 
 
 class Probes:
-    """Probes of one endpoint, into one session. Needs a running event loop; an async context, which closes what is open."""
+    """Probes of one endpoint, into one session. Needs a running event loop; an async context, which
+    closes what is open.
+    """
 
     def __init__(self, settings: Settings, session: str, timeout: float) -> None:
         """`timeout`: seconds that a request, and a run, may take."""
@@ -199,7 +205,9 @@ class Probes:
         return flight
 
     async def to_its_end(self, reply: Reply, *, at_once: bool = False) -> Run:
-        """The run behind a call that got in; polled, if it was accepted. `at_once`: the first poll does not wait."""
+        """The run behind a call that got in; polled, if it was accepted. `at_once`: the first poll
+        does not wait.
+        """
         if not isinstance(reply.outcome, Accepted):
             ended_at = reply.ended_at if isinstance(reply.outcome, Answered | Failed) else None
             return Run(reply, reply.outcome, ended_at, reply.ended_at)

@@ -1,21 +1,33 @@
-"""`reference-api`: a run endpoint as recall-worker wants one, small enough to be read whole. Write yours like `ReferenceAPI.run`.
+"""`reference-api`: a run endpoint as recall-worker wants one, small enough to be read whole. Write
+yours like `ReferenceAPI.run`.
 
 What it promises to a caller of `POST /sessions/{id}/run`:
-- In one atomic step (here: nothing is awaited in it; with a database: one transaction) it looks whether anybody is in the session,
-  takes it for the run, and stores the system message under the key. A taken session is 409 `session_busy`, with Retry-After.
-- `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): while that run goes on it is 409
-  `run_in_progress`; afterwards it gets that run's answer again, however it ended; with another body it is 422 `key_reused`.
-- Where it may accept runs (`accept_after`), one that has not ended by then is answered 202, with its address in Location and a
-  `run_id`: to be asked with GET until its status is final, to be ended with DELETE. The same key meanwhile gets the same 202.
-- A caller who hangs up does not end the run: it may be a worker that died, whose successor asks again under the same key. An
+- In one atomic step (here: nothing is awaited in it; with a database: one transaction) it looks
+  whether anybody is in the session,
+  takes it for the run, and stores the system message under the key. A taken session is 409
+  `session_busy`, with Retry-After.
+- `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): while that
+  run goes on it is 409
+  `run_in_progress`; afterwards it gets that run's answer again, however it ended; with another body
+  it is 422 `key_reused`.
+- Where it may accept runs (`accept_after`), one that has not ended by then is answered 202, with
+  its address in Location and a
+  `run_id`: to be asked with GET until its status is final, to be ended with DELETE. The same key
+  meanwhile gets the same 202.
+- A caller who hangs up does not end the run: it may be a worker that died, whose successor asks
+  again under the same key. An
   agent that would rather stop then (the recall may have been cancelled) looks at `Run.left`.
-- A session that does not exist is 404 and says so in a code, as any other 404 reads as a wrong address. A run that failed is an
-  answer: 200 with `"status": "failed"`. One that we broke off ourselves is a 500: nobody can say how far it came.
+- A session that does not exist is 404 and says so in a code, as any other 404 reads as a wrong
+  address. A run that failed is an
+  answer: 200 with `"status": "failed"`. One that we broke off ourselves is a 500: nobody can say
+  how far it came.
 
-Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory, and gone at the end.
+Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory,
+and gone at the end.
 
-Around it, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person comes in, goes out), `GET` and
-`DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`. docs/openapi.yaml describes the contract; tests hold this against it.
+Around it, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person comes in,
+goes out), `GET` and `DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`. docs/openapi.yaml
+describes the contract; tests hold this against it.
 """
 
 from __future__ import annotations
@@ -42,10 +54,14 @@ from ..recall import CALL_TYPES
 from ..terminal import Trouble, rfc3339, tell
 
 Agent = Callable[[str, str, Mapping[str, Any]], Awaitable[str]]
-"""The agent: session id, user message, and the recall as it stands in the request, to what the agent says."""
+"""The agent: session id, user message, and the recall as it stands in the request, to what the
+agent says.
+"""
 
 KEYS_KEPT = timedelta(days=2)
-"""How long an answer stays known under its key: longer than any worker goes on asking (RECALL_GIVE_UP, a day)."""
+"""How long an answer stays known under its key: longer than any worker goes on asking
+(RECALL_GIVE_UP, a day).
+"""
 BODY_MOST = 16 << 20
 TEXTS = ("session_id", "user_message", "system_message")
 ENDING = 1.0
@@ -105,10 +121,16 @@ class Run:
 
     def shown(self) -> dict[str, Any]:
         return {
-            "key": self.call.key, "session_id": self.call.session_id, "status": self.status, "attempt": self.call.attempt,
-            "user_message": self.user_message, "said": self.said, "recall": self.recall,
-            "called_at": rfc3339(self.call.at), "ended_at": self.ended_at and rfc3339(self.ended_at),
-        }  # fmt: skip
+            "key": self.call.key,
+            "session_id": self.call.session_id,
+            "status": self.status,
+            "attempt": self.call.attempt,
+            "user_message": self.user_message,
+            "said": self.said,
+            "recall": self.recall,
+            "called_at": rfc3339(self.call.at),
+            "ended_at": self.ended_at and rfc3339(self.ended_at),
+        }
 
 
 class _Refusal(Exception):
@@ -121,9 +143,10 @@ class _Refusal(Exception):
 class ReferenceAPI:
     """The API around `agent`.
 
-    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy session, or for a run that goes on.
-    `accept_after`: seconds after which a run that has not ended is accepted (202); None: never. `watch(call)` is called when a request
-    to the run endpoint has been answered, or its caller has left.
+    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy
+    session, or for a run that goes on. `accept_after`: seconds after which a run that has not ended
+    is accepted (202); None: never. `watch(call)` is called when a request to the run endpoint has
+    been answered, or its caller has left.
     """
 
     def __init__(
@@ -151,7 +174,7 @@ class ReferenceAPI:
         self._deleted: set[str] = set()
         self._runner: web.AppRunner | None = None
 
-    # --- the run endpoint ----------------------------------------------------------------------------------------
+    # --- the run endpoint -------------------------------------------------------------------------
 
     async def run(self, request: web.Request) -> web.Response:
         """POST /sessions/{id}/run"""
@@ -185,7 +208,9 @@ class ReferenceAPI:
             self._watch(call)
 
     def _started_or_known(self, call: Call, document: Mapping[str, Any], fingerprint: bytes) -> Run:
-        """A new run, started; or the one that this key stands for. The atomic step: no await in here."""
+        """A new run, started; or the one that this key stands for. The atomic step: no await in
+        here.
+        """
         self._must_exist(call.session_id)
         if (run := self.runs.get(call.key)) is not None:
             if run.fingerprint != fingerprint:
@@ -247,10 +272,12 @@ class ReferenceAPI:
         ):
             del self.runs[first.call.key]
 
-    # --- around it -----------------------------------------------------------------------------------------------
+    # --- around it --------------------------------------------------------------------------------
 
     def enter(self, session_id: str) -> None:
-        """A person comes into the session, where nobody else is. Raises an error that HTTP callers see as 404 or 409."""
+        """A person comes into the session, where nobody else is. Raises an error that HTTP callers
+        see as 404 or 409.
+        """
         self._must_exist(session_id)
         if self.inside.setdefault(session_id, None) is not None:
             raise self._later("session_busy", "the agent is at work in this session")
@@ -313,7 +340,9 @@ class ReferenceAPI:
             )
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError where that can't be."""
+        """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError
+        where that can't be.
+        """
         app = web.Application(middlewares=[self._door], client_max_size=BODY_MOST)
         # aiohttp's own pattern lets no braces pass, and any character may stand in an id.
         session, run = "/sessions/{id:[^/]+}", "/runs/{key:[^/]+}"
@@ -366,7 +395,10 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
         raise _Refusal(
             422,
             "invalid",
-            f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as docs/openapi.yaml has it",
+            (
+                f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as "
+                "docs/openapi.yaml has it"
+            ),
         )
     if told["session_id"] != session_id:
         raise _Refusal(422, "invalid", "the body names another session than the address")
@@ -439,7 +471,8 @@ async def _serve(
             "--host 127.0.0.1 --port 8090",
         ) from None
     tell(
-        f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes {seconds:g} s. For the worker:"
+        f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes "
+        f"{seconds:g} s. For the worker:"
     )
     tell(f"  export RECALL_RUN_URL='{url}'")
     if token:

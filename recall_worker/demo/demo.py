@@ -1,13 +1,16 @@
-"""`demo`: promises made and kept before a stranger's eyes, by the real daemon, on a PostgreSQL that is gone afterwards.
+"""`demo`: promises made and kept before a stranger's eyes, by the real daemon, on a PostgreSQL that
+is gone afterwards.
 
-It plays the application (its tables, its plain SQL), the agent behind the reference API, a person who chats, and an operator at the
-command line. What happens is shown as it happens; at the end stands what was promised, expected and seen, and the exit status says
-whether all of it was kept.
+It plays the application (its tables, its plain SQL), the agent behind the reference API, a person
+who chats, and an operator at the command line. What happens is shown as it happens; at the end
+stands what was promised, expected and seen, and the exit status says whether all of it was kept.
 
-Lateness is measured where the request arrives: the instant at which the API had it, less the `scheduled_for` in it. PostgreSQL reads
-the same machine's clock. What the daemon says of itself is shown, and proves nothing here.
+Lateness is measured where the request arrives: the instant at which the API had it, less the
+`scheduled_for` in it. PostgreSQL reads the same machine's clock. What the daemon says of itself is
+shown, and proves nothing here.
 
-Never here: RECALL_DSN or any other RECALL_* of the caller, a database or a process that the demo did not start.
+Never here: RECALL_DSN or any other RECALL_* of the caller, a database or a process that the demo
+did not start.
 """
 
 from __future__ import annotations
@@ -66,7 +69,10 @@ insert into session_recalls (id, session_id, call_type, trigger_at, interval_sec
     additional_context_message, status, created_at, updated_at)
 values (%s, %s, %s, now() + %s * interval '1 second', null, null, %s, 'pending', now(), now())
 """
-CANCEL = "update session_recalls set status = 'cancelled', updated_at = now() where session_id = %s and status = 'pending'"
+CANCEL = (
+    "update session_recalls set status = 'cancelled', updated_at = now() where "
+    "session_id = %s and status = 'pending'"
+)
 
 INTRO = """\
 "I'll look at the build again later", says an agent in a chat. Such a promise is
@@ -99,7 +105,8 @@ class Play:
             asyncio.get_running_loop().add_signal_handler(number, performance.cancel)
         async with self._playground as playground:
             await self._set_up()
-            # In an order in which the recurring one goes on through the next acts, and silence is watched through others.
+            # In an order in which the recurring one goes on through the next acts, and silence is
+            # watched through others.
             for act in (
                 self._types,
                 self._busy,
@@ -209,13 +216,16 @@ class Play:
             self._say("", f"{left:.1f} s more: what was cancelled has to stay silent", DIM)
             await asyncio.sleep(left)
 
-    # --- what the acts are made of -----------------------------------------------------------------------------------
+    # --- what the acts are made of ----------------------------------------------------------------
 
     async def _agent(self, session: str, message: str, recall: Mapping[str, Any]) -> str:
         run = self._playground.api.inside[session]
         assert run is not None
         self._playground.stir()
-        after = f"{ms((run.call.at - datetime.fromisoformat(recall['scheduled_for'])).total_seconds())} late"
+        after = (
+            f"{ms((run.call.at - datetime.fromisoformat(recall['scheduled_for'])).total_seconds())} "
+            "late"
+        )
         before = [
             other
             for other in self._playground.api.runs.values()
@@ -271,7 +281,10 @@ class Play:
                 if session != "chain":
                     self._say(
                         session,
-                        f"done; the row is {event.get('status')}{'' if verdict == 'finish' else f' again, due in {INTERVAL} s'}",
+                        (
+                            "done; the row is "
+                            f"{event.get('status')}{'' if verdict == 'finish' else f' again, due in {INTERVAL} s'}"
+                        ),
                         GREEN,
                     )
             case "recall.settled", "busy" if verdict == "defer":
@@ -310,15 +323,22 @@ class Play:
         if run is None or run.call is not call:
             return Visit(call.session_id, call.key, call.at, call.http_status, left_at=call.left_at)
         return Visit(
-            call.session_id, call.key, call.at, call.http_status, left_at=call.left_at, ended_at=run.ended_at,
-            message=run.user_message, scheduled_for=datetime.fromisoformat(run.recall["scheduled_for"]),
-        )  # fmt: skip
+            call.session_id,
+            call.key,
+            call.at,
+            call.http_status,
+            left_at=call.left_at,
+            ended_at=run.ended_at,
+            message=run.user_message,
+            scheduled_for=datetime.fromisoformat(run.recall["scheduled_for"]),
+        )
 
 
 def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -> None:
     """Show it. Raises Trouble where a promise was broken.
 
-    `keep`: leave data and log behind. `spoil`: puts something else in the place of the agent, for the tests.
+    `keep`: leave data and log behind. `spoil`: puts something else in the place of the agent, for
+    the tests.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -342,7 +362,8 @@ def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -
     finally:
         if place is not None and place.exists():
             tell(
-                f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded --data {place})"
+                f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded "
+                f"--data {place})"
             )
     _sum_up(screen, evidence, play.first_fired)
 
@@ -363,7 +384,8 @@ def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> No
             screen.paint("kept  ", GREEN) if expectation.kept else screen.paint("BROKEN", BOLD, RED)
         )
         screen.print(
-            f"{word} {screen.name(expectation.session)} {expectation.what:17} {expectation.expected:22} {expectation.seen}"
+            f"{word} {screen.name(expectation.session)} {expectation.what:17} "
+            f"{expectation.expected:22} {expectation.seen}"
         )
     screen.print()
     for line in figures(evidence):

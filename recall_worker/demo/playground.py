@@ -1,7 +1,9 @@
-"""What the demo plays on: a screen of plain lines, a connection of the application, the agent's API, and the daemon's process.
+"""What the demo plays on: a screen of plain lines, a connection of the application, the agent's
+API, and the daemon's process.
 
-Owns their beginnings and ends: nothing of it is left behind, however the demo ends. The daemon is started as anybody would start it,
-with settings of its own and none of the caller's RECALL_*; its log goes to a file and is read as it comes.
+Owns their beginnings and ends: nothing of it is left behind, however the demo ends. The daemon is
+started as anybody would start it, with settings of its own and none of the caller's RECALL_*; its
+log goes to a file and is read as it comes.
 
 Never here: what is played (demo), or whether it went as promised (expectations).
 """
@@ -87,12 +89,16 @@ class Screen:
 
 
 class Playground:
-    """An async context: inside, everything runs; `dsn` has to be migrated before the daemon is started."""
+    """An async context: inside, everything runs; `dsn` has to be migrated before the daemon is
+    started.
+    """
 
     def __init__(
         self, screen: Screen, dsn: str, log: Path, agent: Agent, show: Callable[[Event], None]
     ) -> None:
-        """`log`: the file for the daemon's log. `show(event)` is called for each of its lines, as it comes."""
+        """`log`: the file for the daemon's log. `show(event)` is called for each of its lines, as
+        it comes.
+        """
         self.screen = screen
         self.told: list[Event] = []
         """The daemon's log so far."""
@@ -130,14 +136,16 @@ class Playground:
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.aclose()
 
-    # --- waiting ---------------------------------------------------------------------------------------------------
+    # --- waiting ----------------------------------------------------------------------------------
 
     def stir(self) -> None:
         """Something has happened: whoever waits for a condition looks again."""
         self._news.set()
 
     async def until(self, condition: Callable[[], object], what: str) -> bool:
-        """Wait for what the API or the daemon tells; False where it does not come in time. Raises Trouble if the daemon has ended."""
+        """Wait for what the API or the daemon tells; False where it does not come in time. Raises
+        Trouble if the daemon has ended.
+        """
         try:
             async with asyncio.timeout(PATIENCE):
                 while not condition():
@@ -164,19 +172,27 @@ class Playground:
             if all(value is None or event.get(key) == value for key, value in wanted.items())
         ]
 
-    # --- commands --------------------------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------
 
     def show_command(self, session: str, *words: str) -> None:
         quoted = (f'"{word}"' if " " in word else word for word in words)
         self.screen.say(session, " ".join(("$ recall-worker", *quoted)), BOLD)
 
     async def command(self, session: str, *words: str) -> datetime | None:
-        """Run a command as a process; the instant at which it had done its work, or None where it failed."""
+        """Run a command as a process; the instant at which it had done its work, or None where it
+        failed.
+        """
         self.show_command(session, *words)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", *words, env=self._environ,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "recall_worker",
+            *words,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         try:
             assert process.stdout is not None
             await process.stdout.readline()
@@ -191,7 +207,7 @@ class Playground:
         self.screen.say(session, " ".join(talk.decode(errors="replace").split()), RED)
         return None
 
-    # --- the daemon ------------------------------------------------------------------------------------------------
+    # --- the daemon -------------------------------------------------------------------------------
 
     async def start_daemon(self) -> None:
         self.show_command("setup", "run")
@@ -217,9 +233,16 @@ class Playground:
     @contextlib.asynccontextmanager
     async def _running_daemon(self) -> AsyncIterator[None]:
         self._daemon = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", "run", env=self._environ, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "recall_worker",
+            "run",
+            env=self._environ,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         guard = subprocess.Popen(  # noqa: ASYNC220, S603 -- a shell: it is there at once
             ["/bin/sh", "-c", _GUARD, "recall-worker-guard", str(process.pid)],
             stdin=subprocess.PIPE,

@@ -8,7 +8,9 @@ from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
 
 LATE = 10.0
-"""Seconds that something may have been due: a worker that is about and has a slot takes it within milliseconds."""
+"""Seconds that something may have been due: a worker that is about and has a slot takes it within
+milliseconds.
+"""
 OVERDUE = 60.0
 
 
@@ -18,7 +20,10 @@ async def backlog(exam: Examination) -> None:
         exam.find(OK, "nothing is overdue")
         return
     age = (row["now"] - row["since"]).total_seconds()
-    seen = f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due {relative(row['since'], row['now'])}"
+    seen = (
+        f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due "
+        f"{relative(row['since'], row['now'])}"
+    )
     if row["leased"]:
         seen += f"; {row['leased']:,} of them were in a run whose lease has ended"
     full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(
@@ -33,7 +38,10 @@ async def backlog(exam: Examination) -> None:
     [fleet] = await (await exam.conn.execute(text, {"silence": SILENT_AFTER})).fetchall()
     if (cap := fleet_cap(fleet)) is not None:
         seen += f"; {cap}"
-        todo = "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait for these runs to end"
+        todo = (
+            "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait "
+            "for these runs to end"
+        )
     exam.find(PROBLEM if age > OVERDUE else NOTE, seen, todo)
 
 
@@ -67,7 +75,10 @@ async def held(exam: Examination) -> None:
         exam.find(
             NOTE,
             seen,
-            f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause is mended",
+            (
+                f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause "
+                "is mended"
+            ),
         )
     if len(exam.findings) == before:
         exam.find(OK, "nothing is held back")

@@ -1,8 +1,9 @@
 """The examination of a worker's surroundings: which checks are made, and in which order.
 
-It looks from where it is run, with the settings that are there: run it where, and as whom, the worker
-runs. What it does is escape_controls: the rights are asked by EXPLAIN of every statement that the worker
-has, the endpoint by GET, which runs no agent; a notification costs each worker one look at the table.
+It looks from where it is run, with the settings that are there: run it where, and as whom, the
+worker runs. What it does is escape_controls: the rights are asked by EXPLAIN of every statement
+that the worker has, the endpoint by GET, which runs no agent; a notification costs each worker one
+look at the table.
 
 Never here: a change of anything, a call to a session.
 """

@@ -104,7 +104,10 @@ async def _token(exam: Examination, wanted: bool) -> None:
     ):
         exam.find(
             OK,
-            f"the last call, {relative(row['ended_at'], row['now'])}, was let in with its token: {row['outcome']}",
+            (
+                f"the last call, {relative(row['ended_at'], row['now'])}, was let in with its "
+                f"token: {row['outcome']}"
+            ),
         )
     else:
         trouble = f" (the last call: {last[0]['outcome']}, {last[0]['reason']})" if last else ""

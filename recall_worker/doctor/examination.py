@@ -1,7 +1,8 @@
 """One examination: what was asked and found so far, and how the database is asked.
 
-Owns the connections and their end. Each check stands alone: one that breaks is a problem of its own,
-and the others go on. What a check learns for those after it, it writes into the examination's fields.
+Owns the connections and their end. Each check stands alone: one that breaks is a problem of its
+own, and the others go on. What a check learns for those after it, it writes into the examination's
+fields.
 
 Never here: what is checked (the files beside this one, by subject), how it is shown (cli/doctor).
 """

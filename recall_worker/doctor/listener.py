@@ -1,8 +1,8 @@
 """Notifications: does a pooler stand in their way, and do they session_setup?
 
-A NOTIFY is tried all the way: a LISTEN as the worker's, a NOTIFY from the other connection, timed on
-a channel of the doctor's own. The workers' channel is notified once, in the same transaction, which
-costs each of them one look at the table.
+A NOTIFY is tried all the way: a LISTEN as the worker's, a NOTIFY from the other connection, timed
+on a channel of the doctor's own. The workers' channel is notified once, in the same transaction,
+which costs each of them one look at the table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ async def pooler(exam: Examination) -> None:
         case "transaction" if not listens:
             exam.find(
                 PROBLEM,
-                "RECALL_DSN leads through a pooler in transaction mode, which LISTEN does not pass: what is inserted waits for a poll",
+                (
+                    "RECALL_DSN leads through a pooler in transaction mode, which LISTEN does not "
+                    "pass: what is inserted waits for a poll"
+                ),
                 POOLER_HINT,
             )
         case mode:
@@ -67,7 +70,10 @@ async def pooler(exam: Examination) -> None:
         if exam.listen_pooling in (TRANSACTION, STATEMENT):
             exam.find(
                 PROBLEM,
-                f"RECALL_LISTEN_DSN leads through a pooler in {exam.listen_pooling} mode, too, which LISTEN does not pass",
+                (
+                    f"RECALL_LISTEN_DSN leads through a pooler in {exam.listen_pooling} mode, "
+                    "too, which LISTEN does not pass"
+                ),
                 POOLER_HINT,
             )
 
@@ -75,8 +81,9 @@ async def pooler(exam: Examination) -> None:
 async def pooling_of(dsn: str) -> str:
     """How connections by this DSN are pooled.
 
-    A pooler announces a backend of its own making; asked, the server names the true one. If that changes while the connection is
-    open, or serves another connection meanwhile, it is pooled for a transaction at a time.
+    A pooler announces a backend of its own making; asked, the server names the true one. If that
+    changes while the connection is open, or serves another connection meanwhile, it is pooled for a
+    transaction at a time.
     """
     async with connected(dsn) as one:
         mine = await _backend(one)
@@ -142,10 +149,16 @@ async def bell(exam: Examination) -> None:
         f"heard what was rung, {RINGS} of {RINGS} times, after {span(sorted(times)[RINGS // 2])}",
     )
     if exam.server["queue"] > 0.5:
-        todo = "end the transaction that a listener has open: see pg_stat_activity, state 'idle in transaction'"
+        todo = (
+            "end the transaction that a listener has open: see pg_stat_activity, state "
+            "'idle in transaction'"
+        )
         exam.find(
             PROBLEM,
-            f"PostgreSQL's queue of notifications is {exam.server['queue']:.0%} full; when it is full, inserts fail",
+            (
+                f"PostgreSQL's queue of notifications is {exam.server['queue']:.0%} full; when it "
+                "is full, inserts fail"
+            ),
             todo,
         )
 

@@ -1,4 +1,6 @@
-"""The schema as this code needs it: migrations, indexes, constraints, triggers, and the role's rights."""
+"""The schema as this code needs it: migrations, indexes, constraints, triggers, and the role's
+rights.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,10 @@ async def rights(exam: Examination) -> None:
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction):
             pass  # The schema says so.
     for what, names in denied.items():
-        todo = f"grant select, insert, update, delete on all tables named session_recalls and recall_… to {exam.role}"
+        todo = (
+            "grant select, insert, update, delete on all tables named session_recalls and "
+            f"recall_… to {exam.role}"
+        )
         exam.find(PROBLEM, f"{what} (needed to {', '.join(names)})", todo)
     if asked and not denied:
         exam.find(OK, f"{exam.role} may do all that the worker does")
@@ -99,7 +104,10 @@ async def rights(exam: Examination) -> None:
     if exam.server["row_security"]:
         exam.find(
             PROBLEM,
-            f"row security is active on session_recalls for {exam.role}: what it hides is never called",
+            (
+                f"row security is active on session_recalls for {exam.role}: what it hides is "
+                "never called"
+            ),
             f"alter role {exam.role} bypassrls, or a policy that shows it every row",
         )
 
@@ -120,7 +128,10 @@ def made(kind: str) -> list[str]:
 def _without(trigger: str) -> str:
     """What is amiss while a trigger does not fire."""
     if trigger == "recall_before_insert":
-        return "what is inserted is found by polls only, an agent can't schedule from inside a run, and a recall could loop"
+        return (
+            "what is inserted is found by polls only, an agent can't schedule from inside "
+            "a run, and a recall could loop"
+        )
     if trigger.startswith("recall_ring"):
         return "the application's changes are found by polls only"
     return "its work is left undone"

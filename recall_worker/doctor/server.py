@@ -1,4 +1,6 @@
-"""The database server: can it be reached, does it take writes, how is it set, what does its clock say?"""
+"""The database server: can it be reached, does it take writes, how is it set, what does its clock
+say?
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,14 @@ from .examination import DIRECT, NOTE, OK, PROBLEM, Examination
 OLDEST = 140000
 """The oldest PostgreSQL that the statements are written for."""
 CONNECTIONS = 5
-"""What a worker has open at most: claims, settles, renewals, the bell, and one for a row that is held locked."""
+"""What a worker has open at most: claims, settles, renewals, the bell, and one for a row that is
+held locked.
+"""
 LONG_TRANSACTION = 300.0
 CLOCK_OFF, CLOCK_FAR_OFF = 2.0, 240.0
-"""Seconds between two clocks that are worth a word, and that a receiver of signatures (Standard Webhooks: five minutes) may not take."""
+"""Seconds between two clocks that are worth a word, and that a receiver of signatures (Standard
+Webhooks: five minutes) may not take.
+"""
 
 FAILOVER_HINT = (
     "target_session_attrs=read-write in RECALL_DSN (and RECALL_LISTEN_DSN), with all hosts"
@@ -33,7 +39,8 @@ async def database(exam: Examination) -> None:
     where = exam.conn.info.host or "its socket"
     exam.find(
         OK,
-        f"PostgreSQL {row['version']} at {where}, port {exam.conn.info.port}, database {row['database']}, as {row['role']}; "
+        f"PostgreSQL {row['version']} at {where}, port {exam.conn.info.port}, database "
+        f"{row['database']}, as {row['role']}; "
         f"connected in {span(took)}",
     )
     if row["number"] < OLDEST:
@@ -49,11 +56,16 @@ async def database(exam: Examination) -> None:
         todo = (
             FAILOVER_HINT
             if several
-            else "the primary's address in RECALL_DSN, or both, with target_session_attrs=read-write"
+            else (
+                "the primary's address in RECALL_DSN, or both, with target_session_attrs=read-write"
+            )
         )
         exam.find(PROBLEM, "this is a standby: it takes no writes", todo)
     elif row["read_only"]:
-        todo = "alter role or database … set default_transaction_read_only = off; or the primary's address in RECALL_DSN"
+        todo = (
+            "alter role or database … set default_transaction_read_only = off; or the "
+            "primary's address in RECALL_DSN"
+        )
         exam.find(
             PROBLEM, "transactions take no writes here: default_transaction_read_only is on", todo
         )
@@ -74,7 +86,10 @@ async def clock(exam: Examination) -> None:
         took = time.monotonic() - began
         measured.append((took, (row["now"] - host).total_seconds() - took / 2))
     took, offset = min(measured)
-    how = f"the database's clock is {span(abs(offset))} {'ahead of' if offset > 0 else 'behind'} this host's (± {span(took / 2)})"
+    how = (
+        f"the database's clock is {span(abs(offset))} "
+        f"{'ahead of' if offset > 0 else 'behind'} this host's (± {span(took / 2)})"
+    )
     if abs(offset) > CLOCK_FAR_OFF and exam.settings.signing_secret is not None:
         exam.find(
             NOTE,
@@ -111,7 +126,10 @@ async def server(exam: Examination) -> None:
             NOTE, "autovacuum is off: every settle leaves a dead row behind", "autovacuum = on"
         )
     if 0 < row["statement_timeout"] < 5:
-        seen = f"statement_timeout is {span(row['statement_timeout'])} for {exam.role}: commands may be cut off (the worker sets its own)"
+        seen = (
+            f"statement_timeout is {span(row['statement_timeout'])} for {exam.role}: "
+            "commands may be cut off (the worker sets its own)"
+        )
         exam.find(NOTE, seen, f"alter role {exam.role} set statement_timeout = '30s'")
     replicas = max(1, len(exam.alive))
     needed, limit = replicas * CONNECTIONS, row["places"]
@@ -119,25 +137,43 @@ async def server(exam: Examination) -> None:
         (name for name in ("role_limit", "database_limit") if row[name] == limit), "max_connections"
     )
     if exam.pooling == DIRECT and limit is not None and limit < needed:
-        seen = f"{_workers(replicas)} may open {needed} connections, and {which.replace('_', ' ')} leaves {limit}"
+        seen = (
+            f"{_workers(replicas)} may open {needed} connections, and "
+            f"{which.replace('_', ' ')} leaves {limit}"
+        )
         exam.find(PROBLEM, seen, f"at least {needed}, besides those of the application")
     elif exam.pooling == DIRECT and row["max_connections"] - row["connections"] < CONNECTIONS:
         exam.find(
             NOTE,
-            f"{row['connections']} of {row['max_connections']} connections are in use: another worker may find none",
+            (
+                f"{row['connections']} of {row['max_connections']} connections are in use: "
+                "another worker may find none"
+            ),
             "more max_connections, or a pooler (RECALL_DSN through it, RECALL_LISTEN_DSN direct)",
         )
     for open in await exam.ask("open_transaction", longest=LONG_TRANSACTION):
-        who = f"of {open['role']}, {open['application'] or 'without a name'}, pid {open['pid']}, {open['state']}"
+        who = (
+            f"of {open['role']}, {open['application'] or 'without a name'}, pid "
+            f"{open['pid']}, {open['state']}"
+        )
         exam.find(
             NOTE,
-            f"a transaction ({who}) has been open for {span(open['seconds'])}: its locks and dead rows stay as long",
-            f"select pg_terminate_backend({open['pid']}); idle_in_transaction_session_timeout ends such by itself",
+            (
+                f"a transaction ({who}) has been open for {span(open['seconds'])}: its locks and "
+                "dead rows stay as long"
+            ),
+            (
+                f"select pg_terminate_backend({open['pid']}); idle_in_transaction_session_timeout "
+                "ends such by itself"
+            ),
         )
     if len(exam.findings) == before:
         exam.find(
             OK,
-            f"{row['connections']} of {row['max_connections']} connections are in use; nothing is set to our harm",
+            (
+                f"{row['connections']} of {row['max_connections']} connections are in use; "
+                "nothing is set to our harm"
+            ),
         )
 
 

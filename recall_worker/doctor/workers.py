@@ -24,7 +24,10 @@ async def workers(exam: Examination) -> None:
     for row in rows:
         name = row["worker"]
         if not row["alive"]:
-            seen = f"{name} was last heard of {relative(row['seen_at'], row['now'])}, and took no leave"
+            seen = (
+                f"{name} was last heard of {relative(row['seen_at'], row['now'])}, and "
+                "took no leave"
+            )
             exam.find(
                 NOTE, seen, "its log, if it is not known why; its runs are taken up by others"
             )
@@ -44,14 +47,23 @@ async def workers(exam: Examination) -> None:
             exam.find(
                 PROBLEM,
                 f"{name} {how}, and finds what is inserted by polls only",
-                f"its log (bell.{row['bell']}) says why; its RECALL_LISTEN_DSN is to lead to the server itself",
+                (
+                    f"its log (bell.{row['bell']}) says why; its RECALL_LISTEN_DSN is to lead to "
+                    "the server itself"
+                ),
             )
     if alive:
         others = await exam.one("settled_by_others", since=min(row["started_at"] for row in alive))
         if others["recalls"]:
             were = "recall was" if others["recalls"] == 1 else "recalls were"
-            seen = f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
-            todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
+            seen = (
+                f"{others['recalls']:,} {were} marked fired by others than the workers "
+                f"within an hour, such as {others['last']}"
+            )
+            todo = (
+                "turn the application's old scheduler off, should it run beside the "
+                "workers: docs/migration.md"
+            )
             exam.find(NOTE, seen, todo)
     for what, values in differences(alive):
         exam.find(

@@ -1,7 +1,9 @@
-"""What /metrics says: counted from the events that the log is written from, and read off the worker when somebody asks.
+"""What /metrics says: counted from the events that the log is written from, and read off the worker
+when somebody asks.
 
-Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or sessions. A series that can be named beforehand
-is there from the start, at zero, as a rate can't be told from a first appearance. Names and units after Prometheus's own rules.
+Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or
+sessions. A series that can be named beforehand is there from the start, at zero, as a rate can't be
+told from a first appearance. Names and units after Prometheus's own rules.
 
 Never here: HTTP (pages), questions to PostgreSQL (pages brings the answer).
 """
@@ -83,8 +85,13 @@ class Metrics:
             WAITS,
         )
         self._lateness = self._histogram(
-            "lateness_seconds", "From an occurrence's nominal time to its first request: what its owner feels. Told when the run is settled.", WAITS
-        )  # fmt: skip
+            "lateness_seconds",
+            (
+                "From an occurrence's nominal time to its first request: what its owner feels. "
+                "Told when the run is settled."
+            ),
+            WAITS,
+        )
         self._run = self._histogram(
             "run_duration_seconds", "From the request to the end of the run.", RUNS
         )
@@ -112,13 +119,17 @@ class Metrics:
         )
         self._claimed = self._counter("recalls_claimed", "Recalls taken under a lease.")
         self._ended = self._counter(
-            "recalls_ended", "Runs whose recall the application had ended, or deleted, before they were settled.", ["status"],
+            "recalls_ended",
+            "Runs whose recall the application had ended, or deleted, before they were settled.",
+            ["status"],
             [(status,) for status in ENDED],
-        )  # fmt: skip
+        )
         self._aborted = self._counter(
-            "recalls_aborted", "Calls broken off, as the recall was ended by others or its lease lost.", ["because"],
+            "recalls_aborted",
+            "Calls broken off, as the recall was ended by others or its lease lost.",
+            ["because"],
             [(because,) for because in BECAUSE],
-        )  # fmt: skip
+        )
         self._stranded = self._counter(
             "recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled."
         )
@@ -127,9 +138,14 @@ class Metrics:
             "Runs that could not be settled, as their lease had gone to another worker.",
         )
         self._violated = self._counter(
-            "leases_violated", "Runs in hand whose recall somebody else settled, by what became of it: another scheduler, or a hand.",
-            ["status"], [(status,) for status in VIOLATED],
-        )  # fmt: skip
+            "leases_violated",
+            (
+                "Runs in hand whose recall somebody else settled, by what became of it: another "
+                "scheduler, or a hand."
+            ),
+            ["status"],
+            [(status,) for status in VIOLATED],
+        )
         self._taken = self._counter(
             "leases_taken", "Expired leases of other workers that were taken up."
         )
@@ -140,18 +156,22 @@ class Metrics:
         self._bell_lost = self._counter("bell_lost", "Times that the bell lost its connection.")
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
         self._pruned = self._counter(
-            "rows_pruned", "Rows deleted as RECALL_PRUNE says: recalls by status, and marks of calls.", ["kind"],
+            "rows_pruned",
+            "Rows deleted as RECALL_PRUNE says: recalls by status, and marks of calls.",
+            ["kind"],
             [(kind,) for kind in KEPT],
-        )  # fmt: skip
+        )
         self._prune = self._histogram(
             "prune_duration_seconds",
             "Walks through the tables to prune them, pauses included.",
             RUNS,
         )
         self._stumbles = self._counter(
-            "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"],
+            "stumbles",
+            "Defects, and statements that PostgreSQL refused.",
+            ["doing"],
             [("claim",), ("call",), ("accept",), ("prune",)],
-        )  # fmt: skip
+        )
         build = Info(
             "recall_worker_build",
             "Version, Python, and the schema that this code was made for.",
@@ -246,7 +266,10 @@ class Metrics:
         if self.backlog is not None:
             yield self._gauge(
                 "recalls_overdue",
-                "Recalls in the table that are due and in nobody's hand, at most 10000; absent while PostgreSQL does not answer.",
+                (
+                    "Recalls in the table that are due and in nobody's hand, at most 10000; "
+                    "absent while PostgreSQL does not answer."
+                ),
                 self.backlog.overdue,
             )
             yield self._gauge(
@@ -282,7 +305,9 @@ class Metrics:
 
 
 class _Process(ProcessCollector):
-    """Where /proc shows processes alone, as below systemd's ProcSubset=pid, it does not tell the moment of boot; then there would be nothing."""
+    """Where /proc shows processes alone, as below systemd's ProcSubset=pid, it does not tell the
+    moment of boot; then there would be nothing.
+    """
 
     def _boot_time(self) -> float:
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

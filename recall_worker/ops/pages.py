@@ -1,12 +1,15 @@
-"""The pages of RECALL_OPS_LISTEN: /livez, /readyz, /metrics. They answer whoever asks; nothing in them is secret, and nothing can be changed.
+"""The pages of RECALL_OPS_LISTEN: /livez, /readyz, /metrics. They answer whoever asks; nothing in
+them is secret, and nothing can be changed.
 
-`/livez` is about this process alone: does the claim loop turn? An outage of PostgreSQL is no reason to restart it. `/readyz` says whether
-recalls are kept now: PostgreSQL answers, the schema fits, no drain has begun. What they need to know from PostgreSQL is asked at most every
-few seconds however often they are read, and not at all while nobody reads them; a page never waits long for it.
+`/livez` is about this process alone: does the claim loop turn? An outage of PostgreSQL is no reason
+to restart it. `/readyz` says whether recalls are kept now: PostgreSQL answers, the schema fits, no
+drain has begun. What they need to know from PostgreSQL is asked at most every few seconds however
+often they are read, and not at all while nobody reads them; a page never waits long for it.
 
-Whoever reaches the port must not stop the work through it. So connections are accepted one at a time and are for one request each; their
-number is bounded by the descriptors that calls and PostgreSQL leave over; each has a deadline for its head and one for its answer; and
-where the bound is reached the oldest that has not asked for anything yet gives way to the new one.
+Whoever reaches the port must not stop the work through it. So connections are accepted one at a
+time and are for one request each; their number is bounded by the descriptors that calls and
+PostgreSQL leave over; each has a deadline for its head and one for its answer; and where the bound
+is reached the oldest that has not asked for anything yet gives way to the new one.
 """
 
 from __future__ import annotations
@@ -40,11 +43,13 @@ HEAD_DEADLINE = 5.0
 ANSWER_DEADLINE = 10.0
 """Seconds from there until the answer must have been taken and the connection be closed."""
 CONNECTIONS_LEAST, CONNECTIONS_MOST = 4, 64
-"""Open connections: as many as probes and scrapers need; the fewest, where descriptors are scarce."""
+"""Open connections: as many as probes and scrapers need; the fewest, where descriptors are scarce.
+"""
 ACCEPT_PAUSE = 0.5
 """Seconds until accept is tried again after an error, such as having no descriptor left."""
 TELL_EVERY = 60.0
-"""Seconds between two log lines about the same trouble with connections, however often it occurs."""
+"""Seconds between two log lines about the same trouble with connections, however often it occurs.
+"""
 
 T = TypeVar("T")
 
@@ -65,7 +70,8 @@ class Question(Generic[T]):
         ):
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._answered())
-        # Not broken off when it takes longer: that would cost the connection, which others use, too.
+        # Not broken off when it takes longer: that would cost the connection, which others use,
+        # too.
         await asyncio.wait((self._asking,), timeout=PATIENCE)
         return (
             self._asking.result()
@@ -97,7 +103,10 @@ class Pages:
     async def livez(self, _: web.Request) -> web.Response:
         if standing_still(self._worker):
             return said(
-                f"the claim loop has not turned for {time.monotonic() - self._worker.turned_at:.0f} s",
+                (
+                    "the claim loop has not turned for "
+                    f"{time.monotonic() - self._worker.turned_at:.0f} s"
+                ),
                 503,
             )
         return said("alive")
@@ -131,8 +140,8 @@ def said(text: str, status: int = 200) -> web.Response:
 class Port:
     """The open connections of the ops port: at most `most`, each closed by a deadline.
 
-    Connections are accepted here and not by asyncio's own server: that accepts a hundred at once, whether there is room for them or not,
-    and logs a traceback for each that fails.
+    Connections are accepted here and not by asyncio's own server: that accepts a hundred at once,
+    whether there is room for them or not, and logs a traceback for each that fails.
     """
 
     def __init__(self, server: web.Server, events: Events, most: int) -> None:
@@ -156,7 +165,8 @@ class Port:
             except ConnectionError:
                 continue  # The client has gone already.
             except OSError as error:
-                # Mostly there is no descriptor left. The error stays until something is closed: one of ours, if there is one.
+                # Mostly there is no descriptor left. The error stays until something is closed: one
+                # of ours, if there is one.
                 self._tell("ops.refused", reason=os.strerror(error.errno or 0))
                 self._give_way()
                 await asyncio.sleep(ACCEPT_PAUSE)
@@ -203,7 +213,9 @@ class Port:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, between the transport and aiohttp's own protocol, which knows no deadline for a head."""
+    """One connection, between the transport and aiohttp's own protocol, which knows no deadline for
+    a head.
+    """
 
     def __init__(self, port: Port, inner: asyncio.Protocol) -> None:
         self.is_answered = False
@@ -272,13 +284,17 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
         try:
             listeners = await _listeners(host, port)
         except OSError as error:
-            # Python's sentence names the address once more; those of name look-ups have numbers of their own, below zero.
+            # Python's sentence names the address once more; those of name look-ups have numbers of
+            # their own, below zero.
             reason = (
                 os.strerror(error.errno)
                 if error.errno is not None and error.errno > 0
                 else error.strerror or str(error)
             )
-            hint = f"another address in RECALL_OPS_LISTEN, or see what listens there: ss -ltnp 'sport = :{port}'"
+            hint = (
+                "another address in RECALL_OPS_LISTEN, or see what listens there: ss "
+                f"-ltnp 'sport = :{port}'"
+            )
             raise Trouble(
                 f"RECALL_OPS_LISTEN: nothing can listen on {host} port {port}: {reason}", hint
             ) from None
@@ -294,7 +310,9 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
 
 
 def connections_most(spare: int) -> int:
-    """How many connections the port may hold, of so many descriptors that nothing else needs: half of them, within bounds."""
+    """How many connections the port may hold, of so many descriptors that nothing else needs: half
+    of them, within bounds.
+    """
     return max(CONNECTIONS_LEAST, min(CONNECTIONS_MOST, spare // 2))
 
 

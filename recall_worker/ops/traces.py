@@ -1,8 +1,11 @@
-"""OpenTelemetry traces, an extra: one trace a run, with the spans claim, call and settle, written from the events that the log is written from.
+"""OpenTelemetry traces, an extra: one trace a run, with the spans claim, call and settle, written
+from the events that the log is written from.
 
-The ids are there before the spans are: they go to the API in `traceparent`, whose parent is the span of the call, so that what the API traces
-hangs below it. A span is made when the run has been settled, and only then; nothing of it stands in a run's way. Configured by OpenTelemetry's own
-OTEL_* variables, which its SDK reads; off, and not imported, unless an OTLP endpoint is among them. The times are the host's, for people.
+The ids are there before the spans are: they go to the API in `traceparent`, whose parent is the
+span of the call, so that what the API traces hangs below it. A span is made when the run has been
+settled, and only then; nothing of it stands in a run's way. Configured by OpenTelemetry's own
+OTEL_* variables, which its SDK reads; off, and not imported, unless an OTLP endpoint is among them.
+The times are the host's, for people.
 
 Never here: messages of recalls, comments, secrets.
 """

@@ -1,11 +1,13 @@
-"""The only HTTP: how agent servers are called. One module a protocol, behind one small interface of four verbs.
+"""The only HTTP: how agent servers are called. One module a protocol, behind one small interface of
+four verbs.
 
-A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (but for cancellation, by which a call is
-broken off), never decides what an outcome means for the row, and never touches the database.
+A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (but for
+cancellation, by which a call is broken off), never decides what an outcome means for the row, and
+never touches the database.
 
-`http` owns connections, `contract` what all protocols share (headers, signature, what a status means), `polling` the patience
-with which an accepted run is followed; `native`, `langgraph` and `agno` say at their tops
-what their servers can and cannot do.
+`http` owns connections, `contract` what all protocols share (headers, signature, what a status
+means), `polling` the patience with which an accepted run is followed; `native`, `langgraph` and
+`agno` say at their tops what their servers can and cannot do.
 """
 
 from __future__ import annotations
@@ -22,26 +24,38 @@ from ..settings import Settings
 
 
 def traceparent() -> str:
-    """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found by it."""
+    """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found
+    by it.
+    """
     ids = os.urandom(24).hex()
     return f"00-{ids[:32]}-{ids[32:]}-01"
 
 
 @dataclass(slots=True)
 class Call:
-    """One request to the endpoint, being made. The protocol tells when it is sent; the worker reads it, also after breaking it off."""
+    """One request to the endpoint, being made. The protocol tells when it is sent; the worker reads
+    it, also after breaking it off.
+    """
 
     claim: Claim
     asked_at: float
-    """Monotonic instant at which the claim was asked for: what passes from there adds to the claim's lag and lateness."""
+    """Monotonic instant at which the claim was asked for: what passes from there adds to the
+    claim's lag and lateness.
+    """
     sent_at: float | None = None
-    """Monotonic instant from which on bytes of the request may have reached the server; None: nothing was sent."""
+    """Monotonic instant from which on bytes of the request may have reached the server; None:
+    nothing was sent.
+    """
     traceparent: str = field(default_factory=traceparent)
-    """The header of that name; the log has it, too, and so have traces where they are switched on."""
+    """The header of that name; the log has it, too, and so have traces where they are switched on.
+    """
     message: str | None = None
-    """The message, where the claim came without it, as it is long. Held until the request is made of it."""
+    """The message, where the claim came without it, as it is long. Held until the request is made
+    of it.
+    """
     before_sent: Callable[[], Awaitable[bool]] | None = None
-    """Asked when a connection is there, before the first byte is sent. False: nothing may be sent."""
+    """Asked when a connection is there, before the first byte is sent. False: nothing may be sent.
+    """
     on_sent: Callable[[], None] | None = None
     on_written: Callable[[], None] | None = None
 
@@ -66,7 +80,9 @@ class Protocol(Interface):
     """How one kind of agent server is spoken to."""
 
     async def call(self, call: Call) -> Outcome:
-        """Make the request and wait for its answer, at most RECALL_RUN_TIMEOUT seconds. Accepted: to be followed."""
+        """Make the request and wait for its answer, at most RECALL_RUN_TIMEOUT seconds. Accepted:
+        to be followed.
+        """
         ...
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
@@ -74,14 +90,17 @@ class Protocol(Interface):
         ...
 
     async def abort(self, claim: Claim, reference: str) -> None:
-        """Ask the server to end an accepted run, where it offers that. Best effort, a few seconds at most."""
+        """Ask the server to end an accepted run, where it offers that. Best effort, a few seconds
+        at most.
+        """
         ...
 
     async def find(self, claim: Claim) -> Outcome | None:
-        """Whether a call under this claim's key, whose answer nobody has, reached the server: asked before it is posted again.
+        """Whether a call under this claim's key, whose answer nobody has, reached the server: asked
+        before it is posted again.
 
-        None: it may be posted (the server honours keys, or the run is not there). Accepted: it is there, to be followed. Any
-        other outcome: that can't be told now.
+        None: it may be posted (the server honours keys, or the run is not there). Accepted: it is
+        there, to be followed. Any other outcome: that can't be told now.
         """
         ...
 

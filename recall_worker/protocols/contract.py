@@ -1,11 +1,12 @@
-"""What every protocol shares of the run endpoint's contract: how a call is made, and how an answer is read.
+"""What every protocol shares of the run endpoint's contract: how a call is made, and how an answer
+is read.
 
 Owns the headers and the key in them, the signature, the address template, the token, the table of
 statuses (which outcome an answer is), Retry-After, and what an API says of its reasons. The
 protocols differ in bodies and addresses; `contract/probes.py` makes its calls with this, too.
 
-Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context level 1;
-webhook-* headers and whsec_ secrets, Standard Webhooks 1.0.
+Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context
+level 1; webhook-* headers and whsec_ secrets, Standard Webhooks 1.0.
 
 Never here: how an accepted run is recognised and followed (native, langgraph, agno, polling).
 """
@@ -150,7 +151,9 @@ def bearer(token: str | None) -> dict[str, str]:
 
 
 def address(template: str, session_id: str) -> str:
-    """The endpoint's address for one session, whose id is hostile: nothing in it can leave its place in the address."""
+    """The endpoint's address for one session, whose id is hostile: nothing in it can leave its
+    place in the address.
+    """
     return template.replace("{session_id}", quote(session_id, safe=""))
 
 
@@ -161,7 +164,9 @@ def segment(name: str) -> str:
 
 
 def same_origin(base: str, location: str) -> str | None:
-    """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host and port."""
+    """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host
+    and port.
+    """
     try:
         url = urljoin(base, location)
         here, there = urlsplit(base), urlsplit(url)
@@ -177,7 +182,9 @@ def same_origin(base: str, location: str) -> str | None:
 
 
 def nameable(name: str) -> bool:
-    """Whether a name that a server gave can be part of an address or a body: JSON may hold halves of surrogate pairs, UTF-8 may not."""
+    """Whether a name that a server gave can be part of an address or a body: JSON may hold halves
+    of surrogate pairs, UTF-8 may not.
+    """
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
@@ -234,7 +241,10 @@ def read(answer: Answer) -> Outcome:
 _WHY_MISCONFIGURED = {
     401: "the API wants another token: see RECALL_RUN_TOKEN (HTTP 401)",
     403: "the API forbids this token the endpoint: see RECALL_RUN_TOKEN (HTTP 403)",
-    404: "nothing is at this address: see RECALL_RUN_URL (HTTP 404, and no code session_not_found in the answer)",
+    404: (
+        "nothing is at this address: see RECALL_RUN_URL (HTTP 404, and no code "
+        "session_not_found in the answer)"
+    ),
     405: "what is at this address takes no POST: see RECALL_RUN_URL (HTTP 405)",
     407: "a proxy wants a login (HTTP 407)",
 }
@@ -286,7 +296,9 @@ _READER = json.JSONDecoder(parse_int=str)
 
 
 def read_json(text: bytes) -> Any:
-    """The JSON in a text, with whole numbers as texts, as they may be of any length; NO_JSON where it is none."""
+    """The JSON in a text, with whole numbers as texts, as they may be of any length; NO_JSON where
+    it is none.
+    """
     try:
         return _READER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (ValueError, RecursionError):
@@ -320,7 +332,9 @@ def _detail(text: bytes) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from a Retry-After header (a number or a date), at most a day; None where there is none that can be read."""
+    """Seconds from a Retry-After header (a number or a date), at most a day; None where there is
+    none that can be read.
+    """
     raw = headers.get("Retry-After", "").strip()
     if raw.isascii() and raw.isdigit():
         return min(float(raw[:12]), RETRY_AFTER_MOST)

@@ -1,18 +1,22 @@
 """One request over one connection, by a transport that knows whether anything of it was sent.
 
-Owns connections and their shape; the protocols say what to send and what an answer means. Expired aiohttp itself, chosen by measurement
-(benchmarks/transport.py): with 200 requests open at once it makes some 7,600 requests a second where httpx with its own transport
-makes 25, and httpx over aiohttp 2,600; and it is the one that can say what decides whether a run may be posted again.
+Owns connections and their shape; the protocols say what to send and what an answer means. Expired
+aiohttp itself, chosen by measurement (benchmarks/transport.py): with 200 requests open at once it
+makes some 7,600 requests a second where httpx with its own transport makes 25, and httpx over
+aiohttp 2,600; and it is the one that can say what decides whether a run may be posted again.
 
-How it knows: the body is a payload that aiohttp asks to write itself once it holds a connection, and headers leave in the same write
-as the body. Until `sent` is true nothing of the request has left this process. At that moment, too, a kept connection shows whether
-its server has hung up meanwhile (what the kernel already knows, a turn of the loop brings in): such a connection is dropped, and
-another one is tried, at no cost. aiohttp itself never posts twice.
+How it knows: the body is a payload that aiohttp asks to write itself once it holds a connection,
+and headers leave in the same write as the body. Until `sent` is true nothing of the request has
+left this process. At that moment, too, a kept connection shows whether its server has hung up
+meanwhile (what the kernel already knows, a turn of the loop brings in): such a connection is
+dropped, and another one is tried, at no cost. aiohttp itself never posts twice.
 
-A peer that vanishes without a word is noticed within a minute, by the probes of TCP: a run may take half an hour.
+A peer that vanishes without a word is noticed within a minute, by the probes of TCP: a run may take
+half an hour.
 
-No cookies are kept, no redirects followed, no proxies or netrc read from the environment. Answers are read up to `LIMIT` bytes, and
-never unpacked. Idle connections end before uvicorn's keep-alive of 5 s would.
+No cookies are kept, no redirects followed, no proxies or netrc read from the environment. Answers
+are read up to `LIMIT` bytes, and never unpacked. Idle connections end before uvicorn's keep-alive
+of 5 s would.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
 KEEP_ALIVE = 4.0
 PROBE_AFTER, PROBE_EVERY, PROBES = 30, 10, 3
-"""Seconds of silence after which the other end is probed, seconds between two probes, and how many go unanswered."""
+"""Seconds of silence after which the other end is probed, seconds between two probes, and how many
+go unanswered.
+"""
 ASK_DEADLINE = 10.0
 CONNECTIONS_TRIED = 3
 PIECE = 1 << 16
@@ -59,7 +65,9 @@ class NoAnswer:
 
 
 def trust(settings: Settings) -> ssl.SSLContext:
-    """Whom the endpoint's certificate must be from: the system's authorities, or RECALL_CA_FILE alone. Raises SettingsError where that holds none."""
+    """Whom the endpoint's certificate must be from: the system's authorities, or RECALL_CA_FILE
+    alone. Raises SettingsError where that holds none.
+    """
     try:
         if settings.ca_file is not None or urlsplit(settings.run_url or "").scheme == "https":
             return ssl.create_default_context(cafile=settings.ca_file)
@@ -106,10 +114,11 @@ class HttpClient:
     ) -> Answer | NoAnswer:
         """POST once. Never raises, but for cancellation.
 
-        `url` is taken as it is, percent-encoding included. `headers()` is asked when the request is made. `timeout`: seconds for
-        everything. `body`: in pieces where it is long; a list is emptied when it is written. `on_sent()` is called just
-        before the first byte leaves, so that it has been called also where the request is cancelled afterwards; `on_written()`
-        after the last one. `before_sent()` is asked when a connection is there: False, and nothing is sent.
+        `url` is taken as it is, percent-encoding included. `headers()` is asked when the request is
+        made. `timeout`: seconds for everything. `body`: in pieces where it is long; a list is
+        emptied when it is written. `on_sent()` is called just before the first byte leaves, so that
+        it has been called also where the request is cancelled afterwards; `on_written()` after the
+        last one. `before_sent()` is asked when a connection is there: False, and nothing is sent.
         """
         witness = _Witness(
             [body] if isinstance(body, bytes) else body, on_sent, before_sent, on_written
@@ -138,7 +147,9 @@ class HttpClient:
     async def ask(
         self, method: str, url: str, headers: Mapping[str, str], timeout: float = ASK_DEADLINE
     ) -> Answer | NoAnswer:
-        """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never raises, but for cancellation."""
+        """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never
+        raises, but for cancellation.
+        """
         try:
             async with (
                 asyncio.timeout(timeout),
@@ -170,7 +181,8 @@ class HttpClient:
             while len(read) <= LIMIT and (chunk := await response.content.readany()):
                 read += chunk
         except aiohttp.ClientError:
-            # Broken off in the body. A success is only one when it is whole; other answers say enough with their status.
+            # Broken off in the body. A success is only one when it is whole; other answers say
+            # enough with their status.
             if response.status < 300:
                 raise
         if len(read) > LIMIT:
@@ -179,7 +191,9 @@ class HttpClient:
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket that notices when its peer has vanished: a run may be silent for half an hour, but its host answers probes."""
+    """A socket that notices when its peer has vanished: a run may be silent for half an hour, but
+    its host answers probes.
+    """
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -206,7 +220,9 @@ def _has_news(transport: asyncio.BaseTransport) -> bool:
 
 
 class _Stale(ConnectionResetError):
-    """The connection was dead, or spoke out of turn, before any byte of the request was handed to it."""
+    """The connection was dead, or spoke out of turn, before any byte of the request was handed to
+    it.
+    """
 
     def __str__(self) -> str:
         return "the server hung up first"
@@ -248,7 +264,8 @@ class _Witness(aiohttp.Payload):
         if self._before_sent is not None and not await self._before_sent():
             raise _Withheld
         if not _is_gone(writer) and _has_news(writer.transport):
-            # FIN, RST, bytes out of turn: a turn of the loop brings them in. TLS, which has words of its own, needs a second one.
+            # FIN, RST, bytes out of turn: a turn of the loop brings them in. TLS, which has words
+            # of its own, needs a second one.
             for _ in range(2 if writer.transport.get_extra_info("ssl_object") is not None else 1):
                 await asyncio.sleep(0)
         if _is_gone(writer):
@@ -259,7 +276,8 @@ class _Witness(aiohttp.Payload):
         self._value.reverse()
         while self._value:
             piece = self._value.pop()
-            # A long one goes as fast as the server takes it, and is not copied whole into the buffers in between.
+            # A long one goes as fast as the server takes it, and is not copied whole into the
+            # buffers in between.
             for start in range(0, len(piece), PIECE):
                 await writer.write(
                     piece if len(piece) <= PIECE else memoryview(piece)[start : start + PIECE]
@@ -281,7 +299,10 @@ def _reason(error: BaseException, sent: bool) -> str:
             # Its own text may quote the whole head of an answer that was cut off, cookies included.
             return "the connection broke off after the request was sent: the server hung up"
         case aiohttp.ClientResponseError():
-            return f"the answer is no HTTP: {error.message.splitlines()[0] if error.message else 'malformed'}"
+            return (
+                "the answer is no HTTP: "
+                f"{error.message.splitlines()[0] if error.message else 'malformed'}"
+            )
         case _:
             said = str(error) or type(error).__name__
             return (

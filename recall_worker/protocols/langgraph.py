@@ -1,28 +1,39 @@
-"""LangGraph's protocol: RECALL_RUN_URL is an agent server's base, a session is a thread, RECALL_LANGGRAPH_ASSISTANT the assistant or graph.
+"""LangGraph's protocol: RECALL_RUN_URL is an agent server's base, a session is a thread,
+RECALL_LANGGRAPH_ASSISTANT the assistant or graph.
 
-What its server can do, as tried on LangGraph API 0.16.7 (docs/servers.md): check and start in one step (409 beside another run of the
-thread, by `multitask_strategy: reject`), run in the background (200 with a `run_id`, then GET …/runs/R), end a run (POST …/cancel), say
-why a graph failed. What it cannot:
+What its server can do, as tried on LangGraph API 0.16.7 (docs/servers.md): check and start in one
+step (409 beside another run of the thread, by `multitask_strategy: reject`), run in the background
+(200 with a `run_id`, then GET …/runs/R), end a run (POST …/cancel), say why a graph failed. What it
+cannot:
 
-- It ignores Idempotency-Key. So each run carries its key as `metadata.recall_key`, and before a post that might be the second one
-  `find` looks for it among the thread's newest runs. What that leaves open is a post still under way somewhere while `find` looks; the
+- It ignores Idempotency-Key. So each run carries its key as `metadata.recall_key`, and before a
+  post that might be the second one
+  `find` looks for it among the thread's newest runs. What that leaves open is a post still under
+  way somewhere while `find` looks; the
   message has an id made of the key, so that even then it stands in the thread once.
-- 404 has one text for thread and assistant, and so have addresses that lead nowhere. The thread counts as gone where its list of runs
-  is 404 too while the thread search answers; where the thread is there, the assistant is what is wrong. A thread that the token may
+- 404 has one text for thread and assistant, and so have addresses that lead nowhere. The thread
+  counts as gone where its list of runs
+  is 404 too while the thread search answers; where the thread is there, the assistant is what is
+  wrong. A thread that the token may
   not see is as gone as one that is not there.
-- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it: Failed, as at any API that says
-  `cancelled`. A graph that stops to ask a person (`interrupt()`) ends as `success`: Answered, and the question stands in the thread.
-- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again as it is not there.
+- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it:
+  Failed, as at any API that says
+  `cancelled`. A graph that stops to ask a person (`interrupt()`) ends as `success`: Answered, and
+  the question stands in the thread.
+- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again as
+  it is not there.
 
-The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that would stay in the thread for good,
-and several models refuse every later conversation with a system message in its middle. What else the contract's body tells stands
-in the run's metadata, which nodes find in `config["metadata"]`.
+The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that
+would stay in the thread for good, and several models refuse every later conversation with a system
+message in its middle. What else the contract's body tells stands in the run's metadata, which nodes
+find in `config["metadata"]`.
 
-The token goes as `Authorization: Bearer` and as `X-Api-Key`, as handlers of either kind are in use; a LangSmith key as `X-Api-Key` alone,
-since LangSmith would check a bearer token, too.
+The token goes as `Authorization: Bearer` and as `X-Api-Key`, as handlers of either kind are in use;
+a LangSmith key as `X-Api-Key` alone, since LangSmith would check a bearer token, too.
 
-Servers that share LangGraph's paths (Aegra) do not answer the same: busy by 200, missing threads created, `interrupted` for questions to
-a person. Nothing of this can be told from outside, so they are not supported.
+Servers that share LangGraph's paths (Aegra) do not answer the same: busy by 200, missing threads
+created, `interrupted` for questions to a person. Nothing of this can be told from outside, so they
+are not supported.
 """
 
 from __future__ import annotations
@@ -54,7 +65,9 @@ POST_DEADLINE = 60.0
 """Seconds that the server gets to take a run; the run itself goes on behind."""
 ASK_DEADLINE = 10.0
 PAGE, PAGES = 100, 10
-"""How many runs of a thread are looked through for a key: nobody has had a thousand runs since a call of ours went unanswered."""
+"""How many runs of a thread are looked through for a key: nobody has had a thousand runs since a
+call of ours went unanswered.
+"""
 LANGSMITH_KEY = "lsv2_"
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,100}")
 _ENDED_BADLY = {
@@ -82,7 +95,8 @@ class LangGraph:
         thread = thread_of(claim)
         if thread is None:
             return Malformed(
-                f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs"
+                f"session_id is {claim.session_id[:100]!r}, which names no thread: "
+                "LangGraph's are UUIDs"
             )
         deadline = min(self._timeout, POST_DEADLINE)
         content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
@@ -149,7 +163,7 @@ class LangGraph:
     async def close(self) -> None:
         await self._http.close()
 
-    # --- addresses -----------------------------------------------------------------------------------------------
+    # --- addresses --------------------------------------------------------------------------------
 
     def _runs(self, thread: UUID) -> str:
         return f"{self._base}/threads/{thread}/runs"
@@ -163,7 +177,7 @@ class LangGraph:
             else None
         )
 
-    # --- questions -----------------------------------------------------------------------------------------------
+    # --- questions --------------------------------------------------------------------------------
 
     async def _listed(
         self, thread: UUID, limit: int, offset: int, *fields: str
@@ -199,7 +213,10 @@ class LangGraph:
             return found
         if any(isinstance(one, dict) and one.get("thread_id") == str(thread) for one in found):
             return Unavailable(
-                "the server knows the thread, and doesn't: it may have been created just now (HTTP 404)",
+                (
+                    "the server knows the thread, and doesn't: it may have been created just now "
+                    "(HTTP 404)"
+                ),
                 404,
             )
         return Gone(404)
@@ -220,7 +237,10 @@ class LangGraph:
         return read(answer)
 
     def _no_assistant(self, status: int) -> Misconfigured:
-        said = f"the server shows no assistant {self._assistant!r}: see RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
+        said = (
+            f"the server shows no assistant {self._assistant!r}: see "
+            f"RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
+        )
         return Misconfigured(said, status)
 
     async def _explained(self, url: str, failed: Failed) -> Failed:
@@ -248,7 +268,9 @@ def credentials(token: str | None) -> dict[str, str]:
 
 
 def thread_of(claim: Claim) -> UUID | None:
-    """The session as a thread; None where its id can't be one. Written out anew, nothing of a hostile id is left in an address."""
+    """The session as a thread; None where its id can't be one. Written out anew, nothing of a
+    hostile id is left in an address.
+    """
     try:
         return UUID(claim.session_id)
     except ValueError:
@@ -256,7 +278,9 @@ def thread_of(claim: Claim) -> UUID | None:
 
 
 def body(claim: Claim, assistant: str) -> bytes:
-    """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it."""
+    """The request's body. Nothing in it changes between two calls under one key; `internal_comment`
+    is not in it.
+    """
     assert claim.message is not None
     message = {
         "role": "user",
@@ -322,7 +346,9 @@ def polled(answer: Answer) -> Outcome | StillOn:
 
 
 def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
-    """The list that was asked for; or, in words that begin with `otherwise`, why there is none: asking has started nothing."""
+    """The list that was asked for; or, in words that begin with `otherwise`, why there is none:
+    asking has started nothing.
+    """
     if isinstance(answer, NoAnswer):
         return Unavailable(f"{otherwise}: {answer.reason}")
     if answer.status == 200:
@@ -345,7 +371,10 @@ def _no_langgraph(answer: Answer) -> Outcome:
     outcome = read(answer)
     if not isinstance(outcome, Answered | Failed):
         return outcome
-    said = f"an answer, but not as LangGraph gives them: see RECALL_RUN_URL and RECALL_PROTOCOL (HTTP {answer.status})"
+    said = (
+        "an answer, but not as LangGraph gives them: see RECALL_RUN_URL and "
+        f"RECALL_PROTOCOL (HTTP {answer.status})"
+    )
     return Misconfigured(said, answer.status)
 
 

@@ -1,10 +1,13 @@
-"""The native protocol: DESIGN's run endpoint, spoken by APIs that were written for it (and by `recall-worker reference-api`).
+"""The native protocol: DESIGN's run endpoint, spoken by APIs that were written for it (and by
+`recall-worker reference-api`).
 
-What its server can do: check and start atomically (409), name a missing session (404 with a code), resolve_move `Idempotency-Key`, answer when the
-run has ended or accept it and be polled (202 with `Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE on the
-same address). Nothing needs looking up before a second post, as that carries the same key.
+What its server can do: check and start atomically (409), name a missing session (404 with a code),
+resolve_move `Idempotency-Key`, answer when the run has ended or accept it and be polled (202 with
+`Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE on the same
+address). Nothing needs looking up before a second post, as that carries the same key.
 
-An accepted run is polled at its Location, or at `<run url>/<run_id>`; only on RECALL_RUN_URL's own origin, or the token would leak.
+An accepted run is polled at its Location, or at `<run url>/<run_id>`; only on RECALL_RUN_URL's own
+origin, or the token would leak.
 
 Never here: headers, signatures and the table of statuses, which all protocols share (contract).
 """
@@ -88,7 +91,9 @@ class Native:
         return None
 
     def _polled_at(self, claim: Claim, reference: str) -> str | None:
-        """A stored reference as an address, if it is one of the endpoint's own origin: what a row holds is hostile."""
+        """A stored reference as an address, if it is one of the endpoint's own origin: what a row
+        holds is hostile.
+        """
         return same_origin(address(self._url, claim.session_id), reference)
 
     async def close(self) -> None:
@@ -125,8 +130,8 @@ def written(
     scheduled_for: datetime,
     missed: int,
 ) -> list[bytes | memoryview]:
-    """The body's JSON in pieces: one, or several where the message is long, as the message stands in
-    the body twice and would be held twice.
+    """The body's JSON in pieces: one, or several where the message is long, as the message stands
+    in the body twice and would be held twice.
 
     Put together by hand, as it is made for every call and its shape is fixed: a tenth of the
     worker's time went into it.
@@ -156,7 +161,9 @@ _text = json.JSONEncoder().encode
 
 
 def accepted(answer: Answer, url: str) -> Outcome | None:
-    """Accepted, where that is what the answer says; Unknown where the run was accepted but can't be followed; else None."""
+    """Accepted, where that is what the answer says; Unknown where the run was accepted but can't be
+    followed; else None.
+    """
     if not 200 <= answer.status < 300:
         return None
     document = read_json(answer.body) if answer.body and not answer.truncated else None
@@ -182,7 +189,10 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
         # A text that is none (half a surrogate pair), or without end: nothing of it is stored.
         if not PRINTABLE.fullmatch(where):
             return Unknown(
-                f"the run was accepted under a name that no address can hold (HTTP {answer.status})",
+                (
+                    "the run was accepted under a name that no address can hold (HTTP "
+                    f"{answer.status})"
+                ),
                 answer.status,
             )
         return Accepted(where, answer.status)

@@ -1,7 +1,8 @@
 """Following a run that the API accepted: with what patience it is asked for, and when that ends.
 
-The server's Retry-After is obeyed; without one the pause grows gently. Trouble on the way (no connection, 5xx, a token refused) ends
-nothing: the run goes on at the server, so it is asked for again until its time is up.
+The server's Retry-After is obeyed; without one the pause grows gently. Trouble on the way (no
+connection, 5xx, a token refused) ends nothing: the run goes on at the server, so it is asked for
+again until its time is up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class StillOn:
 
 
 async def follow(ask: Callable[[], Awaitable[Outcome | StillOn]], within: float) -> Outcome:
-    """Ask until there is an outcome, at most `within` seconds; then Unknown, saying what the last trouble was."""
+    """Ask until there is an outcome, at most `within` seconds; then Unknown, saying what the last
+    trouble was.
+    """
     pause, trouble = FIRST, None
     try:
         async with asyncio.timeout(max(0.0, within)):
