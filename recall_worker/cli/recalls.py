@@ -1,4 +1,4 @@
-"""`schedule`, `list`, `show`: recalls as an operator makes and sees them."""
+"""`schedule`, `list`, `show`: how an operator creates and reads recalls."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def schedule(
         "every": _span(every, "--every"),
         "grid": _span(grid, "--grid"),
         "cron": cron,
-        # Besides cron it says by which clock --at and --until are meant.
+        # Without cron it is only the zone of --at and --until.
         "time_zone": time_zone if cron is not None or (at is None and until is None) else None,
         "until": None if until is None else instant(until, "--until", where),
         "times": times,
@@ -94,7 +94,7 @@ def schedule(
         "jitter": _span(jitter, "--jitter"),
     }
     with explained():
-        # Said before PostgreSQL is asked for anything; its own clock then decides.
+        # Mistakes are reported before a connection is opened; then PostgreSQL's clock decides.
         cadence.plan(datetime.now(UTC), 0.0, **told)
     client = statements.load("client")
     with connect(dsn) as conn:
@@ -110,7 +110,7 @@ def schedule(
             row = conn.execute(client["schedule"].encode(), values).fetchone()
         except errors.UniqueViolation:
             raise Trouble(
-                f"session {session} has a pending recall already, and holds one at a time",
+                f"session {session} already has a pending recall, and can have only one",
                 command("list", "--session", session),
                 command("cancel", "--session", session),
             ) from None
@@ -130,7 +130,7 @@ def schedule(
 
 @contextlib.contextmanager
 def explained(hint: str = "recall-worker schedule --help") -> Iterator[None]:
-    """What can't be kept is a trouble of usage."""
+    """A rule that can't be kept is a usage error."""
     try:
         yield
     except CadenceError as error:
@@ -160,7 +160,7 @@ def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
         return when
     except (ValueError, OverflowError):
         raise Trouble(
-            f"{option} {text!r} is no time",
+            f"{option} {text!r} is not a time",
             f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00",
             status=USAGE,
         ) from None
@@ -198,7 +198,7 @@ def list_recalls(
             if user is None:
                 raise
             raise Trouble(
-                "this database has no table sessions, so nobody's sessions are known",
+                "this database has no table sessions, so a user's sessions are not known",
                 "--session ID",
             ) from None
         now = clock(conn)
@@ -249,7 +249,7 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
         print_json({"recall": row, "calls": calls})
         return
     if row is None:
-        tell("The recall is gone (deleted, or its session was); its calls are on record:")
+        tell("The recall is gone (it or its session was deleted); its calls are on record:")
     else:
         message = row["additional_context_message"]
         facts = [
@@ -329,7 +329,7 @@ def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
 
 
 def nature(row: Mapping[str, Any]) -> str:
-    """How a recall recurs, in a word or a few."""
+    """How a recall recurs, in a few words."""
     if row["call_type"] != "recurring":
         return str(row["call_type"])
     if row["cadence"] == "cron":
@@ -364,7 +364,7 @@ def _stands_for(row: Mapping[str, Any]) -> str | None:
     ):
         return None
     if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
-        return None  # It was moved, and will stand for something else.
+        return None  # It was moved: the claim will set another nominal time.
     missed = f", and {row['missed']} missed after it" if row["missed"] else ""
     return f"{local(row['scheduled_for'])}{missed}"
 
@@ -385,7 +385,7 @@ def _so_far(row: dict[str, Any]) -> str:
 
 
 def _line(text: str, most: int) -> str:
-    """A message in one line; of a long one the beginning, and how long it is."""
+    """A message in one line; if it is long, its beginning and its length."""
     line = " ".join(text[:most].split())
     return line if len(text) <= most else f"{line} … ({len(text):,} characters)"
 

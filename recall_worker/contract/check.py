@@ -12,6 +12,7 @@ session that was not named (but for one that does not exist).
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -272,8 +273,8 @@ class Check:
         for token, which in (("wrong-" + secrets.token_hex(8), "a wrong token"), ("", "no token")):
             key = self._probes.new_key()
             reply = await self._probes.when_free(
-                lambda key=key, token=token: self._probes.call(key, token=token)
-            )  # type: ignore[misc]
+                functools.partial(self._probes.call, key, token=token)
+            )
             if reply.got_in:
                 await self._probes.to_its_end(reply)
             if reply.status not in (401, 403):

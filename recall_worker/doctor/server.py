@@ -61,7 +61,7 @@ async def database(exam: Examination) -> None:
                 "the primary's address in RECALL_DSN, or both, with target_session_attrs=read-write"
             )
         )
-        exam.find(PROBLEM, "this is a standby: it accepts no writes", todo)
+        exam.find(PROBLEM, "this is a standby: it takes no writes", todo)
     elif row["read_only"]:
         todo = (
             "alter role or database … set default_transaction_read_only = off; or the "
