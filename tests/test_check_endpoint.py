@@ -430,7 +430,7 @@ def test_requests_are_bounded(seen: dict[str, Seen]) -> None:
     ("name", "row", "says"),
     [
         ("queues", "busy", "made to wait"),
-        ("runs beside", "busy", "ran beside one another"),
+        ("runs beside", "busy", "ran at the same time"),
         ("says busy with 200", "busy", "busy is no success"),
         ("forgets keys", "key_after", "it ran again"),
         ("pending for ever", "key_after", "another run"),
