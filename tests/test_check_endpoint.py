@@ -429,9 +429,9 @@ def test_requests_are_bounded(seen: dict[str, Seen]) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "says"),
     [
-        ("queues", "busy", "made to wait"),
+        ("queues", "busy", "waited for one another"),
         ("runs beside", "busy", "ran at the same time"),
-        ("says busy with 200", "busy", "busy is no success"),
+        ("says busy with 200", "busy", "busy must not be answered as a success"),
         ("forgets keys", "key_after", "it ran again"),
         ("pending for ever", "key_after", "another run"),
         ("does not name the session", "missing", "HTTP 404 (read as misconfigured)"),

@@ -1,10 +1,10 @@
 """What the demo promises, and whether it was kept: expected against seen. Pure: evidence in,
 expectations out.
 
-Evidence is what the agent's API saw and what stands in PostgreSQL at the end, never what the daemon
+Evidence is what the agent's API saw and what PostgreSQL holds at the end, never what the daemon
 says of itself. All instants are of one clock, as the demo's PostgreSQL and its API share a machine.
 
-Never here: how the evidence came about (demo), or how it is shown.
+Never here: how the evidence was collected (demo), or how it is shown.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 ON_TIME = 1.0
-"""Seconds after its due moment within which a call counts as on time; the figures say how far below
-it stayed.
+"""Seconds after its due moment within which a call counts as on time; the figures show the measured
+values.
 """
 INTERVAL = 2
 LINKS = 5
@@ -33,9 +33,9 @@ class Visit:
     key: str
     at: datetime
     http_status: int | None
-    """None where the caller hung up."""
+    """None if the caller disconnected."""
     message: str | None = None
-    """What the agent was told; None where no run was started."""
+    """The agent's message; None if no run was started."""
     scheduled_for: datetime | None = None
     ended_at: datetime | None = None
     left_at: datetime | None = None
@@ -56,7 +56,7 @@ class Evidence:
     """Calls on record in PostgreSQL."""
     person_left: datetime | None
     cancelled: dict[str, datetime]
-    """When the cancel of a session's recall had been committed."""
+    """When the cancel of a session's recall was committed."""
     daemon_status: int | None
     """How the daemon's process ended after SIGTERM."""
 
@@ -95,11 +95,11 @@ class Expectation:
 
 
 TIMED = ("hello", "build", "report", "inbox")
-"""The sessions whose runs had nothing to wait for but their time."""
+"""The sessions whose runs waited only for their time."""
 
 
 def lateness(evidence: Evidence) -> list[float]:
-    """Seconds that the timed runs came late."""
+    """The lateness of the timed runs, in seconds."""
     return [visit.lateness for session in TIMED for visit in evidence.runs(session)]
 
 
