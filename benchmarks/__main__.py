@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, says it in tables, and writes it down. See the package's
+"""`python -m benchmarks`: measures, prints tables, and writes them down. See the package's
 docstring.
 """
 

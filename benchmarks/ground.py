@@ -1,5 +1,4 @@
-"""The ground on which everything is measured: PostgreSQL, the sink, the installed packages, the
-kernel's clocks.
+"""What all measurements share: PostgreSQL, the sink, the installed packages, the kernel's clocks.
 
 Never here: what is measured (measures/), who is compared (contenders.py).
 """
@@ -75,7 +74,7 @@ class Sink:
         return self._ask("wait", within=within, **least)
 
     def between(self, since: int, until: int) -> int:
-        """How many requests arrived in this span."""
+        """The number of requests that arrived in this span."""
         return int(self._ask("between", since=since, until=until)["count"])
 
     def probes(self) -> dict[str, int]:
@@ -105,8 +104,7 @@ class Ground:
                 )
             )
             self.scratch.chmod(0o711)
-            # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL
-            # comes.
+            # A given directory is kept, so fsync and all other settings are PostgreSQL's defaults.
             self.server = stack.enter_context(
                 EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"})
             )
@@ -143,12 +141,12 @@ class Ground:
             self.maintenance.execute(
                 sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
             )
-            # The next one should not pay for what this one left to be written.
+            # The next one should not pay for this one's unwritten pages.
             self.maintenance.execute("checkpoint")
 
     def transactions(self, dsn: str) -> int:
-        """Transactions of this database so far, as PostgreSQL counts them: a backend tells its own
-        within a second.
+        """Transactions of this database so far, as PostgreSQL counts them: a backend reports its
+        own within a second.
         """
         name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
         self.maintenance.execute("select pg_stat_clear_snapshot()")
@@ -228,7 +226,7 @@ class Ground:
         return place
 
     def machine(self) -> dict[str, str]:
-        """What was measured on, and with: no names of hosts, no paths."""
+        """The machine and the versions of the measurement: no names of hosts, no paths."""
         packages = (
             "recall-worker",
             "psycopg",

@@ -1,9 +1,9 @@
 """The run endpoint of the benchmarks: answers at once, and stamps each arrival with the monotonic
 clock (nanoseconds).
 
-`POST …/<session>`. All arrivals are stamped; of sessions whose name begins with `p` (probes) it is
-also kept which one came when. Sessions whose name begins with `h` are held: answered after `hold`
-seconds. Told and asked by lines of JSON on stdin and stdout: see `Sink` in ground.py.
+`POST …/<session>`. All arrivals are stamped; for sessions whose name begins with `p` (probes) the
+arrival is kept by name. Sessions whose name begins with `h` are held: answered after `hold`
+seconds. Controlled and queried by lines of JSON on stdin and stdout: see `Sink` in ground.py.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ Post = Callable[[int, str, dict[str, str], bytes], Awaitable[Any]]
 
 
 class Sink(asyncio.Protocol):
-    """The least of an HTTP server: finds where a request ends, answers, keeps the connection."""
+    """A minimal HTTP server: finds the end of a request, answers, keeps the connection."""
 
     length = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 
@@ -85,15 +85,16 @@ class Sink(asyncio.Protocol):
 
 
 async def serve() -> None:
-    """Listens on a free port of the loopback interface, says which on stdout, ends with its stdin."""
+    """Listens on a free loopback port, prints it on stdout, and ends when stdin is closed."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Sink, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
 
-# ------------------------------------------------------------------------------------------------------- candidates
-# Each is an async context manager that is told how many slots there are and gives the function that posts once.
+# --- candidates -----------------------------------------------------------------------------------
+# Each is an async context manager that takes the number of slots and returns the function that
+# posts once.
 
 
 @asynccontextmanager

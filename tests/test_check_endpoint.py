@@ -472,7 +472,7 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
             known.keys(),
             known["recall"].keys(),
         )
-        assert MESSAGE in request.document["user_message"] and "escape_controls" in MESSAGE
+        assert MESSAGE in request.document["user_message"] and "harmless" in MESSAGE
         assert (
             request.document["system_message"]
             == f"[Scheduled recall] {request.document['user_message']}"

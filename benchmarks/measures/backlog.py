@@ -1,4 +1,4 @@
-"""Runs a second where recalls wait, and what a run costs."""
+"""Runs a second while recalls wait, and what a run costs."""
 
 from __future__ import annotations
 

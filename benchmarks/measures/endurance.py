@@ -1,6 +1,6 @@
-"""One worker at speed for minutes: what the tables and indexes grow to, and whether it gets slower;
-once with every row kept, once with a worker that prunes: there all comes to a standstill, rows,
-pages and latency.
+"""One worker at full speed for minutes: how large tables and indexes grow, and whether it gets
+slower; once with every row kept, once with a worker that prunes: there rows, pages and latency
+should stop growing.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from ..figures import number, percentile, table
 
 TITLE = "Endurance"
 SLOTS = 200
-AHEAD = 600
-"""Rows that wait at most."""
+WAITING_MOST = 600
+"""The most rows that wait at a time."""
 BATCH = 200
 EVERY = 5.0
 RETENTION = 20
-"""Seconds for which the worker that prunes keeps what is over."""
+"""Seconds for which the worker that prunes keeps ended recalls."""
 PHASES = {"kept": 80.0, "pruned": 180.0}
-"""Seconds of each. PostgreSQL vacuums once a minute at most: three times must do to see whether
-anything still grows.
+"""Seconds of each. PostgreSQL vacuums once a minute at most: three times show whether anything
+still grows.
 """
 SIZES = """
 select json_object_agg(c.relname, json_build_object(
-    'mib', round(pg_relation_size(c.oid) / 1048576.0, 2), 'dead', coalesce(s.n_dead_tup, 0), 'live', coalesce(s.n_live_tup, 0),
-    'updates', coalesce(s.n_tup_upd, 0), 'hot', coalesce(s.n_tup_hot_upd, 0), 'autovacuums', coalesce(s.autovacuum_count, 0)))
+    'mib', round(pg_relation_size(c.oid) / 1048576.0, 2),
+    'dead', coalesce(s.n_dead_tup, 0), 'live', coalesce(s.n_live_tup, 0),
+    'updates', coalesce(s.n_tup_upd, 0), 'hot', coalesce(s.n_tup_hot_upd, 0),
+    'autovacuums', coalesce(s.autovacuum_count, 0)))
 from pg_class c left join pg_stat_user_tables s on s.relid = c.oid
 where c.relkind in ('r', 'i') and c.relname ~ 'recall' and pg_relation_size(c.oid) > 0"""
 TABLES = ("session_recalls", "recall_attempts")
@@ -51,7 +53,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
         used = field.cpu(), ground.postgres_cpu()
         while time.monotonic() - began < seconds:
             count = ground.sink.state()["count"]
-            if inserted - count < AHEAD:
+            if inserted - count < WAITING_MOST:
                 field.fill(f"e{inserted}-", BATCH)
                 probe = f"p{inserted}"
                 committed[probe] = field.insert(probe)
@@ -85,9 +87,9 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    # Figures from before there was a phase that prunes are of the other one.
+    # Old figures, without a phase that prunes, are those of "kept".
     phases = found if "kept" in found else {"kept": found}
-    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {AHEAD} wait).\n\n"
+    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {WAITING_MOST} wait).\n\n"
     for phase, its in phases.items():
         how = (
             "No row was pruned"
@@ -126,8 +128,8 @@ def report(found: dict[str, Any]) -> str:
 
 
 def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
-    """What each table and index has come to; where rows are pruned, against two thirds of the way:
-    what has stopped growing is as large.
+    """The size of each table and index; if rows are pruned, beside its size at two thirds of the
+    time, which shows what has stopped growing.
     """
     last, before, runs = (
         samples[-1]["sizes"],

@@ -1,6 +1,4 @@
-"""Several workers on one PostgreSQL, on one machine: what they carry together, and what there is
-least of.
-"""
+"""Several workers on one PostgreSQL, on one machine: their total throughput and what limits it."""
 
 from __future__ import annotations
 

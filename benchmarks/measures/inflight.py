@@ -1,4 +1,4 @@
-"""Ten thousand runs open at once in one worker, at an API that takes a minute."""
+"""Ten thousand runs open at once in one worker, at an API that takes a minute for each."""
 
 from __future__ import annotations
 

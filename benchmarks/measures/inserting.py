@@ -1,5 +1,5 @@
-"""What the table's triggers cost the application that inserts: pgbench with 32 clients, no worker
-about.
+"""The cost of the table's triggers for the application that inserts: pgbench with 32 clients, while
+no worker runs.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def report(found: dict[str, Any]) -> str:
     )
     near = spread(found[NEAR])["median"]
     return said + (
-        "\nWhat is due within a minute rings, and a ring takes a lock at commit that spans "
-        f"the database: {near:,.0f} such inserts a second"
-        " are the most here. An application that nears this rate should insert them due a "
-        "minute ahead, ring once for many, or turn to"
-        " polling: connect with `options=-crecall_worker.rings=off`, and set "
-        "RECALL_POLL_INTERVAL to the lateness that it can bear.\n"
+        "\nA recall due within a minute sends a notification, which takes a lock of the whole "
+        f"database at commit: {near:,.0f} such inserts a second are the most here. An "
+        "application that approaches this rate should insert recalls due later than a minute, "
+        "notify once for many, or use polling: connect with "
+        "`options=-crecall_worker.rings=off`, and set RECALL_POLL_INTERVAL to the lateness "
+        "that it accepts.\n"
     )

@@ -1,4 +1,4 @@
-"""Where a worker's CPU goes at a backlog, by part, as py-spy samples it; and what each part buys."""
+"""Where a worker's CPU goes at a backlog, by part, sampled by py-spy; and what each part is for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "A run's microseconds, by part"
 SLOTS = 200
 
 PARTS = {
-    # What is found first, anywhere in a stack, has the sample.
+    # The first part found anywhere in a stack gets the sample.
     "settle: parameters": (
         "recall_worker/database/pipeline.py:_array",
         "recall_worker/database/ledger.py:_settle",

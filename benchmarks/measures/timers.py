@@ -1,5 +1,5 @@
-"""From a due instant to the request's arrival; the same with millions of rows in the table; and
-what a claim costs then.
+"""From a due instant to the request's arrival; the same with millions of rows in the table; and the
+cost of a claim then.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ STEP = timedelta(milliseconds=20)
 LOADED = "recall-worker, table filled"
 CLAIMED = 10
 LOAD = """
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at, planned_at{more})
-select '{prefix}' || n, '{prefix}' || n, 'once', now() + {due}, 'Look at the build again.', '{status}', now(), now(), now() + {due}{values}
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at, planned_at{more})
+select '{prefix}' || n, '{prefix}' || n, 'once', now() + {due}, 'Look at the build again.',
+    '{status}', now(), now(), now() + {due}{values}
 from generate_series({first}, {last}) n"""
 MARKS = """
-insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
-    ended_at, http_status, settled)
-select 's' || n, 1, 0, 1, 'answered', 's' || n, 'worker', gen_random_uuid(), now(), now(), now(), now() - interval '1 day', 200, 'fired'
+insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
+    lease, scheduled_for, called_at, last_called_at, ended_at, http_status, settled)
+select 's' || n, 1, 0, 1, 'answered', 's' || n, 'worker', gen_random_uuid(), now(), now(), now(),
+    now() - interval '1 day', 200, 'fired'
 from generate_series({first}, {last}) n"""
 
 
@@ -61,7 +64,7 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
     due = {f"{prefix}{n}": start + n * STEP for n in range(instants)}
     for session, at in due.items():
         field.insert(session, at)
-    # PostgreSQL is on this host: its clock is this one.
+    # PostgreSQL is on this host and uses this clock.
     offset = time.time_ns() - time.monotonic_ns()
     sink.wait(3 + instants * STEP.total_seconds() + 12, probes=instants)
     arrived = sink.probes()
@@ -78,8 +81,8 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
 
 
 def _load(field: Field, first: int, last: int) -> None:
-    """So many recalls wait for another day, and as many are settled, with their marks. Triggers are
-    for what applications write.
+    """Write recalls that wait for another day, and as many settled ones with their calls. Without
+    triggers, which are for what applications write.
     """
     field.connection.execute("set session_replication_role = replica")
     for prefix, due, status, more, values in (

@@ -1,5 +1,5 @@
-"""From the commit of an insert to the request's arrival, at idle workers; and what an insert costs
-where many are idle.
+"""From the commit of an insert to the request's arrival, with idle workers; and the cost of an
+insert when many are idle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..figures import curve, judged, percentile, ratio, shown, spread, table
 TITLE = "Waking: from commit to request"
 SLOTS = 10
 STATISTICS_LAG = 10.5
-"""Seconds after which an idle backend has told its counters."""
+"""Seconds after which an idle backend has reported its counters."""
 
 
 def measure(contest: Contest) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _one(
             "workers_ms": used[1] * 1000 / inserts,
         }
         if counting:
-            # A backend that ends has told all.
+            # A backend reports all its counters when it ends.
             field.stop()
             field.connection.close()
             time.sleep(0.5)
@@ -125,12 +125,11 @@ def report(found: dict[str, Any]) -> str:
                 else ""
             )
             parts.append(
-                f"\n*{BARE}*: what is left where no promise is kept but to call. It listens, "
-                "claims the oldest row by the shortest statement that"
-                " does, calls through the same transport and writes that it has, over "
-                "recall-worker's own connections to PostgreSQL: no rules of"
-                " sessions, no keys, no attempts, nothing taken up after a crash, nothing "
-                "told. recall-worker's p50 is"
+                f"\n*{BARE}*: only what any worker must do. It listens, claims the oldest row by "
+                "the shortest possible statement, calls through the same transport and writes "
+                "that it has, over recall-worker's own connections to PostgreSQL: no rules of "
+                "sessions, no keys, no attempts, no take-over after a crash, no log. "
+                "recall-worker's p50 is"
                 f" {shown(ratio(mine, least))} times as long{beside}.\n"
             )
         parts.append("\n")
