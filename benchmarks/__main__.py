@@ -1,4 +1,6 @@
-"""`python -m benchmarks`: measures, says it in tables, and writes it down. See the package's docstring."""
+"""`python -m benchmarks`: measures, prints tables, and writes them down. See the package's
+docstring.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Who is compared: how each one's schema is made, how rows are written for it, and how its workers are started.
+"""Who is compared: how each one's schema is made, how rows are written for it, and how its workers
+are started.
 
-The statements are what each library's own "defer", "enqueue" or "add_job" sends, with `%(session)s`, `%(message)s` and `%(due)s` (null: now).
+The statements are what each library's own "defer", "enqueue" or "add_job" sends, with
+`%(session)s`, `%(message)s` and `%(due)s` (null: now).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Contender:
     command: Callable[[Ground, str, str, int], tuple[list[str], dict[str, str]]]
     """(ground, dsn, url, slots) → arguments and further environment."""
     speed: int
-    """Runs a second that it does not reach: as many rows wait for it as it could do."""
+    """More runs a second than it can do: so many rows are written for each second."""
 
 
 def _ours_install(ground: Ground, dsn: str) -> None:
@@ -88,7 +90,7 @@ def _pgqueuer_install(ground: Ground, dsn: str) -> None:
 
 
 def _needs(module: str) -> None:
-    """Raises ImportError where it is not installed."""
+    """Raises ImportError if it is not installed."""
     importlib.import_module(module)
 
 
@@ -102,21 +104,24 @@ def _graphile_install(ground: Ground, dsn: str) -> None:
     )
 
 
-_COLUMNS = """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
-    additional_context_message, status, created_at, updated_at)"""
+_COLUMNS = """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
+    internal_comment, additional_context_message, status, created_at, updated_at)"""
 _JOB = "jsonb_build_object('session', {}, 'message', %(message)s::text)"
 _PGQUEUER = """with made as (
     insert into pgqueuer (priority, entrypoint, payload, execute_after, status)
-    select 0, 'call', convert_to({}::text, 'UTF8'), coalesce(%(due)s::timestamptz, now()), 'queued'{}
+    select 0, 'call', convert_to({}::text, 'UTF8'), coalesce(%(due)s::timestamptz, now()),
+        'queued'{}
     returning id, entrypoint, priority
 )
-insert into pgqueuer_log (job_id, status, entrypoint, priority) select id, 'queued', entrypoint, priority from made"""
+insert into pgqueuer_log (job_id, status, entrypoint, priority)
+    select id, 'queued', entrypoint, priority from made"""
 _SERIES = " from generate_series(1, %(n)s) n"
 _NTH = "%(session)s::text || n"
-_RECALL = f"""{_COLUMNS} values (%(session)s, %(session)s, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
-    %(message)s, 'pending', now(), now())"""
-_RECALLS = f"""{_COLUMNS} select {_NTH}, {_NTH}, 'once', coalesce(%(due)s::timestamptz, now()), null, null,
-    %(message)s, 'pending', now(), now(){_SERIES}"""
+_RECALL = f"""{_COLUMNS} values (%(session)s, %(session)s, 'once',
+    coalesce(%(due)s::timestamptz, now()), null, null, %(message)s, 'pending', now(), now())"""
+_RECALLS = f"""{_COLUMNS} select {_NTH}, {_NTH}, 'once',
+    coalesce(%(due)s::timestamptz, now()), null, null, %(message)s, 'pending', now(), now(){_SERIES}
+"""
 
 CONTENDERS = {
     made.name: made
@@ -124,9 +129,11 @@ CONTENDERS = {
         Contender(OURS, _RECALL, _RECALLS, _ours_install, _ours("run"), 12000),
         Contender(
             "procrastinate",
-            f"""select procrastinate_defer_jobs_v1(array[row('default', 'call', 0, null, null, {_JOB.format("%(session)s::text")},
+            f"""select procrastinate_defer_jobs_v1(array[row('default', 'call', 0, null, null,
+                {_JOB.format("%(session)s::text")},
                 %(due)s::timestamptz)::procrastinate_job_to_defer_v1])""",
-            f"""select procrastinate_defer_jobs_v1(array_agg(row('default', 'call', 0, null, null, {_JOB.format(_NTH)},
+            f"""select procrastinate_defer_jobs_v1(array_agg(row('default', 'call', 0, null, null,
+                {_JOB.format(_NTH)},
                 %(due)s::timestamptz)::procrastinate_job_to_defer_v1)){_SERIES}""",
             _procrastinate_install,
             _python("procrastinate"),
@@ -142,9 +149,13 @@ CONTENDERS = {
         ),
         Contender(
             "graphile-worker",
-            f"select graphile_worker.add_job('call', {_JOB.format('%(session)s::text')}::json, run_at => %(due)s::timestamptz)",
-            f"""select count(*) from graphile_worker.add_jobs((select array_agg(('call', {_JOB.format(_NTH)}::json, null,
-                %(due)s::timestamptz, null, null, null, null)::graphile_worker.job_spec){_SERIES}))""",
+            (
+                "select graphile_worker.add_job('call', "
+                f"{_JOB.format('%(session)s::text')}::json, run_at => %(due)s::timestamptz)"
+            ),
+            f"""select count(*) from graphile_worker.add_jobs((select array_agg(('call',
+                {_JOB.format(_NTH)}::json, null, %(due)s::timestamptz, null, null, null,
+                null)::graphile_worker.job_spec){_SERIES}))""",
             _graphile_install,
             lambda ground, dsn, url, slots: (
                 ["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)],
@@ -188,7 +199,7 @@ class Field:
         self._warmed = 0
 
     def insert(self, session: str, due: datetime | None = None) -> int:
-        """Write one row; the monotonic instant at which its commit was known."""
+        """Write one row; returns the monotonic instant at which its commit was known."""
         self.connection.execute(
             self.contender.one, {"session": session, "message": MESSAGE, "due": due}
         )
@@ -226,7 +237,7 @@ class Field:
             )
 
     def settle_down(self, within: float = 60.0) -> None:
-        """Wait until all workers are about: a first row was called for, and no more connections are being opened."""
+        """Wait until all workers run: a first row was called, and no more connections open."""
         self.ground.sink.reset()
         self._warmed += 1
         self.insert(f"p-warm-{self._warmed}")
@@ -253,7 +264,7 @@ class Field:
         return (self.ground.scratch / "log-0").read_text(errors="replace")
 
     def stop(self, kill: bool = True) -> None:
-        """End all workers: at once, as most of what is measured leaves rows that nobody needs."""
+        """End all workers: at once, as most measurements leave rows that nobody needs."""
         for process in self.processes:
             process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         for process in self.processes:
@@ -269,7 +280,7 @@ class Field:
 
 
 class Contest:
-    """The contenders that this machine has the packages for; their empty databases are made once."""
+    """The contenders whose packages are installed; their empty databases are created once."""
 
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
@@ -278,7 +289,7 @@ class Contest:
 
     @contextmanager
     def field(self, name: str) -> Iterator[Field]:
-        """A contender on a new database of its own. Raises LookupError where it can't be had."""
+        """A contender on a new database of its own. Raises LookupError if it is not installed."""
         contender = CONTENDERS[name]
         with self.ground.database(self._template(contender)) as dsn:
             field = Field(self.ground, contender, dsn)
@@ -289,7 +300,7 @@ class Contest:
                 field.connection.close()
 
     def present(self, *names: str) -> list[str]:
-        """Those of them that can be had here."""
+        """Those of them that are installed here."""
         found = []
         for name in names:
             if name in self.missing:

@@ -1,4 +1,4 @@
-"""Figures and how they are shown: medians with the least and the most, ratios of pairs, tables, targets."""
+"""Figures and how they are shown: medians with least and most, ratios of pairs, tables, targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of all lies, the nearest of those that are there."""
+    """The value below which this share of all values lies, the nearest existing one."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -29,19 +29,19 @@ def curve(values: Sequence[float]) -> list[float]:
 
 
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Round by round, as the machine's slow minutes hit both."""
+    """Round by round, as a slow minute of the machine affects both."""
     return spread([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
 def number(value: float) -> str:
-    """Three figures that count, thousands set off."""
+    """Three significant figures, with separators of thousands."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def shown(found: Spread, factor: float = 1.0) -> str:
-    """`2.10 (1.90 to 2.41)`, or the value alone where there was one round."""
+    """`2.10 (1.90 to 2.41)`, or the value alone if there was one round."""
     least, median, most = (found[name] * factor for name in ("least", "median", "most"))
     return (
         number(median) if least == most else f"{number(median)} ({number(least)} to {number(most)})"

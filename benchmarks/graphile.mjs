@@ -1,4 +1,5 @@
-// graphile-worker as its performance page has it: local queue, batched completion, a pool as large as the concurrency (within reason).
+// graphile-worker as on its performance page: local queue, batched completion, a pool as large as
+// the concurrency (up to 25).
 import { Logger, run } from "graphile-worker";
 import { Agent, request } from "undici";
 

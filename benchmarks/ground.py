@@ -1,4 +1,4 @@
-"""The ground on which everything is measured: PostgreSQL, the sink, the installed packages, the kernel's clocks.
+"""What all measurements share: PostgreSQL, the sink, the installed packages, the kernel's clocks.
 
 Never here: what is measured (measures/), who is compared (contenders.py).
 """
@@ -80,11 +80,13 @@ class Sink:
         return self._ask("state")
 
     def wait(self, within: float, **least: int) -> dict[str, Any]:
-        """Wait until so many arrivals (`count`), `probes`, or calls that are `held`; returns the state, reached or not."""
+        """Wait until so many arrivals (`count`), `probes`, or calls that are `held`; returns the
+        state, reached or not.
+        """
         return self._ask("wait", within=within, **least)
 
     def between(self, since: int, until: int) -> int:
-        """How many requests arrived in this span."""
+        """The number of requests that arrived in this span."""
         return int(self._ask("between", since=since, until=until)["count"])
 
     def probes(self) -> dict[str, int]:
@@ -114,7 +116,7 @@ class Ground:
                 )
             )
             self.scratch.chmod(0o711)
-            # A directory that is given is one to be kept, so fsync and all else are as PostgreSQL comes.
+            # A given directory is kept, so fsync and all other settings are PostgreSQL's defaults.
             self.server = stack.enter_context(
                 EmbeddedServer(self.scratch / "pg", settings={"max_connections": "500"})
             )
@@ -134,7 +136,7 @@ class Ground:
     ) -> None:
         self._stack.close()
 
-    # --- databases -----------------------------------------------------------------------------------------------
+    # --- databases --------------------------------------------------------------------------------
 
     @contextmanager
     def database(self, template: str = "template0") -> Iterator[str]:
@@ -151,11 +153,13 @@ class Ground:
             self.maintenance.execute(
                 sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
             )
-            # The next one should not pay for what this one left to be written.
+            # The next one should not pay for this one's unwritten pages.
             self.maintenance.execute("checkpoint")
 
     def transactions(self, dsn: str) -> int:
-        """Transactions of this database so far, as PostgreSQL counts them: a backend tells its own within a second."""
+        """Transactions of this database so far, as PostgreSQL counts them: a backend reports its
+        own within a second.
+        """
         name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
         self.maintenance.execute("select pg_stat_clear_snapshot()")
         row = self.maintenance.execute(
@@ -168,7 +172,7 @@ class Ground:
         """Seconds of CPU that PostgreSQL's living processes have used."""
         return cpu(self.server.processes())
 
-    # --- what is installed ---------------------------------------------------------------------------------------
+    # --- what is installed ------------------------------------------------------------------------
 
     @cached_property
     def cache(self) -> Path:
@@ -184,7 +188,9 @@ class Ground:
 
     @cached_property
     def installed(self) -> Path:
-        """Where the wheel of this checkout is installed, without its dependencies, which are this interpreter's."""
+        """Where the wheel of this checkout is installed, without its dependencies, which are this
+        interpreter's.
+        """
         digest = hashlib.sha256()
         for path in sorted(
             [
@@ -214,7 +220,9 @@ class Ground:
 
     @cached_property
     def npm(self) -> Path:
-        """Where the npm packages of package.json are installed, with graphile.mjs beside them. Raises OSError where there is no npm."""
+        """Where the npm packages of package.json are installed, with graphile.mjs beside them.
+        Raises OSError where there is no npm.
+        """
         place = self.cache / "npm"
         place.mkdir(exist_ok=True)
         wanted = (HERE / "package.json").read_bytes()
@@ -230,7 +238,7 @@ class Ground:
         return place
 
     def machine(self) -> dict[str, str]:
-        """What was measured on, and with: no names of hosts, no paths."""
+        """The machine and the versions of the measurement: no names of hosts, no paths."""
         packages = (
             "recall-worker",
             "psycopg",

@@ -1,4 +1,6 @@
-"""One worker of a peer, or the bare loop, as a process: `python -m benchmarks.peers NAME DSN URL SLOTS`. Ends with SIGTERM."""
+"""One worker of a peer, or the bare loop, as a process: `python -m benchmarks.peers NAME DSN URL
+SLOTS`. Ends with SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MESSAGE = "Look at the build again, and say whether it is green. " * 4
 
 
 class Caller:
-    """The run endpoint, called as recall-worker calls it: the same transport, body and number of headers."""
+    """The run endpoint, called as recall-worker calls it: the same transport, body and number of
+    headers.
+    """
 
     def __init__(self, url: str, slots: int) -> None:
         self._url = url
@@ -100,51 +104,56 @@ async def loop(dsn: str, caller: Caller | HttpxCaller, slots: int) -> None:
 
 CLAIM = """with candidate as materialized (
     select id from session_recalls
-    where status in ('pending', 'running') and paused_at is null and coalesce(lease_until, trigger_at) <= now() and lease is null
+    where status in ('pending', 'running') and paused_at is null
+        and coalesce(lease_until, trigger_at) <= now() and lease is null
     order by coalesce(lease_until, trigger_at)
     limit %(slots)s
     for update skip locked
 )
 update session_recalls r
-set lease = gen_random_uuid(), lease_until = now() + interval '60 seconds', leased_at = now(), leased_by = 'bare'
+set lease = gen_random_uuid(), lease_until = now() + interval '60 seconds', leased_at = now(),
+    leased_by = 'bare'
 from candidate c
 where c.id = r.id
 returning r.id, r.session_id, r.additional_context_message"""
-SETTLE = "update session_recalls set status = 'fired', lease = null, lease_until = null where id = %(id)s"
+SETTLE = (
+    "update session_recalls set status = 'fired', lease = null, lease_until = null where "
+    "id = %(id)s"
+)
 
 
 async def bare(dsn: str, caller: Caller, slots: int) -> None:
-    """What is left of a worker that keeps no promise but to call: it listens, claims the row, calls, and writes that it has."""
+    """Only what any worker must do: it listens, claims the row, calls, and writes that it has."""
     import psycopg
 
     from recall_worker.database.connection import Deadlines, QueryConnection
 
-    lines: list[QueryConnection] = []
+    connections: list[QueryConnection] = []
     claims, settles = (
-        QueryConnection(dsn, name, Deadlines(), lines) for name in ("claims", "settles")
+        QueryConnection(dsn, name, Deadlines(), connections) for name in ("claims", "settles")
     )
-    rung = asyncio.Event()
+    notified = asyncio.Event()
     running = set()
 
     async def run(id: str, session: str, message: str) -> None:
         await caller.call(session, message)
         await settles.ask(SETTLE, {"id": id})
 
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as bell:
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as listener:
 
-        def hear() -> None:
-            bell.pgconn.consume_input()
-            while bell.pgconn.notifies() is not None:
-                rung.set()
+        def receive() -> None:
+            listener.pgconn.consume_input()
+            while listener.pgconn.notifies() is not None:
+                notified.set()
 
-        await bell.execute("listen session_recalls")
-        asyncio.get_running_loop().add_reader(bell.fileno(), hear)
+        await listener.execute("listen session_recalls")
+        asyncio.get_running_loop().add_reader(listener.fileno(), receive)
         while True:
-            rung.clear()
+            notified.clear()
             for row in await claims.ask(CLAIM, {"slots": slots}, as_=tuple):
                 running.add(task := asyncio.create_task(run(*row)))
                 task.add_done_callback(running.discard)
-            await rung.wait()
+            await notified.wait()
 
 
 async def procrastinate(dsn: str, caller: Caller, slots: int) -> None:

@@ -1,7 +1,9 @@
-"""The run endpoint of the benchmarks: answers at once, and stamps each arrival with the monotonic clock (nanoseconds).
+"""The run endpoint of the benchmarks: answers at once, and stamps each arrival with the monotonic
+clock (nanoseconds).
 
-`POST …/<session>`. All arrivals are stamped; of sessions whose name begins with `p` (probes) it is also kept which one came when. Sessions whose
-name begins with `h` are held: answered after `hold` seconds. Told and asked by lines of JSON on stdin and stdout: see `Sink` in ground.py.
+`POST …/<session>`. All arrivals are stamped; for sessions whose name begins with `p` (probes) the
+arrival is kept by name. Sessions whose name begins with `h` are held: answered after `hold`
+seconds. Controlled and queried by lines of JSON on stdin and stdout: see `Sink` in ground.py.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from array import array
 from bisect import bisect_left
 from typing import Any
 
-ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n{"status":"completed"}'
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+    b'22\r\n\r\n{"status":"completed"}'
+)
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 stamps = array("q")
@@ -91,9 +96,13 @@ async def reply(asked: dict[str, Any]) -> dict[str, Any]:
         case "probes":
             return probes
     return {
-        "count": len(stamps), "probes": len(probes), "held": held, "answered_last": answered_last,
-        "first": stamps[0] if stamps else 0, "last": stamps[-1] if stamps else 0,
-    }  # fmt: skip
+        "count": len(stamps),
+        "probes": len(probes),
+        "held": held,
+        "answered_last": answered_last,
+        "first": stamps[0] if stamps else 0,
+        "last": stamps[-1] if stamps else 0,
+    }
 
 
 async def main() -> None:

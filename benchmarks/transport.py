@@ -1,22 +1,26 @@
-"""Which HTTP client carries thousands of open calls: requests a second, memory, import time, side by side.
+"""Which HTTP client carries thousands of open calls: requests a second, memory, import time, side
+by side.
 
     python benchmarks/transport.py                      # all candidates, under two minutes
     python benchmarks/transport.py --only aiohttp,nouns --rounds 5 --seconds 2
 
-Every candidate POSTs the same JSON body (about 300 bytes, 8 headers, a path of its own for each session) to a sink in
-another process on the loopback interface and reads a small JSON answer; connections stay open. A slot posts again as
-soon as its answer is in, so `open` is the number of calls in flight at any moment. Each candidate runs in a fresh
-process, rounds are interleaved and start at another candidate each time, so that a slow minute of the machine hits all
-of them. Shown are medians; `±` is half the distance between the best and the worst round, in per cent. A candidate that
-falls below 100 requests a second is spared the higher levels.
+Every candidate POSTs the same JSON body (about 300 bytes, 8 headers, a path of its own for each
+session) to a sink in another process on the loopback interface and reads a small JSON answer;
+connections stay open. A slot posts again as soon as its answer is in, so `open` is the number of
+calls in flight at any moment. Each candidate runs in a fresh process, rounds are interleaved and
+start at another candidate each time, so that a slow minute of the machine hits all of them. Shown
+are medians; `±` is half the distance between the best and the worst round, in per cent. A candidate
+that falls below 100 requests a second is spared the higher levels.
 
-`raw` is no HTTP client: it writes ready-made bytes and counts answers. It shows that sink and machine are not what
-limits the others. `witness` is the shape that recall-worker wants: aiohttp, with a body that notes the moment at which
-it is handed to a live connection, so that a failed call knows whether anything of it was sent. `traced` asks the same
-of aiohttp's TraceConfig, to show what that costs.
+`raw` is no HTTP client: it writes ready-made bytes and counts answers. It shows that sink and
+machine are not what limits the others. `witness` is the shape that recall-worker wants: aiohttp,
+with a body that notes the moment at which it is handed to a live connection, so that a failed call
+knows whether anything of it was sent. `traced` asks the same of aiohttp's TraceConfig, to show what
+that costs.
 
-The measure is the cost of the client alone: the sink answers at once. Figures of two machines are not comparable,
-ratios nearly are. A candidate whose package is missing is skipped and named below the table.
+The measure is the cost of the client alone: the sink answers at once. Figures of two machines are
+not comparable, ratios nearly are. A candidate whose package is missing is skipped and named below
+the table.
 """
 
 from __future__ import annotations
@@ -53,11 +57,11 @@ KEEP_ALIVE = 4.0  # below the 5 s after which uvicorn closes an idle connection
 Post = Callable[[int, str, dict[str, str], bytes], Awaitable[Any]]
 
 
-# ---------------------------------------------------------------------------------------------------------- the sink
+# --------------------------------------------------------------------------------------------------
 
 
 class Sink(asyncio.Protocol):
-    """The least of an HTTP server: finds where a request ends, answers, keeps the connection."""
+    """A minimal HTTP server: finds the end of a request, answers, keeps the connection."""
 
     length = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 
@@ -81,15 +85,16 @@ class Sink(asyncio.Protocol):
 
 
 async def serve() -> None:
-    """Listens on a free port of the loopback interface, says which on stdout, ends with its stdin."""
+    """Listens on a free loopback port, prints it on stdout, and ends when stdin is closed."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Sink, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
 
-# ------------------------------------------------------------------------------------------------------- candidates
-# Each is an async context manager that is told how many slots there are and gives the function that posts once.
+# --- candidates -----------------------------------------------------------------------------------
+# Each is an async context manager that takes the number of slots and returns the function that
+# posts once.
 
 
 @asynccontextmanager
@@ -154,7 +159,9 @@ async def httpx_aiohttp(slots: int) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def httpcore_slots(slots: int) -> AsyncIterator[Post]:
-    """httpcore without httpx: one bare connection for each slot, replaced once it is closed or stale."""
+    """httpcore without httpx: one bare connection for each slot, replaced once it is closed or
+    stale.
+    """
     import httpcore
 
     origin: httpcore.Origin | None = None
@@ -191,7 +198,9 @@ async def httpcore_slots(slots: int) -> AsyncIterator[Post]:
 
 
 def aiohttp_session(**options: Any) -> Any:
-    """A session without a memory of its own: no cookies, no environment, no cap on connections, nothing unpacked."""
+    """A session without a memory of its own: no cookies, no environment, no cap on connections,
+    nothing unpacked.
+    """
     import aiohttp
 
     return aiohttp.ClientSession(
@@ -222,7 +231,9 @@ async def aiohttp_bare(slots: int) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def aiohttp_traced(slots: int) -> AsyncIterator[Post]:
-    """aiohttp with a TraceConfig that notes connections made and reused, headers and body handed over."""
+    """aiohttp with a TraceConfig that notes connections made and reused, headers and body handed
+    over.
+    """
     import aiohttp
     from yarl import URL
 
@@ -251,18 +262,22 @@ async def aiohttp_traced(slots: int) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def aiohttp_witness(slots: int) -> AsyncIterator[Post]:
-    """aiohttp with a body that knows whether it was handed to a connection, and an answer read up to a limit."""
+    """aiohttp with a body that knows whether it was handed to a connection, and an answer read up
+    to a limit.
+    """
     import aiohttp
     from yarl import URL
 
     class Witness(aiohttp.BytesPayload):
-        """The body of one call. Headers and body leave in one write, and this is asked for the body just before."""
+        """The body of one call. Headers and body leave in one write, and this is asked for the body
+        just before.
+        """
 
         sent = False
 
         async def write_with_length(self, writer: Any, content_length: int | None) -> None:
-            # A turn of the loop shows what the kernel already knows of a connection that waited: closed, reset, or
-            # bytes that nobody asked for. TLS needs a second turn.
+            # A turn of the loop shows what the kernel already knows of a connection that waited:
+            # closed, reset, or bytes that nobody asked for. TLS needs a second turn.
             transport = writer.transport
             secure = transport is not None and transport.get_extra_info("ssl_object") is not None
             for _ in range(2 if secure else 1):
@@ -293,7 +308,9 @@ async def aiohttp_witness(slots: int) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def nouns(slots: int) -> AsyncIterator[Post]:
-    """httpx.Request and httpx.Response as nouns, a small transport over aiohttp between them, no httpx.AsyncClient."""
+    """httpx.Request and httpx.Response as nouns, a small transport over aiohttp between them, no
+    httpx.AsyncClient.
+    """
     import aiohttp
     import httpx
     from yarl import URL
@@ -406,12 +423,13 @@ CANDIDATES: dict[str, tuple[Callable[[int], Any], tuple[str, ...]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- one measurement
+# --------------------------------------------------------------------------------------------------
 
 
 def resident(peak: bool = False) -> float:
-    """Memory of this process in MB, now or at its highest. Of the kernel's own page where there is one: the peak that
-    getrusage gives begins with that of the parent process."""
+    """Memory of this process in MB, now or at its highest. Of the kernel's own page where there is
+    one: the peak that getrusage gives begins with that of the parent process.
+    """
     try:
         with open("/proc/self/status") as status:
             key = "VmHWM:" if peak else "VmRSS:"
@@ -426,7 +444,10 @@ def resident(peak: bool = False) -> float:
 def call(port: int, number: int) -> tuple[str, dict[str, str], bytes]:
     """What one call of the daemon looks like: a path of the session, 8 headers, about 300 bytes."""
     key = f"0b6f4c52-7d1e-4a3b-9c55-{number:012d}"
-    message = f"Remember to ask how the interview went, and whether the offer of {number % 97} days still stands."
+    message = (
+        "Remember to ask how the interview went, and whether the offer of "
+        f"{number % 97} days still stands."
+    )
     body = {
         "session_id": f"session-{number}",
         "user_message": message,
@@ -506,7 +527,7 @@ def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[s
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -605,7 +626,8 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         return
     levels = sorted(levels)
     print(
-        f"Requests a second; {options.rounds} rounds of {options.seconds:g} s; Python {sys.version.split()[0]}"
+        f"Requests a second; {options.rounds} rounds of {options.seconds:g} s; Python "
+        f"{sys.version.split()[0]}"
     )
     print(f"{'candidate':<15}" + "".join(f"{f'{level} open':>14}" for level in levels), end="")
     print(f"{'peak MB':>9}{'imported MB':>13}{'import s':>10}")

@@ -1,5 +1,5 @@
-"""Durations as people write them: `90s`, `5m`, `1h30`, `2 hours`, `1d 12h`. The one parser of them,
-for settings and for commands. Pure: text in, seconds out, and back.
+"""Durations as people write them: `90s`, `5m`, `1h30`, `2 hours`, `1d 12h`. The one parser, for
+settings and for commands. Pure: text in, seconds out, and back.
 
 Never here: how long something may be (settings, cadence), how a mistake is shown (terminal).
 """
@@ -23,7 +23,7 @@ EXAMPLES = "90s, 5m, 1h30m or 2d"
 
 
 class DurationError(ValueError):
-    """The text is no duration; its own text is a clause that says why. `instead`: what to write."""
+    """The text is not a duration. The message is a clause that says why; `instead`: an example."""
 
     def __init__(self, why: str, instead: str) -> None:
         super().__init__(why)
@@ -33,27 +33,27 @@ class DurationError(ValueError):
 def seconds(text: str, *, bare: bool = False) -> float:
     """The seconds of a duration: numbers with units, the largest unit first.
 
-    `bare`: whether a number alone counts, as seconds. Else it is refused, as nobody can tell whether
-    its author meant seconds, minutes or days. Raises DurationError.
+    `bare`: whether a number alone is accepted, as seconds. Otherwise it is refused, as its author
+    may have meant seconds, minutes or days. Raises DurationError.
     """
-    said = text.strip().lower()
+    given = text.strip().lower()
     if bare:
         try:
-            return float(said)
+            return float(given)
         except ValueError:
             pass
-    elif re.fullmatch(_NUMBER, said):
-        raise DurationError("has no unit", f"{said}s, {said}m, {said}h or {said}d")
+    elif re.fullmatch(_NUMBER, given):
+        raise DurationError("has no unit", f"{given}s, {given}m, {given}h or {given}d")
     total, at, last = 0.0, 0, float("inf")
-    while (part := _PART.match(said, at)) is not None:
+    while (part := _PART.match(given, at)) is not None:
         size = _SIZES.get(part[2], 0)
         if not 0 < size < last:
             break
         total, at, last = total + float(part[1]) * size, part.end(), size
-    if last == 3600 and _MINUTES.fullmatch(said, at):
-        return total + float(said[at:]) * 60  # 1h30: minutes, as everybody reads it
-    if at == 0 or at < len(said):
-        raise DurationError("is no duration", EXAMPLES)
+    if last == 3600 and _MINUTES.fullmatch(given, at):
+        return total + float(given[at:]) * 60  # 1h30: minutes, as everybody reads it
+    if at == 0 or at < len(given):
+        raise DurationError("is not a duration", EXAMPLES)
     return total
 
 

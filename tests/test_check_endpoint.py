@@ -437,9 +437,9 @@ def test_requests_are_bounded(seen: dict[str, Seen]) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "says"),
     [
-        ("queues", "busy", "made to wait"),
-        ("runs beside", "busy", "ran beside one another"),
-        ("says busy with 200", "busy", "busy is no success"),
+        ("queues", "busy", "waited for one another"),
+        ("runs beside", "busy", "ran at the same time"),
+        ("says busy with 200", "busy", "busy must not be answered as a success"),
         ("forgets keys", "key_after", "it ran again"),
         ("pending for ever", "key_after", "another run"),
         ("does not name the session", "missing", "HTTP 404 (read as misconfigured)"),
@@ -480,7 +480,7 @@ async def test_probes_are_what_the_worker_sends(endpoint: Endpoint) -> None:
             known.keys(),
             known["recall"].keys(),
         )
-        assert MESSAGE in request.document["user_message"] and "escape_controls" in MESSAGE
+        assert MESSAGE in request.document["user_message"] and "harmless" in MESSAGE
         assert (
             request.document["system_message"]
             == f"[Scheduled recall] {request.document['user_message']}"

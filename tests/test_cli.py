@@ -346,7 +346,7 @@ REFUSED = [
     ("retry of what waits", ["retry", "r"], "r is pending: it waits or runs already"),
     ("fire of nothing", ["fire", "nope"], "there is no recall nope"),
     ("reschedule of nothing", ["reschedule", "nope", "--in", "1h"], "there is no recall nope"),
-    ("a second recall", ["schedule", "s", "again"], "session s has a pending recall already"),
+    ("a second recall", ["schedule", "s", "again"], "session s already has a pending recall"),
     ("nobody's session", ["schedule", "nobody", "hello"], "there is no session nobody"),
     ("cancel, asked and refused", ["cancel", "--session", "s"], "nothing was done"),
     ("prune, asked and refused", ["prune", "--older-than", "30d"], "nothing was done"),
@@ -846,7 +846,7 @@ async def test_hostile_texts_are_whole_in_json(
 @pytest.mark.parametrize(
     ("text", "what", "hint"),
     [
-        ("1x", "--in '1x' is no duration", "--in 90s, 5m, 1h30m or 2d"),
+        ("1x", "--in '1x' is not a duration", "--in 90s, 5m, 1h30m or 2d"),
         ("30", "--in '30' has no unit", "--in 30s, 30m, 30h or 30d"),
     ],
 )
@@ -1024,5 +1024,5 @@ def test_preview_after_a_skip(waiting: str) -> None:
 def test_preview_of_what_is_over(waiting: str) -> None:
     """Nothing is ahead of a recall that has ended, and an id that nobody has is said to be none."""
     assert operate(waiting, "cancel", "r").status == 0
-    assert "is cancelled: nothing is ahead of it" in trouble(operate(waiting, "preview", "r"), 1)
+    assert "is cancelled: it has no next occurrence" in trouble(operate(waiting, "preview", "r"), 1)
     assert "there is no recall nobody" in trouble(operate(waiting, "preview", "nobody"), 1)

@@ -204,7 +204,7 @@ async def test_on_a_terminal(ward: Ward) -> None:
     assert re.search(r"\d+ ok, \d+ notes?, 1 problem\.", said.err)
     piped = await ward.examine()
     assert "\x1b" not in piped.out
-    seen = "recall_ring_earlier is disabled: the application's changes are found by polls only"
+    seen = "recall_ring_earlier is disabled: the application's changes are found only by polls"
     assert f"problem  trigger   {seen}\n" in piped.out and piped.status == 1
 
 
@@ -264,7 +264,7 @@ async def test_takes_no_writes(ward: Ward) -> None:
     """An account whose transactions are read-only can't work."""
     ward.change("alter role ROLE set default_transaction_read_only = on")
     await ward.finds(
-        "database", "problem", "take no writes here: default_transaction_read_only", status=1
+        "database", "problem", "can't write here: default_transaction_read_only", status=1
     )
 
 
@@ -418,7 +418,7 @@ async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
     """An examination rings the workers' channel once, however often it times the way."""
     async with connected(database) as conn:
         rings = await listening(conn)
-        found = await ward.finds("bell", "ok", r"heard what was rung, 5 of 5 times, after \d")
+        found = await ward.finds("bell", "ok", r"notifications arrive \(5 of 5\), after \d")
         assert found["todo"] is None
         assert await rings.until_now() == 1
 
@@ -427,10 +427,14 @@ async def test_a_bell_in_another_database(ward: Ward, server: str, template: str
     """A RECALL_LISTEN_DSN that leads to another database hears nothing."""
     with (
         postgres.database(server, template) as elsewhere,
-        mock.patch.object(listener, "RING_PATIENCE", 1.0),
+        mock.patch.object(listener, "NOTIFY_DEADLINE", 1.0),
     ):
         found = await ward.finds(
-            "bell", "problem", "did not session_setup", status=1, RECALL_LISTEN_DSN=elsewhere
+            "bell",
+            "problem",
+            "a notification did not arrive",
+            status=1,
+            RECALL_LISTEN_DSN=elsewhere,
         )
     assert "same database on the same server" in found["todo"]
 
@@ -438,7 +442,11 @@ async def test_a_bell_in_another_database(ward: Ward, server: str, template: str
 async def test_a_bell_that_has_no_connection(ward: Ward) -> None:
     """A RECALL_LISTEN_DSN that leads nowhere."""
     found = await ward.finds(
-        "bell", "problem", "the bell's connection can't be had", status=1, RECALL_LISTEN_DSN=NOWHERE
+        "bell",
+        "problem",
+        "the LISTEN connection can't be opened",
+        status=1,
+        RECALL_LISTEN_DSN=NOWHERE,
     )
     assert "RECALL_LISTEN_DSN" in found["todo"]
 
@@ -477,7 +485,7 @@ async def test_a_pooler_without_a_direct_way(ward: Ward, database: str) -> None:
         said = await ward.examine("--json", dsn=bouncer.dsn)
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
         assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "bell"]
-        assert "a pooler in transaction mode, which LISTEN does not pass" in wrong[0]["seen"]
+        assert "a pooler in transaction mode, which does not support LISTEN" in wrong[0]["seen"]
         assert all(
             row["todo"] == "the server's own address in RECALL_LISTEN_DSN: it must be direct"
             for row in wrong
@@ -507,12 +515,12 @@ async def test_a_pooler_with_a_direct_way(ward: Ward, database: str) -> None:
         await ward.finds(
             "pooler",
             "ok",
-            "transaction mode; LISTEN has its own way",
+            "transaction mode; LISTEN does not use it",
             dsn=bouncer.dsn,
             RECALL_LISTEN_DSN=database,
         )
         await ward.finds(
-            "bell", "ok", "heard what was rung", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database
+            "bell", "ok", "notifications arrive", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database
         )
 
 
@@ -538,7 +546,7 @@ async def test_a_pool_of_any_size(size: int, ward: Ward, database: str) -> None:
 async def test_pooling_by_session(ward: Ward, database: str) -> None:
     """In session mode LISTEN passes: no problem."""
     with pooler(database, pool_mode="session", default_pool_size=20) as bouncer:
-        await ward.finds("pooler", "ok", "session mode, which passes LISTEN", dsn=bouncer.dsn)
+        await ward.finds("pooler", "ok", "session mode, which supports LISTEN", dsn=bouncer.dsn)
 
 
 async def test_pooling_by_statement(ward: Ward, database: str) -> None:
@@ -552,8 +560,8 @@ async def test_pooling_by_statement(ward: Ward, database: str) -> None:
 @pytest.mark.parametrize(
     ("secret", "words"),
     [
-        (None, "(7:00:0|6:59:5).*behind this host's .*escape_controls"),
-        ("whsec_c2VjcmV0", "signatures carry this host's"),
+        (None, "(7:00:0|6:59:5).*behind this host's .*no recall is late for it"),
+        ("whsec_c2VjcmV0", "signatures carry this host's time"),
     ],
 )
 async def test_a_clock_that_is_off(
@@ -653,7 +661,7 @@ async def test_no_worker(ward: Ward) -> None:
     ("change", "state", "words"),
     [
         ("breaker = 'open'", "problem", "the breaker is open in w:"),
-        ("bell = 'deaf'", "problem", "w hears nothing of what is rung"),
+        ("bell = 'deaf'", "problem", "w receives no notifications"),
         ("bell = 'lost'", "problem", "w has no connection for LISTEN"),
         ("version = '0.0.9'", "note", "differ in version: 0.0.9, 0.1.0"),
         ("settings = '{\"lease\": 30}'", "note", "differ in lease: 30, 60"),
@@ -663,7 +671,7 @@ async def test_no_worker(ward: Ward) -> None:
             "note",
             "differ in fleet_concurrency: 2, None",
         ),
-        ("seen_at = now() - interval '1 hour'", "note", "w was last heard of 60 min ago"),
+        ("seen_at = now() - interval '1 hour'", "note", "w sent its last heartbeat 60 min ago"),
     ],
     ids=["breaker", "deaf", "lost", "version", "lease", "no object", "fleet", "silent"],
 )
@@ -688,7 +696,7 @@ async def test_a_backlog(ward: Ward) -> None:
     found = await ward.finds(
         "backlog",
         "problem",
-        r"3 overdue, the oldest \(old\) due 60 min ago; 1 of them were in a run",
+        r"3 overdue, the oldest \(old\) due 60 min ago; 1 of them have an expired lease",
         status=1,
     )
     assert found["todo"] == "recall-worker why old"
@@ -790,15 +798,15 @@ async def test_what_is_held_back(
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (reply(401), "HTTP 401: it does not take the token"),
-        (reply(403), "HTTP 403: it does not take the token"),
+        (reply(401), "HTTP 401: it does not accept the token"),
+        (reply(403), "HTTP 403: it does not accept the token"),
         (
             reply(301, headers={"Location": "https://elsewhere/"}),
             "HTTP 301, a redirect to https://elsewhere/",
         ),
         (reply(407), "HTTP 407: a proxy"),
-        (reply(500), "HTTP 500: it is in trouble"),
-        (reply(503), "HTTP 503: it is in trouble"),
+        (reply(500), "HTTP 500: it is failing"),
+        (reply(503), "HTTP 503: it is failing"),
         (Raw(b"SSH-2.0-OpenSSH\r\n"), "."),
         (Raw(), "."),
     ],
@@ -850,7 +858,7 @@ async def test_no_token(ward: Ward, endpoint: Endpoint) -> None:
     """An API that wants a token that is not set is a problem; one that wants none is worth a
     note."""
     await ward.finds(
-        "endpoint", "problem", "wants a token, and none is set", status=1, RECALL_RUN_TOKEN=None
+        "endpoint", "problem", "requires a token, and none is set", status=1, RECALL_RUN_TOKEN=None
     )
     endpoint.default = reply(404)
     await ward.finds("endpoint", "note", "no token is set", RECALL_RUN_TOKEN=None)
@@ -866,7 +874,7 @@ async def test_a_token_that_a_get_does_not_show(ward: Ward, endpoint: Endpoint) 
     """An API that answers a GET alike with and without it: the last call tells, and where there is
     none, check-endpoint would."""
     endpoint.default = reply(405)
-    found = await ward.finds("endpoint", "note", "whether it takes the token, a GET does not show")
+    found = await ward.finds("endpoint", "note", "a GET does not show whether it accepts the token")
     assert "check-endpoint" in found["todo"]
     ward.change(
         "insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, "
@@ -874,7 +882,7 @@ async def test_a_token_that_a_get_does_not_show(ward: Ward, endpoint: Endpoint) 
         "ended_at, settled) values ('r', 1, 0, 1, 'answered', 's', 'w', gen_random_uuid(), "
         "now(), now(), now(), 'fired')"
     )
-    await ward.finds("endpoint", "ok", "the last call, now, was let in with its token: answered")
+    await ward.finds("endpoint", "ok", "the last call, now, was accepted with its token: answered")
 
 
 @pytest.mark.parametrize(("protocol", "path"), [("langgraph", "/threads/"), ("agno", "/config")])
@@ -885,7 +893,7 @@ async def test_other_protocols(protocol: str, path: str, ward: Ward, endpoint: E
     await ward.finds(
         "endpoint",
         "ok",
-        "takes the token, and refuses who has none",
+        "accepts the token, and refuses requests without one",
         RECALL_PROTOCOL=protocol,
         RECALL_AGNO_AGENT="a",
         RECALL_RUN_URL=base,
@@ -973,5 +981,5 @@ async def test_recalls_that_somebody_else_marks(once_settled: bool, ward: Ward) 
     await ward.finds(
         "workers",
         "note",
-        "1 recall was marked fired by others than the workers within an hour, such as theirs",
+        "1 recall was marked fired by others than the workers within an hour, for example theirs",
     )

@@ -64,7 +64,7 @@ NONE = [
 @pytest.mark.parametrize("text", [*NONE, "nan", "inf", "1e3", "-5"])
 def test_no_durations(text: str) -> None:
     """What is no duration is said to be none, with examples of what is."""
-    with pytest.raises(DurationError, match="is no duration") as error:
+    with pytest.raises(DurationError, match="is not a duration") as error:
         seconds(text)
     assert "1h30m" in error.value.instead
 
@@ -72,7 +72,7 @@ def test_no_durations(text: str) -> None:
 @pytest.mark.parametrize("text", NONE)
 def test_no_durations_where_a_number_will_do(text: str) -> None:
     """A setting takes seconds alone, but no other nonsense."""
-    with pytest.raises(DurationError, match="is no duration"):
+    with pytest.raises(DurationError, match="is not a duration"):
         seconds(text, bare=True)
 
 

@@ -440,14 +440,12 @@ WHY = [
         rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as "
         rf"RECALL_FLEET_CONCURRENCY \(3\) allows: "
         r"3 leases count against it \(1 of live workers, "
-        r"1 of workers that are not heard of, 1 that has ended, counted until 20\.0 s after its "
-        r"end\)\.",
+        r"1 of workers without a heartbeat, 1 that has ended, counted until 20\.0 s after its end\)\.",
     ),
     (
         fleet_full_and_itself_left_behind,
-        r"In a run since .*, whose lease ended 2 min ago, so another worker takes it up; "
-        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts "
-        r"against it \(1 of live workers\)\.",
+        r"In a run since .*, whose lease ended 2 min ago, so another worker takes it over; "
+        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts against it \(1 of live workers\)\.",
     ),
     (fleet_not_full, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
     (fleet_with_one_that_has_no_cap, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
@@ -497,13 +495,11 @@ WHY = [
     (outside, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         lease_ended,
-        rf"In a run since {DATE}: .*, leased by worker dead, last heard of 7\d s ago, whose "
-        rf"lease ended \d s ago, so another worker takes it up\.",
+        rf"In a run since {DATE}: .*, leased by worker dead, last heartbeat 7\d s ago, whose lease ended \d s ago, so another worker takes it over\.",
     ),
     (
         lease_ended_of_nobody,
-        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another "
-        r"worker takes it up\.",
+        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another worker takes it over\.",
     ),
     (
         sibling_in_a_run,
@@ -534,13 +530,11 @@ WHY = [
     ),
     (
         breaker_open,
-        r"Due since .*; the breaker is open in the one live worker: the endpoint is in trouble, "
-        r"and only probed\.",
+        r"Due since .*; the breaker is open in the one live worker: the endpoint is failing; only test calls are sent until it answers\.",
     ),
     (
         breaker_open_in_one,
-        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is in trouble, "
-        r"and only probed\.",
+        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is failing; only test calls are sent until it answers\.",
     ),
     (
         no_worker,
@@ -820,7 +814,7 @@ def test_workers(desk: Desk) -> None:
         "SEEN",
         "RUNS",
         "BREAKER",
-        "BELL",
+        "LISTENER",
         "SINCE",
         "VERSION",
         "LEASE",
@@ -828,14 +822,14 @@ def test_workers(desk: Desk) -> None:
     ]
     told = {line.split()[0]: line for line in lines}
     assert re.search(r" alive .* 2/5  closed +listening ", told["w1"]) and re.search(
-        r" alive .* 0/3  open +unheard ", told["w2"]
+        r" alive .* 0/3  open +deaf ", told["w2"]
     )
     assert re.search(r" silent +10 min ago +1/3 ", told["w3"])
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
     assert (
-        "Note: 1 of 2 live workers not rung, which find what is inserted by polls only: "
-        "recall-worker doctor\n"
-    ) in said.err
+        "Note: 1 of 2 live workers receive no notifications and find new recalls only by polls: recall-worker doctor\n"
+        in said.err
+    )
     assert "differ in run_url: None, http://elsewhere/\n" in said.err
     document = operate(desk.dsn, "workers", "--json").document
     assert {row["worker"]: (row["alive"], row["leases"]) for row in document} == {
@@ -1083,7 +1077,7 @@ def test_prune(store: Desk) -> None:
     assert (said.status, said.out, said.err) == (
         0,
         "",
-        "Deleted 5 recalls and the marks of 4 calls.\n",
+        "Deleted 5 recalls and the records of 4 calls.\n",
     )
     assert left(store) == ("deghi", [("d", 1), ("e", 2), ("gone", 2), ("h", 1)])
     assert operate(store.dsn, "prune", "--older-than", "30d", "--yes", "--json").document == {

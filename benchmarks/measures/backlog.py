@@ -1,4 +1,4 @@
-"""Runs a second where recalls wait, and what a run costs."""
+"""Runs a second while recalls wait, and what a run costs."""
 
 from __future__ import annotations
 
@@ -67,9 +67,13 @@ def run(
         if not left:
             raise RuntimeError(f"{name}: the backlog of {rows} rows ran out")
         return {
-            "rate": runs / took, "worker_us": worker * 1e6 / max(1, runs), "postgres_us": postgres * 1e6 / max(1, runs),
-            "worker_cores": worker / took, "postgres_cores": postgres / took, "idle_cores": idle / took,
-        }  # fmt: skip
+            "rate": runs / took,
+            "worker_us": worker * 1e6 / max(1, runs),
+            "postgres_us": postgres * 1e6 / max(1, runs),
+            "worker_cores": worker / took,
+            "postgres_cores": postgres / took,
+            "idle_cores": idle / took,
+        }
 
 
 def _idle() -> float:
@@ -129,7 +133,10 @@ def report(found: dict[str, Any]) -> str:
                 "median"
             ]
             if loops > 1:
-                said += f"  (2.5 × as many would be {number(loops)} × the bare loop's, which has no database, over the same transport.)\n"
+                said += (
+                    f"  (2.5 × as many would be {number(loops)} × the bare loop's, which "
+                    "has no database, over the same transport.)\n"
+                )
         said += "\n"
     return said
 

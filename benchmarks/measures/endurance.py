@@ -1,5 +1,7 @@
-"""One worker at speed for minutes: what the tables and indexes grow to, and whether it gets slower; once with every row kept, once with a worker
-that prunes: there all comes to a standstill, rows, pages and latency."""
+"""One worker at full speed for minutes: how large tables and indexes grow, and whether it gets
+slower; once with every row kept, once with a worker that prunes: there rows, pages and latency
+should stop growing.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,22 @@ from ..figures import number, percentile, table
 
 TITLE = "Endurance"
 SLOTS = 200
-AHEAD = 600
-"""Rows that wait at most."""
+WAITING_MOST = 600
+"""The most rows that wait at a time."""
 BATCH = 200
 EVERY = 5.0
 RETENTION = 20
-"""Seconds for which the worker that prunes keeps what is over."""
+"""Seconds for which the worker that prunes keeps ended recalls."""
 PHASES = {"kept": 80.0, "pruned": 180.0}
-"""Seconds of each. PostgreSQL vacuums once a minute at most: three times must do to see whether anything still grows."""
+"""Seconds of each. PostgreSQL vacuums once a minute at most: three times show whether anything
+still grows.
+"""
 SIZES = """
 select json_object_agg(c.relname, json_build_object(
-    'mib', round(pg_relation_size(c.oid) / 1048576.0, 2), 'dead', coalesce(s.n_dead_tup, 0), 'live', coalesce(s.n_live_tup, 0),
-    'updates', coalesce(s.n_tup_upd, 0), 'hot', coalesce(s.n_tup_hot_upd, 0), 'autovacuums', coalesce(s.autovacuum_count, 0)))
+    'mib', round(pg_relation_size(c.oid) / 1048576.0, 2),
+    'dead', coalesce(s.n_dead_tup, 0), 'live', coalesce(s.n_live_tup, 0),
+    'updates', coalesce(s.n_tup_upd, 0), 'hot', coalesce(s.n_tup_hot_upd, 0),
+    'autovacuums', coalesce(s.autovacuum_count, 0)))
 from pg_class c left join pg_stat_user_tables s on s.relid = c.oid
 where c.relkind in ('r', 'i') and c.relname ~ 'recall' and pg_relation_size(c.oid) > 0"""
 TABLES = ("session_recalls", "recall_attempts")
@@ -47,7 +53,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
         used = field.cpu(), ground.postgres_cpu()
         while time.monotonic() - began < seconds:
             count = ground.sink.state()["count"]
-            if inserted - count < AHEAD:
+            if inserted - count < WAITING_MOST:
                 field.fill(f"e{inserted}-", BATCH)
                 probe = f"p{inserted}"
                 committed[probe] = field.insert(probe)
@@ -62,12 +68,16 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
                 runs = max(1, count - counted)
                 samples.append(
                     {
-                        "at": now - began, "runs": count, "rate": runs / (now - told), "p50": percentile(late, 0.5) if late else None,
+                        "at": now - began,
+                        "runs": count,
+                        "rate": runs / (now - told),
+                        "p50": percentile(late, 0.5) if late else None,
                         "p99": percentile(late, 0.99) if late else None,
-                        "worker_us": (cpu[0] - used[0]) * 1e6 / runs, "postgres_us": (cpu[1] - used[1]) * 1e6 / runs,
+                        "worker_us": (cpu[0] - used[0]) * 1e6 / runs,
+                        "postgres_us": (cpu[1] - used[1]) * 1e6 / runs,
                         "sizes": field.scalar(SIZES),
                     }
-                )  # fmt: skip
+                )
                 told, counted, used = now, count, cpu
         ground.sink.wait(20, count=inserted)
         field.stop(kill=False)
@@ -77,9 +87,9 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    # Figures from before there was a phase that prunes are of the other one.
+    # Old figures, without a phase that prunes, are those of "kept".
     phases = found if "kept" in found else {"kept": found}
-    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {AHEAD} wait).\n\n"
+    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {WAITING_MOST} wait).\n\n"
     for phase, its in phases.items():
         how = (
             "No row was pruned"
@@ -87,23 +97,40 @@ def report(found: dict[str, Any]) -> str:
             else f"`RECALL_PRUNE={RETENTION}s`, so that {its['rows']:,} rows are left"
         )
         seconds = its["samples"][-1]["at"]
-        said += f"- {phase}: {its['inserted']:,} recalls in {seconds:.0f} s; not settled in the end: {its['left']}. {how}.\n"
-    columns = [(phase, which) for phase in phases for which in ("first", "last")]
-    said += "\n" + table(["", *(f"{phase}, {which} fifth" for phase, which in columns)], [
-        [what, *(_middle(_fifth(phases[phase]["samples"], which), name) for phase, which in columns)]
-        for what, name in (
-            ("runs/s", "rate"), ("commit to request behind those that wait, p50, ms", "p50"), ("p99, ms", "p99"),
-            ("worker's CPU a run, µs", "worker_us"), ("PostgreSQL's CPU a run, µs, inserts included", "postgres_us"),
+        said += (
+            f"- {phase}: {its['inserted']:,} recalls in {seconds:.0f} s; not settled in "
+            f"the end: {its['left']}. {how}.\n"
         )
-        if name in phases["kept"]["samples"][0]
-    ])  # fmt: skip
+    columns = [(phase, which) for phase in phases for which in ("first", "last")]
+    said += "\n" + table(
+        ["", *(f"{phase}, {which} fifth" for phase, which in columns)],
+        [
+            [
+                what,
+                *(
+                    _middle(_fifth(phases[phase]["samples"], which), name)
+                    for phase, which in columns
+                ),
+            ]
+            for what, name in (
+                ("runs/s", "rate"),
+                ("commit to request behind those that wait, p50, ms", "p50"),
+                ("p99, ms", "p99"),
+                ("worker's CPU a run, µs", "worker_us"),
+                ("PostgreSQL's CPU a run, µs, inserts included", "postgres_us"),
+            )
+            if name in phases["kept"]["samples"][0]
+        ],
+    )
     for phase, its in phases.items():
         said += "\n" + _sizes(phase, its["samples"])
     return said
 
 
 def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
-    """What each table and index has come to; where rows are pruned, against two thirds of the way: what has stopped growing is as large."""
+    """The size of each table and index; if rows are pruned, beside its size at two thirds of the
+    time, which shows what has stopped growing.
+    """
     last, before, runs = (
         samples[-1]["sizes"],
         samples[len(samples) * 2 // 3]["sizes"],
@@ -112,14 +139,17 @@ def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:
     pruned = phase == "pruned"
     rows = [
         [
-            name, number(size["mib"]),
-            number(before.get(name, {"mib": 0.0})["mib"]) if pruned else number(size["mib"] * 1048576 / runs),
+            name,
+            number(size["mib"]),
+            number(before.get(name, {"mib": 0.0})["mib"])
+            if pruned
+            else number(size["mib"] * 1048576 / runs),
             f"{size['dead']:,}" if size["updates"] or size["live"] else "",
             f"{size['hot'] * 100 / size['updates']:.0f} %" if size["updates"] else "",
         ]
         for name, size in sorted(last.items(), key=lambda item: -item[1]["mib"])
         if size["mib"] >= 0.1
-    ]  # fmt: skip
+    ]
     second = f"at {samples[len(samples) * 2 // 3]['at']:.0f} s" if pruned else "bytes a run"
     return table(
         [f"{phase}, in the end", "MiB", second, "dead rows", "updates in place (HOT)"], rows
@@ -172,8 +202,11 @@ def plot(found: dict[str, Any], axes: Any) -> None:
             ]
             dead.plot(at, thousands, colour, linestyle=style, label=f"{phase}, {name}")
     for panel, title in (
-        (rate, "runs a second"), (latency, "commit to request, ms"), (size, "MiB"), (dead, "dead rows, thousands"),
-    ):  # fmt: skip
+        (rate, "runs a second"),
+        (latency, "commit to request, ms"),
+        (size, "MiB"),
+        (dead, "dead rows, thousands"),
+    ):
         panel.set_title(title, fontsize="medium")
         panel.grid(alpha=0.3)
         panel.set_ylim(bottom=0)

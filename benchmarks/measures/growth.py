@@ -1,4 +1,4 @@
-"""Several workers on one PostgreSQL, on one machine: what they carry together, and what there is least of."""
+"""Several workers on one PostgreSQL, on one machine: their total throughput and what limits it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def report(found: dict[str, Any]) -> str:
     most = max(found.values(), key=lambda runs: spread([run["rate"] for run in runs])["median"])
     postgres = spread([run["postgres_us"] for run in most])["median"]
     return said + (
-        f"\nA core of PostgreSQL's is good for {number(1e6 / postgres)} runs a second at these {number(postgres)} µs, and a worker holds four"
+        f"\nA core of PostgreSQL's is good for {number(1e6 / postgres)} runs a second at "
+        f"these {number(postgres)} µs, and a worker holds four"
         " connections: see [scaling.md](scaling.md).\n"
     )

@@ -1,4 +1,4 @@
-"""What a replica costs that has nothing to do."""
+"""The cost of an idle replica."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def measure(contest: Contest) -> dict[str, Any]:
             field.start(SLOTS)
             field.settle_down()
             field.connection.close()
-        # Its transactions are nobody's, and it comes the oftener the more was written before.
+        # Its transactions belong to no contender, and it runs the more often the more was written.
         stack.callback(_autovacuum, ground, "on")
         _autovacuum(ground, "off")
         time.sleep(STATISTICS_LAG + 1)
-        # What else PostgreSQL does by itself in a database that nobody uses.
+        # What PostgreSQL itself does in a database that nobody uses.
         nobody = stack.enter_context(ground.database())
         before = {
             name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()

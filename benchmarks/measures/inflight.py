@@ -1,4 +1,4 @@
-"""Ten thousand runs open at once in one worker, at an API that takes a minute."""
+"""Ten thousand runs open at once in one worker, at an API that takes a minute for each."""
 
 from __future__ import annotations
 
@@ -49,23 +49,39 @@ def measure(contest: Contest) -> dict[str, Any]:
             "select count(*) from session_recalls where status = 'fired' and session_id like 'h%'"
         )
         return {
-            "runs": runs, "opened": opened["held"], "opened_in": took, "kib_a_run": (held - before) * 1024 / runs, "mib": held,
-            "renewals": renewed / watched, "worker_cores": cpu[0], "postgres_cores": cpu[1], "open_while_probed": still,
-            "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "drained_in": drained / 1e9, "fired": fired,
-        }  # fmt: skip
+            "runs": runs,
+            "opened": opened["held"],
+            "opened_in": took,
+            "kib_a_run": (held - before) * 1024 / runs,
+            "mib": held,
+            "renewals": renewed / watched,
+            "worker_cores": cpu[0],
+            "postgres_cores": cpu[1],
+            "open_while_probed": still,
+            "p50": percentile(late, 0.5),
+            "p99": percentile(late, 0.99),
+            "drained_in": drained / 1e9,
+            "fired": fired,
+        }
 
 
 def report(found: dict[str, Any]) -> str:
     rows = [
         (
             "open at once",
-            f"{found['opened']:,} of {found['runs']:,}, all within {number(found['opened_in'])} s of the first insert",
+            (
+                f"{found['opened']:,} of {found['runs']:,}, all within "
+                f"{number(found['opened_in'])} s of the first insert"
+            ),
         ),
         ("memory", f"{number(found['kib_a_run'])} KiB a run, {number(found['mib'])} MiB in all"),
         ("renewals", f"{number(found['renewals'])} rows a second"),
         (
             "CPU meanwhile",
-            f"{number(found['worker_cores'] * 100)} % of a core in the worker, {number(found['postgres_cores'] * 100)} % in PostgreSQL",
+            (
+                f"{number(found['worker_cores'] * 100)} % of a core in the worker, "
+                f"{number(found['postgres_cores'] * 100)} % in PostgreSQL"
+            ),
         ),
         (
             "other recalls meanwhile, commit to request",
@@ -73,7 +89,10 @@ def report(found: dict[str, Any]) -> str:
         ),
         (
             "draining on SIGTERM",
-            f"gone {number(found['drained_in'])} s after the last answer, {found['fired']:,} settled as fired",
+            (
+                f"gone {number(found['drained_in'])} s after the last answer, {found['fired']:,} "
+                "settled as fired"
+            ),
         ),
     ]
     return table(["", ""], rows)

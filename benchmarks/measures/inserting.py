@@ -1,4 +1,6 @@
-"""What the table's triggers cost the application that inserts: pgbench with 32 clients, no worker about."""
+"""The cost of the table's triggers for the application that inserts: pgbench with 32 clients, while
+no worker runs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def measure(contest: Contest) -> dict[str, Any]:
                     field.connection.execute("alter table session_recalls disable trigger user")
                 elif name == IDLE:
                     field.connection.execute(
-                        "create or replace function recall_before_insert() returns trigger language plpgsql as"
+                        "create or replace function recall_before_insert() returns trigger "
+                        "language plpgsql as"
                         " 'begin return new; end'"
                     )
                 due = "now() + interval '2 hours'" if name in (PLAIN, IDLE, LATER) else "now()"
@@ -83,7 +86,10 @@ def report(found: dict[str, Any]) -> str:
     )
     near = spread(found[NEAR])["median"]
     return said + (
-        f"\nWhat is due within a minute rings, and a ring takes a lock at commit that spans the database: {near:,.0f} such inserts a second"
-        " are the most here. An application that nears this rate should insert them due a minute ahead, ring once for many, or turn to"
-        " polling: connect with `options=-crecall_worker.rings=off`, and set RECALL_POLL_INTERVAL to the lateness that it can bear.\n"
+        "\nA recall due within a minute sends a notification, which takes a lock of the whole "
+        f"database at commit: {near:,.0f} such inserts a second are the most here. An "
+        "application that approaches this rate should insert recalls due later than a minute, "
+        "notify once for many, or use polling: connect with "
+        "`options=-crecall_worker.rings=off`, and set RECALL_POLL_INTERVAL to the lateness "
+        "that it accepts.\n"
     )

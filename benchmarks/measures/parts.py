@@ -1,4 +1,4 @@
-"""Where a worker's CPU goes at a backlog, by part, as py-spy samples it; and what each part buys."""
+"""Where a worker's CPU goes at a backlog, by part, sampled by py-spy; and what each part is for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "A run's microseconds, by part"
 SLOTS = 200
 
 PARTS = {
-    # What is found first, anywhere in a stack, has the sample.
+    # The first part found anywhere in a stack gets the sample.
     "settle: parameters": (
         "recall_worker/database/pipeline.py:_array",
         "recall_worker/database/ledger.py:_settle",
@@ -47,7 +47,9 @@ BUYS = {
     "request": "the call; a bare loop pays this, too",
     "answer": "likewise paid by a bare loop",
     "wire": "knowing whether anything was sent: may it be posted again?",
-    "body, headers, reading": "the endpoint's contract: key, attempt, lateness, trace; what the answer means",
+    "body, headers, reading": (
+        "the endpoint's contract: key, attempt, lateness, trace; what the answer means"
+    ),
     "slots, breaker, ledger": "never more than the slots; a place for each run",
     "PostgreSQL's answers": "questions as they leave, claims and settlements as they come",
     "waiting": "the system's: what is ready to be read",
@@ -122,6 +124,6 @@ def report(found: dict[str, Any]) -> str:
         for name, share in found["parts"].items()
     ]
     return (
-        f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than the sum:\n\n"
-        + table(["", "µs", "share"], rows)
-    )
+        f"{SLOTS} slots; py-spy's sampling slows the worker down, so the shares say more than "
+        "the sum:\n\n"
+    ) + table(["", "µs", "share"], rows)

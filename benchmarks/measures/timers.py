@@ -1,4 +1,6 @@
-"""From a due instant to the request's arrival; the same with millions of rows in the table; and what a claim costs then."""
+"""From a due instant to the request's arrival; the same with millions of rows in the table; and the
+cost of a claim then.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ STEP = timedelta(milliseconds=20)
 LOADED = "recall-worker, table filled"
 CLAIMED = 10
 LOAD = """
-insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at, planned_at{more})
-select '{prefix}' || n, '{prefix}' || n, 'once', now() + {due}, 'Look at the build again.', '{status}', now(), now(), now() + {due}{values}
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at, planned_at{more})
+select '{prefix}' || n, '{prefix}' || n, 'once', now() + {due}, 'Look at the build again.',
+    '{status}', now(), now(), now() + {due}{values}
 from generate_series({first}, {last}) n"""
 MARKS = """
-insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, called_at, last_called_at,
-    ended_at, http_status, settled)
-select 's' || n, 1, 0, 1, 'answered', 's' || n, 'worker', gen_random_uuid(), now(), now(), now(), now() - interval '1 day', 200, 'fired'
+insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
+    lease, scheduled_for, called_at, last_called_at, ended_at, http_status, settled)
+select 's' || n, 1, 0, 1, 'answered', 's' || n, 'worker', gen_random_uuid(), now(), now(), now(),
+    now() - interval '1 day', 200, 'fired'
 from generate_series({first}, {last}) n"""
 
 
@@ -59,7 +64,7 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
     due = {f"{prefix}{n}": start + n * STEP for n in range(instants)}
     for session, at in due.items():
         field.insert(session, at)
-    # PostgreSQL is on this host: its clock is this one.
+    # PostgreSQL is on this host and uses this clock.
     offset = time.time_ns() - time.monotonic_ns()
     sink.wait(3 + instants * STEP.total_seconds() + 12, probes=instants)
     arrived = sink.probes()
@@ -67,12 +72,18 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
         (arrived[s] + offset - at.timestamp() * 1e9) / 1e6 for s, at in due.items() if s in arrived
     ]
     return {
-        "least": min(late), "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": instants - len(late),
-    }  # fmt: skip
+        "least": min(late),
+        "p50": percentile(late, 0.5),
+        "p99": percentile(late, 0.99),
+        "most": max(late),
+        "never": instants - len(late),
+    }
 
 
 def _load(field: Field, first: int, last: int) -> None:
-    """So many recalls wait for another day, and as many are settled, with their marks. Triggers are for what applications write."""
+    """Write recalls that wait for another day, and as many settled ones with their calls. Without
+    triggers, which are for what applications write.
+    """
     field.connection.execute("set session_replication_role = replica")
     for prefix, due, status, more, values in (
         ("w", "interval '1 day' + n * interval '1 second'", "pending", "", ""),
@@ -97,8 +108,15 @@ def _claim_time(field: Field) -> dict[str, Any]:
     """Milliseconds of a claim of ten rows as the worker makes it: prepared, and committed."""
     sql = statements.load("ledger")
     values = {
-        "slots": CLAIMED, "lease": 60.0, "worker": "bench", "take_expired": True, "fleet": None, "aside": [], "in_hand": [], "left": [],
-    }  # fmt: skip
+        "slots": CLAIMED,
+        "lease": 60.0,
+        "worker": "bench",
+        "take_expired": True,
+        "fleet": None,
+        "aside": [],
+        "in_hand": [],
+        "left": [],
+    }
     with psycopg.connect(field.dsn, autocommit=True) as connection:
         given = {"pid": connection.pgconn.backend_pid} | transaction_setup(STATEMENT_DEADLINE)
         connection.execute(sql["session_setup"].encode(), given, prepare=False)
@@ -136,7 +154,10 @@ def report(found: dict[str, Any]) -> str:
     said = "Milliseconds; recalls due 20 ms apart:\n\n" + table(
         ["", "least", "p50", "p99", "most"], rows
     )
-    said += f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, each with its mark.\n\n"
+    said += (
+        f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, "
+        "each with its mark.\n\n"
+    )
     for name in (OURS, LOADED):
         said += judged(
             f"p99, {name}",
@@ -146,9 +167,13 @@ def report(found: dict[str, Any]) -> str:
         )
     claims = found["claims"]
     said += "\nA claim of ten rows, with so many recalls pending for later and as many settled:\n\n"
-    said += table(["rows", "milliseconds, median", "least"], [
-        [f"2 × {int(size):,}", number(claim["ms"]["median"]), number(claim["ms"]["least"])] for size, claim in claims.items()
-    ])  # fmt: skip
+    said += table(
+        ["rows", "milliseconds, median", "least"],
+        [
+            [f"2 × {int(size):,}", number(claim["ms"]["median"]), number(claim["ms"]["least"])]
+            for size, claim in claims.items()
+        ],
+    )
     smallest, *_, largest = claims.values()
     grown = largest["ms"]["median"] / smallest["ms"]["median"]
     said += "\n" + judged("claim time from the fewest rows to the most", grown, 1.2, unit=" ×")

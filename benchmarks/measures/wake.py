@@ -1,4 +1,6 @@
-"""From the commit of an insert to the request's arrival, at idle workers; and what an insert costs where many are idle."""
+"""From the commit of an insert to the request's arrival, with idle workers; and the cost of an
+insert when many are idle.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ..figures import curve, judged, percentile, ratio, shown, spread, table
 TITLE = "Waking: from commit to request"
 SLOTS = 10
 STATISTICS_LAG = 10.5
-"""Seconds after which an idle backend has told its counters."""
+"""Seconds after which an idle backend has reported its counters."""
 
 
 def measure(contest: Contest) -> dict[str, Any]:
@@ -21,7 +23,8 @@ def measure(contest: Contest) -> dict[str, Any]:
     everybody = contest.present(OURS, *PEERS)
     found: dict[str, Any] = {}
     for replicas in (1, 5) if quick else (1, 20):
-        # Many short rounds: the kernel may happen to put two processes of a run on one core, and leave them there.
+        # Many short rounds: the kernel may happen to put two processes of a run on one core, and
+        # leave them there.
         rounds, inserts = (1, 60) if quick else (9, 100) if replicas == 1 else (3, 120)
         names = [*everybody, BARE] if replicas == 1 else everybody
         found[str(replicas)] = {name: [] for name in names}
@@ -55,12 +58,16 @@ def _one(
             (arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived
         ]
         figures: dict[str, Any] = {
-            "p50": percentile(late, 0.5), "p99": percentile(late, 0.99), "most": max(late), "never": inserts - len(late),
+            "p50": percentile(late, 0.5),
+            "p99": percentile(late, 0.99),
+            "most": max(late),
+            "never": inserts - len(late),
             "curve": curve(late),
-            "postgres_ms": used[0] * 1000 / inserts, "workers_ms": used[1] * 1000 / inserts,
-        }  # fmt: skip
+            "postgres_ms": used[0] * 1000 / inserts,
+            "workers_ms": used[1] * 1000 / inserts,
+        }
         if counting:
-            # A backend that ends has told all.
+            # A backend reports all its counters when it ends.
             field.stop()
             field.connection.close()
             time.sleep(0.5)
@@ -118,9 +125,11 @@ def report(found: dict[str, Any]) -> str:
                 else ""
             )
             parts.append(
-                f"\n*{BARE}*: what is left where no promise is kept but to call. It listens, claims the oldest row by the shortest statement that"
-                " does, calls through the same transport and writes that it has, over recall-worker's own connections to PostgreSQL: no rules of"
-                " sessions, no keys, no attempts, nothing taken up after a crash, nothing told. recall-worker's p50 is"
+                f"\n*{BARE}*: only what any worker must do. It listens, claims the oldest row by "
+                "the shortest possible statement, calls through the same transport and writes "
+                "that it has, over recall-worker's own connections to PostgreSQL: no rules of "
+                "sessions, no keys, no attempts, no take-over after a crash, no log. "
+                "recall-worker's p50 is"
                 f" {shown(ratio(mine, least))} times as long{beside}.\n"
             )
         parts.append("\n")

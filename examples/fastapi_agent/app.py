@@ -1,12 +1,14 @@
-"""A small agent application: it owns the sessions, a person chats with its agent, the agent schedules recalls, recall-worker calls them in.
+"""A small agent application: it owns the sessions, a person chats with its agent, the agent
+schedules recalls, recall-worker calls them in.
 
     pip install fastapi uvicorn[standard] asyncpg
     DATABASE_URL=postgresql://… uvicorn app:app                      # the application
     RECALL_DSN=… RECALL_RUN_URL='http://127.0.0.1:8000/sessions/{session_id}/run' recall-worker run
 
-What to copy from here is the order of things in `run`: the key is looked up and the session taken in one transaction, so that two calls at once,
-or a call and a chat, can never both have the session; the session is given back however the run ends.
-The agent is a stand-in for a language model: it understands `remind me in 5s: <what>` and `stop reminding me`.
+What to copy from here is the order of things in `run`: the key is looked up and the session taken
+in one transaction, so that two calls at once, or a call and a chat, can never both have the
+session; the session is given back however the run ends. The agent is a stand-in for a language
+model: it understands `remind me in 5s: <what>` and `stop reminding me`.
 """
 
 import asyncio
@@ -22,28 +24,34 @@ from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 
 TOKEN = os.environ.get("RUN_TOKEN")
-BUSY_FOR = (
-    30  # seconds for which a session stays taken without a sign of life, should this process die
-)
+# Seconds for which a session stays busy without a renewal, in case this process dies.
+BUSY_FOR = 30
 
 TABLES = """
-create table if not exists sessions (id text primary key, user_id text not null, busy_until timestamptz);
+create table if not exists sessions (
+    id text primary key, user_id text not null, busy_until timestamptz
+);
 create table if not exists messages (
-    id bigint generated always as identity primary key, session_id text not null references sessions (id) on delete cascade,
-    role text not null, text text not null, recall_key text, created_at timestamptz not null default now(),
-    unique (recall_key, role)  -- a recall's messages are stored once, however often it is called under one key
+    id bigint generated always as identity primary key,
+    session_id text not null references sessions (id) on delete cascade,
+    role text not null, text text not null, recall_key text,
+    created_at timestamptz not null default now(),
+    -- a recall's messages are stored once, however often it is called under one key
+    unique (recall_key, role)
 );
 create table if not exists runs (key text primary key, body_hash text not null, answer jsonb);
 create table if not exists session_recalls (
     id text primary key, session_id text not null references sessions (id) on delete cascade,
-    call_type text not null check (call_type in ('once', 'recurring', 'immediate')), trigger_at timestamptz not null,
+    call_type text not null check (call_type in ('once', 'recurring', 'immediate')),
+    trigger_at timestamptz not null,
     interval_seconds integer, internal_comment text, additional_context_message text not null,
     status text not null default 'pending' check (status in ('pending', 'fired', 'cancelled')),
     created_at timestamptz not null, updated_at timestamptz not null
 );
 create index if not exists idx_recalls_trigger_at_status on session_recalls (trigger_at, status);
 create index if not exists idx_recalls_session_status on session_recalls (session_id, status);
-create unique index if not exists idx_recalls_active_pending on session_recalls (session_id) where status = 'pending';
+create unique index if not exists idx_recalls_active_pending on session_recalls (session_id)
+    where status = 'pending';
 """
 
 
@@ -58,7 +66,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(title="A small agent application", lifespan=lifespan)
 
 
-# --- the agent and its tool ----------------------------------------------------------------------------------------
+# --- the agent and its tool -----------------------------------------------------------------------
 
 
 async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
@@ -67,7 +75,10 @@ async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
         return await schedule_recall(pool, session_id, int(wish[1]), wish[2])
     if text == "stop reminding me":
         done = await pool.execute(
-            "update session_recalls set status = 'cancelled', updated_at = now() where session_id = $1 and status = 'pending'",
+            (
+                "update session_recalls set status = 'cancelled', updated_at = now() where "
+                "session_id = $1 and status = 'pending'"
+            ),
             session_id,
         )
         return "I will not." if done != "UPDATE 0" else "I was not going to."
@@ -76,21 +87,24 @@ async def agent(pool: asyncpg.Pool, session_id: str, text: str) -> str:
 
 
 async def schedule_recall(pool: asyncpg.Pool, session_id: str, seconds: int, message: str) -> str:
-    """The tool. Also from inside a run: the recall that is being run has freed its session's slot."""
+    """The tool. Also from inside a run: the recall in the run has freed its session's slot."""
     try:
         await pool.execute(
-            """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
-                                            additional_context_message, status, created_at, updated_at)
-               values (gen_random_uuid()::text, $1, 'once', now() + $2 * interval '1 second', null, null, $3, 'pending', now(), now())""",
-            session_id, seconds, message,
-        )  # fmt: skip
+            """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
+                   internal_comment, additional_context_message, status, created_at, updated_at)
+               values (gen_random_uuid()::text, $1, 'once', now() + $2 * interval '1 second', null,
+                   null, $3, 'pending', now(), now())""",
+            session_id,
+            seconds,
+            message,
+        )
     except asyncpg.UniqueViolationError:
         return "There is a reminder already."
     return f"I will come back in {seconds} s."
 
 
 async def keep_busy(pool: asyncpg.Pool, session_id: str) -> None:
-    """Signs of life while a session is in use."""
+    """Renew the busy mark while a session is in use."""
     while True:
         await asyncio.sleep(BUSY_FOR / 3)
         await pool.execute(
@@ -101,24 +115,25 @@ async def keep_busy(pool: asyncpg.Pool, session_id: str) -> None:
 
 
 async def take(conn: asyncpg.Connection, session_id: str) -> bool:
-    """Take the session, if nobody has it: one atomic statement, whoever else tries."""
+    """Take the session if it is free: one atomic statement, so that only one caller gets it."""
     return await conn.fetchval(
         """update sessions set busy_until = now() + $2 * interval '1 second'
            where id = $1 and (busy_until is null or busy_until < now()) returning true""",
-        session_id, BUSY_FOR,
-    )  # fmt: skip
+        session_id,
+        BUSY_FOR,
+    )
 
 
 async def give_back(pool: asyncpg.Pool, session_id: str) -> None:
     await pool.execute("update sessions set busy_until = null where id = $1", session_id)
 
 
-# --- a person chats ---------------------------------------------------------------------------------------------------
+# --- a person chats -------------------------------------------------------------------------------
 
 
 @app.websocket("/sessions/{session_id}/chat")
 async def chat(socket: WebSocket, session_id: str, user: str = "ann") -> None:
-    """While a person is here the session is theirs: recalls that fall due wait."""
+    """While a person is connected the session is theirs: due recalls wait."""
     pool = app.state.pool
     await socket.accept()
     async with pool.acquire() as conn:
@@ -152,7 +167,7 @@ async def chat(socket: WebSocket, session_id: str, user: str = "ann") -> None:
         await give_back(pool, session_id)
 
 
-# --- recall-worker calls --------------------------------------------------------------------------------------------
+# --- recall-worker calls --------------------------------------------------------------------------
 
 
 @app.post("/sessions/{session_id}/run")
@@ -174,16 +189,20 @@ async def run(session_id: str, request: Request) -> Response:
     body_hash = hashlib.sha256(body).hexdigest()
 
     async with pool.acquire() as conn, conn.transaction():
-        # Whoever comes second with this key waits here for the first one's transaction, and then sees its row.
+        # A second call with this key waits here for the first one's transaction, and then sees its
+        # row.
         new = await conn.fetchval(
-            "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing returning true",
+            (
+                "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing "
+                "returning true"
+            ),
             key,
             body_hash,
         )
         known = await conn.fetchrow("select body_hash, answer from runs where key = $1", key)
         if known["body_hash"] != body_hash:
             return JSONResponse(
-                {"code": "key_reused", "message": "this key came with another body before"}, 422
+                {"code": "key_reused", "message": "this key was used with another body"}, 422
             )
         if known["answer"] is not None:
             return JSONResponse(json.loads(known["answer"]))
@@ -194,18 +213,28 @@ async def run(session_id: str, request: Request) -> Response:
                 return JSONResponse({"code": "session_not_found"}, 404)
             return JSONResponse({"code": "session_busy"}, 409, {"Retry-After": "1"})
         await conn.execute(
-            "insert into messages (session_id, role, text, recall_key) values ($1, 'system', $2, $3) on conflict do nothing",
-            session_id, system_message, key,
-        )  # fmt: skip
+            (
+                "insert into messages (session_id, role, text, recall_key) values ($1, 'system', "
+                "$2, $3) on conflict do nothing"
+            ),
+            session_id,
+            system_message,
+            key,
+        )
 
     alive = asyncio.create_task(keep_busy(pool, session_id))
     try:
         answer = {"status": "completed", "reply": await agent(pool, session_id, user_message)}
         async with pool.acquire() as conn, conn.transaction():
             await conn.execute(
-                "insert into messages (session_id, role, text, recall_key) values ($1, 'agent', $2, $3) on conflict do nothing",
-                session_id, answer["reply"], key,
-            )  # fmt: skip
+                (
+                    "insert into messages (session_id, role, text, recall_key) values ($1, "
+                    "'agent', $2, $3) on conflict do nothing"
+                ),
+                session_id,
+                answer["reply"],
+                key,
+            )
             await conn.execute(
                 "update runs set answer = $2 where key = $1", key, json.dumps(answer)
             )

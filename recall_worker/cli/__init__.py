@@ -1,8 +1,8 @@
-"""The command line: one file a command (or a family of them), imported when it is asked for.
+"""The command line: one file a command (or a family of them), imported when that command runs.
 
-Data goes to stdout, talk to stderr. `--json` prints one document. Exit status: 0 done, 1 refused or not found, 2 usage, 3 database
-or endpoint unreachable, 4 (`run` alone) the schema is for newer code.
-Whatever goes wrong reads `Error: …` and then `Try: …`; a traceback is a defect.
+Data goes to stdout, messages to stderr. `--json` prints one document. Exit status: 0 done, 1
+refused or not found, 2 usage, 3 database or endpoint unreachable, 4 (`run` alone) the schema is for
+newer code. Every error reads `Error: …` and then `Try: …`; a traceback is a defect.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def main() -> None:
 
     try:
         if sys.argv[1:] == ["run"]:
-            # As units and containers start it, with all its settings in the environment. What takes command lines apart would stay in the
-            # daemon's memory for good, a fifth of it all.
+            # As systemd units and containers start it, with all settings in the environment. The
+            # command line's library would stay in the daemon's memory, a fifth of the total.
             from .run import run
 
             run({}, embedded=False, data=None)

@@ -1,4 +1,4 @@
-"""The commands and their options. What a command does stands in its own file and is imported when it runs."""
+"""The commands and their options. A command's code is in its own file, imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import typer
 
 app = typer.Typer(
     name="recall-worker",
-    help="Keeps an AI agent's promises to come back: calls what is due in PostgreSQL, on time, and accounts for it.",
+    help=(
+        "Keeps an AI agent's promises to come back: calls what is due in PostgreSQL, on "
+        "time, and accounts for it."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,13 +49,13 @@ def _root(
 def migrate(
     dsn: Dsn = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit 1 where something is to be done.")
+        bool, typer.Option("--check", help="Change nothing; exit 1 if there is something to do.")
     ] = False,
     roles: Annotated[
         bool,
         typer.Option(
             "--roles",
-            help="Make the roles recall_worker, recall_application, recall_reader and their grants.",
+            help="Create recall_worker, recall_application, recall_reader and their grants.",
         ),
     ] = False,
     json: Json = False,
@@ -69,7 +72,8 @@ def run(
     listen_dsn: Annotated[
         str | None,
         typer.Option(
-            help="PostgreSQL for LISTEN, past a pooler (else RECALL_LISTEN_DSN).", metavar="DSN"
+            help="Direct address for LISTEN, if the DSN is a pooler's (else RECALL_LISTEN_DSN).",
+            metavar="DSN",
         ),
     ] = None,
     run_url: Annotated[
@@ -85,7 +89,7 @@ def run(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="How the agent server speaks (else RECALL_PROTOCOL, native).", metavar="NAME"
+            help="The agent server's protocol (else RECALL_PROTOCOL, native).", metavar="NAME"
         ),
     ] = None,
     concurrency: Annotated[
@@ -97,7 +101,7 @@ def run(
     drain_timeout: Annotated[
         str | None,
         typer.Option(
-            help="Seconds that runs get to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S"
+            help="Seconds that runs have to end (else RECALL_DRAIN_TIMEOUT, 30).", metavar="S"
         ),
     ] = None,
     ops_listen: Annotated[
@@ -119,31 +123,44 @@ def run(
     ] = None,
     embedded: Annotated[
         bool,
-        typer.Option("--embedded", help="Use a PostgreSQL that pip installed, and migrate it."),
+        typer.Option("--embedded", help="Use a PostgreSQL installed by pip, and migrate it."),
     ] = False,
     data: Annotated[
         str | None,
         typer.Option(help="Where the embedded PostgreSQL keeps its data.", metavar="DIR"),
     ] = None,
 ) -> None:
-    """Be a worker: claim what is due, call the agent, settle. SIGTERM drains; a second one stops at once.
+    """Run a worker: claim due recalls, call the agent, settle. SIGTERM drains; a second one stops
+    at once.
 
-    All settings are RECALL_* variables; these options win over them. Secrets come from RECALL_RUN_TOKEN, RECALL_SIGNING_SECRET, their
-    _FILE forms, or systemd credentials of these names, and never from options.
+    All settings are RECALL_* variables; these options win over them. Secrets come from
+    RECALL_RUN_TOKEN, RECALL_SIGNING_SECRET, their _FILE forms, or systemd credentials of these
+    names, and never from options.
     """
     from .run import run
 
     flags = {
-        "dsn": dsn, "listen_dsn": listen_dsn, "run_url": run_url, "ca_file": ca_file, "protocol": protocol, "concurrency": concurrency,
-        "lease": lease, "drain_timeout": drain_timeout, "ops_listen": ops_listen, "log_level": log_level, "log_format": log_format,
-    }  # fmt: skip
+        "dsn": dsn,
+        "listen_dsn": listen_dsn,
+        "run_url": run_url,
+        "ca_file": ca_file,
+        "protocol": protocol,
+        "concurrency": concurrency,
+        "lease": lease,
+        "drain_timeout": drain_timeout,
+        "ops_listen": ops_listen,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
     run(flags, embedded=embedded, data=data)
 
 
 @app.command()
 def schedule(
-    session: Annotated[str, typer.Argument(help="The session to come back to.", metavar="SESSION")],
-    message: Annotated[str, typer.Argument(help="What the agent is told then.", metavar="MESSAGE")],
+    session: Annotated[str, typer.Argument(help="The session to call.", metavar="SESSION")],
+    message: Annotated[
+        str, typer.Argument(help="The message that the agent gets then.", metavar="MESSAGE")
+    ],
     after: Annotated[
         str | None,
         typer.Option("--in", help="Once, after this long: 90s, 5m, 1h30m.", metavar="DURATION"),
@@ -158,21 +175,26 @@ def schedule(
     every: Annotated[
         str | None,
         typer.Option(
-            help="Again and again, this long after each run; first after one interval, or at --in or --at.",
+            help=(
+                "Again and again, this long after each run; first after one interval, or at "
+                "--in or --at."
+            ),
             metavar="DURATION",
         ),
     ] = None,
     grid: Annotated[
         str | None,
         typer.Option(
-            help="Again and again on a fixed grid from the first, however long runs take.",
+            help="Again and again at fixed distances from the first, however long runs take.",
             metavar="DURATION",
         ),
     ] = None,
     cron: Annotated[
         str | None,
         typer.Option(
-            help="Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'.",
+            help=(
+                "Again and again by five fields, minute hour day month weekday: '30 9 * * mon-fri'."
+            ),
             metavar="EXPR",
         ),
     ] = None,
@@ -187,20 +209,21 @@ def schedule(
         str | None, typer.Option(help="No occurrence after this time.", metavar="ISO")
     ] = None,
     times: Annotated[
-        int | None, typer.Option(help="So many occurrences, then no more.", metavar="N")
+        int | None, typer.Option(help="End it after this many occurrences.", metavar="N")
     ] = None,
     failures: Annotated[
-        int | None, typer.Option(help="End it when so many in a row have failed.", metavar="N")
+        int | None, typer.Option(help="End it after this many failures in a row.", metavar="N")
     ] = None,
     grace: Annotated[
         str | None,
         typer.Option(
-            help="What is later than this is not run, but recorded as misfired.", metavar="DURATION"
+            help="An occurrence later than this is not run, but recorded as misfired.",
+            metavar="DURATION",
         ),
     ] = None,
     jitter: Annotated[
         str | None,
-        typer.Option(help="Put each occurrence off by a random part of this.", metavar="DURATION"),
+        typer.Option(help="Delay each occurrence by a random part of this.", metavar="DURATION"),
     ] = None,
     comment: Annotated[
         str | None, typer.Option(help="A note that never leaves the database.", metavar="TEXT")
@@ -208,13 +231,27 @@ def schedule(
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
-    """Promise to come back to a session; at once where no time is given."""
+    """Schedule a recall of a session; due at once if no time is given."""
     from .recalls import schedule
 
     schedule(
-        dsn, session, message, after=after, at=at, every=every, grid=grid, cron=cron, time_zone=tz, until=until, times=times,
-        failures=failures, grace=grace, jitter=jitter, comment=comment, as_json=json,
-    )  # fmt: skip
+        dsn,
+        session,
+        message,
+        after=after,
+        at=at,
+        every=every,
+        grid=grid,
+        cron=cron,
+        time_zone=tz,
+        until=until,
+        times=times,
+        failures=failures,
+        grace=grace,
+        jitter=jitter,
+        comment=comment,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -231,14 +268,14 @@ def preview(
     start: Annotated[
         str | None,
         typer.Option(
-            "--from", help="From this time on, of an expression (else now).", metavar="ISO"
+            "--from", help="Start of the list, for an expression (else now).", metavar="ISO"
         ),
     ] = None,
     count: Annotated[int, typer.Option(help="How many.", min=1, max=1000)] = 10,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
-    """When an expression, or a recall, falls next: the local times with their zone and offset."""
+    """The next occurrences of an expression or a recall: local times with zone and offset."""
     from .preview import preview
 
     preview(dsn, what, time_zone=tz, start=start, count=count, as_json=json)
@@ -255,7 +292,7 @@ def list_recalls(
         typer.Option(help="In this status only; may be repeated.", metavar="STATUS"),
     ] = None,
     limit: Annotated[int, typer.Option(help="At most this many.", min=1)] = 50,
-    offset: Annotated[int, typer.Option(help="Leave out this many first.", min=0)] = 0,
+    offset: Annotated[int, typer.Option(help="Skip this many first.", min=0)] = 0,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -328,7 +365,7 @@ def skip(
 
 @app.command()
 def pause(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
-    """Hold recalls back until they are resumed; a run that is open ends as it ends."""
+    """Hold recalls back until they are resumed; the current run is not interrupted."""
     from .operate import pause
 
     pause(dsn, ids, as_json=json)
@@ -336,7 +373,7 @@ def pause(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def resume(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
-    """Let paused recalls go on; what fell due meanwhile runs once, and says how many were missed."""
+    """Resume paused recalls; occurrences missed meanwhile run once, with their number."""
     from .operate import resume
 
     resume(dsn, ids, as_json=json)
@@ -352,7 +389,7 @@ def retry(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def fire(ids: Ids, dsn: Dsn = None, json: Json = False) -> None:
-    """Make the occurrence that waits due now; one that was called before keeps its key."""
+    """Run the next occurrence now; one that was called before keeps its key."""
     from .operate import fire
 
     fire(dsn, ids, as_json=json)
@@ -375,7 +412,7 @@ def reschedule(
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
-    """Move a recall; in mid-run, what comes after the run."""
+    """Move a recall to another time; in mid-run, its next occurrence."""
     from .operate import reschedule
 
     reschedule(dsn, id, after=after, at=at, as_json=json)
@@ -383,7 +420,7 @@ def reschedule(
 
 @app.command()
 def workers(dsn: Dsn = None, json: Json = False) -> None:
-    """The workers that are about, and what they are doing."""
+    """The running workers, and what they do."""
     from .inspect import workers
 
     workers(dsn, as_json=json)
@@ -391,7 +428,7 @@ def workers(dsn: Dsn = None, json: Json = False) -> None:
 
 @app.command()
 def stats(dsn: Dsn = None, json: Json = False) -> None:
-    """How many recalls wait, run, are overdue; what the last hour's calls came to, and how late they were."""
+    """How many recalls wait, run, are overdue; the last hour's calls by outcome, and lateness."""
     from .inspect import stats
 
     stats(dsn, as_json=json)
@@ -405,21 +442,21 @@ def prune(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Or for how long what is kept, as RECALL_PRUNE says it: 30d,failed=90d.",
+            help="Or how long each kind is kept, as in RECALL_PRUNE: 30d,failed=90d.",
             metavar="RETENTION",
         ),
     ] = None,
     status: Annotated[
         list[str] | None,
         typer.Option(
-            help="Recalls in this status only, and no marks; may be repeated.", metavar="STATUS"
+            help="Only recalls in this status, and no calls; may be repeated.", metavar="STATUS"
         ),
     ] = None,
     yes: Yes = False,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
-    """Delete recalls that are final and old, and the marks of old calls; in batches, never in the way."""
+    """Delete old recalls that have ended, and records of old calls; in batches, blocking nobody."""
     from .prune import prune
 
     prune(dsn, older_than=older_than, keep=keep, statuses=status, yes=yes, as_json=json)
@@ -427,10 +464,12 @@ def prune(
 
 @app.command()
 def doctor(dsn: Dsn = None, json: Json = False) -> None:
-    """Check what the worker needs: database, rights, schema, ring, pooler, endpoint, workers; and what waits, and why.
+    """Check what the worker needs: database, rights, schema, notifications, pooler, endpoint,
+    workers; and what waits, and why.
 
-    Each line is ok, a note or a problem, with what to do; exit 1 where there is a problem, 3 where the database can't be reached. Nothing
-    is changed and no agent is run: the endpoint is asked by GET. Settings are those of `run`, from the environment.
+    Each line is ok, a note or a problem, with what to do; exit 1 if there is a problem, 3 if the
+    database can't be reached. Nothing is changed and no agent is run: the endpoint is checked by
+    GET. Settings are those of `run`, from the environment.
     """
     from .doctor import doctor
 
@@ -442,7 +481,7 @@ def check_endpoint(
     session: Annotated[
         str,
         typer.Option(
-            help="A session to probe: one that exists, and that nobody is in.", metavar="ID"
+            help="A session to probe: one that exists and that nobody uses.", metavar="ID"
         ),
     ],
     url: Annotated[
@@ -457,9 +496,10 @@ def check_endpoint(
     ] = 120.0,
     json: Json = False,
 ) -> None:
-    """Probe an API, harmlessly, for what the run endpoint's contract asks of it; exit 1 where it does not keep it.
+    """Check by test calls whether an API keeps the run endpoint's contract; exit 1 if it does not.
 
-    Some ten short runs are started in the session. Token and signing secret come from the settings, as for `run`.
+    About ten short runs are started in the session. Token and signing secret come from the
+    settings, as for `run`.
     """
     from .check_endpoint import check_endpoint
 
@@ -484,11 +524,11 @@ def reference_api(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="RECALL_RUN_TOKEN", help="Bearer token that it wants.", show_envvar=True
+            envvar="RECALL_RUN_TOKEN", help="Bearer token that it requires.", show_envvar=True
         ),
     ] = None,
 ) -> None:
-    """A small, correct run endpoint with an agent that only waits: for trying things out, and to read."""
+    """A small, correct run endpoint whose agent only waits: to try things out, and to read."""
     from ..contract.reference_api import serve
 
     serve(host, port, seconds=seconds, token=token, accept_after=accept_after)
@@ -497,10 +537,12 @@ def reference_api(
 @app.command()
 def demo(
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave database and log behind, and say where.")
+        bool, typer.Option("--keep", help="Keep the database and the log, and say where.")
     ] = False,
 ) -> None:
-    """Promises made and kept before your eyes, by the real daemon, in some 20 seconds; then nothing is left."""
+    """Show recalls scheduled and called by the real daemon, in about 20 seconds; nothing is left
+    behind.
+    """
     from ..demo.demo import demo
 
     demo(keep=keep)

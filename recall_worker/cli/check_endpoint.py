@@ -1,4 +1,4 @@
-"""`check-endpoint`: does an API keep the contract of the run endpoint? One line a property."""
+"""`check-endpoint`: does an API keep the run endpoint's contract? One line for each property."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_endpoint(
                 status=USAGE,
             )
     began = time.monotonic()
-    most = f"at most {REQUESTS} requests, and some ten short runs"
+    most = f"at most {REQUESTS} requests, and about ten short runs"
     tell(escape_controls(f"Probing {settings.run_url}, session {session}: {most}."))
     missing = missing_session or _made_up(session)
     rows, requests = asyncio.run(_checked(settings, session, missing, timeout))
@@ -65,13 +65,13 @@ def check_endpoint(
 async def _checked(
     settings: Settings, session: str, missing: str, timeout: float
 ) -> tuple[list[Row], int]:
-    """The rows, and how many requests were made for them."""
+    """The rows, and the number of requests made for them."""
     check = Check(settings, session, missing, timeout)
     return await check.rows(), check.requests
 
 
 def _made_up(session: str) -> str:
-    """An id like the session's, of no session."""
+    """An id of the same form, which no session has."""
     try:
         UUID(session)
         return str(uuid4())

@@ -1,4 +1,4 @@
-"""`doctor`: one line a finding: ok, note or problem, what was seen, what to do."""
+"""`doctor`: one line for each finding: ok, note or problem, what was seen, what to do."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def doctor(dsn: str | None, *, as_json: bool) -> None:
     """The command."""
     settings = setting.read(needed=["dsn"], dsn=dsn)
     for address in filter(None, (settings.dsn, settings.listen_dsn)):
-        conninfo_to_dict(address)  # What can't be read is a matter of usage.
-    strange = []
+        conninfo_to_dict(address)  # A DSN that can't be parsed is a usage error.
+    unknown = []
     for name in setting.ignored():
-        strange.append(
+        unknown.append(
             Finding(
                 "settings",
                 NOTE,
@@ -30,7 +30,7 @@ def doctor(dsn: str | None, *, as_json: bool) -> None:
             )
         )
     exam = asyncio.run(examine(settings))
-    findings = [*strange, *exam.findings]
+    findings = [*unknown, *exam.findings]
     if as_json:
         rows = [
             {"check": f.check, "state": f.state, "seen": f.seen, "todo": f.todo} for f in findings

@@ -1,6 +1,7 @@
 """`why`, `workers`, `stats`: what is going on, in a sentence or a table.
 
-`why` is a pure function of the evidence that one statement gathers: it says what a recall waits for, first cause first.
+`why` is a pure function of the evidence that one statement gathers: it says what a recall waits
+for, first cause first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from .. import statements
 from ..events import escape_controls
-from ..fleet import FLEET, SILENT_AFTER, differences, fleet_cap, told_setting
+from ..fleet import SILENT_AFTER, differences, fleet_cap, setting_of
 from ..recall import STATUSES
 from ..terminal import (
     Trouble,
@@ -30,6 +31,7 @@ from .recalls import connect
 Row = Mapping[str, Any]
 
 WINDOW = 3600.0
+"""Seconds that `stats` counts calls and lateness of."""
 
 
 def why(dsn: str | None, id: str, *, as_json: bool) -> None:
@@ -48,7 +50,9 @@ def why(dsn: str | None, id: str, *, as_json: bool) -> None:
 
 
 def because(row: Row) -> str:
-    """Why a recall is where it is, in a sentence with its evidence. `row`: the statements `why` and `fleet`."""
+    """Why a recall is in its state: a sentence with its evidence. `row`: what the statements `why`
+    and `fleet` return.
+    """
     now: datetime = row["now"]
     if row["status"] not in ("pending", "running"):
         return _ended(row, now)
@@ -72,7 +76,8 @@ def because(row: Row) -> str:
                 else f"{row['breakers']} of {row['alive']} live workers"
             )
             parts.append(
-                f"the breaker is open in {of}: the endpoint is in trouble, and only probed"
+                f"the breaker is open in {of}: the endpoint is failing; only test calls are "
+                "sent until it answers"
             )
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
@@ -84,7 +89,8 @@ def _ended(row: Row, now: datetime) -> str:
             f": {row['reason']}" if row["reason"] else ""
         )
     else:
-        # The application's own statement leaves neither a time nor a reason; what stands there is from the last call.
+        # The application's own statement writes neither a time nor a reason; the row's are from
+        # the last call.
         how = f"{row['status'].capitalize()} by the application since {local(row['updated_at'])}"
         how += f"; its last call had ended as {row['last_outcome']}" if row["last_outcome"] else ""
     if _holds(row["lease_until"], now):
@@ -95,7 +101,10 @@ def _ended(row: Row, now: datetime) -> str:
 def _waits_for(row: Row, now: datetime) -> str:
     if row["lease"] is not None:
         which = f"occurrence {row['occurrence']}, attempt {row['attempt']}"
-        held = f"in a run since {local(row['leased_at'])}: {which}, leased by worker {row['leased_by']}"
+        held = (
+            f"in a run since {local(row['leased_at'])}: {which}, leased by worker "
+            f"{row['leased_by']}"
+        )
         if row["run_reference"] is not None:
             held += f", accepted by the API at {local(row['delivered_at'])} and polled since"
         if _holds(row["lease_until"], now):
@@ -130,7 +139,10 @@ def _behind(row: Row, now: datetime) -> str:
         return f"its session waits for an aborted call to end: {run}"
     if _holds(row["ahead_lease_until"], now):
         return f"its session is in a run: {run}"
-    return f"its session is in a run: {run}, {_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
+    return (
+        f"its session is in a run: {run}, "
+        f"{_lost(row['ahead_lease_until'], None, row['ahead_paused_at'], now)}"
+    )
 
 
 def _holds(lease_until: datetime | None, now: datetime) -> bool:
@@ -140,19 +152,19 @@ def _holds(lease_until: datetime | None, now: datetime) -> bool:
 def _lost(
     lease_until: datetime | None, seen: datetime | None, paused: datetime | None, now: datetime
 ) -> str:
-    """What becomes of a run whose lease has ended."""
-    heard = f"last heard of {relative(seen, now)}, " if seen else ""
+    """What happens to a run whose lease has expired."""
+    heartbeat = f"last heartbeat {relative(seen, now)}, " if seen else ""
     then = (
         "which is paused: resume or cancel it"
         if paused is not None
-        else "so another worker takes it up"
+        else "so another worker takes it over"
     )
     ended = (
         f"whose lease ended {relative(lease_until, now)}"
         if lease_until is not None
         else "whose lease has no end"
     )
-    return f"{heard}{ended}, {then}"
+    return f"{heartbeat}{ended}, {then}"
 
 
 def _history(row: Row) -> str | None:
@@ -165,14 +177,17 @@ def _history(row: Row) -> str | None:
     kinds, calls = row["deferred_as"] or {}, row["deferred_calls"] or row["deferrals"]
     times = "once" if calls == 1 else f"{calls} times"
     if not kinds:
-        # Held back by the worker itself: nothing was sent.
+        # The worker itself held it back: nothing was sent.
         return f"deferred {times}: {row['reason']}"
     counted = (
         f"{next(iter(kinds))} {times}"
         if len(kinds) == 1
         else f"{times} ({', '.join(f'{name} {n}' for name, n in kinds.items())})"
     )
-    return f"deferred, {counted} since {local(row['deferred_since'])}, the last time {local(row['deferred_last'])}: {row['reason']}"
+    return (
+        f"deferred, {counted} since {local(row['deferred_since'])}, the last time "
+        f"{local(row['deferred_last'])}: {row['reason']}"
+    )
 
 
 def workers(dsn: str | None, *, as_json: bool) -> None:
@@ -187,21 +202,39 @@ def workers(dsn: str | None, *, as_json: bool) -> None:
         tell("No workers. Start one with: recall-worker run")
         return
     print_table(
-        ["WORKER", "STATE", ">SEEN", ">RUNS", "BREAKER", "BELL", "SINCE", "VERSION", ">LEASE", ">POLL"],
+        [
+            "WORKER",
+            "STATE",
+            ">SEEN",
+            ">RUNS",
+            "BREAKER",
+            "LISTENER",
+            "SINCE",
+            "VERSION",
+            ">LEASE",
+            ">POLL",
+        ],
         [
             [
-                row["worker"], "alive" if row["alive"] else "silent", relative(row["seen_at"], row["now"]),
-                f"{row['leases']}/{row['slots']}", row["breaker"], row["bell"], local(row["started_at"]), row["version"],
-                *(f"{told_setting(row, name) or '?'} s" for name in ("lease", "poll_interval")),
+                row["worker"],
+                "alive" if row["alive"] else "silent",
+                relative(row["seen_at"], row["now"]),
+                f"{row['leases']}/{row['slots']}",
+                row["breaker"],
+                row["bell"],
+                local(row["started_at"]),
+                row["version"],
+                *(f"{setting_of(row, name) or '?'} s" for name in ("lease", "poll_interval")),
             ]
             for row in rows
         ],
         yields=[("POLL", 0), ("LEASE", 0), ("VERSION", 0), ("SINCE", 0), ("WORKER", 12)],
-    )  # fmt: skip
+    )
     alive = [row for row in rows if row["alive"]]
     if deaf := sum(row["bell"] == "deaf" for row in alive):
         tell(
-            f"Note: {deaf} of {len(alive)} live workers not rung, which find what is inserted by polls only: recall-worker doctor"
+            f"Note: {deaf} of {len(alive)} live workers receive no notifications and find new "
+            "recalls only by polls: recall-worker doctor"
         )
     for name, values in differences(alive):
         tell(escape_controls(f"Note: live workers differ in {name}: {', '.join(values)}"))
@@ -213,7 +246,7 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         by_status = {row["status"]: row for row in conn.execute(reads["stats_recalls"].encode())}
         calls = conn.execute(reads["stats_calls"].encode(), {"window": WINDOW}).fetchall()
         late = conn.execute(reads["stats_lateness"].encode(), {"window": WINDOW}).fetchone()
-        about = conn.execute(reads["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
+        rows = conn.execute(reads["workers"].encode(), {"silence": SILENT_AFTER}).fetchall()
         now = conn.execute("select now() as now").fetchone()
     assert late is not None and now is not None
     live = [by_status[status] for status in ("pending", "running") if status in by_status]
@@ -222,8 +255,8 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         for name in ("waiting", "overdue", "deferred", "paused", "leased")
     }
     next_due = min((row["next_due"] for row in live if row["next_due"] is not None), default=None)
-    alive = [row for row in about if row["alive"]]
-    crew = {
+    alive = [row for row in rows if row["alive"]]
+    workers = {
         "alive": len(alive),
         "slots": sum(row["slots"] for row in alive),
         "breakers_open": sum(row["breaker"] == "open" for row in alive),
@@ -238,11 +271,12 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
                 "statuses": statuses,
                 "calls_last_hour": {row["outcome"]: row["calls"] for row in calls},
                 "lateness_last_hour": late,
-                "workers": crew,
+                "workers": workers,
             }
         )
         return
-    breaker = f"open in {crew['breakers_open']} of them" if crew["breakers_open"] else "closed"
+    open_in = workers["breakers_open"]
+    breaker = f"open in {open_in} of them" if open_in else "closed"
     facts = [
         (
             "waiting",
@@ -252,8 +286,8 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
         ("  overdue", f"{counts['overdue']:,}"),
         ("  deferred", f"{counts['deferred']:,}"),
         ("paused", f"{counts['paused']:,}"),
-        ("in a run", f"{counts['leased']:,} of {crew['slots']:,} slots"),
-        ("workers", f"{crew['alive']} alive, breaker {breaker}" if alive else "none alive"),
+        ("in a run", f"{counts['leased']:,} of {workers['slots']:,} slots"),
+        ("workers", f"{workers['alive']} alive, breaker {breaker}" if alive else "none alive"),
         ("recalls", ", ".join(f"{n:,} {status}" for status, n in statuses.items() if n) or "none"),
         (
             "last hour",

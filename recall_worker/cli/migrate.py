@@ -1,4 +1,4 @@
-"""`migrate`."""
+"""`migrate`: bring the schema up to date, or say what is left to do."""
 
 from __future__ import annotations
 

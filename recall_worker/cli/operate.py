@@ -1,7 +1,9 @@
-"""`cancel`, `skip`, `pause`, `resume`, `retry`, `fire`, `reschedule`: the operator's hand.
+"""`cancel`, `skip`, `pause`, `resume`, `retry`, `fire`, `reschedule`: what an operator does to
+recalls.
 
-Each is one guarded statement on the rows that it can apply to; what it did not apply to is looked at afterwards, and said with what
-to do instead. Races with claim, settle, cancel and deletion are decided by the row's lock: an operation acts on the row as it finds it.
+Each is one guarded statement on the rows that it can apply to. The other rows are read afterwards,
+and the error says why it did not apply and what to do instead. Races with claim, settle, cancel and
+deletion are decided by the row's lock: an operation acts on the row as it finds it.
 docs/operations.md says what each does in every state.
 """
 
@@ -20,7 +22,7 @@ from .recalls import connect, instant
 
 Row = Mapping[str, Any]
 WhyNot = Callable[[Row], tuple[str, str]]
-"""From a row as it stands to what stood in the operation's way, and what to do about it."""
+"""From the row as it is now: why the operation did not apply, and what to do instead."""
 
 
 def cancel(
@@ -52,7 +54,7 @@ def skip(dsn: str | None, ids: list[str], *, session: str | None, as_json: bool)
             rows,
             as_json,
             lambda row: (
-                "one occurrence less after this run" if row["lease"] else f"next {_due(row)}"
+                "the occurrence after this run is left out" if row["lease"] else f"next {_due(row)}"
             ),
         )
         if session is None:
@@ -68,10 +70,11 @@ def pause(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
     with connect(dsn) as conn:
         rows = _act(conn, "pause", {"ids": ids})
 
-        def said(row: Row) -> str:
-            return f"paused since {local(row['paused_at'])}{'; the run that is open ends as it ends' if row['lease'] else ''}"
+        def done(row: Row) -> str:
+            run = "; the current run is not interrupted" if row["lease"] else ""
+            return f"paused since {local(row['paused_at'])}{run}"
 
-        _show(rows, as_json, said)
+        _show(rows, as_json, done)
         _account(conn, rows, ids, _why_not_live)
 
 
@@ -79,11 +82,11 @@ def resume(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
     with connect(dsn) as conn:
         rows = _act(conn, "resume", {"ids": ids})
 
-        def said(row: Row) -> str:
-            what = "goes on" if row["resumed"] else "was not paused"
+        def done(row: Row) -> str:
+            what = "resumed" if row["resumed"] else "was not paused"
             return f"{what}; {'it is in a run' if row['lease'] else _due(row)}"
 
-        _show(rows, as_json, said)
+        _show(rows, as_json, done)
         _account(conn, rows, ids, _why_not_live)
 
 
@@ -97,8 +100,8 @@ def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
             except errors.UniqueViolation:
                 taken.append(id)
 
-        def said(row: Row) -> str:
-            # One that had been moved comes back as the move has it, which the claim decides.
+        def done(row: Row) -> str:
+            # The key of a recall that was moved is decided by the claim, which resolves the move.
             moved = row["planned_at"] not in (None, row["trigger_at"])
             return (
                 "due now, under a new key"
@@ -108,14 +111,15 @@ def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
 
         def why_not(row: Row) -> tuple[str, str]:
             if row["id"] in taken:
-                what = f"{row['id']}: its session {row['session_id']} has another pending recall, and holds one at a time"
-                return (
-                    what,
-                    f"{command('list', '--status', 'pending', '--session', row['session_id'])}, and cancel that one first",
+                what = (
+                    f"{row['id']}: its session {row['session_id']} has another pending "
+                    "recall, and can have only one"
                 )
+                found = command("list", "--status", "pending", "--session", row["session_id"])
+                return what, f"{found}, and cancel that one first"
             return _why_not_retried(row)
 
-        _show(rows, as_json, said)
+        _show(rows, as_json, done)
         _account(conn, rows, ids, why_not)
 
 
@@ -148,21 +152,23 @@ def _act(
     return conn.execute(statements.load("client")[name].encode(), values).fetchall()
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool, said: Callable[[Row], str]) -> None:
-    """What was done: the rows as they stand now, or a sentence for each; and for a script their ids."""
+def _show(rows: list[dict[str, Any]], as_json: bool, done: Callable[[Row], str]) -> None:
+    """Print what was done: the rows as they are now, or a sentence for each, and for a script their
+    ids.
+    """
     if as_json:
         print_json(rows)
         return
     for row in rows:
         if not sys.stdout.isatty():
             print(escape_controls(row["id"]), flush=True)
-        tell(escape_controls(f"{row['id']}: {said(row)}."))
+        tell(escape_controls(f"{row['id']}: {done(row)}."))
 
 
 def _account(
     conn: Connection[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str], why_not: WhyNot
 ) -> None:
-    """Trouble for each recall that was named and is not among the rows, saying why."""
+    """Raise Trouble that says why, for each recall that was named and is not among the rows."""
     done = {row["id"] for row in rows}
     left = [id for id in dict.fromkeys(ids) if id not in done]
     if left:
@@ -200,13 +206,13 @@ def _why_not_fired(row: Row) -> tuple[str, str]:
             "retry" if row["status"] in ("failed", "cancelled") else "show", row["id"]
         )
     if row["leased"]:
-        return f"{row['id']} is being run, by {row['leased_by']}", command("why", row["id"])
+        return f"{row['id']} is in a run, by {row['leased_by']}", command("why", row["id"])
     return f"{row['id']} is paused", command("resume", row["id"])
 
 
 def _why_not_retried(row: Row) -> tuple[str, str]:
     if row["status"] in ("failed", "cancelled"):
-        return f"{row['id']}: its aborted call is still open", "the same again in a moment"
+        return f"{row['id']}: its aborted call is still open", "the same command in a moment"
     if row["status"] == "fired":
         return (
             f"{row['id']} has fired: there is nothing to retry",

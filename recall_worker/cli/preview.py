@@ -1,4 +1,6 @@
-"""`preview`: when an expression, or a recall, falls next, with zone and offset, so that a change of clocks is seen before it comes."""
+"""`preview`: the next occurrences of a cron expression, or of a recall, with time zone and offset,
+so that a change of clocks is seen before it comes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def preview(
         with explained("recall-worker preview --help"):
             where = cadence.zone(time_zone)
             now = datetime.now(UTC)
-            # A start that is named counts itself, as with `schedule`; now does not.
+            # A moment given with --from counts itself, as with `schedule`; now does not.
             after = (
                 now
                 if start is None
@@ -56,7 +58,8 @@ def preview(
     recall = Recall.of(row)
     if recall.status in FINAL:
         raise Trouble(
-            f"{recall.id} is {recall.status}: nothing is ahead of it", command("show", recall.id)
+            f"{recall.id} is {recall.status}: it has no next occurrence",
+            command("show", recall.id),
         )
     with explained(command("show", recall.id)):
         where = cadence.zone(recall.time_zone)
@@ -74,47 +77,51 @@ def preview(
 
 
 def _remarks(row: dict[str, object], recall: Recall) -> str:
-    said = []
+    remarks = []
     if recall.call_type == "recurring" and recall.cadence == "interval":
-        said.append("counted from each run's end: these are the earliest times, if runs took none")
+        remarks.append("counted from each run's end: these are the earliest possible times")
     if row["lease"] is not None:
-        said.append("the first is being run")
+        remarks.append("the first one runs now")
     if recall.paused_at is not None:
-        said.append("paused: nothing is called until it is resumed")
+        remarks.append("paused: nothing is called until it is resumed")
     if recall.jitter_seconds:
-        said.append(f"each due up to {length(recall.jitter_seconds)} later")
-    return "".join(f"; {remark}" for remark in said) + "."
+        remarks.append(f"each due up to {length(recall.jitter_seconds)} later")
+    return "".join(f"; {remark}" for remark in remarks) + "."
 
 
 def _show(
     moments: list[datetime],
     zone: tzinfo | None,
     now: datetime,
-    told: dict[str, object],
+    source: dict[str, object],
     as_json: bool,
 ) -> None:
-    """`zone` None: that of this host."""
+    """`zone` None: that of this host. `source`: what the times are of, for JSON."""
     walls = [moment.astimezone(zone) for moment in moments]
     if as_json:
         found = [
             {"at": rfc3339(moment), "local": wall.isoformat()}
             for moment, wall in zip(moments, walls, strict=True)
         ]
-        print_json({**told, "occurrences": found})
+        print_json({**source, "occurrences": found})
         return
     print_table(
         ["LOCAL TIME", "ZONE", "OFFSET", "UTC", "WHEN", ""],
         [
             [
-                f"{wall:%a %Y-%m-%d %H:%M:%S}", wall.tzname() or "", _offset(wall), f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
-                relative(moment, now), note,
+                f"{wall:%a %Y-%m-%d %H:%M:%S}",
+                wall.tzname() or "",
+                _offset(wall),
+                f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
+                relative(moment, now),
+                note,
             ]
             for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
         ],
         yields=[("UTC", 0), ("WHEN", 0), ("", 12)],
-    )  # fmt: skip
+    )
     if not moments:
-        tell("Nothing is ahead.")
+        tell("No next occurrence.")
 
 
 def _offset(wall: datetime) -> str:
@@ -122,7 +129,7 @@ def _offset(wall: datetime) -> str:
 
 
 def _notes(walls: Iterable[datetime]) -> list[str]:
-    """Of each time, whether the clocks changed since the one before."""
+    """For each time, whether the clocks changed since the one before."""
     notes, before = [], None
     for wall in walls:
         changed = before is not None and wall.utcoffset() != before.utcoffset()

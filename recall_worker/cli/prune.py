@@ -1,4 +1,6 @@
-"""`prune`: delete what is over and old, and the marks of old calls: the daemon's own sweep, at once and without its pauses."""
+"""`prune`: delete old recalls that have ended, and old calls: the daemon's own sweep, at once and
+without its pauses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def prune(
     yes: bool,
     as_json: bool,
 ) -> None:
-    kept, what = _told(older_than, keep, statuses)
+    kept, what = _retention(older_than, keep, statuses)
     if not yes and not confirmed(f"Delete {what}?"):
         raise Trouble("nothing was done", "the same with --yes")
     sql, sweep = statements.load("prune"), Sweep(kept)
@@ -34,16 +36,16 @@ def prune(
     recalls = sum(sweep.deleted.values()) - calls
     if as_json:
         print_json({"recalls": recalls, "calls": calls})
-    tell(f"Deleted {recalls} recalls and the marks of {calls} calls.")
+    tell(f"Deleted {recalls} recalls and the records of {calls} calls.")
 
 
-def _told(
+def _retention(
     older_than: str | None, keep: str | None, statuses: list[str] | None
 ) -> tuple[dict[str, float], str]:
-    """How long what is kept, in seconds, and what is to be deleted, in words. Raises Trouble."""
+    """How long each kind is kept, in seconds, and what is deleted, in words. Raises Trouble."""
     if (older_than is None) == (keep is None):
         raise Trouble(
-            "say for how long what is over is kept",
+            "say for how long ended recalls are kept",
             "either --older-than 30d or --keep fired=7d,failed=90d",
             status=USAGE,
         )
@@ -56,23 +58,23 @@ def _told(
             )
         kept, problems = settings.retention(keep)
         if problems or not kept:
-            said = "; ".join(problems) or "names nothing"
+            why = "; ".join(problems) or "names nothing"
             raise Trouble(
-                f"--keep {said}",
+                f"--keep {why}",
                 "--keep 30d, --keep 30d,failed=90d or --keep fired=7d,calls=1d",
                 status=USAGE,
             )
-        return kept, f"what is over and kept no longer ({keep})"
+        return kept, f"everything past its retention ({keep})"
     assert older_than is not None
     age = seconds(older_than, "--older-than")
     wrong = sorted(set(statuses or []) - set(FINAL))
     if wrong:
         raise Trouble(
-            f"{', '.join(wrong)} is no final status",
+            f"{', '.join(wrong)} is not a final status",
             f"--status with one of {', '.join(FINAL)}",
             status=USAGE,
         )
-    what = f"{' and '.join(statuses)} recalls" if statuses else "recalls and marks of calls"
+    what = f"{' and '.join(statuses)} recalls" if statuses else "recalls and records of calls"
     return dict.fromkeys(
         statuses or settings.KEPT, age
     ), f"{what} that ended more than {older_than} ago"

@@ -1,4 +1,4 @@
-"""`schedule`, `list`, `show`: recalls as an operator makes and sees them."""
+"""`schedule`, `list`, `show`: how an operator creates and reads recalls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
     conn = psycopg.connect(
         **connection_info(address, "recall-worker cli"),
         row_factory=dict_row,
-        prepare_threshold=None,  # A transaction pooler may stand in between, and pass the next statement to another connection.
+        # A transaction pooler may stand in between, and pass the next statement to another
+        # connection.
+        prepare_threshold=None,
     )
     load_whatever_stands_there(conn)
     return conn
@@ -78,15 +80,21 @@ def schedule(
     with explained():
         where = None if time_zone is None else cadence.zone(time_zone)
     told: dict[str, Any] = {
-        "at": None if at is None else instant(at, "--at", where), "after": _span(after, "--in"), "every": _span(every, "--every"),
-        "grid": _span(grid, "--grid"), "cron": cron,
-        # Besides cron it says by which clock --at and --until are meant.
+        "at": None if at is None else instant(at, "--at", where),
+        "after": _span(after, "--in"),
+        "every": _span(every, "--every"),
+        "grid": _span(grid, "--grid"),
+        "cron": cron,
+        # Without cron it is only the zone of --at and --until.
         "time_zone": time_zone if cron is not None or (at is None and until is None) else None,
-        "until": None if until is None else instant(until, "--until", where), "times": times, "failures": failures,
-        "grace": _span(grace, "--grace"), "jitter": _span(jitter, "--jitter"),
-    }  # fmt: skip
+        "until": None if until is None else instant(until, "--until", where),
+        "times": times,
+        "failures": failures,
+        "grace": _span(grace, "--grace"),
+        "jitter": _span(jitter, "--jitter"),
+    }
     with explained():
-        # Said before PostgreSQL is asked for anything; its own clock then decides.
+        # Mistakes are reported before a connection is opened; then PostgreSQL's clock decides.
         cadence.plan(datetime.now(UTC), 0.0, **told)
     client = statements.load("client")
     with connect(dsn) as conn:
@@ -102,7 +110,7 @@ def schedule(
             row = conn.execute(client["schedule"].encode(), values).fetchone()
         except errors.UniqueViolation:
             raise Trouble(
-                f"session {session} has a pending recall already, and holds one at a time",
+                f"session {session} already has a pending recall, and can have only one",
                 command("list", "--session", session),
                 command("cancel", "--session", session),
             ) from None
@@ -122,7 +130,7 @@ def schedule(
 
 @contextlib.contextmanager
 def explained(hint: str = "recall-worker schedule --help") -> Iterator[None]:
-    """What can't be kept is a trouble of usage."""
+    """A rule that can't be kept is a usage error."""
     try:
         yield
     except CadenceError as error:
@@ -141,7 +149,9 @@ def _span(text: str | None, option: str) -> timedelta | None:
 
 
 def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
-    """A time as people write it. Without an offset it is the wall clock's there (None: here). Raises Trouble."""
+    """A time as people write it. Without an offset it is the wall clock's there (None: here).
+    Raises Trouble.
+    """
     try:
         when = datetime.fromisoformat(text)
         if when.tzinfo is None:
@@ -150,7 +160,7 @@ def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
         return when
     except (ValueError, OverflowError):
         raise Trouble(
-            f"{option} {text!r} is no time",
+            f"{option} {text!r} is not a time",
             f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00",
             status=USAGE,
         ) from None
@@ -188,7 +198,7 @@ def list_recalls(
             if user is None:
                 raise
             raise Trouble(
-                "this database has no table sessions, so nobody's sessions are known",
+                "this database has no table sessions, so a user's sessions are not known",
                 "--session ID",
             ) from None
         now = clock(conn)
@@ -202,13 +212,27 @@ def list_recalls(
         ["ID", "SESSION", "TYPE", "STATUS", "WHEN", "DUE", ">OCC", "MESSAGE"],
         [
             [
-                row["id"], row["session_id"], nature(row), row["status"], _when(row, now), local(row["trigger_at"]),
-                str(row["occurrence"]), _line(row["additional_context_message"], 200),
+                row["id"],
+                row["session_id"],
+                nature(row),
+                row["status"],
+                _when(row, now),
+                local(row["trigger_at"]),
+                str(row["occurrence"]),
+                _line(row["additional_context_message"], 200),
             ]
             for row in rows
         ],
-        yields=[("MESSAGE", 16), ("OCC", 0), ("DUE", 0), ("TYPE", 0), ("SESSION", 36), ("MESSAGE", 0), ("SESSION", 8)],
-    )  # fmt: skip
+        yields=[
+            ("MESSAGE", 16),
+            ("OCC", 0),
+            ("DUE", 0),
+            ("TYPE", 0),
+            ("SESSION", 36),
+            ("MESSAGE", 0),
+            ("SESSION", 8),
+        ],
+    )
     if len(rows) == limit:
         tell(f"More may follow: --offset {offset + limit}")
 
@@ -225,7 +249,7 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
         print_json({"recall": row, "calls": calls})
         return
     if row is None:
-        tell("The recall is gone (deleted, or its session was); its calls are on record:")
+        tell("The recall is gone (it or its session was deleted); its calls are on record:")
     else:
         message = row["additional_context_message"]
         facts = [
@@ -257,17 +281,44 @@ def show(dsn: str | None, id: str, *, as_json: bool) -> None:
     if calls:
         print()
         print_table(
-            [">OCC", ">ATT", "OUTCOME", ">CALLS", "CALLED", ">LATE", ">MISSED", ">TOOK", ">HTTP", "REASON", "WORKER"],
+            [
+                ">OCC",
+                ">ATT",
+                "OUTCOME",
+                ">CALLS",
+                "CALLED",
+                ">LATE",
+                ">MISSED",
+                ">TOOK",
+                ">HTTP",
+                "REASON",
+                "WORKER",
+            ],
             [
                 [
-                    str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""), str(c["attempt"]), c["outcome"], str(c["calls"]),
-                    local(c["called_at"]), _between(c["called_at"], c["scheduled_for"]), str(c["missed"] or ""),
-                    _between(c["ended_at"], c["last_called_at"]), str(c["http_status"] or ""), c["reason"] or "", c["worker"],
+                    str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""),
+                    str(c["attempt"]),
+                    c["outcome"],
+                    str(c["calls"]),
+                    local(c["called_at"]),
+                    _between(c["called_at"], c["scheduled_for"]),
+                    str(c["missed"] or ""),
+                    _between(c["ended_at"], c["last_called_at"]),
+                    str(c["http_status"] or ""),
+                    c["reason"] or "",
+                    c["worker"],
                 ]
                 for c in calls
             ],
-            yields=[("REASON", 24), ("WORKER", 0), ("REASON", 0), ("TOOK", 0), ("MISSED", 0), ("CALLED", 19)],
-        )  # fmt: skip
+            yields=[
+                ("REASON", 24),
+                ("WORKER", 0),
+                ("REASON", 0),
+                ("TOOK", 0),
+                ("MISSED", 0),
+                ("CALLED", 19),
+            ],
+        )
 
 
 def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
@@ -278,7 +329,7 @@ def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
 
 
 def nature(row: Mapping[str, Any]) -> str:
-    """How a recall recurs, in a word or a few."""
+    """How a recall recurs, in a few words."""
     if row["call_type"] != "recurring":
         return str(row["call_type"])
     if row["cadence"] == "cron":
@@ -304,14 +355,16 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 
 def _stands_for(row: Mapping[str, Any]) -> str | None:
-    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and how many more were missed."""
+    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and
+    how many more were missed.
+    """
     if row["status"] not in ("pending", "running") or row["scheduled_for"] in (
         None,
         row["trigger_at"],
     ):
         return None
     if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
-        return None  # It was moved, and will stand for something else.
+        return None  # It was moved: the claim will set another nominal time.
     missed = f", and {row['missed']} missed after it" if row["missed"] else ""
     return f"{local(row['scheduled_for'])}{missed}"
 
@@ -332,7 +385,7 @@ def _so_far(row: dict[str, Any]) -> str:
 
 
 def _line(text: str, most: int) -> str:
-    """A message in one line; of a long one the beginning, and how long it is."""
+    """A message in one line; if it is long, its beginning and its length."""
     line = " ".join(text[:most].split())
     return line if len(text) <= most else f"{line} … ({len(text):,} characters)"
 

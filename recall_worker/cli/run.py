@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..worker.worker import Worker
 
 GARBAGE = 20_000
-"""Objects by which the young ones may grow until the collector walks through them: some megabytes."""
+"""New objects after which the garbage collector runs: some megabytes."""
 
 
 def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
@@ -38,14 +38,15 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
             flags = flags | {"dsn": stack.enter_context(_embedded(data))}
         chosen = settings.read(needed=["dsn", "run_url"], **flags)
         for dsn in filter(None, (chosen.dsn, chosen.listen_dsn)):
-            conninfo_to_dict(dsn)  # What can't be read is told before anything is started.
+            conninfo_to_dict(dsn)  # An unreadable DSN is reported before anything is started.
         events.configure(chosen.log_level, chosen.log_format)
         for name in settings.ignored():
             tell(f"Note: {name} is not a setting of recall-worker and is ignored.")
-        # What was imported stays: not walking through it again keeps the collector's pauses out of the lag.
+        # What was imported stays: the collector skips it, which keeps its pauses out of the lag.
         gc.collect()
         gc.freeze()
-        # A run makes hundreds of objects and no cycles: a look for those at every seven hundredth, as is Python's way, takes a tenth of the time.
+        # A run makes hundreds of objects and no cycles: with Python's default, a collection every
+        # 700 objects, a tenth of the time would go into searching for them.
         gc.set_threshold(GARBAGE, 20, 20)
         try:
             asyncio.run(serve(chosen, functools.partial(_watched, chosen)))
@@ -56,9 +57,9 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
 
 @contextlib.asynccontextmanager
 async def _watched(
-    chosen: settings.Settings, worker: Worker, told: events.Events
+    chosen: settings.Settings, worker: Worker, log: events.Events
 ) -> AsyncIterator[None]:
-    """What is switched on for those who watch the worker: pages and metrics, traces. What is off is not imported."""
+    """Run pages, metrics and traces as the settings say. What is off is not imported."""
     async with contextlib.AsyncExitStack() as stack:
         if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get(
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
@@ -67,14 +68,15 @@ async def _watched(
                 from ..ops.traces import traced
             except ImportError:
                 tell(
-                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that is not installed: recall-worker[otel]."
+                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that "
+                    "is not installed: recall-worker[otel]."
                 )
             else:
-                await stack.enter_async_context(traced(worker, told))
+                await stack.enter_async_context(traced(worker, log))
         if chosen.ops_address is not None:
             from ..ops.pages import pages
 
-            await stack.enter_async_context(pages(worker, told, *chosen.ops_address))
+            await stack.enter_async_context(pages(worker, log, *chosen.ops_address))
         yield
 
 
@@ -94,7 +96,7 @@ def _embedded(data: str | None) -> Any:
         ) from None
     try:
         dsn = server.dsn("postgres")
-        tell(f"PostgreSQL for others: RECALL_DSN='{dsn}'")
+        tell(f"To use this PostgreSQL elsewhere: RECALL_DSN='{dsn}'")
         schema.migrate(dsn, tell)
         yield dsn
     finally:
@@ -102,7 +104,9 @@ def _embedded(data: str | None) -> Any:
 
 
 def _home() -> Path:
-    """Where the embedded data is kept: as root the server runs as another account, which can't enter root's home."""
+    """The directory of the embedded data. For root it is not root's home: the server then runs as
+    another account, which can't enter that.
+    """
     if os.geteuid() == 0:
         return Path("/var/lib/recall-worker/postgresql")
     return (

@@ -1,16 +1,18 @@
-"""Does an API keep the contract of the run endpoint? For its author: one row a property, with what was seen.
+"""Does an API keep the contract of the run endpoint? For its author: one row for each property,
+with what was seen.
 
-What an API does inside can't be seen from outside, so the rows on runs reason by time: how long a run lasts is measured first, on calls
-that have the session to themselves. Where runs are too short for two to meet, or a measure is in doubt, the verdict is "not shown",
-never "pass".
+What an API does inside can't be seen from outside, so the rows about runs reason by time: the
+length of a run is measured first, on calls that have the session to themselves. If runs are too
+short to overlap, or a measurement is doubtful, the verdict is "not shown", never "pass".
 
 Never here: how a probe is made (probes), how rows are shown (cli/check_endpoint), the database, a
-session that was not named (but for one that does not exist).
+session that was not named (except one that does not exist).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -28,24 +30,24 @@ from .probes import MESSAGE, REQUESTS, Probes, Reply, Run, Spent
 TOGETHER, ROUNDS = 3, 3
 """Calls at once in one session, and how often."""
 SHORT = 0.2
-"""Seconds: of shorter runs nobody can say from outside whether they met."""
+"""Seconds: whether shorter runs overlapped can't be seen from outside."""
 PASS, FAIL, NOT_SHOWN = "pass", "fail", "not shown"
 TIMED = ("key_during", "slow", "hang_up")
-"""Rows that something slow can spoil: where one was not shown it is tried a second time."""
+"""Rows that a slow machine can spoil: if one is not shown, it is tried a second time."""
 PROPERTIES = {
     "answers": "answers a call with 2xx and JSON",
     "redirect": "does not redirect",
-    "token": "wants its token",
-    "missing": "names a missing session",
-    "busy": "lets one of several calls at once in",
+    "token": "requires its token",
+    "missing": "says that a session is missing",
+    "busy": "accepts one of several calls at once",
     "slow": "keeps the session busy until the run ends",
     "key_after": "replays a key's answer after its run",
     "key_during": "starts no second run under a key",
     "body": "pins the body to its key",
-    "hang_up": "runs once, also if its caller hangs up",
+    "hang_up": "runs once, also if its caller disconnects",
     "accepted": "accepted runs can be polled to their end",
     "cancel": "ends an accepted run when asked to",
-    "retry_after": "says when to come back (advice)",
+    "retry_after": "says when to call again (advice)",
 }
 
 
@@ -74,7 +76,7 @@ class Row:
 
 
 class Check:
-    """One check of one endpoint. `rows()` makes it; it needs a running event loop."""
+    """One check of one endpoint, made by `rows()`. Needs a running event loop."""
 
     def __init__(
         self, settings: Settings, session: str, missing_session: str, timeout: float
@@ -87,19 +89,27 @@ class Check:
 
     @property
     def requests(self) -> int:
-        """How many were made."""
+        """The number of requests made."""
         return self._probes.made
 
     async def rows(self) -> list[Row]:
-        """All rows, in the order in which they are shown. Raises Trouble where the endpoint can't be reached at all."""
+        """All rows, in the order in which they are shown. Raises Trouble if no connection to the
+        endpoint can be made.
+        """
         found: dict[str, Finding] = {}
         async with self._probes:
             found["answers"] = await self._found(self._answers)
             for name, find in (
-                ("key_after", self._key_after), ("body", self._body), ("busy", self._busy), ("key_during", self._key_during),
-                ("slow", self._slow), ("hang_up", self._hang_up), ("cancel", self._cancel), ("accepted", self._accepted),
+                ("key_after", self._key_after),
+                ("body", self._body),
+                ("busy", self._busy),
+                ("key_during", self._key_during),
+                ("slow", self._slow),
+                ("hang_up", self._hang_up),
+                ("cancel", self._cancel),
+                ("accepted", self._accepted),
                 ("retry_after", self._retry_after),
-            ):  # fmt: skip
+            ):
                 no_run = Finding(NOT_SHOWN, "no call was answered as a run")
                 found[name] = no_run if self._first is None else await self._found(find)
                 if (
@@ -123,7 +133,7 @@ class Check:
         except Spent:
             return Finding(
                 NOT_SHOWN,
-                f"{REQUESTS} requests were made by then, and more are not to be",
+                f"the limit of {REQUESTS} requests was used up",
                 "see the rows above first",
             )
 
@@ -134,11 +144,11 @@ class Check:
             return Finding(NOT_SHOWN, "no run was seen to end", "see the rows above first")
         return Finding(
             NOT_SHOWN,
-            f"the runs last {span(self._probes.shortest)}: too short to meet one another",
+            f"the runs last {span(self._probes.shortest)}: too short to overlap",
             LONGER,
         )
 
-    # --- the rows --------------------------------------------------------------------------------------------------
+    # --- the rows ---------------------------------------------------------------------------------
 
     async def _answers(self) -> Finding:
         key = self._probes.new_key()
@@ -151,15 +161,17 @@ class Check:
             )
         if isinstance(reply.outcome, Busy):
             return Finding(
-                FAIL, f"the session stays busy: {reply}", "--session with one that nobody is in"
+                FAIL, f"the session stays busy: {reply}", "--session with one that nobody uses"
             )
         if isinstance(reply.outcome, Gone):
             return Finding(
-                FAIL, f"the API knows no such session: {reply}", "--session with one that exists"
+                FAIL,
+                f"the API does not know the session: {reply}",
+                "--session with one that exists",
             )
         if reply.answer is None:
             return Finding(
-                FAIL, str(reply), "--timeout with more seconds, where the agent takes longer"
+                FAIL, str(reply), "--timeout with more seconds, if the agent takes longer"
             )
         if not reply.got_in or (isinstance(reply.outcome, Unknown) and reply.status != 202):
             return Finding(
@@ -170,7 +182,8 @@ class Check:
         self._first = run = await self._probes.to_its_end(reply)
         if run.length is None:
             return Finding(PASS, f"{reply}; its run was not seen to end")
-        # A first run may be longer than others, as things are loaded for it: one more, to know how long they are.
+        # A first run may be longer than others, as things are loaded for it: so a second one is
+        # measured, too.
         another = self._probes.new_key()
         second = await self._probes.when_free(lambda: self._probes.call(another))
         if second.got_in:
@@ -206,18 +219,27 @@ class Check:
         if again.is_replay:
             return Finding(
                 PASS,
-                f"the same request was answered after {span(took)}, as a replay (Idempotent-Replayed)",
+                (
+                    f"the same request was answered after {span(took)}, as a replay "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if length >= SHORT and took >= length / 2:
             return Finding(
                 FAIL,
-                f"the same request took {span(took)}, as long as a run ({span(length)}): it ran again",
+                (
+                    f"the same request took {span(took)}, as long as a run ({span(length)}): it "
+                    "ran again"
+                ),
                 REMEMBER,
             )
         if not isinstance(first.reply.outcome, Accepted) and again.document != first.reply.document:
             return Finding(
                 FAIL,
-                "the same request was answered otherwise than the first time: it seems to have run again",
+                (
+                    "the same request got another answer than the first time: it seems to have "
+                    "run again"
+                ),
                 REMEMBER,
             )
         if length < SHORT:
@@ -248,13 +270,13 @@ class Check:
             return Finding(
                 NOT_SHOWN,
                 "no token is set",
-                "RECALL_RUN_TOKEN, so that nobody else can make your agent run",
+                "set RECALL_RUN_TOKEN, so that nobody else can run your agent",
             )
         for token, which in (("wrong-" + secrets.token_hex(8), "a wrong token"), ("", "no token")):
             key = self._probes.new_key()
             reply = await self._probes.when_free(
-                lambda key=key, token=token: self._probes.call(key, token=token)
-            )  # type: ignore[misc]
+                functools.partial(self._probes.call, key, token=token)
+            )
             if reply.got_in:
                 await self._probes.to_its_end(reply)
             if reply.status not in (401, 403):
@@ -275,14 +297,14 @@ class Check:
         if reply.got_in:
             return Finding(
                 FAIL,
-                f"session {self._missing_session}: {reply}; it was made, or run without one",
+                f"session {self._missing_session}: {reply}; it was created, or run without one",
                 NAME_IT,
             )
         return Finding(FAIL, f"session {self._missing_session}: {reply}", NAME_IT)
 
     async def _busy(self) -> Finding:
         shown = unclear = 0
-        told: set[int] = set()
+        refused: set[int] = set()
         for _ in range(ROUNDS + 2):
             if shown + unclear == ROUNDS:
                 break
@@ -299,7 +321,7 @@ class Check:
             ]
             if odd:
                 return Finding(FAIL, f"{TOGETHER} calls at once: one was answered {odd[0]}", ATOMIC)
-            told |= {
+            refused |= {
                 reply.status for reply in replies if not reply.got_in and reply.status is not None
             }
             if not runs:
@@ -309,27 +331,32 @@ class Check:
                 self._probes.measured(runs[0])
             elif met := self._met(runs):
                 return Finding(
-                    FAIL, f"{TOGETHER} calls at once: {len(runs)} got in, and {met}", ATOMIC
+                    FAIL, f"{TOGETHER} calls at once: {len(runs)} were accepted, and {met}", ATOMIC
                 )
             else:
                 unclear += 1
-        codes = ", ".join(map(str, sorted(told)))
+        codes = ", ".join(map(str, sorted(refused)))
         if shown:
             rest = f"; {unclear} more showed nothing, as the runs are too short" if unclear else ""
             return Finding(
                 PASS,
-                f"{TOGETHER} calls at once: one got in, the others were told {codes}; {shown} times{rest}",
+                (
+                    f"{TOGETHER} calls at once: one was accepted, the others answered {codes}; "
+                    f"{shown} times{rest}"
+                ),
             )
         if unclear:
             return self._too_short() or Finding(
-                NOT_SHOWN, "all got in, one after the other", LONGER
+                NOT_SHOWN, "all were accepted, one after the other", LONGER
             )
         return Finding(
-            FAIL, f"{TOGETHER} calls at once: none got in (HTTP {codes}), again and again", ATOMIC
+            FAIL, f"{TOGETHER} calls at once: none was accepted (HTTP {codes}), each time", ATOMIC
         )
 
     def _met(self, runs: list[Run]) -> str | None:
-        """How it is that several calls got in at once, where the API can't be excused by runs that are too short to meet."""
+        """Why several accepted calls at once are a failure; None if the runs may be too short to
+        overlap.
+        """
         spans = sorted(run.length for run in runs if run.length is not None)
         if not self._probes.lengths or len(spans) < 2:
             return "no run was seen to end before another was accepted"
@@ -340,10 +367,15 @@ class Check:
         ):
             return None
         if spans[0] < self._probes.shortest / 2:
-            return f"one was answered after {span(spans[0])}, where a run takes {span(self._probes.shortest)}: busy is no success"
+            return (
+                f"one was answered after {span(spans[0])}, where a run takes "
+                f"{span(self._probes.shortest)}: busy must not be answered as a success"
+            )
         if spans[-1] - spans[0] > self._probes.shortest / 2:
-            return "were made to wait for one another: the second person of a session is to be sent away, not queued"
-        return "ran beside one another"
+            return (
+                "waited for one another: the second caller of a session must be refused, not queued"
+            )
+        return "ran at the same time"
 
     async def _key_during(self) -> Finding:
         if (short := self._too_short()) is not None:
@@ -376,7 +408,7 @@ class Check:
                 and later.ended_at - first.ended_at < self._probes.shortest / 4
             ):
                 return Finding(
-                    PASS, "the same request while its run was on was told where to ask for it"
+                    PASS, "the same request while its run was on got the address to poll"
                 )
             return Finding(
                 FAIL, "the same request while its run was on was accepted as another run", ONCE
@@ -395,7 +427,10 @@ class Check:
             self._probes.measured(run)
             return Finding(
                 PASS,
-                "the same request while its run was on waited for its end and got its answer (Idempotent-Replayed)",
+                (
+                    "the same request while its run was on waited for its end and got its answer "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if run.ended_at is None or run.ended_at < again.sent_at + self._probes.shortest / 8:
             return Finding(
@@ -449,7 +484,7 @@ class Check:
                 lasted = "goes on" if run.length is None else f"took {span(run.length)}"
                 return Finding(
                     FAIL,
-                    f"another call got in {span(after)} after a run had begun that {lasted}",
+                    f"another call was accepted {span(after)} after a run had begun that {lasted}",
                     UNTIL,
                 )
         if not run.reply.got_in:
@@ -464,7 +499,10 @@ class Check:
         )
         return Finding(
             PASS,
-            f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP {refused[0].status}",
+            (
+                f"{len(refused)} calls, {times} into a run of {span(run.length)}: HTTP "
+                f"{refused[0].status}"
+            ),
         )
 
     async def _hang_up(self) -> Finding:
@@ -486,7 +524,10 @@ class Check:
         if not again.got_in:
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again, {span(again.sent_at - flight.sent_at)} on: {again}",
+                (
+                    "a caller who disconnected and called again, "
+                    f"{span(again.sent_at - flight.sent_at)} on: {again}"
+                ),
                 OUTLIVE,
             )
         run = await self._probes.to_its_end(again, at_once=True)
@@ -496,20 +537,29 @@ class Check:
         ):
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again was answered before the run can have ended: {again}",
+                (
+                    "a caller who disconnected and called again was answered before the run can "
+                    f"have ended: {again}"
+                ),
                 OUTLIVE,
             )
         if again.is_replay and not isinstance(again.outcome, Accepted):
             return Finding(
                 PASS,
-                "a caller who hung up and asked again got the answer of the first run (Idempotent-Replayed)",
+                (
+                    "a caller who disconnected and called again got the answer of the first run "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if run.ended_at is None or run.length is None:
-            return Finding(NOT_SHOWN, "the run that was asked for again was not seen to end")
+            return Finding(NOT_SHOWN, "the run that was called again was not seen to end")
         if run.length < self._probes.shortest * 0.75:
             return Finding(
                 PASS,
-                f"a caller who hung up and asked again had the answer {span(run.length)} later: the first run's",
+                (
+                    f"a caller who disconnected and called again had the answer {span(run.length)} "
+                    "later: the first run's"
+                ),
             )
         if (
             again.sent_at > flight.sent_at + max(self._probes.lengths)
@@ -518,16 +568,21 @@ class Check:
             on = span(run.on_until - flight.sent_at)
             return Finding(
                 FAIL,
-                f"a caller who hung up and asked again made it run again: a run was on {on} after the first call",
+                (
+                    f"a caller who disconnected and called again made it run again: a run was on "
+                    f"{on} after the first call"
+                ),
                 OUTLIVE,
             )
         return Finding(NOT_SHOWN, "the runs differ too much in length to tell one run from two")
 
     async def _left_after_answer(self, first: Reply) -> Finding:
-        """Where a run is accepted before its caller can leave."""
+        """The finding if a run is accepted before its caller can disconnect."""
         if not isinstance(first.outcome, Accepted):
             return Finding(
-                NOT_SHOWN, f"the call was answered before its caller could leave: {first}", LONGER
+                NOT_SHOWN,
+                f"the call was answered before its caller could disconnect: {first}",
+                LONGER,
             )
         again = await self._probes.call(first.key)
         await self._probes.to_its_end(first, at_once=True)
@@ -537,15 +592,15 @@ class Check:
         ):
             return Finding(
                 PASS,
-                "accepted before its caller could leave; who asked again was given the same run",
+                "accepted before its caller could disconnect; the second call got the same run",
             )
         if isinstance(again.outcome, Busy) or (again.got_in and again.is_replay):
             return Finding(
-                PASS, f"accepted before its caller could leave; who asked again: {again}"
+                PASS, f"accepted before its caller could disconnect; the second call: {again}"
             )
         return Finding(
             FAIL,
-            f"accepted before its caller could leave; who asked again: {again}, another run",
+            f"accepted before its caller could disconnect; the second call: {again}, another run",
             OUTLIVE,
         )
 
@@ -597,7 +652,7 @@ class Check:
                 return Finding(
                     FAIL,
                     reply.outcome.reason,
-                    "Location on the API's own origin: the token goes there",
+                    "Location on the API's own origin: the token is sent there",
                 )
             if (
                 reply.status == 202
@@ -613,10 +668,13 @@ class Check:
             return Finding(NOT_SHOWN, "not offered: every call was answered when its run had ended")
         lost = [run for run in self._probes.followed if run.ended_at is None]
         if lost:
-            said = getattr(lost[0].outcome, "reason", "")
+            why = getattr(lost[0].outcome, "reason", "")
             return Finding(
                 FAIL,
-                f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to end: {said}",
+                (
+                    f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to "
+                    f"end: {why}"
+                ),
                 POLL,
             )
         words = ", ".join(sorted({name_of(run.outcome) for run in self._probes.followed}))
@@ -635,37 +693,46 @@ class Check:
                 )
         return Finding(
             PASS,
-            f"none of {sum(reply.answer is not None for reply in self._probes.replies)} answers was a redirect",
+            (
+                f"none of {sum(reply.answer is not None for reply in self._probes.replies)} "
+                "answers was a redirect"
+            ),
         )
 
     async def _retry_after(self) -> Finding:
         busy = [reply for reply in self._probes.replies if isinstance(reply.outcome, Busy)]
         if not busy:
             return Finding(NOT_SHOWN, "no session was busy")
-        told = [reply.outcome.retry_after for reply in busy if isinstance(reply.outcome, Busy)]
-        if None in told:
+        pauses = [reply.outcome.retry_after for reply in busy if isinstance(reply.outcome, Busy)]
+        if None in pauses:
             return Finding(
                 NOT_SHOWN,
-                f"{told.count(None)} of {len(told)} busy answers had no Retry-After",
-                "send it: a worker waits 60 s else",
+                f"{pauses.count(None)} of {len(pauses)} busy answers had no Retry-After",
+                "send it: without it a worker waits 60 s",
             )
         return Finding(
             PASS,
-            f"{len(told)} busy answers had Retry-After ({', '.join(f'{s:g}' for s in sorted({t or 0.0 for t in told}))} s)",
+            (
+                f"{len(pauses)} busy answers had Retry-After "
+                f"({', '.join(f'{s:g}' for s in sorted({p or 0.0 for p in pauses}))} s)"
+            ),
         )
 
 
 LONGER = "let the agent take half a second for this message, and check again"
 REMEMBER = (
-    "keep the answer under Idempotency-Key for two days, and give it again to the same request"
+    "keep the answer under Idempotency-Key for two days, and send it again to the same request"
 )
-REPLAYED = "send Idempotent-Replayed: true with an answer that is given again"
-PIN = "422 where the body's hash is another than the one kept with the key"
-NAME_IT = '404 with {"code": "session_not_found"}; --missing-session gives another id to ask for'
-ATOMIC = "take the session in one atomic step (a unique row, a conditional update); who comes second: 409"
+REPLAYED = "send Idempotent-Replayed: true with a repeated answer"
+PIN = "422 if the body's hash differs from the one kept with the key"
+NAME_IT = '404 with {"code": "session_not_found"}; --missing-session gives another id to try'
+ATOMIC = (
+    "take the session in one atomic step (a unique row, a conditional update); answer the second "
+    "call 409"
+)
 ONCE = "keep the key when the run starts: 409 (or the same 202) until it has ended"
-UNTIL = "free the session when the run has ended, not before: renew its mark, if that lapses"
-OUTLIVE = "let the run go on when its caller leaves; meanwhile 409, afterwards its answer"
+UNTIL = "free the session when the run has ended, not before: renew its busy mark, if that expires"
+OUTLIVE = "let the run go on when its caller disconnects; meanwhile 409, afterwards its answer"
 POLL = "GET at the Location: a status, in the end one of completed, failed, cancelled"
 END_IT = "DELETE at the Location ends the run, and frees the session"
 
@@ -675,7 +742,7 @@ def _word(reply: Reply) -> str:
 
 
 def _escaped(found: Finding) -> Finding:
-    """What a server says may be meant for a terminal."""
+    """A server's text may contain control characters for a terminal."""
     return Finding(
         found.verdict,
         escape_controls(found.seen)[:500],

@@ -1,10 +1,12 @@
-"""The probes of `check-endpoint`: calls to a run endpoint as the worker makes them, over a plain HTTP client, counted and timed.
+"""The probes of `check-endpoint`: calls to a run endpoint as the worker makes them, over a plain
+HTTP client, counted and timed.
 
-Owns what is sent, the bound on how often, and what can be told of a run from outside: when it was asked for, until when it was known to
-be on, when it was seen to have ended. Answers are read by the worker's own table. Nothing is kept between two requests: no
-connection, no cookie; no redirect is followed, nothing unpacked, and no answer read past what the worker would read.
+Owns what is sent, the limit on requests, and what can be known of a run from outside: when it was
+requested, until when it was known to run, when it was seen to have ended. Answers are read by the
+worker's own table. Nothing is kept between two requests: no connection, no cookie; no redirect is
+followed, nothing unpacked, and no answer read further than the worker would.
 
-Never here: what an API should have done (check_endpoint).
+Never here: what an API should have done (check).
 """
 
 from __future__ import annotations
@@ -40,16 +42,18 @@ from ..recall import (
 )
 from ..settings import Settings
 
-MESSAGE = "recall-worker check-endpoint: a escape_controls probe; answer anything"
+MESSAGE = "recall-worker check-endpoint: a harmless probe; answer anything"
 REQUESTS = 58
 """The most requests of one check."""
 PATIENCE = 5.0
-"""Seconds that a Retry-After is obeyed, at most."""
+"""Seconds: a longer Retry-After, or pause between polls, is cut to this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """How one request was answered. Instants are monotonic; `sent_at`: when the whole request had left."""
+    """How one request was answered. Instants are monotonic; `sent_at`: when the whole request was
+    sent.
+    """
 
     key: str
     sent_at: float
@@ -63,7 +67,7 @@ class Reply:
 
     @property
     def got_in(self) -> bool:
-        """Whether it says that a run was started (or replayed)."""
+        """Whether the answer says that a run was started (or replayed)."""
         return (
             self.status is not None
             and 200 <= self.status < 300
@@ -95,14 +99,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A call that got in, and its run."""
+    """An accepted call, and its run."""
 
     reply: Reply
     outcome: Outcome
     ended_at: float | None
     """When it was seen to have ended; None: never."""
     on_until: float
-    """When it was last known to be on."""
+    """When it was last known to be running."""
 
     @property
     def length(self) -> float | None:
@@ -111,7 +115,7 @@ class Run:
 
 @dataclass(slots=True)
 class Flight:
-    """A call that is on its way. `gone` is set when the request has left, or never will."""
+    """An open call. `gone` is set when the request has been sent, or never will be."""
 
     key: str
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -120,18 +124,20 @@ class Flight:
 
 
 class Spent(Exception):
-    """No more requests are to be made."""
+    """The limit of requests is used up."""
 
 
 class Probes:
-    """Probes of one endpoint, into one session. Needs a running event loop; an async context, which closes what is open."""
+    """Probes of one endpoint, in one session. An async context that closes its connections; needs a
+    running event loop.
+    """
 
     def __init__(self, settings: Settings, session: str, timeout: float) -> None:
         """`timeout`: seconds that a request, and a run, may take."""
         assert settings.run_url is not None
         self.made = 0
         self.lengths: list[float] = []
-        """Seconds that runs lasted which had the session to themselves."""
+        """Seconds that runs took which had the session to themselves."""
         self.replies: list[Reply] = []
         """To calls, not to polls."""
         self.followed: list[Run] = []
@@ -146,7 +152,7 @@ class Probes:
         self._began = datetime.now(UTC)
         self._keys = 0
         self._lost = False
-        """Whether an accepted run did not end in its time: no other is then waited for so long."""
+        """Whether an accepted run did not end in time: then no other is waited for so long."""
         self._http = httpx.AsyncClient(
             verify=trust(settings),
             timeout=httpx.Timeout(
@@ -177,7 +183,7 @@ class Probes:
         token: str | None = None,
         flight: Flight | None = None,
     ) -> Reply:
-        """POST a run. `token`: another one; "" for none. `flight`: to be told when it has left."""
+        """POST a run. `token`: another one; "" for none. `flight`: records when it was sent."""
         session = self._session if session is None else session
         content = self._content(key, message, session)
         url = address(self._template, session)
@@ -186,7 +192,7 @@ class Probes:
         )
 
     async def leave_open(self, seconds: float) -> Flight:
-        """A call under a new key that has been sent and, `seconds` later, is waited for no longer."""
+        """A call under a new key, sent and waited for `seconds`; it may still be open then."""
         for _ in range(3):
             flight = Flight(self.new_key())
             flight.task = asyncio.create_task(self.call(flight.key, flight=flight))
@@ -199,7 +205,9 @@ class Probes:
         return flight
 
     async def to_its_end(self, reply: Reply, *, at_once: bool = False) -> Run:
-        """The run behind a call that got in; polled, if it was accepted. `at_once`: the first poll does not wait."""
+        """The run of an accepted call; polled, if it was answered 202. `at_once`: the first poll
+        does not wait.
+        """
         if not isinstance(reply.outcome, Accepted):
             ended_at = reply.ended_at if isinstance(reply.outcome, Answered | Failed) else None
             return Run(reply, reply.outcome, ended_at, reply.ended_at)
@@ -208,7 +216,7 @@ class Probes:
         return run
 
     async def polled(self, reply: Reply, at_once: bool = False) -> Run:
-        """The accepted run behind a call, asked for until it has ended or its time is up."""
+        """The accepted run of a call, polled until it has ended or its time is up."""
         assert isinstance(reply.outcome, Accepted)
         on_until = reply.ended_at
         usual = median(self.lengths) if self.lengths else 0.0
@@ -243,18 +251,18 @@ class Probes:
         return await self._ask(method, where, reply.key, unsigned)
 
     def new_key(self) -> str:
-        """A key that stands for nothing yet."""
+        """A key that was not used yet."""
         self._keys += 1
         return f"{self._name}:{self._keys}"
 
     @staticmethod
     async def rest(reply: Reply) -> None:
-        """Before a busy session is asked for again."""
-        told = retry_after(reply.answer.headers) if reply.answer is not None else None
-        await asyncio.sleep(min(PATIENCE, 0.5 if told is None else max(0.1, told)))
+        """The pause before a busy session is called again."""
+        pause = retry_after(reply.answer.headers) if reply.answer is not None else None
+        await asyncio.sleep(min(PATIENCE, 0.5 if pause is None else max(0.1, pause)))
 
     async def when_free(self, call: Callable[[], Awaitable[Reply]]) -> Reply:
-        """A call, and again while it is told that the session is busy: three in all."""
+        """A call, repeated while the session is busy: three in all."""
         reply = await call()
         for _ in range(2):
             if not isinstance(reply.outcome, Busy):
@@ -264,13 +272,13 @@ class Probes:
         return reply
 
     def measured(self, run: Run) -> None:
-        """This run had the session to itself: its length, if its end was seen, is what runs take."""
+        """Record the length of a run that had the session to itself, if its end was seen."""
         if run.length is not None:
             self.lengths.append(run.length)
 
     @property
     def shortest(self) -> float:
-        """Seconds of the shortest run that had the session to itself; 0 where none was seen."""
+        """Seconds of the shortest run that had the session to itself; 0 if none was seen."""
         return min(self.lengths, default=0.0)
 
     async def _ask(
@@ -303,7 +311,7 @@ class Probes:
                 ) as response,
             ):
                 got = bytearray()
-                # As it comes: what is packed stays packed, and what has no end is left.
+                # As it arrives: nothing is unpacked, and an endless answer is cut.
                 async for chunk in response.aiter_raw():
                     got += chunk
                     if len(got) > LIMIT:

@@ -1,21 +1,30 @@
-"""`reference-api`: a run endpoint as recall-worker wants one, small enough to be read whole. Write yours like `ReferenceAPI.run`.
+"""`reference-api`: a run endpoint as recall-worker requires it, small enough to be read whole.
+Write yours like `ReferenceAPI.run`.
 
-What it promises to a caller of `POST /sessions/{id}/run`:
-- In one atomic step (here: nothing is awaited in it; with a database: one transaction) it looks whether anybody is in the session,
-  takes it for the run, and stores the system message under the key. A taken session is 409 `session_busy`, with Retry-After.
-- `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): while that run goes on it is 409
-  `run_in_progress`; afterwards it gets that run's answer again, however it ended; with another body it is 422 `key_reused`.
-- Where it may accept runs (`accept_after`), one that has not ended by then is answered 202, with its address in Location and a
-  `run_id`: to be asked with GET until its status is final, to be ended with DELETE. The same key meanwhile gets the same 202.
-- A caller who hangs up does not end the run: it may be a worker that died, whose successor asks again under the same key. An
-  agent that would rather stop then (the recall may have been cancelled) looks at `Run.left`.
-- A session that does not exist is 404 and says so in a code, as any other 404 reads as a wrong address. A run that failed is an
-  answer: 200 with `"status": "failed"`. One that we broke off ourselves is a 500: nobody can say how far it came.
+What it guarantees to a caller of `POST /sessions/{id}/run`:
+- In one atomic step (here: no await in it; with a database: one transaction) it checks that the
+  session is free, takes it for the run, and stores the system message under the key. A taken
+  session is 409 `session_busy`, with Retry-After.
+- `Idempotency-Key` stands for one run (draft-ietf-httpapi-idempotency-key-header-07): during that
+  run it is 409 `run_in_progress`; afterwards it gets the run's answer again, however it ended; with
+  another body it is 422 `key_reused`.
+- If it may accept runs (`accept_after`), one that has not ended by then is answered 202, with its
+  address in Location and a `run_id`: GET it until its status is final, DELETE it to end it. The
+  same key meanwhile gets the same 202.
+- A caller who disconnects does not end the run: it may be a worker that died, and another one calls
+  again with the same key. An agent that should stop then (the recall may have been cancelled)
+  checks
+  `Run.left`.
+- A session that does not exist is 404 with a code, as any other 404 means a wrong address. A failed
+  run is an answer: 200 with `"status": "failed"`. A run that the API itself interrupted is a 500:
+  nobody can say how far it came.
 
-Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory, and gone at the end.
+Sessions exist unless they were deleted or their id begins with "missing". Everything is in memory,
+and lost at the end.
 
-Around it, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person comes in, goes out), `GET` and
-`DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`. docs/openapi.yaml describes the contract; tests hold this against it.
+Also here, for people and for the demo: `PUT` and `DELETE /sessions/{id}/chat` (a person enters,
+leaves), `GET` and `DELETE /sessions/{id}`, `GET /runs`, `GET /healthz`. docs/openapi.yaml describes
+the contract; tests compare both.
 """
 
 from __future__ import annotations
@@ -42,14 +51,16 @@ from ..recall import CALL_TYPES
 from ..terminal import Trouble, rfc3339, tell
 
 Agent = Callable[[str, str, Mapping[str, Any]], Awaitable[str]]
-"""The agent: session id, user message, and the recall as it stands in the request, to what the agent says."""
+"""The agent: from session id, user message and the request's recall to the agent's reply."""
 
 KEYS_KEPT = timedelta(days=2)
-"""How long an answer stays known under its key: longer than any worker goes on asking (RECALL_GIVE_UP, a day)."""
+"""How long an answer stays known under its key: longer than any worker goes on asking
+(RECALL_GIVE_UP, a day).
+"""
 BODY_MOST = 16 << 20
 TEXTS = ("session_id", "user_message", "system_message")
 ENDING = 1.0
-"""Seconds that an agent gets to stop before the caller who wants it stopped is answered."""
+"""Seconds that an agent has to stop before the caller who asked for that is answered."""
 
 
 @dataclass(slots=True)
@@ -62,7 +73,7 @@ class Call:
     key: str
     attempt: str
     http_status: int | None = None
-    """None while it is open, and where the caller left before it was answered."""
+    """None while it is open, and if the caller disconnected before it was answered."""
     code: str | None = None
     left_at: datetime | None = None
 
@@ -79,14 +90,14 @@ class Run:
     said: str | None = None
     ended_at: datetime | None = None
     left: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the caller has hung up."""
+    """Set when the caller has disconnected."""
     task: asyncio.Task[None] | None = None
     unwanted: bool = False
-    """Whether a caller has asked for its end."""
+    """Whether a caller has asked to end it."""
 
     @property
     def address(self) -> str:
-        """Where it is asked for: one segment of a path, whatever the key holds."""
+        """Its path, with the key encoded as one segment."""
         key = quote(self.call.key, safe="")
         return "/runs/" + (key.replace(".", "%2E") if key in (".", "..") else key)
 
@@ -105,10 +116,16 @@ class Run:
 
     def shown(self) -> dict[str, Any]:
         return {
-            "key": self.call.key, "session_id": self.call.session_id, "status": self.status, "attempt": self.call.attempt,
-            "user_message": self.user_message, "said": self.said, "recall": self.recall,
-            "called_at": rfc3339(self.call.at), "ended_at": self.ended_at and rfc3339(self.ended_at),
-        }  # fmt: skip
+            "key": self.call.key,
+            "session_id": self.call.session_id,
+            "status": self.status,
+            "attempt": self.call.attempt,
+            "user_message": self.user_message,
+            "said": self.said,
+            "recall": self.recall,
+            "called_at": rfc3339(self.call.at),
+            "ended_at": self.ended_at and rfc3339(self.ended_at),
+        }
 
 
 class _Refusal(Exception):
@@ -121,9 +138,10 @@ class _Refusal(Exception):
 class ReferenceAPI:
     """The API around `agent`.
 
-    `token`: the bearer token it wants. `retry_after`: seconds a caller is told to wait for a busy session, or for a run that goes on.
-    `accept_after`: seconds after which a run that has not ended is accepted (202); None: never. `watch(call)` is called when a request
-    to the run endpoint has been answered, or its caller has left.
+    `token`: the bearer token that it requires. `retry_after`: seconds of Retry-After for a busy
+    session or a current run. `accept_after`: seconds after which a run that has not ended is
+    accepted (202); None: never. `watch(call)` is called when a request to the run endpoint has been
+    answered, or its caller has disconnected.
     """
 
     def __init__(
@@ -139,7 +157,7 @@ class ReferenceAPI:
         self.runs: dict[str, Run] = {}
         """By key, oldest first."""
         self.inside: dict[str, Run | None] = {}
-        """The sessions that are taken: by a run, or (None) by a person."""
+        """The busy sessions: taken by a run, or (None) by a person."""
         self.messages: dict[str, list[dict[str, str]]] = {}
         self._agent, self._watch, self._retry_after, self._accept_after = (
             agent,
@@ -151,7 +169,7 @@ class ReferenceAPI:
         self._deleted: set[str] = set()
         self._runner: web.AppRunner | None = None
 
-    # --- the run endpoint ----------------------------------------------------------------------------------------
+    # --- the run endpoint -------------------------------------------------------------------------
 
     async def run(self, request: web.Request) -> web.Response:
         """POST /sessions/{id}/run"""
@@ -166,7 +184,7 @@ class ReferenceAPI:
                 call, _checked(body, session_id, key), hashlib.sha256(body).digest()
             )
             if run.call is call and run.task is not None:
-                # Waited for, not awaited: where our caller leaves, only the waiting ends.
+                # `wait`, not `await`: if our caller disconnects, only the waiting ends.
                 await asyncio.wait({run.task}, timeout=self._accept_after)
             call.http_status, answer = run.answer()
             headers = {} if run.call is call else {"Idempotent-Replayed": "true"}
@@ -185,7 +203,7 @@ class ReferenceAPI:
             self._watch(call)
 
     def _started_or_known(self, call: Call, document: Mapping[str, Any], fingerprint: bytes) -> Run:
-        """A new run, started; or the one that this key stands for. The atomic step: no await in here."""
+        """A new run, started; or the one of this key. The atomic step: it contains no await."""
         self._must_exist(call.session_id)
         if (run := self.runs.get(call.key)) is not None:
             if run.fingerprint != fingerprint:
@@ -219,7 +237,7 @@ class ReferenceAPI:
             del self.inside[session_id]
 
     async def accepted(self, request: web.Request) -> web.Response:
-        """GET, DELETE /runs/{key}: how a run stands; its end, however often that is asked for."""
+        """GET, DELETE /runs/{key}: the state of a run; end it (again and again does no more)."""
         run = self.runs.get(request.match_info["key"])
         if run is None:
             raise _Refusal(404, "run_not_found", "there is no such run")
@@ -247,16 +265,16 @@ class ReferenceAPI:
         ):
             del self.runs[first.call.key]
 
-    # --- around it -----------------------------------------------------------------------------------------------
+    # --- sessions, people, start and stop ---------------------------------------------------------
 
     def enter(self, session_id: str) -> None:
-        """A person comes into the session, where nobody else is. Raises an error that HTTP callers see as 404 or 409."""
+        """A person enters a free session. Raises an error that HTTP callers see as 404 or 409."""
         self._must_exist(session_id)
         if self.inside.setdefault(session_id, None) is not None:
             raise self._later("session_busy", "the agent is at work in this session")
 
     def leave(self, session_id: str) -> None:
-        """The person goes out."""
+        """The person leaves."""
         if self.inside.get(session_id, self) is None:
             del self.inside[session_id]
 
@@ -274,7 +292,7 @@ class ReferenceAPI:
         given = token.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._token):
             raise _Refusal(
-                401, "unauthorized", "another bearer token is wanted", WWW_Authenticate="Bearer"
+                401, "unauthorized", "another bearer token is required", WWW_Authenticate="Bearer"
             )
 
     async def _chat(self, request: web.Request) -> web.Response:
@@ -299,11 +317,11 @@ class ReferenceAPI:
         return _json({"status": "ok"})
 
     @web.middleware
-    async def _door(
+    async def _authorized(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         try:
-            # The run endpoint does that itself: also a call with a wrong token is a call.
+            # The run endpoint checks it itself: a call with a wrong token also counts as a call.
             if request.match_info.route.name not in ("run", "healthz"):
                 self._authorize(request)
             return await handler(request)
@@ -313,9 +331,11 @@ class ReferenceAPI:
             )
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen (port 0: on a free one); returns what RECALL_RUN_URL is to be. Raises OSError where that can't be."""
-        app = web.Application(middlewares=[self._door], client_max_size=BODY_MOST)
-        # aiohttp's own pattern lets no braces pass, and any character may stand in an id.
+        """Listen (port 0: on a free one); returns the RECALL_RUN_URL for it. Raises OSError if it
+        can't listen.
+        """
+        app = web.Application(middlewares=[self._authorized], client_max_size=BODY_MOST)
+        # aiohttp's default pattern excludes braces, and an id may contain any character.
         session, run = "/sessions/{id:[^/]+}", "/runs/{key:[^/]+}"
         app.router.add_post(f"{session}/run", self.run, name="run")
         for method in ("PUT", "DELETE"):
@@ -339,7 +359,7 @@ class ReferenceAPI:
         return f"http://{where}:{self._runner.addresses[0][1]}/sessions/{{session_id}}/run"
 
     async def stop(self) -> None:
-        """Break the runs off, answer those who wait for them, and stop listening."""
+        """Abort the runs, answer their callers, and stop listening."""
         tasks = [
             run.task for run in self.runs.values() if run.task is not None and not run.task.done()
         ]
@@ -352,11 +372,11 @@ class ReferenceAPI:
 
 
 def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
-    """The request's document, where it is one that can be run."""
+    """The request's document, if it is valid. Raises _Refusal."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
-        raise _Refusal(400, "malformed", "the body is no JSON") from None
+        raise _Refusal(400, "malformed", "the body is not JSON") from None
     if not key:
         raise _Refusal(400, "key_missing", "a run needs an Idempotency-Key")
     told = document if isinstance(document, dict) else {}
@@ -366,7 +386,10 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
         raise _Refusal(
             422,
             "invalid",
-            f"wanted: an object with {', '.join(TEXTS)} (texts) and recall, as docs/openapi.yaml has it",
+            (
+                f"required: an object with {', '.join(TEXTS)} (texts) and recall, as in "
+                "docs/openapi.yaml"
+            ),
         )
     if told["session_id"] != session_id:
         raise _Refusal(422, "invalid", "the body names another session than the address")
@@ -374,7 +397,7 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
 
 
 def _is_recall(told: Any) -> bool:
-    """Whether this is the `recall` of a request. More may stand in it than is known today."""
+    """Whether this is the `recall` of a request. It may have more fields than are known today."""
     if (
         not isinstance(told, dict)
         or not isinstance(told.get("id"), str)
@@ -392,7 +415,7 @@ def _is_recall(told: Any) -> bool:
 
 
 def _is_whole(told: Any) -> bool:
-    """Whether JSON means a whole number by it: 1.0 is one."""
+    """Whether it is a whole number in JSON: 1.0 is one."""
     return (isinstance(told, int) and not isinstance(told, bool)) or (
         isinstance(told, float) and told.is_integer()
     )
@@ -418,7 +441,7 @@ async def _serve(
         await asyncio.sleep(seconds)
         return f"looked after, for {seconds:g} s: {user_message}"
 
-    # What is no HTTP gets its 400, and is no defect that would need a traceback.
+    # A request that is not HTTP gets a 400; it is no defect and needs no traceback.
     logging.getLogger("aiohttp.server").addFilter(
         lambda record: not isinstance((record.exc_info or (0, 0))[1], HttpProcessingError)
     )
@@ -439,7 +462,8 @@ async def _serve(
             "--host 127.0.0.1 --port 8090",
         ) from None
     tell(
-        f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes {seconds:g} s. For the worker:"
+        f"The reference API listens on {url.partition('/sessions/')[0]}; its agent takes "
+        f"{seconds:g} s. For the worker:"
     )
     tell(f"  export RECALL_RUN_URL='{url}'")
     if token:
@@ -450,7 +474,7 @@ async def _serve(
 
 def _show(call: Call) -> None:
     became = (
-        "the caller left"
+        "the caller disconnected"
         if call.http_status is None
         else f"{call.http_status} {call.code or ''}".strip()
     )

@@ -1,13 +1,17 @@
-"""`demo`: promises made and kept before a stranger's eyes, by the real daemon, on a PostgreSQL that is gone afterwards.
+"""`demo`: recalls scheduled and called while a new user watches, by the real daemon, on a temporary
+PostgreSQL.
 
-It plays the application (its tables, its plain SQL), the agent behind the reference API, a person who chats, and an operator at the
-command line. What happens is shown as it happens; at the end stands what was promised, expected and seen, and the exit status says
-whether all of it was kept.
+It acts as the application (its tables, its plain SQL), as the agent behind the reference API, as a
+person who chats, and as an operator at the command line. Everything is shown as it happens; at the
+end a table compares what was promised, expected and seen, and the exit status says whether all
+promises were kept.
 
-Lateness is measured where the request arrives: the instant at which the API had it, less the `scheduled_for` in it. PostgreSQL reads
-the same machine's clock. What the daemon says of itself is shown, and proves nothing here.
+Lateness is measured where the request arrives: the instant at which the API received it, minus the
+`scheduled_for` in it. PostgreSQL and the API use the same machine's clock. What the daemon says of
+itself is shown, but proves nothing here.
 
-Never here: RECALL_DSN or any other RECALL_* of the caller, a database or a process that the demo did not start.
+Never here: RECALL_DSN or any other RECALL_* of the caller, a database or a process that the demo
+did not start.
 """
 
 from __future__ import annotations
@@ -59,14 +63,18 @@ create table session_recalls (
 );
 create index idx_recalls_trigger_at_status on session_recalls (trigger_at, status);
 create index idx_recalls_session_status on session_recalls (session_id, status);
-create unique index idx_recalls_active_pending on session_recalls (session_id) where status = 'pending';
+create unique index idx_recalls_active_pending on session_recalls (session_id)
+    where status = 'pending';
 """
 INSERT = """
-insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
-    additional_context_message, status, created_at, updated_at)
+insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
+    internal_comment, additional_context_message, status, created_at, updated_at)
 values (%s, %s, %s, now() + %s * interval '1 second', null, null, %s, 'pending', now(), now())
 """
-CANCEL = "update session_recalls set status = 'cancelled', updated_at = now() where session_id = %s and status = 'pending'"
+CANCEL = (
+    "update session_recalls set status = 'cancelled', updated_at = now() where "
+    "session_id = %s and status = 'pending'"
+)
 
 INTRO = """\
 "I'll look at the build again later", says an agent in a chat. Such a promise is
@@ -79,7 +87,7 @@ Each line: seconds since the start, the chat session, what happens in it."""
 
 
 class Play:
-    """One performance, from the tables to the evidence."""
+    """One run of the demo, from the tables to the evidence."""
 
     def __init__(
         self, screen: Screen, dsn: str, log: Path, spoil: Callable[[Agent], Agent]
@@ -93,13 +101,14 @@ class Play:
         self._cancelled: dict[str, datetime] = {}
 
     async def perform(self) -> Evidence:
-        performance = asyncio.current_task()
-        assert performance is not None
+        task = asyncio.current_task()
+        assert task is not None
         for number in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, performance.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         async with self._playground as playground:
             await self._set_up()
-            # In an order in which the recurring one goes on through the next acts, and silence is watched through others.
+            # In this order the recurring recall goes on during the next acts, and the cancelled
+            # ones are watched during others.
             for act in (
                 self._types,
                 self._busy,
@@ -209,13 +218,14 @@ class Play:
             self._say("", f"{left:.1f} s more: what was cancelled has to stay silent", DIM)
             await asyncio.sleep(left)
 
-    # --- what the acts are made of -----------------------------------------------------------------------------------
+    # --- what the acts are made of ----------------------------------------------------------------
 
     async def _agent(self, session: str, message: str, recall: Mapping[str, Any]) -> str:
         run = self._playground.api.inside[session]
         assert run is not None
         self._playground.stir()
-        after = f"{ms((run.call.at - datetime.fromisoformat(recall['scheduled_for'])).total_seconds())} late"
+        late = run.call.at - datetime.fromisoformat(recall["scheduled_for"])
+        after = f"{ms(late.total_seconds())} late"
         before = [
             other
             for other in self._playground.api.runs.values()
@@ -247,36 +257,33 @@ class Play:
         return "done"
 
     async def _insert(
-        self, session: str, call_type: str, after: float, message: str, said: str
+        self, session: str, call_type: str, after: float, message: str, caption: str
     ) -> None:
-        self._say(session, said, BOLD)
+        self._say(session, caption, BOLD)
         await self._playground.db.execute(
             INSERT, (str(uuid4()), session, call_type, after, message)
         )
 
     async def _answers(self, session: str, n: int = 1) -> None:
-        """Wait until the daemon has written down n runs of a session that were answered."""
+        """Wait until the daemon has settled n answered runs of a session."""
         await self._playground.until(
             lambda: len(self._playground.events("recall.settled", session, "answered")) >= n,
             f"{session} to run",
         )
 
     def _show(self, event: Event) -> None:
-        """What the daemon made of a call."""
+        """Show what the daemon reports of a call."""
         session, verdict = str(event.get("session", "")), event.get("verdict")
         match event.get("event"), event.get("outcome"):
             case "recall.settled", "answered":
                 if verdict == "finish" and self.first_fired is None:
                     self.first_fired = self._screen.clock
                 if session != "chain":
-                    self._say(
-                        session,
-                        f"done; the row is {event.get('status')}{'' if verdict == 'finish' else f' again, due in {INTERVAL} s'}",
-                        GREEN,
-                    )
+                    again = "" if verdict == "finish" else f" again, due in {INTERVAL} s"
+                    self._say(session, f"done; the row is {event.get('status')}{again}", GREEN)
             case "recall.settled", "busy" if verdict == "defer":
                 self._say(
-                    session, f"API: 409, the session is busy; put off for {RETRY_AFTER} s", YELLOW
+                    session, f"API: 409, the session is busy; deferred for {RETRY_AFTER} s", YELLOW
                 )
             case "recall.settled", outcome:
                 self._say(session, f"{outcome}, so {verdict}: {event.get('reason')}", RED)
@@ -310,15 +317,21 @@ class Play:
         if run is None or run.call is not call:
             return Visit(call.session_id, call.key, call.at, call.http_status, left_at=call.left_at)
         return Visit(
-            call.session_id, call.key, call.at, call.http_status, left_at=call.left_at, ended_at=run.ended_at,
-            message=run.user_message, scheduled_for=datetime.fromisoformat(run.recall["scheduled_for"]),
-        )  # fmt: skip
+            call.session_id,
+            call.key,
+            call.at,
+            call.http_status,
+            left_at=call.left_at,
+            ended_at=run.ended_at,
+            message=run.user_message,
+            scheduled_for=datetime.fromisoformat(run.recall["scheduled_for"]),
+        )
 
 
 def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -> None:
-    """Show it. Raises Trouble where a promise was broken.
+    """Run the demo. Raises Trouble if a promise was broken.
 
-    `keep`: leave data and log behind. `spoil`: puts something else in the place of the agent, for the tests.
+    `keep`: keep data and log. `spoil`: replaces the agent, for the tests.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -342,7 +355,8 @@ def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -
     finally:
         if place is not None and place.exists():
             tell(
-                f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded --data {place})"
+                f"Kept in {place}: daemon.log, and the data (recall-worker run --embedded "
+                f"--data {place})"
             )
     _sum_up(screen, evidence, play.first_fired)
 
@@ -350,7 +364,7 @@ def demo(*, keep: bool, spoil: Callable[[Agent], Agent] = lambda agent: agent) -
 def _kept_place() -> Path:
     place = Path(tempfile.mkdtemp(prefix="recall-demo-"))
     if os.geteuid() == 0:
-        place.chmod(0o711)  # PostgreSQL runs as another account then, and has to enter
+        place.chmod(0o711)  # PostgreSQL then runs as another account, which must be able to enter
     return place
 
 
@@ -363,7 +377,8 @@ def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> No
             screen.paint("kept  ", GREEN) if expectation.kept else screen.paint("BROKEN", BOLD, RED)
         )
         screen.print(
-            f"{word} {screen.name(expectation.session)} {expectation.what:17} {expectation.expected:22} {expectation.seen}"
+            f"{word} {screen.name(expectation.session)} {expectation.what:17} "
+            f"{expectation.expected:22} {expectation.seen}"
         )
     screen.print()
     for line in figures(evidence):

@@ -1,9 +1,10 @@
-"""What the demo promises, and whether it was kept: expected against seen. Pure: evidence in, expectations out.
+"""What the demo promises, and whether it was kept: expected against seen. Pure: evidence in,
+expectations out.
 
-Evidence is what the agent's API saw and what stands in PostgreSQL at the end, never what the daemon says of itself. All instants
-are of one clock, as the demo's PostgreSQL and its API share a machine.
+Evidence is what the agent's API saw and what PostgreSQL holds at the end, never what the daemon
+says of itself. All instants are of one clock, as the demo's PostgreSQL and its API share a machine.
 
-Never here: how the evidence came about (demo), or how it is shown.
+Never here: how the evidence was collected (demo), or how it is shown.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from statistics import median
 from typing import Any
 
 ON_TIME = 1.0
-"""Seconds after its due moment within which a call counts as on time; the figures say how far below it stayed."""
+"""Seconds after its due moment within which a call counts as on time; the figures show the measured
+values.
+"""
 INTERVAL = 2
 LINKS = 5
 
@@ -30,9 +33,9 @@ class Visit:
     key: str
     at: datetime
     http_status: int | None
-    """None where the caller hung up."""
+    """None if the caller disconnected."""
     message: str | None = None
-    """What the agent was told; None where no run was started."""
+    """The agent's message; None if no run was started."""
     scheduled_for: datetime | None = None
     ended_at: datetime | None = None
     left_at: datetime | None = None
@@ -53,7 +56,7 @@ class Evidence:
     """Calls on record in PostgreSQL."""
     person_left: datetime | None
     cancelled: dict[str, datetime]
-    """When the cancel of a session's recall had been committed."""
+    """When the cancel of a session's recall was committed."""
     daemon_status: int | None
     """How the daemon's process ended after SIGTERM."""
 
@@ -92,11 +95,11 @@ class Expectation:
 
 
 TIMED = ("hello", "build", "report", "inbox")
-"""The sessions whose runs had nothing to wait for but their time."""
+"""The sessions whose runs waited only for their time."""
 
 
 def lateness(evidence: Evidence) -> list[float]:
-    """Seconds that the timed runs came late."""
+    """The lateness of the timed runs, in seconds."""
     return [visit.lateness for session in TIMED for visit in evidence.runs(session)]
 
 
@@ -150,9 +153,12 @@ def _recurring(evidence: Evidence) -> Expectation:
     in_order = len(runs) >= 3 and numbers == [str(n + 1) for n in range(len(runs))]
     apart = f" {'on' if steady else 'NOT on'} time"
     return Expectation(
-        "inbox", f"every {INTERVAL} s", "3+ on time, then none", f"{len(runs)}{apart}, {after} later",
+        "inbox",
+        f"every {INTERVAL} s",
+        "3+ on time, then none",
+        f"{len(runs)}{apart}, {after} later",
         steady and in_order and "inbox" in evidence.cancelled and after == 0,
-    )  # fmt: skip
+    )
 
 
 def _busy(evidence: Evidence) -> Expectation:
@@ -160,9 +166,12 @@ def _busy(evidence: Evidence) -> Expectation:
     refused = sum(call.http_status == 409 for call in calls)
     after = sum(left is not None and run.at > left for run in runs)
     return Expectation(
-        "meeting", "waits for people", "put off, 1 run after", f"{refused} x put off, {after} after",
+        "meeting",
+        "waits for people",
+        "put off, 1 run after",
+        f"{refused} x put off, {after} after",
         len(runs) == after == 1 and refused >= 1 and len(calls) == refused + 1,
-    )  # fmt: skip
+    )
 
 
 def _chain(evidence: Evidence) -> Expectation:
@@ -253,14 +262,19 @@ def figures(evidence: Evidence) -> list[str]:
         for v in evidence.visits
     )
     lines = [
-        f"Requests that the API counted: {len(evidence.visits)} ({', '.join(f'{n} {word}' for word, n in counts.most_common())})"
+        (
+            f"Requests that the API counted: {len(evidence.visits)} "
+            f"({', '.join(f'{n} {word}' for word, n in counts.most_common())})"
+        )
     ]
     if late:
         lines.append(
-            f"From due to request at the API: median {ms(median(late))}, at most {ms(max(late))} ({len(late)} timed runs)"
+            f"From due to request at the API: median {ms(median(late))}, at most "
+            f"{ms(max(late))} ({len(late)} timed runs)"
         )
     if gaps:
         lines.append(
-            f"From one run of the chain to the next: median {ms(median(gaps))}, at most {ms(max(gaps))}"
+            f"From one run of the chain to the next: median {ms(median(gaps))}, at most "
+            f"{ms(max(gaps))}"
         )
     return lines

@@ -1,9 +1,11 @@
-"""What the demo plays on: a screen of plain lines, a connection of the application, the agent's API, and the daemon's process.
+"""What the demo runs on: a screen of plain lines, the application's connection, the agent's API,
+and the daemon's process.
 
-Owns their beginnings and ends: nothing of it is left behind, however the demo ends. The daemon is started as anybody would start it,
-with settings of its own and none of the caller's RECALL_*; its log goes to a file and is read as it comes.
+Owns their start and end: nothing is left behind, however the demo ends. The daemon is started as a
+user would start it, with settings of its own and none of the caller's RECALL_*; its log goes to a
+file and is read as it arrives.
 
-Never here: what is played (demo), or whether it went as promised (expectations).
+Never here: what is shown (demo), or whether the expectations were met (expectations).
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from ..terminal import Trouble
 
 WIDTH = 80
 PATIENCE = 10.0
-"""Seconds that one thing is waited for; then the demo goes on, and a promise is broken."""
+"""Seconds that one event is waited for; then the demo goes on, and a promise is broken."""
 RETRY_AFTER = 1
-"""Seconds after which the API wants to be asked again for a busy session."""
+"""Seconds of the API's Retry-After for a busy session."""
 BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 
 _OURS = ("RECALL_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_")
-# A shell that waits for the end of a pipe: the daemon goes when we go, however we go.
+# A shell that waits for the end of a pipe: it kills the daemon when we end, however we end.
 _GUARD = 'read -r _; kill -KILL "$1"'
 
 Event = dict[str, Any]
@@ -78,7 +80,7 @@ class Screen:
         return self.paint(f"{session:8}", self._colours.get(session, DIM))
 
     def say(self, session: str, text: str, *codes: int) -> None:
-        """What happens, now, in a session."""
+        """Print what happens now in a session."""
         clock = f"+{self.clock:.3f} s".rjust(10)
         lines = textwrap.wrap(escape_controls(text), WIDTH - 20)
         for line in lines:
@@ -87,12 +89,16 @@ class Screen:
 
 
 class Playground:
-    """An async context: inside, everything runs; `dsn` has to be migrated before the daemon is started."""
+    """An async context in which everything runs; `dsn` must be migrated before the daemon is
+    started.
+    """
 
     def __init__(
         self, screen: Screen, dsn: str, log: Path, agent: Agent, show: Callable[[Event], None]
     ) -> None:
-        """`log`: the file for the daemon's log. `show(event)` is called for each of its lines, as it comes."""
+        """`log`: the file for the daemon's log. `show(event)` is called for each line as it
+        arrives.
+        """
         self.screen = screen
         self.told: list[Event] = []
         """The daemon's log so far."""
@@ -130,20 +136,22 @@ class Playground:
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.aclose()
 
-    # --- waiting ---------------------------------------------------------------------------------------------------
+    # --- waiting ----------------------------------------------------------------------------------
 
     def stir(self) -> None:
-        """Something has happened: whoever waits for a condition looks again."""
+        """Something has happened: `until` checks its condition again."""
         self._news.set()
 
     async def until(self, condition: Callable[[], object], what: str) -> bool:
-        """Wait for what the API or the daemon tells; False where it does not come in time. Raises Trouble if the daemon has ended."""
+        """Wait for a condition on what the API and the daemon reported; False if it is not met in
+        time. Raises Trouble if the daemon has ended.
+        """
         try:
             async with asyncio.timeout(PATIENCE):
                 while not condition():
                     if self._ended:
                         raise Trouble(
-                            "the daemon has ended before its time",
+                            "the daemon ended unexpectedly",
                             "recall-worker demo --keep, and read daemon.log",
                         )
                     self._news.clear()
@@ -164,19 +172,27 @@ class Playground:
             if all(value is None or event.get(key) == value for key, value in wanted.items())
         ]
 
-    # --- commands --------------------------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------
 
     def show_command(self, session: str, *words: str) -> None:
         quoted = (f'"{word}"' if " " in word else word for word in words)
         self.screen.say(session, " ".join(("$ recall-worker", *quoted)), BOLD)
 
     async def command(self, session: str, *words: str) -> datetime | None:
-        """Run a command as a process; the instant at which it had done its work, or None where it failed."""
+        """Run a command as a process; returns the instant at which it had done its work, or None if
+        it failed.
+        """
         self.show_command(session, *words)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", *words, env=self._environ,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "recall_worker",
+            *words,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         try:
             assert process.stdout is not None
             await process.stdout.readline()
@@ -191,7 +207,7 @@ class Playground:
         self.screen.say(session, " ".join(talk.decode(errors="replace").split()), RED)
         return None
 
-    # --- the daemon ------------------------------------------------------------------------------------------------
+    # --- the daemon -------------------------------------------------------------------------------
 
     async def start_daemon(self) -> None:
         self.show_command("setup", "run")
@@ -201,7 +217,7 @@ class Playground:
             and self._daemon is not None
         ):
             self.screen.say(
-                "setup", f"the daemon is up: process {self._daemon.pid}, asleep until it is needed"
+                "setup", f"the daemon is up: process {self._daemon.pid}, idle until a recall is due"
             )
 
     async def stop_daemon(self) -> None:
@@ -217,10 +233,17 @@ class Playground:
     @contextlib.asynccontextmanager
     async def _running_daemon(self) -> AsyncIterator[None]:
         self._daemon = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", "run", env=self._environ, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        guard = subprocess.Popen(  # noqa: ASYNC220, S603 -- a shell: it is there at once
+            sys.executable,
+            "-m",
+            "recall_worker",
+            "run",
+            env=self._environ,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        guard = subprocess.Popen(  # noqa: ASYNC220, S603 -- a shell starts at once
             ["/bin/sh", "-c", _GUARD, "recall-worker-guard", str(process.pid)],
             stdin=subprocess.PIPE,
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""What waits: recalls that are overdue, that are held back, that failed lately; and by what."""
+"""Recalls that wait: overdue ones, those that are held back and why, and recent failures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
 
 LATE = 10.0
-"""Seconds that something may have been due: a worker that is about and has a slot takes it within milliseconds."""
+"""Seconds after which a due recall is reported: a running worker with a free slot claims it within
+milliseconds.
+"""
 OVERDUE = 60.0
+"""Seconds after which an overdue recall is a problem and no longer a note: as the alert says."""
 
 
 async def backlog(exam: Examination) -> None:
@@ -18,9 +21,12 @@ async def backlog(exam: Examination) -> None:
         exam.find(OK, "nothing is overdue")
         return
     age = (row["now"] - row["since"]).total_seconds()
-    seen = f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due {relative(row['since'], row['now'])}"
+    seen = (
+        f"{row['recalls']:,} overdue, the oldest ({row['oldest']}) due "
+        f"{relative(row['since'], row['now'])}"
+    )
     if row["leased"]:
-        seen += f"; {row['leased']:,} of them were in a run whose lease has ended"
+        seen += f"; {row['leased']:,} of them have an expired lease"
     full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(
         r["slots"] for r in exam.alive
     )
@@ -33,7 +39,10 @@ async def backlog(exam: Examination) -> None:
     [fleet] = await (await exam.conn.execute(text, FLEET)).fetchall()
     if (cap := fleet_cap(fleet)) is not None:
         seen += f"; {cap}"
-        todo = "a higher RECALL_FLEET_CONCURRENCY for all workers, if what is due can't wait for these runs to end"
+        todo = (
+            "a higher RECALL_FLEET_CONCURRENCY for all workers, if due recalls can't wait "
+            "for these runs to end"
+        )
     exam.find(PROBLEM if age > OVERDUE else NOTE, seen, todo)
 
 
@@ -55,19 +64,24 @@ async def held(exam: Examination) -> None:
                 )
             case "capped":
                 exam.find(
-                    NOTE, seen, "RECALL_SESSION_LIMIT holds them back: an agent that calls itself?"
+                    NOTE,
+                    seen,
+                    "RECALL_SESSION_LIMIT holds them back: does an agent call itself in a loop?",
                 )
             case "busy":
                 exam.find(OK, seen)
             case _:
-                exam.find(NOTE, seen, f"{command('why')} ID tells of each")
+                exam.find(NOTE, seen, f"{command('why')} ID explains each of them")
     failed = await exam.one("failed")
     if failed["recalls"]:
         seen = f"{failed['recalls']:,} have failed within a day; such as: {failed['reason']}"
         exam.find(
             NOTE,
             seen,
-            f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause is mended",
+            (
+                f"{command('list', '--status', 'failed')}; {command('retry')} ID… when the cause "
+                "is fixed"
+            ),
         )
     if len(exam.findings) == before:
         exam.find(OK, "nothing is held back")

@@ -1,8 +1,9 @@
 """The examination of a worker's surroundings: which checks are made, and in which order.
 
-It looks from where it is run, with the settings that are there: run it where, and as whom, the worker
-runs. What it does is escape_controls: the rights are asked by EXPLAIN of every statement that the worker
-has, the endpoint by GET, which runs no agent; a notification costs each worker one look at the table.
+It uses the host, the account and the settings that it is started with: run it where the worker
+runs, as the same account. It disturbs nothing: rights are checked by EXPLAIN of every statement
+that the worker has, the endpoint by GET, which runs no agent; the test notification costs each
+worker one poll.
 
 Never here: a change of anything, a call to a session.
 """
@@ -15,7 +16,7 @@ from .examination import Examination
 
 
 async def examine(settings: Settings) -> Examination:
-    """Make every check that can be made; its findings are in the order in which they are shown."""
+    """Make every check that can be made. Its findings are in the order in which they are shown."""
     async with Examination(settings) as exam:
         await exam.check("database", server.database)
         if exam.reached:

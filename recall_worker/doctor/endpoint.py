@@ -1,4 +1,4 @@
-"""The run endpoint: does it answer, and does it take the token? Asked by GET, which runs no agent."""
+"""The run endpoint: does it answer, and accept the token? Checked by GET, which runs no agent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def endpoint(exam: Examination) -> None:
     if settings.run_url is None:
         exam.find(
             NOTE,
-            "RECALL_RUN_URL is not set here, so nobody was asked",
+            "RECALL_RUN_URL is not set here, so the endpoint was not checked",
             "set it as for recall-worker run",
         )
         return
@@ -28,7 +28,7 @@ async def endpoint(exam: Examination) -> None:
         exam.find(PROBLEM, error.problems[0])
         return
     try:
-        url = _harmless_question(settings)
+        url = _safe_address(settings)
         began = time.monotonic()
         answer = await http.ask("GET", url, _credentials(settings))
         took = time.monotonic() - began
@@ -46,7 +46,7 @@ async def endpoint(exam: Examination) -> None:
             exam.find(
                 NOTE,
                 "no token is set",
-                "RECALL_RUN_TOKEN, so that nobody else can make your agent run",
+                "set RECALL_RUN_TOKEN, so that nobody else can run your agent",
             )
         else:
             without = await http.ask("GET", url, {})
@@ -59,13 +59,13 @@ def _refused(exam: Examination, answer: Answer) -> bool:
     status, has_token = answer.status, exam.settings.run_token is not None
     if status in (401, 403):
         seen = f"HTTP {status}: it " + (
-            "does not take the token" if has_token else "wants a token, and none is set"
+            "does not accept the token" if has_token else "requires a token, and none is set"
         )
         exam.find(PROBLEM, seen, "the right token in RECALL_RUN_TOKEN (or RECALL_RUN_TOKEN_FILE)")
     elif status == 407:
         exam.find(
             PROBLEM,
-            "HTTP 407: a proxy stands in between and wants a login",
+            "HTTP 407: a proxy in between requires a login",
             "the endpoint's own address in RECALL_RUN_URL",
         )
     elif 300 <= status < 400:
@@ -77,7 +77,7 @@ def _refused(exam: Examination, answer: Answer) -> bool:
         )
     elif status >= 500:
         exam.find(
-            PROBLEM, f"HTTP {status}: it is in trouble", "its log; every recall is kept meanwhile"
+            PROBLEM, f"HTTP {status}: it is failing", "see its log; no recall is lost meanwhile"
         )
     else:
         return False
@@ -93,7 +93,7 @@ async def _token(exam: Examination, wanted: bool) -> None:
             )
     last = await exam.ask("last_call") if exam.adopted else []
     if wanted:
-        exam.find(OK, "takes the token, and refuses who has none")
+        exam.find(OK, "accepts the token, and refuses requests without one")
     elif last and (row := last[0])["outcome"] in (
         "answered",
         "accepted",
@@ -104,16 +104,19 @@ async def _token(exam: Examination, wanted: bool) -> None:
     ):
         exam.find(
             OK,
-            f"the last call, {relative(row['ended_at'], row['now'])}, was let in with its token: {row['outcome']}",
+            (
+                f"the last call, {relative(row['ended_at'], row['now'])}, was accepted with its "
+                f"token: {row['outcome']}"
+            ),
         )
     else:
         trouble = f" (the last call: {last[0]['outcome']}, {last[0]['reason']})" if last else ""
-        todo = f"{command('check-endpoint')} --session ID, with a session that nobody is in"
-        exam.find(NOTE, f"whether it takes the token, a GET does not show{trouble}", todo)
+        todo = f"{command('check-endpoint')} --session ID, with a session that nobody uses"
+        exam.find(NOTE, f"a GET does not show whether it accepts the token{trouble}", todo)
 
 
-def _harmless_question(settings: Settings) -> str:
-    """An address to GET: of a session that does not exist, and nothing is run by a GET."""
+def _safe_address(settings: Settings) -> str:
+    """An address to GET without effect: its session does not exist, and a GET runs nothing."""
     assert settings.run_url is not None
     base = settings.run_url.rstrip("/")
     match settings.protocol:
@@ -134,4 +137,4 @@ def _credentials(settings: Settings) -> dict[str, str]:
 def _unreachable_hint(reason: str) -> str:
     if "certificate" in reason:
         return "RECALL_CA_FILE with the authority that signed its certificate"
-    return "check RECALL_RUN_URL, and that the API runs and can be reached from this host"
+    return "check RECALL_RUN_URL, and that the API runs and accepts connections from this host"

@@ -1,7 +1,8 @@
-"""One examination: what was asked and found so far, and how the database is asked.
+"""One examination: its findings so far, and how the database is queried.
 
-Owns the connections and their end. Each check stands alone: one that breaks is a problem of its own,
-and the others go on. What a check learns for those after it, it writes into the examination's fields.
+Owns the connections and closes them. Each check stands alone: one that raises an error is a problem
+of its own, and the others go on. A check writes what later checks need into the examination's
+fields.
 
 Never here: what is checked (the files beside this one, by subject), how it is shown (cli/doctor).
 """
@@ -27,7 +28,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 PATIENCE = 15.0
 """Seconds that one check may take."""
 DIRECT, SESSION, TRANSACTION, STATEMENT = "direct", "session", "transaction", "statement"
-"""How connections by a DSN are pooled: not at all, or pooled for so long."""
+"""How connections by a DSN are pooled: not at all, or for a session, transaction or statement."""
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -41,7 +42,7 @@ class Finding:
 
 
 class Examination:
-    """An async context, which closes what is open. `findings` are in the order of the checks."""
+    """An async context that closes its connections. `findings`: in the order of the checks."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.dsn is not None
@@ -51,16 +52,16 @@ class Examination:
         self.reached = False
         """Whether the database answered."""
         self.adopted = False
-        """Whether there is a schema to ask of."""
+        """Whether the schema is there."""
         self.conn: Connection
-        """Open from the check `database` on, where that reached it."""
+        """Opened by the check `database`, if PostgreSQL answers."""
         self.server: dict[str, Any] = {}
-        """The row of the statement `server`: what it is, and how it is set."""
+        """The row of the statement `server`: its version, settings and limits."""
         self.role = "its role"
         self.pooling = self.listen_pooling = DIRECT
         """How connections by RECALL_DSN, and those for LISTEN, are pooled."""
         self.alive: list[dict[str, Any]] = []
-        """The rows of workers that were heard of lately."""
+        """The rows of workers with a recent heartbeat."""
         self._sql = statements.load("doctor")
         self._stack = AsyncExitStack()
         self._check = ""
@@ -73,13 +74,13 @@ class Examination:
         await self._stack.__aexit__(*error)
 
     async def check(self, name: str, check: Callable[[Examination], Awaitable[None]]) -> None:
-        """Make a check; its findings are under this name."""
+        """Make a check. Its findings have this name."""
         self._check = name
         try:
             async with asyncio.timeout(PATIENCE):
                 await check(self)
         except TimeoutError:
-            todo = "see pg_stat_activity for what is in the way"
+            todo = "see pg_stat_activity for what blocks it"
             self.find(PROBLEM, f"no answer within {PATIENCE:g} s", todo)
         except (psycopg.Error, OSError) as error:
             trouble = explain(error)
@@ -89,9 +90,9 @@ class Examination:
                 *(trouble.hints[:1] if trouble else ()),
             )
         except Exception as error:
-            # A defect of one check must not hide what the others see.
+            # A defect of one check must not hide the findings of the others.
             defect = f"{type(error).__name__}: {error}"
-            seen = f"this check broke, by a defect of recall-worker: {defect}"
+            seen = f"this check failed by a defect of recall-worker: {defect}"
             self.find(PROBLEM, seen[:500], "report it, with this line")
 
     def find(self, state: str, seen: str, todo: str | None = None) -> None:
@@ -109,7 +110,7 @@ class Examination:
         return await cursor.fetchall()
 
     async def one(self, name: str, **values: Any) -> dict[str, Any]:
-        """The row of a statement that gives one."""
+        """The one row of a statement that returns exactly one."""
         [row] = await self.ask(name, **values)
         return row
 

@@ -1,8 +1,8 @@
-"""Notifications: does a pooler stand in their way, and do they session_setup?
+"""Notifications: do they arrive, and is a pooler in their way?
 
-A NOTIFY is tried all the way: a LISTEN as the worker's, a NOTIFY from the other connection, timed on
-a channel of the doctor's own. The workers' channel is notified once, in the same transaction, which
-costs each of them one look at the table.
+The whole way is tried: a LISTEN like the worker's, a NOTIFY from the other connection, timed on a
+channel of the doctor's own. The workers' channel is notified once, in the same transaction, which
+costs each of them one poll.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from .examination import (
     Examination,
     connected,
 )
-from .server import FAILOVER_HINT
+from .server import FAILOVER_HINT, QUEUE_FULL
 
-RING_PATIENCE = 5.0
-RINGS = 5
+NOTIFY_DEADLINE = 5.0
+"""Seconds within which a notification must arrive."""
+NOTIFICATIONS = 5
+"""How many are sent; their median time is shown."""
 POOLING_ROUNDS = 5
+"""How many other connections are opened to see whether a backend is shared."""
 
 POOLER_HINT = "the server's own address in RECALL_LISTEN_DSN: it must be direct"
 
@@ -50,24 +53,31 @@ async def pooler(exam: Examination) -> None:
         case "transaction" if not listens:
             exam.find(
                 PROBLEM,
-                "RECALL_DSN leads through a pooler in transaction mode, which LISTEN does not pass: what is inserted waits for a poll",
+                (
+                    "RECALL_DSN leads through a pooler in transaction mode, which does not support "
+                    "LISTEN: new recalls wait for a poll"
+                ),
                 POOLER_HINT,
             )
         case mode:
             how = f"RECALL_DSN leads through a pooler in {mode} mode"
             exam.find(
-                OK, how + ("; LISTEN has its own way" if listens else ", which passes LISTEN")
+                OK,
+                how + ("; LISTEN does not use it" if listens else ", which supports LISTEN"),
             )
     exam.listen_pooling = exam.pooling
     if exam.settings.listen_dsn is not None:
         try:
             exam.listen_pooling = await pooling_of(exam.settings.listen_dsn)
         except (psycopg.Error, OSError):
-            exam.listen_pooling = DIRECT  # The bell says what is wrong.
+            exam.listen_pooling = DIRECT  # The check `bell` says what is wrong.
         if exam.listen_pooling in (TRANSACTION, STATEMENT):
             exam.find(
                 PROBLEM,
-                f"RECALL_LISTEN_DSN leads through a pooler in {exam.listen_pooling} mode, too, which LISTEN does not pass",
+                (
+                    f"RECALL_LISTEN_DSN leads through a pooler in {exam.listen_pooling} mode, "
+                    "too, which does not support LISTEN"
+                ),
                 POOLER_HINT,
             )
 
@@ -75,8 +85,9 @@ async def pooler(exam: Examination) -> None:
 async def pooling_of(dsn: str) -> str:
     """How connections by this DSN are pooled.
 
-    A pooler announces a backend of its own making; asked, the server names the true one. If that changes while the connection is
-    open, or serves another connection meanwhile, it is pooled for a transaction at a time.
+    A pooler announces a process id of its own; a query returns that of the real backend. If the
+    backend changes while the connection is open, or also serves another connection, pooling is by
+    transaction.
     """
     async with connected(dsn) as one:
         mine = await _backend(one)
@@ -102,7 +113,8 @@ async def _backend(conn: Connection) -> int:
 async def bell(exam: Examination) -> None:
     if exam.listen_pooling in (TRANSACTION, STATEMENT):
         # Not tried: the LISTEN would stay behind on one of the pooler's connections.
-        exam.find(PROBLEM, f"what is rung can't pass the pooler: {_meanwhile(exam)}", POOLER_HINT)
+        seen = f"notifications can't pass the pooler: {_meanwhile(exam)}"
+        exam.find(PROBLEM, seen, POOLER_HINT)
         return
     try:
         conn = await exam.connect(exam.settings.listen_dsn or exam.dsn)
@@ -110,14 +122,14 @@ async def bell(exam: Examination) -> None:
         which = "RECALL_LISTEN_DSN" if exam.settings.listen_dsn is not None else "RECALL_DSN"
         exam.find(
             PROBLEM,
-            f"the bell's connection can't be had: {error_text(error)}",
-            f"check {which}: it is to lead to the server itself",
+            f"the LISTEN connection can't be opened: {error_text(error)}",
+            f"check {which}: it must lead to the server itself",
         )
         return
     if (await exam.ask("read_only", conn))[0]["standby"]:
         exam.find(
             PROBLEM,
-            "the bell's connection leads to a standby, which takes no LISTEN",
+            "the LISTEN connection leads to a standby, which does not support LISTEN",
             FAILOVER_HINT,
         )
         return
@@ -125,32 +137,39 @@ async def bell(exam: Examination) -> None:
     for channel in (CHANNEL, own):
         await conn.execute(f"listen {channel}".encode())
     times = []
-    for n in range(RINGS):
+    for n in range(NOTIFICATIONS):
         began = time.monotonic()
-        # Only the first of them also rings the workers' channel.
+        # Only the first of them also notifies the workers' channel.
         await exam.ask("notify_own" if n else "notify", channel=own)
         heard: set[str] = set()
-        while own not in heard and (left := began + RING_PATIENCE - time.monotonic()) > 0:
+        while own not in heard and (left := began + NOTIFY_DEADLINE - time.monotonic()) > 0:
             async for notification in conn.notifies(timeout=left, stop_after=1):
                 heard.add(notification.channel)
         if own not in heard or (n == 0 and CHANNEL not in heard):
-            _unheard(exam)
+            _not_received(exam)
             return
         times.append(time.monotonic() - began)
     exam.find(
         OK,
-        f"heard what was rung, {RINGS} of {RINGS} times, after {span(sorted(times)[RINGS // 2])}",
+        f"notifications arrive ({NOTIFICATIONS} of {NOTIFICATIONS}), after "
+        f"{span(sorted(times)[NOTIFICATIONS // 2])}",
     )
-    if exam.server["queue"] > 0.5:
-        todo = "end the transaction that a listener has open: see pg_stat_activity, state 'idle in transaction'"
+    if exam.server["queue"] > QUEUE_FULL:
+        todo = (
+            "end the transaction that a listener has open: see pg_stat_activity, state "
+            "'idle in transaction'"
+        )
         exam.find(
             PROBLEM,
-            f"PostgreSQL's queue of notifications is {exam.server['queue']:.0%} full; when it is full, inserts fail",
+            (
+                f"PostgreSQL's queue of notifications is {exam.server['queue']:.0%} full; when it "
+                "is full, inserts fail"
+            ),
             todo,
         )
 
 
-def _unheard(exam: Examination) -> None:
+def _not_received(exam: Examination) -> None:
     todo = (
         "the same database on the same server in RECALL_LISTEN_DSN"
         if exam.settings.listen_dsn is not None
@@ -158,10 +177,10 @@ def _unheard(exam: Examination) -> None:
     )
     exam.find(
         PROBLEM,
-        f"what was rung did not session_setup within {RING_PATIENCE:g} s: {_meanwhile(exam)}",
+        f"a notification did not arrive within {NOTIFY_DEADLINE:g} s: {_meanwhile(exam)}",
         todo,
     )
 
 
 def _meanwhile(exam: Examination) -> str:
-    return f"what is inserted waits for a look, every {exam.settings.poll_interval:g} s"
+    return f"new recalls are found only by polls, every {exam.settings.poll_interval:g} s"

@@ -1,4 +1,4 @@
-"""The schema as this code needs it: migrations, indexes, constraints, triggers, and the role's rights."""
+"""Is the schema as this code needs it: migrations, indexes, constraints, triggers, rights?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def schema(exam: Examination) -> None:
     for row in await exam.ask("indexes", names=made("index")):
         wrong, todo = (
             (
-                "is invalid: it costs writes and serves nobody",
+                "is invalid: it slows writes down and no query uses it",
                 f"reindex index concurrently {row['name']}",
             )
             if row["there"]
@@ -39,9 +39,7 @@ async def schema(exam: Examination) -> None:
             exam.find(PROBLEM, f"index {row['name']} {wrong}", todo)
     for row in await exam.ask("constraints"):
         old = (
-            "some old recalls belong to no session: delete them, then "
-            if row["foreign_key"]
-            else ""
+            "delete the old recalls that belong to no session, then " if row["foreign_key"] else ""
         )
         todo = f"{old}alter table {row['table']} validate constraint {row['name']}"
         exam.find(NOTE, f"constraint {row['name']} holds for new rows only", todo)
@@ -67,7 +65,7 @@ async def triggers(exam: Examination) -> None:
 
 
 async def rights(exam: Examination) -> None:
-    """EXPLAIN asks for the rights that the statement would need, and runs nothing."""
+    """EXPLAIN checks the rights that a statement needs, and runs nothing."""
     denied: dict[str, list[str]] = {}
     asked = 0
     # Only a worker that prunes deletes recalls.
@@ -84,9 +82,12 @@ async def rights(exam: Examination) -> None:
         except errors.InsufficientPrivilege as error:
             denied.setdefault(error_text(error), []).append(name)
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction):
-            pass  # The schema says so.
+            pass  # The check `schema` says so.
     for what, names in denied.items():
-        todo = f"grant select, insert, update, delete on all tables named session_recalls and recall_… to {exam.role}"
+        todo = (
+            "grant select, insert, update, delete on all tables named session_recalls and "
+            f"recall_… to {exam.role}"
+        )
         exam.find(PROBLEM, f"{what} (needed to {', '.join(names)})", todo)
     if asked and not denied:
         exam.find(OK, f"{exam.role} may do all that the worker does")
@@ -94,12 +95,15 @@ async def rights(exam: Examination) -> None:
         exam.find(
             NOTE,
             f"{exam.role} is a superuser, and need not be one",
-            "an account of its own, with rights on these tables only",
+            "use an account of its own, with rights on these tables only",
         )
     if exam.server["row_security"]:
         exam.find(
             PROBLEM,
-            f"row security is active on session_recalls for {exam.role}: what it hides is never called",
+            (
+                f"row security is active on session_recalls for {exam.role}: recalls that it hides "
+                "are never called"
+            ),
             f"alter role {exam.role} bypassrls, or a policy that shows it every row",
         )
 
@@ -118,9 +122,12 @@ def made(kind: str) -> list[str]:
 
 
 def _without(trigger: str) -> str:
-    """What is amiss while a trigger does not fire."""
+    """What does not work while a trigger does not fire."""
     if trigger == "recall_before_insert":
-        return "what is inserted is found by polls only, an agent can't schedule from inside a run, and a recall could loop"
+        return (
+            "new recalls are found only by polls, an agent can't schedule from inside "
+            "a run, and a recall could loop"
+        )
     if trigger.startswith("recall_ring"):
-        return "the application's changes are found by polls only"
-    return "its work is left undone"
+        return "the application's changes are found only by polls"
+    return "its work is not done"

@@ -1,4 +1,4 @@
-"""The workers: are any alive, do their settings agree, does somebody else settle their recalls?"""
+"""The workers: are any alive, do their settings agree, does another scheduler settle recalls?"""
 
 from __future__ import annotations
 
@@ -24,34 +24,47 @@ async def workers(exam: Examination) -> None:
     for row in rows:
         name = row["worker"]
         if not row["alive"]:
-            seen = f"{name} was last heard of {relative(row['seen_at'], row['now'])}, and took no leave"
+            seen = (
+                f"{name} sent its last heartbeat {relative(row['seen_at'], row['now'])}, and "
+                "did not deregister"
+            )
             exam.find(
-                NOTE, seen, "its log, if it is not known why; its runs are taken up by others"
+                NOTE, seen, "see its log if you don't know why; other workers take over its runs"
             )
             continue
         if row["breaker"] != "closed":
             exam.find(
                 PROBLEM,
-                f"the breaker is open in {name}: the endpoint is in trouble, and only probed",
+                f"the breaker is open in {name}: the endpoint is failing; only test calls are "
+                "sent until it answers",
                 "see the endpoint below",
             )
         if row.get("bell", "listening") != "listening":
             how = (
-                "hears nothing of what is rung"
+                "receives no notifications"
                 if row["bell"] == "deaf"
                 else "has no connection for LISTEN"
             )
             exam.find(
                 PROBLEM,
-                f"{name} {how}, and finds what is inserted by polls only",
-                f"its log (bell.{row['bell']}) says why; its RECALL_LISTEN_DSN is to lead to the server itself",
+                f"{name} {how}, and finds new recalls only by polls",
+                (
+                    f"its log (listener.{row['bell']}) says why; its RECALL_LISTEN_DSN must lead "
+                    "to the server itself"
+                ),
             )
     if alive:
         others = await exam.one("settled_by_others", since=min(row["started_at"] for row in alive))
         if others["recalls"]:
             were = "recall was" if others["recalls"] == 1 else "recalls were"
-            seen = f"{others['recalls']:,} {were} marked fired by others than the workers within an hour, such as {others['last']}"
-            todo = "turn the application's old scheduler off, should it run beside the workers: docs/migration.md"
+            seen = (
+                f"{others['recalls']:,} {were} marked fired by others than the workers "
+                f"within an hour, for example {others['last']}"
+            )
+            todo = (
+                "if the application's old scheduler still runs beside the workers, turn it off: "
+                "docs/migration.md"
+            )
             exam.find(NOTE, seen, todo)
     for what, values in differences(alive):
         exam.find(

@@ -1,9 +1,11 @@
-"""What /metrics says: counted from the events that the log is written from, and read off the worker when somebody asks.
+"""The content of /metrics: counted from the events that the log is written from, and read from the
+worker at each scrape.
 
-Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or sessions. A series that can be named beforehand
-is there from the start, at zero, as a rate can't be told from a first appearance. Names and units after Prometheus's own rules.
+Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or
+sessions. A series whose labels are known beforehand exists from the start, at zero, as otherwise a
+rate would miss its first increase. Names and units follow Prometheus's rules.
 
-Never here: HTTP (pages), questions to PostgreSQL (pages brings the answer).
+Never here: HTTP (pages), queries to PostgreSQL (pages brings the answer).
 """
 
 from __future__ import annotations
@@ -65,93 +67,109 @@ VERDICTS = (
 )
 BECAUSE = (*ENDED, "lost")
 VIOLATED = ("fired", "failed", "pending")
-BELLS = ("listening", "lost", "deaf")
+LISTENER_STATES = ("listening", "lost", "deaf")
 
 
 class Metrics:
-    """Hears events; `page()` is what a scrape gets."""
+    """Counts events; `page()` is what a scrape gets."""
 
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # Series that nobody asks for, one for each counter.
         self.registry = CollectorRegistry()
         self.backlog: Backlog | None = None
-        """What was last seen due; None where that is not known."""
-        self._vitals = status
+        """What was overdue at the last query; None if that is not known."""
+        self._status = status
         self._lag = self._histogram(
             "lag_seconds",
-            "From due to the request: what the worker answers for. Told when the run is settled.",
+            "From due to the request: what the worker adds. Counted when the run is settled.",
             WAITS,
         )
         self._lateness = self._histogram(
-            "lateness_seconds", "From an occurrence's nominal time to its first request: what its owner feels. Told when the run is settled.", WAITS
-        )  # fmt: skip
+            "lateness_seconds",
+            (
+                "From an occurrence's nominal time to its first request: what its owner sees. "
+                "Counted when the run is settled."
+            ),
+            WAITS,
+        )
         self._run = self._histogram(
             "run_duration_seconds", "From the request to the end of the run.", RUNS
         )
-        self._claim = self._histogram("claim_duration_seconds", "Round trips that claim.", TRIPS)
+        self._claim = self._histogram("claim_duration_seconds", "Round trips of claims.", TRIPS)
         self._settle = self._histogram(
-            "settle_duration_seconds", "Round trips that settle, a batch each.", TRIPS
+            "settle_duration_seconds", "Round trips of settles, a batch each.", TRIPS
         )
-        self._batch = self._histogram(
-            "settle_batch_size", "Endings settled by one round trip.", SIZES
-        )
+        self._batch = self._histogram("settle_batch_size", "Runs settled by one round trip.", SIZES)
         self._outcomes = self._counter(
             "outcomes", "How calls ended.", ["outcome"], [(o,) for o in OUTCOMES]
         )
         self._settles = self._counter(
             "settles",
-            "Verdicts written, and the status that the recall has now.",
+            "Verdicts written, and the recall's status after each.",
             ["verdict", "status"],
             VERDICTS,
         )
         self._claims = self._counter(
             "claims",
-            "Looks at the table for what is due, by what was found.",
+            "Queries for due recalls, by what they found.",
             ["found"],
             [("recalls",), ("nothing",)],
         )
         self._claimed = self._counter("recalls_claimed", "Recalls taken under a lease.")
         self._ended = self._counter(
-            "recalls_ended", "Runs whose recall the application had ended, or deleted, before they were settled.", ["status"],
+            "recalls_ended",
+            "Runs whose recall the application ended or deleted before they were settled.",
+            ["status"],
             [(status,) for status in ENDED],
-        )  # fmt: skip
+        )
         self._aborted = self._counter(
-            "recalls_aborted", "Calls broken off, as the recall was ended by others or its lease lost.", ["because"],
+            "recalls_aborted",
+            "Calls aborted, as the recall was ended by others or its lease lost.",
+            ["because"],
             [(because,) for because in BECAUSE],
-        )  # fmt: skip
+        )
         self._stranded = self._counter(
-            "recalls_stranded", "Recalls that PostgreSQL refuses to have claimed or settled."
+            "recalls_stranded", "Recalls whose claim or settle PostgreSQL refuses."
         )
         self._lost = self._counter(
             "leases_lost",
-            "Runs that could not be settled, as their lease had gone to another worker.",
+            "Runs that could not be settled, as another worker had taken over their lease.",
         )
         self._violated = self._counter(
-            "leases_violated", "Runs in hand whose recall somebody else settled, by what became of it: another scheduler, or a hand.",
-            ["status"], [(status,) for status in VIOLATED],
-        )  # fmt: skip
+            "leases_violated",
+            (
+                "Current runs whose recall somebody else settled (another scheduler, or a person), "
+                "by its new status."
+            ),
+            ["status"],
+            [(status,) for status in VIOLATED],
+        )
         self._taken = self._counter(
-            "leases_taken", "Expired leases of other workers that were taken up."
+            "leases_taken", "Expired leases of other workers that were taken over."
         )
         self._opened = self._counter("breaker_opened", "Times that the breaker opened.")
         self._probed = self._counter(
-            "breaker_probes_failed", "Probes of the endpoint that found it still in trouble."
+            "breaker_probes_failed", "Probes that found the endpoint still failing."
         )
-        self._bell_lost = self._counter("bell_lost", "Times that the bell lost its connection.")
+        self._bell_lost = self._counter("bell_lost", "Times that the LISTEN connection was lost.")
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
         self._pruned = self._counter(
-            "rows_pruned", "Rows deleted as RECALL_PRUNE says: recalls by status, and marks of calls.", ["kind"],
+            "rows_pruned",
+            "Rows deleted by RECALL_PRUNE: recalls by status, and records of calls.",
+            ["kind"],
             [(kind,) for kind in KEPT],
-        )  # fmt: skip
+        )
         self._prune = self._histogram(
             "prune_duration_seconds",
-            "Walks through the tables to prune them, pauses included.",
+            "Sweeps through the tables to prune them, pauses included.",
             RUNS,
         )
         self._stumbles = self._counter(
-            "stumbles", "Defects, and statements that PostgreSQL refused.", ["doing"],
+            "stumbles",
+            "Defects, and statements that PostgreSQL refused.",
+            ["doing"],
             [("claim",), ("call",), ("accept",), ("prune",)],
-        )  # fmt: skip
+        )
         build = Info(
             "recall_worker_build",
             "Version, Python, and the schema that this code was made for.",
@@ -217,41 +235,44 @@ class Metrics:
             case "worker.error":
                 self._stumbles.labels(facts["doing"]).inc()
             case _:
-                pass  # Told by what the worker is, or only to people.
+                pass  # Read from the worker's state, or only for people.
 
     def now(self) -> Iterator[Metric]:
-        """What is read off the worker at this moment."""
-        status = self._vitals()
+        """Read from the worker at this moment."""
+        status = self._status()
         yield self._gauge("slots", "Runs that this worker may have at once.", status.slots)
         yield self._gauge(
-            "slots_in_use", "Runs in hand, from the claim until they end.", status.slots_in_use
+            "slots_in_use", "Current runs, from the claim until they end.", status.slots_in_use
         )
         yield self._gauge(
             "breaker_open",
-            "1 while the breaker is open: the endpoint is in trouble, only probes go out.",
+            "1 while the breaker is open: the endpoint is failing, only test calls are sent.",
             status.breaker == "open",
         )
         yield self._gauge(
             "database_up", "0 while PostgreSQL does not answer.", not status.database_is_lost
         )
         yield self._gauge(
-            "draining", "1 from the first signal on: nothing more is claimed.", status.is_draining
+            "draining", "1 after the first signal: nothing more is claimed.", status.is_draining
         )
-        bell = GaugeMetricFamily(
-            "recall_worker_bell_state", "1 for what the bell does now.", labels=["state"]
+        listener = GaugeMetricFamily(
+            "recall_worker_bell_state", "1 for the listener's state now.", labels=["state"]
         )
-        for state in BELLS:
-            bell.add_metric([state], status.bell == state)
-        yield bell
+        for state in LISTENER_STATES:
+            listener.add_metric([state], status.bell == state)
+        yield listener
         if self.backlog is not None:
             yield self._gauge(
                 "recalls_overdue",
-                "Recalls in the table that are due and in nobody's hand, at most 10000; absent while PostgreSQL does not answer.",
+                (
+                    "Recalls that are due and not claimed, at most 10000; absent while PostgreSQL "
+                    "does not answer."
+                ),
                 self.backlog.overdue,
             )
             yield self._gauge(
                 "oldest_due_seconds",
-                "For how long the oldest of them has been due.",
+                "Seconds that the oldest of them has been due.",
                 self.backlog.oldest,
             )
 
@@ -259,7 +280,7 @@ class Metrics:
         if facts.get("outcome") is not None:
             self._outcomes.labels(facts["outcome"]).inc()
         if "lag_ms" in facts:
-            # What an operator fired before its time is early, not late.
+            # A recall that an operator fired early is not late.
             self._lag.observe(max(0.0, facts["lag_ms"] / 1000))
             self._run.observe(facts["duration_ms"] / 1000)
             if facts["first"]:
@@ -282,7 +303,9 @@ class Metrics:
 
 
 class _Process(ProcessCollector):
-    """Where /proc shows processes alone, as below systemd's ProcSubset=pid, it does not tell the moment of boot; then there would be nothing."""
+    """Process metrics also if /proc shows only processes, as with systemd's ProcSubset=pid, and so
+    not the time of boot.
+    """
 
     def _boot_time(self) -> float:
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

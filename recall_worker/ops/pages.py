@@ -1,12 +1,15 @@
-"""The pages of RECALL_OPS_LISTEN: /livez, /readyz, /metrics. They answer whoever asks; nothing in them is secret, and nothing can be changed.
+"""The pages of RECALL_OPS_LISTEN: /livez, /readyz, /metrics. They are unauthenticated; nothing in
+them is secret, and nothing can be changed.
 
-`/livez` is about this process alone: does the claim loop turn? An outage of PostgreSQL is no reason to restart it. `/readyz` says whether
-recalls are kept now: PostgreSQL answers, the schema fits, no drain has begun. What they need to know from PostgreSQL is asked at most every
-few seconds however often they are read, and not at all while nobody reads them; a page never waits long for it.
+`/livez` depends on this process alone: does the claim loop turn? An outage of PostgreSQL is no
+reason to restart it. `/readyz` says whether recalls can be called now: PostgreSQL answers, the
+schema fits, no drain has begun. PostgreSQL is queried for a page at most every few seconds, however
+often pages are read, and never while nobody reads them; a page never waits long for the answer.
 
-Whoever reaches the port must not stop the work through it. So connections are accepted one at a time and are for one request each; their
-number is bounded by the descriptors that calls and PostgreSQL leave over; each has a deadline for its head and one for its answer; and
-where the bound is reached the oldest that has not asked for anything yet gives way to the new one.
+No client of the port may stop the worker's work. So connections are accepted one at a time and
+serve one request each; their number is bounded by the descriptors that calls and PostgreSQL leave
+free; each has a deadline for its head and one for its answer; and at the bound the oldest
+connection without a request is closed for the new one.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from .metrics import Metrics
 
 BACKLOG_EVERY = 5.0
 SCHEMA_EVERY = 2.0
+"""Seconds between two queries, at least."""
 PATIENCE = 2.0
 """Seconds that a page waits for PostgreSQL."""
 HEAD_DEADLINE = 5.0
@@ -40,17 +44,18 @@ HEAD_DEADLINE = 5.0
 ANSWER_DEADLINE = 10.0
 """Seconds from there until the answer must have been taken and the connection be closed."""
 CONNECTIONS_LEAST, CONNECTIONS_MOST = 4, 64
-"""Open connections: as many as probes and scrapers need; the fewest, where descriptors are scarce."""
+"""Open connections: enough for probes and scrapers; the fewest if descriptors are scarce."""
 ACCEPT_PAUSE = 0.5
 """Seconds until accept is tried again after an error, such as having no descriptor left."""
 TELL_EVERY = 60.0
-"""Seconds between two log lines about the same trouble with connections, however often it occurs."""
+"""Seconds between two log lines about the same trouble with connections, however often it occurs.
+"""
 
 T = TypeVar("T")
 
 
 class Question(Generic[T]):
-    """A question to PostgreSQL, asked at most every so many seconds, by one asker at a time."""
+    """A query to PostgreSQL, made at most every so many seconds and once at a time."""
 
     def __init__(self, ask: Callable[[], Awaitable[T]], every: float) -> None:
         self._ask = ask
@@ -59,13 +64,13 @@ class Question(Generic[T]):
         self._asking: asyncio.Task[T | str] | None = None
 
     async def answer(self) -> T | str:
-        """The newest answer, or why there is none."""
+        """The newest answer, or the reason why there is none."""
         if self._asking is None or (
             self._asking.done() and time.monotonic() - self._asked_at >= self._every
         ):
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._answered())
-        # Not broken off when it takes longer: that would cost the connection, which others use, too.
+        # Not aborted when it takes longer: that would close the connection, which others use, too.
         await asyncio.wait((self._asking,), timeout=PATIENCE)
         return (
             self._asking.result()
@@ -97,7 +102,10 @@ class Pages:
     async def livez(self, _: web.Request) -> web.Response:
         if standing_still(self._worker):
             return said(
-                f"the claim loop has not turned for {time.monotonic() - self._worker.turned_at:.0f} s",
+                (
+                    "the claim loop has not turned for "
+                    f"{time.monotonic() - self._worker.turned_at:.0f} s"
+                ),
                 503,
             )
         return said("alive")
@@ -133,8 +141,8 @@ def said(text: str, status: int = 200) -> web.Response:
 class Port:
     """The open connections of the ops port: at most `most`, each closed by a deadline.
 
-    Connections are accepted here and not by asyncio's own server: that accepts a hundred at once, whether there is room for them or not,
-    and logs a traceback for each that fails.
+    Connections are accepted here and not by asyncio's own server: that accepts a hundred at once,
+    whether there is room for them or not, and logs a traceback for each that fails.
     """
 
     def __init__(self, server: web.Server, events: Events, most: int) -> None:
@@ -144,9 +152,9 @@ class Port:
         self._open: dict[Connection, None] = {}
         """Oldest first."""
         self._closed = asyncio.Event()
-        """Set whenever one of them is closed."""
+        """Set when one of them is closed."""
         self._untold: dict[str, int] = {}
-        """How often an event occurred since it was told last."""
+        """How often an event occurred since it was last logged."""
         self._told_at: dict[str, float] = {}
 
     async def accept(self, listener: socket.socket) -> None:
@@ -156,9 +164,10 @@ class Port:
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except ConnectionError:
-                continue  # The client has gone already.
+                continue  # The client has already closed it.
             except OSError as error:
-                # Mostly there is no descriptor left. The error stays until something is closed: one of ours, if there is one.
+                # Mostly no descriptor is left. The error stays until something is closed: one of
+                # ours, if there is one.
                 self._tell("ops.refused", reason=os.strerror(error.errno or 0))
                 self._give_way()
                 await asyncio.sleep(ACCEPT_PAUSE)
@@ -186,7 +195,7 @@ class Port:
         self._closed.set()
 
     def abort(self) -> None:
-        """Close all that is open, at once."""
+        """Close all connections at once."""
         for connection in list(self._open):
             connection.abort()
 
@@ -196,7 +205,7 @@ class Port:
             connection.abort()
 
     def _tell(self, event: str, **facts: Any) -> None:
-        """Tell an event at most once in TELL_EVERY, with how often it occurred since the last time."""
+        """Log an event at most once in TELL_EVERY, with its number since the last time."""
         self._untold[event] = self._untold.get(event, 0) + 1
         now = time.monotonic()
         if now >= self._told_at.get(event, now - TELL_EVERY) + TELL_EVERY:
@@ -205,7 +214,9 @@ class Port:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, between the transport and aiohttp's own protocol, which knows no deadline for a head."""
+    """One connection, between the transport and aiohttp's own protocol, which has no deadline for a
+    request's head.
+    """
 
     def __init__(self, port: Port, inner: asyncio.Protocol) -> None:
         self.is_answered = False
@@ -249,7 +260,7 @@ class Connection(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIterator[None]:
-    """Serve the pages until left. Raises Trouble where nothing can listen there."""
+    """Serve the pages until the context ends. Raises Trouble if nothing can listen there."""
     metrics = Metrics(lambda: worker.status)
     events.listen(metrics.hear)
     answers = Pages(worker, metrics)
@@ -274,13 +285,16 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
         try:
             listeners = await _listeners(host, port)
         except OSError as error:
-            # Python's sentence names the address once more; those of name look-ups have numbers of their own, below zero.
+            # Python's text repeats the address; errors of name resolution have numbers below zero.
             reason = (
                 os.strerror(error.errno)
                 if error.errno is not None and error.errno > 0
                 else error.strerror or str(error)
             )
-            hint = f"another address in RECALL_OPS_LISTEN, or see what listens there: ss -ltnp 'sport = :{port}'"
+            hint = (
+                "another address in RECALL_OPS_LISTEN, or see what listens there: ss "
+                f"-ltnp 'sport = :{port}'"
+            )
             raise Trouble(
                 f"RECALL_OPS_LISTEN: nothing can listen on {host} port {port}: {reason}", hint
             ) from None
@@ -296,12 +310,14 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
 
 
 def connections_most(spare: int) -> int:
-    """How many connections the port may hold, of so many descriptors that nothing else needs: half of them, within bounds."""
+    """How many connections the port may hold: half of the descriptors that nothing else needs,
+    within bounds.
+    """
     return max(CONNECTIONS_LEAST, min(CONNECTIONS_MOST, spare // 2))
 
 
 async def _listeners(host: str, port: int) -> list[socket.socket]:
-    """A listening socket for each address that the host's name stands for. Raises OSError."""
+    """A listening socket for each address of the host's name. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
@@ -327,7 +343,7 @@ async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
 
 
 def _logger() -> logging.Logger:
-    """For aiohttp: what is wrong with us, and not each request that is none."""
+    """For aiohttp: logs our own errors, and not every request that is not HTTP."""
     logger = logging.getLogger("recall_worker.ops")
     logger.addFilter(
         lambda record: (
@@ -347,7 +363,7 @@ async def _head_was_read(
 
 
 async def _last_and_without_a_name(_: web.Request, response: web.StreamResponse) -> None:
-    # A connection that is kept for later holds a descriptor for nothing.
+    # An idle connection would hold a descriptor for nothing.
     response.force_close()
     response.headers["Connection"] = "close"
     response.headers["Server"] = "recall-worker"  # And not which versions of what.

@@ -1,8 +1,11 @@
-"""OpenTelemetry traces, an extra: one trace a run, with the spans claim, call and settle, written from the events that the log is written from.
+"""OpenTelemetry traces, an extra: one trace for each run, with the spans claim, call and settle,
+written from the events that the log is written from.
 
-The ids are there before the spans are: they go to the API in `traceparent`, whose parent is the span of the call, so that what the API traces
-hangs below it. A span is made when the run has been settled, and only then; nothing of it stands in a run's way. Configured by OpenTelemetry's own
-OTEL_* variables, which its SDK reads; off, and not imported, unless an OTLP endpoint is among them. The times are the host's, for people.
+The ids exist before the spans do: they go to the API in `traceparent`, whose parent is the span of
+the call, so that the API's own spans are below it. A span is written only when the run has been
+settled, so that tracing never delays a run. Configured by OpenTelemetry's own OTEL_* variables,
+which its SDK reads; off, and not imported, unless an OTLP endpoint is among them. The times are the
+host's, for people.
 
 Never here: messages of recalls, comments, secrets.
 """
@@ -30,7 +33,7 @@ from ..worker.worker import Worker
 
 ENDINGS = frozenset({"recall.settled", "recall.ended", "recall.stranded", "lease.lost"})
 GOOD = frozenset({"answered", "accepted", "busy", "gone"})
-"""Outcomes that are no error: of the others the API, or the way to it, is to be looked at."""
+"""Outcomes that are no error; the others mean that the API, or the way to it, has a problem."""
 ATTRIBUTES = {
     "recall": "recall.id",
     "session": "session.id",
@@ -43,12 +46,12 @@ ATTRIBUTES = {
     "lateness_ms": "recall.lateness_ms",
     "http_status": "http.response.status_code",
 }
-GOODBYE = 3.0
-"""Seconds that a worker that stops waits for the last spans to be taken."""
+SHUTDOWN_DEADLINE = 3.0
+"""Seconds that a stopping worker waits until the last spans are sent."""
 
 
 class Ids(IdGenerator):
-    """Those that were given out in `traceparent`, when the spans are made; random ones else."""
+    """The ids that were sent in `traceparent`, when the spans are made; otherwise random ones."""
 
     def __init__(self) -> None:
         self.trace: int | None = None
@@ -70,7 +73,7 @@ class Traces:
             "service.version": version("recall-worker"),
             "service.instance.id": worker,
         }
-        # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES wins.
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, set by the operator, win.
         resource = Resource.create().merge(Resource(ours)).merge(OTELResourceDetector().detect())
         self._ids = Ids()
         self._provider = TracerProvider(
@@ -80,7 +83,7 @@ class Traces:
         self._tracer = self._provider.get_tracer("recall_worker", version("recall-worker"))
 
     def traceparent(self) -> str:
-        """A trace for a run: its ids, and whether it is sampled."""
+        """The traceparent of a run: its ids, and whether it is sampled."""
         trace, span = secrets.randbits(128) or 1, secrets.randbits(64) or 1
         sampled = (
             self._provider.sampler.should_sample(None, trace, "recall").decision
@@ -97,13 +100,13 @@ class Traces:
         ended = settled - _ns(facts["settled_ms"])
         began = settled - _ns(facts["held_ms"])
         called = ended - _ns(facts["duration_ms"]) if "duration_ms" in facts else None
-        said = {
+        attributes = {
             attribute: facts[fact]
             for fact, attribute in ATTRIBUTES.items()
             if facts.get(fact) is not None
         }
         self._ids.trace = int(trace, 16)
-        root = self._tracer.start_span("recall", start_time=began, attributes=said)
+        root = self._tracer.start_span("recall", start_time=began, attributes=attributes)
         if event != "recall.settled":
             root.add_event(event, timestamp=settled)
         if "reason" in facts:
@@ -121,7 +124,7 @@ class Traces:
         )
         if called is not None:
             self._ids.span = int(span, 16)
-            code = said.get("http.response.status_code")
+            code = attributes.get("http.response.status_code")
             asked = {"http.request.method": "POST"} | (
                 {} if code is None else {"http.response.status_code": code}
             )
@@ -133,14 +136,14 @@ class Traces:
             call.end(ended)
         self._tracer.start_span("settle", within, start_time=ended).end(settled)
         root.end(settled)
-        # Where a trace is not sampled no id was asked for.
+        # If a trace is not sampled, no id was requested.
         self._ids.trace = self._ids.span = None
 
     def close(self) -> None:
-        """Send what is left, and wait for it a moment; a collector that is away holds nobody up."""
+        """Send the remaining spans and wait briefly; a collector that is down delays nothing."""
         closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         closing.start()
-        closing.join(GOODBYE)
+        closing.join(SHUTDOWN_DEADLINE)
 
 
 def _ns(ms: float) -> int:
@@ -149,7 +152,7 @@ def _ns(ms: float) -> int:
 
 @contextlib.asynccontextmanager
 async def traced(worker: Worker, events: Events) -> AsyncIterator[None]:
-    """Write traces until left."""
+    """Write traces until the context ends."""
     traces = Traces(worker.name)
     worker.traceparent = traces.traceparent
     events.listen(traces.hear)

@@ -1,11 +1,13 @@
-"""The only HTTP: how agent servers are called. One module a protocol, behind one small interface of four verbs.
+"""The only HTTP: how agent servers are called. One module for each protocol, behind one small
+interface of four verbs.
 
-A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (but for cancellation, by which a call is
-broken off), never decides what an outcome means for the row, and never touches the database.
+A protocol turns a claim into requests, and answers into an `Outcome`. It never raises (except for
+cancellation, which aborts a call), never decides what an outcome means for the row, and never
+touches the database.
 
-`http` owns connections, `contract` what all protocols share (headers, signature, what a status means), `polling` the patience
-with which an accepted run is followed; `native`, `langgraph` and `agno` say at their tops
-what their servers can and cannot do.
+`http` owns connections, `contract` what all protocols share (headers, signature, what a status
+means), `polling` how an accepted run is followed. `native`, `langgraph` and `agno` say in their
+docstrings what their servers can and cannot do.
 """
 
 from __future__ import annotations
@@ -22,26 +24,32 @@ from ..settings import Settings
 
 
 def traceparent() -> str:
-    """A trace of its own for a call (W3C Trace Context): the API's own traces and logs can be found by it."""
+    """A new trace for a call (W3C Trace Context), by which the API's traces and logs are found."""
     ids = os.urandom(24).hex()
     return f"00-{ids[:32]}-{ids[32:]}-01"
 
 
 @dataclass(slots=True)
 class Call:
-    """One request to the endpoint, being made. The protocol tells when it is sent; the worker reads it, also after breaking it off."""
+    """One request to the endpoint, being made. The protocol records when it is sent; the worker
+    reads that, also after it aborted the call.
+    """
 
     claim: Claim
     asked_at: float
-    """Monotonic instant at which the claim was asked for: what passes from there adds to the claim's lag and lateness."""
+    """Monotonic instant at which the claim was requested: the time since then adds to the claim's
+    lag and lateness.
+    """
     sent_at: float | None = None
-    """Monotonic instant from which on bytes of the request may have reached the server; None: nothing was sent."""
+    """Monotonic instant from which on bytes of the request may have reached the server; None:
+    nothing was sent.
+    """
     traceparent: str = field(default_factory=traceparent)
-    """The header of that name; the log has it, too, and so have traces where they are switched on."""
+    """The header of that name; also in the log, and in traces if they are switched on."""
     message: str | None = None
-    """The message, where the claim came without it, as it is long. Held until the request is made of it."""
+    """The message, if it is long and the claim came without it. Kept until the request is made."""
     before_sent: Callable[[], Awaitable[bool]] | None = None
-    """Asked when a connection is there, before the first byte is sent. False: nothing may be sent."""
+    """Called when a connection is open, before the first byte is sent. False: send nothing."""
     on_sent: Callable[[], None] | None = None
     on_written: Callable[[], None] | None = None
 
@@ -52,21 +60,23 @@ class Call:
             self.on_sent()
 
     def written(self) -> None:
-        """The last byte has left this process's hands."""
+        """The last byte has been handed to the kernel."""
         if self.on_written is not None:
             self.on_written()
 
     def whole(self) -> Claim:
-        """The claim with its message, for the request to be made of; a long one is let go of here."""
+        """The claim with its message, to make the request of; a long message is released here."""
         message, self.message = self.message, None
         return self.claim if message is None else self.claim._replace(message=message)
 
 
 class Protocol(Interface):
-    """How one kind of agent server is spoken to."""
+    """How one kind of agent server is called."""
 
     async def call(self, call: Call) -> Outcome:
-        """Make the request and wait for its answer, at most RECALL_RUN_TIMEOUT seconds. Accepted: to be followed."""
+        """Make the request and wait for its answer, at most RECALL_RUN_TIMEOUT seconds. Accepted:
+        to be followed.
+        """
         ...
 
     async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
@@ -74,24 +84,27 @@ class Protocol(Interface):
         ...
 
     async def abort(self, claim: Claim, reference: str) -> None:
-        """Ask the server to end an accepted run, where it offers that. Best effort, a few seconds at most."""
+        """Ask the server to end an accepted run, if it can. Best effort, a few seconds at most."""
         ...
 
     async def find(self, claim: Claim) -> Outcome | None:
-        """Whether a call under this claim's key, whose answer nobody has, reached the server: asked before it is posted again.
+        """Whether a call under this claim's key whose answer was lost has arrived at the server;
+        called before it is posted again.
 
-        None: it may be posted (the server honours keys, or the run is not there). Accepted: it is there, to be followed. Any
-        other outcome: that can't be told now.
+        None: it may be posted (the server honours keys, or does not have the run). Accepted: the
+        server has it, to be followed. Any other outcome: that can't be found out now.
         """
         ...
 
     async def close(self) -> None:
-        """Close what is open. Calls that are still open are broken off."""
+        """Close all connections. Open calls are aborted."""
         ...
 
 
 def redact(outcome: Outcome, secret: str | None) -> Outcome:
-    """An API that repeats what it was sent must not bring the token into a row or a log."""
+    """The outcome without the secret: an API may repeat the token, which must not get into a row or
+    a log.
+    """
     reason = getattr(outcome, "reason", None)
     if reason is None or not secret or secret not in reason:
         return outcome

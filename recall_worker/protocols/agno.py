@@ -1,31 +1,42 @@
-"""Agno's AgentOS (tried: 3.1.10), by background runs through its durable queue: the one of its ways that can be safe.
+"""Agno's AgentOS (tried: 3.1.10), by background runs through its durable queue, the only safe way
+that it offers.
 
-RECALL_RUN_URL is the server's base, RECALL_AGNO_AGENT the agent, a session is Agno's session of the same id. The run's input is
-`[Scheduled recall] <message>`; what else the contract's body tells stands in the run's metadata (`run_context.metadata` for its tools).
+RECALL_RUN_URL is the server's base, RECALL_AGNO_AGENT the agent, a session is Agno's session of the
+same id. The run's input is `[Scheduled recall] <message>`; the rest of the contract's body is in
+the run's metadata (`run_context.metadata` for its tools).
 
-With `AgentOS(queue=QueueConfig(durable=True))` on PostgreSQL the server keeps a ticket for each run: it honours `Idempotency-Key` (the same
-run comes back), lets a session's runs wait for one another in order, keeps them over its restarts (one that is cut off in mid-run it calls
-failed), and can be polled. With any other queue it ignores keys and lets a session's runs go side by side, so nothing is posted there: the
-call is Misconfigured, loudly, and the recall is kept. Looked at before each post: `durable` and `queue_per_session` in GET /config; whether
-the queue's worker runs at all on this replica (an AgentOS whose lifespan nobody starts, such as a mounted one, still calls itself durable in
-/config); and whether the token may read how a run ends. With JWTs that takes the scopes agents:run, agents:read and config:read.
+With `AgentOS(queue=QueueConfig(durable=True))` on PostgreSQL the server keeps a ticket for each
+run: it honours `Idempotency-Key` (the same run is returned), runs a session's runs one after
+another, keeps them over restarts (a run cut off by one is called failed), and can be polled. With
+any other queue it ignores keys and runs a session's runs at the same time, so nothing is posted
+there: the call is Misconfigured, and the recall is kept. Checked before each post: `durable` and
+`queue_per_session` in GET /config; whether the queue's worker runs on this replica (an AgentOS
+whose lifespan is not started, such as a mounted one, still calls itself durable in /config); and
+whether the token may read how a run ends. With JWTs that takes the scopes agents:run, agents:read
+and config:read.
 
-What it cannot do, and nobody here can make up for:
-- **It does not tell that somebody is in the session.** A foreground run (a chat without background=true) is nowhere to be seen until it ends,
-  and ours goes beside it. Nothing is ever Busy: only a chat that goes through the queue as well is waited for, and it waits for ours. The
-  time in line counts towards RECALL_RUN_TIMEOUT; a run paused for a person's consent holds its session's line until that person acts.
-- It never says that a session is missing: it makes one. Nothing is ever Gone.
-- A key belongs to the server and the user, not to the session, and is not checked against the payload: two recall-workers with recalls of
-  the same id on one server would meet each other's runs. An answer that names another session is refused.
-- A ticket, and its key with it, is forgotten `retention_seconds` (a day) after the run's end. So a run whose answer was lost is looked for
-  before it is posted again: among the session's tickets, by key, then among its runs, by `metadata.recall_key` (which shows once a run has
-  ended). Where the runs can't be listed and half a day has passed, that is Unknown; it is not posted blindly.
-- A session that a user owns takes that user's runs only, and says 404 to others. The owner is looked up then, and the run posted in their
-  name; with JWTs, which post in their own name alone, such a session stays closed (but to an admin's, whose runs are then the admin's).
+What it cannot do, and what this module cannot make up for:
+- **It does not say that a session is busy.** A foreground run (a chat without background=true)
+  can't be seen until it ends, and ours runs at the same time. Nothing is ever Busy: only a chat
+  that goes through the queue, too, is waited for, and waits for ours. Time in the queue counts
+  towards RECALL_RUN_TIMEOUT; a run paused for a person's consent blocks its session's queue until
+  that person acts.
+- It never says that a session is missing: it creates one. Nothing is ever Gone.
+- A key belongs to the server and the user, not to the session, and is not checked against the
+  payload: two recall-workers with recalls of the same id on one server would get each other's runs.
+  An answer that names another session is refused.
+- A ticket, with its key, is deleted `retention_seconds` (a day) after the run's end. So a run whose
+  answer was lost is searched before it is posted again: in the session's tickets, by key, then in
+  its runs, by `metadata.recall_key` (visible once a run has ended). If the runs can't be listed and
+  half a day has passed, it is Unknown, and not posted blindly.
+- A session that a user owns accepts only that user's runs, and answers 404 to others. The owner is
+  then looked up, and the run posted in their name. With JWTs, which post only in their own name,
+  such a session stays closed (except to an admin's, whose runs are then the admin's).
 
-A run is followed by its ticket, and at its own address only where tickets can't be read (403: with JWTs they are the admin's) or the
-ticket is forgotten: the run's address says ERROR while the queue is about to try again (`max_attempts` above 1), and carries all messages
-at each poll. A paused run counts as Answered: it has come back, asked a person, and goes on at their word.
+A run is followed by its ticket. Its own address is polled only if tickets can't be read (403: with
+JWTs they are the admin's) or the ticket was deleted: the run's address says ERROR while the queue
+is about to retry (`max_attempts` above 1), and contains all messages in each poll. A paused run
+counts as Answered: it has returned, asked a person, and continues when they answer.
 """
 
 from __future__ import annotations
@@ -52,15 +63,17 @@ from .http import Answer, HttpClient, NoAnswer
 from .polling import StillOn, follow
 
 POST_DEADLINE = 60.0
-"""Seconds for the answer to a post, which the server gives as soon as the run is on record."""
+"""Seconds for the answer to a post, which the server sends as soon as the run is stored."""
 ASK_DEADLINE = 10.0
 TICKETS_LISTED = 100
 NAME_MOST = 300
 """Characters of a name that a server gives: a run's, an agent's, an owner's."""
 KEYS_KEPT = 43_200.0
-"""Seconds after an occurrence's first call for which a server surely still knows its key, if it keeps keys for a day as it does by default."""
+"""Seconds after an occurrence's first call during which a server still knows its key, if it keeps
+keys for a day, as it does by default.
+"""
 
-IN_LINE = frozenset({"PENDING", "QUEUED"})
+QUEUED = frozenset({"PENDING", "QUEUED"})
 FINE = frozenset({"COMPLETED", "PAUSED", "REGENERATED"})
 BROKEN = frozenset({"ERROR", "FAILED", "CANCELLED"})
 _REFERENCE = re.compile(r"/agents/(?!\.\.?/)[\w.~%-]+/runs/(?!\.\.?$)([\w.~%-]{1,300})", re.ASCII)
@@ -133,7 +146,8 @@ class Agno:
         runs = await self._ask("GET", f"{place(self._agent)}?{session}")
         if isinstance(runs, NoAnswer):
             return Unavailable(runs.reason)
-        # 404: no such session, or no such agent, as the post will say. 400, 501: this kind of agent lists none.
+        # 404: no such session or agent, as the post will say. 400, 501: this kind of agent has no
+        # list of runs.
         if runs.status not in (200, 400, 404, 501):
             return _untold(runs, "which runs the session has")
         found = listed(runs, claim.key)
@@ -150,7 +164,7 @@ class Agno:
         await self._http.close()
 
     async def _unsafe(self, session: str) -> Outcome | None:
-        """Why nothing may be posted to this server now, if so."""
+        """Why nothing may be posted to this server now; None if it may."""
         config = await self._ask("GET", "/config")
         if isinstance(config, NoAnswer):
             return Unavailable(config.reason)
@@ -159,12 +173,18 @@ class Agno:
         queue = members(config).get("queue")
         if not isinstance(queue, dict) or queue.get("durable") is not True:
             return Misconfigured(
-                "the server's queue is not durable, so it would ignore our keys: give AgentOS a QueueConfig(durable=True)",
+                (
+                    "the server's queue is not durable, so it would ignore our keys: give AgentOS "
+                    "a QueueConfig(durable=True)"
+                ),
                 200,
             )
         if queue.get("queue_per_session") is not True:
             return Misconfigured(
-                "the server lets a session's runs go side by side: give AgentOS a QueueConfig(durable=True, queue_per_session=True)",
+                (
+                    "the server lets a session's runs go side by side: give AgentOS a "
+                    "QueueConfig(durable=True, queue_per_session=True)"
+                ),
                 200,
             )
         tickets = await self._ask("GET", f"/queue/jobs?{session}&limit=1")
@@ -172,7 +192,10 @@ class Agno:
             return Unavailable(tickets.reason)
         if tickets.status == 503 and "detail" in members(tickets):
             return Misconfigured(
-                "the server's queue is durable, but nobody works it off: start AgentOS with its lifespan (HTTP 503)",
+                (
+                    "the server's queue is durable, but no worker processes it: start AgentOS with "
+                    "its lifespan (HTTP 503)"
+                ),
                 503,
             )
         if tickets.status >= 500:
@@ -180,7 +203,9 @@ class Agno:
         return None if tickets.status == 200 else await self._unread(session)
 
     async def _unread(self, session: str) -> Outcome | None:
-        """Why we could not see how a run ends, where tickets are kept from us: a token may be good for posting runs, and not for reading them."""
+        """Why we could not see how a run ends if we may not read tickets: a token may be allowed to
+        post runs, but not to read them. None if we can.
+        """
         run = await self._ask("GET", f"{place(self._agent, 'recall-worker')}?{session}")
         if isinstance(run, NoAnswer):
             return Unavailable(run.reason)
@@ -189,7 +214,7 @@ class Agno:
         )
 
     async def _owner(self, session_id: str) -> str | Outcome:
-        """Whose the session is. Asked after a 404, which can mean this, or that there is no such agent."""
+        """The session's owner. Queried after a 404, which means another owner, or no such agent."""
         answer = await self._ask("GET", f"/sessions/{quote(session_id, safe='')}?type=agent")
         if isinstance(answer, NoAnswer):
             return Unavailable(answer.reason)
@@ -217,13 +242,17 @@ class Agno:
 
 
 def place(agent: str, run_id: str | None = None) -> str:
-    """Where the agent's runs are, or one of them: a path below the base address, which nothing in the names can leave."""
+    """The path of the agent's runs, or of one of them, below the base address. Names are encoded,
+    so that they stay one segment each.
+    """
     runs = f"/agents/{contract.segment(agent)}/runs"
     return runs if run_id is None else f"{runs}/{contract.segment(run_id)}"
 
 
 def body(claim: Claim, owner: str | None) -> bytes:
-    """The form. Nothing in it changes between two calls under one key, unless the session gets another owner; no `internal_comment`."""
+    """The form. Nothing in it changes between two calls under one key, unless the session gets
+    another owner; no `internal_comment`.
+    """
     assert claim.message is not None
     form = {
         "message": contract.PROMPT + claim.message,
@@ -238,14 +267,17 @@ def body(claim: Claim, owner: str | None) -> bytes:
 
 
 def read(answer: Answer, agent: str, session_id: str) -> Outcome:
-    """What the answer to a post means."""
+    """The outcome of the answer to a post."""
     status = answer.status
     if status == 404:
         return _no_agent(agent, status)
     if status == 409:
-        # Never a busy session: Agno says so where the key is another agent's.
+        # Never a busy session: Agno answers 409 if the key is another agent's.
         return Unknown(
-            "the server knows the key as another agent's: was RECALL_AGNO_AGENT changed meanwhile? (HTTP 409)",
+            (
+                "the server knows the key as another agent's: was RECALL_AGNO_AGENT changed "
+                "meanwhile? (HTTP 409)"
+            ),
             status,
         )
     if not 200 <= status < 300:
@@ -261,17 +293,20 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
         )
     if said.get("session_id", session_id) != session_id:
         return Refused(
-            f"the server ran this key in another session: the key is another recall's, or the token is bound to a session (HTTP {status})",
+            (
+                "the server ran this key in another session: the key is another recall's, or the "
+                f"token is bound to a session (HTTP {status})"
+            ),
             status,
         )
     if status != 202 and (ended := _ended(word, said.get("content"), status)) is not None:
         return ended
-    # Also where it has ended already: the ticket says how.
+    # Also if it has ended already: the ticket says how.
     return Accepted(place(agent, run_id), status)
 
 
 def polled(answer: Answer) -> Outcome | StillOn:
-    """What a ticket, or a run, says of itself."""
+    """The state of a run, from its ticket or its own address."""
     status, later = answer.status, contract.retry_after(answer.headers)
     if status == 404:
         return Unknown("Agno no longer knows the run that it accepted (HTTP 404)", status)
@@ -280,7 +315,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
     said = members(answer)
     word = said.get("status")
     if not isinstance(word, str):
-        # Only what an agent has brought to its end is that long before it comes to its status.
+        # Only a completed run has that much output before its status.
         return (
             Answered(status)
             if answer.truncated
@@ -289,7 +324,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
     ended = _ended(word, said.get("error") or said.get("content"), status)
     if ended is not None:
         return ended
-    return StillOn(later, "it waits in its session's line" if word.upper() in IN_LINE else None)
+    return StillOn(later, "it waits in its session's queue" if word.upper() in QUEUED else None)
 
 
 def listed(answer: Answer, key: str) -> tuple[str, str] | None:
@@ -312,7 +347,9 @@ def listed(answer: Answer, key: str) -> tuple[str, str] | None:
 
 
 def members(answer: Answer) -> dict[str, Any]:
-    """The members of the JSON object in an answer; of one that was cut off at its limit, those that came whole."""
+    """The members of the JSON object in an answer; of one that was cut off at its limit, those that
+    came whole.
+    """
     document = contract.json_of(answer)
     if document is not None:
         return document if isinstance(document, dict) else {}
@@ -353,13 +390,16 @@ def _ended(word: str, why: object, status: int) -> Outcome | None:
 
 def _no_agent(agent: str, status: int) -> Outcome:
     return Misconfigured(
-        f"the server has no agent {agent[:100]!r}, or keeps the session from it: see RECALL_AGNO_AGENT (HTTP {status})",
+        (
+            f"the server has no agent {agent[:100]!r}, or keeps the session from it: see "
+            f"RECALL_AGNO_AGENT (HTTP {status})"
+        ),
         status,
     )
 
 
 def _untold(answer: Answer, what: str) -> Outcome:
-    """The server did not say what has to be known before anything is posted."""
+    """The outcome if the server does not say what we must know before we post."""
     status = answer.status
     if status >= 500 or status in contract.UNAVAILABLE:
         return Unavailable(
@@ -372,7 +412,7 @@ def _untold(answer: Answer, what: str) -> Outcome:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Whether the server gave a name that can be part of an address, and of the row that remembers it."""
+    """Whether a name from the server can be part of an address, and be stored in the row."""
     return isinstance(value, str) and 0 < len(value) <= NAME_MOST and contract.nameable(value)
 
 

@@ -1,11 +1,12 @@
-"""What every protocol shares of the run endpoint's contract: how a call is made, and how an answer is read.
+"""What all protocols share of the run endpoint's contract: how a call is made, and how an answer is
+read.
 
 Owns the headers and the key in them, the signature, the address template, the token, the table of
-statuses (which outcome an answer is), Retry-After, and what an API says of its reasons. The
-protocols differ in bodies and addresses; `contract/probes.py` makes its calls with this, too.
+statuses (which outcome an answer is), Retry-After, and the reasons that an API gives. Protocols
+differ in bodies and addresses. `contract/probes.py` makes its calls with this module, too.
 
-Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context level 1;
-webhook-* headers and whsec_ secrets, Standard Webhooks 1.0.
+Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context
+level 1; webhook-* headers and whsec_ secrets, Standard Webhooks 1.0.
 
 Never here: how an accepted run is recognised and followed (native, langgraph, agno, polling).
 """
@@ -42,7 +43,7 @@ from .http import Answer, HttpClient, NoAnswer
 FAILED_WORDS = frozenset({"failed", "error", "cancelled", "canceled", "timeout", "expired"})
 FINAL_WORDS = FAILED_WORDS | {"succeeded", "completed", "success"}
 ABORT_DEADLINE = 5.0
-"""Seconds that a server gets to end a run."""
+"""Seconds that a server has to end a run."""
 UNAVAILABLE = frozenset({408, 425, 429, 503})
 MISCONFIGURED = frozenset({401, 403, 404, 405, 407})
 RETRY_AFTER_MOST = 86_400.0
@@ -50,7 +51,7 @@ PROMPT = "[Scheduled recall] "
 """Stands before the message where an agent reads it."""
 _PLAIN = re.compile(r"[!-~]+")
 PRINTABLE = re.compile(r"[!-~]{1,2000}")
-"""What an address may be made of, if it is to be stored."""
+"""The characters of an address that may be stored."""
 
 
 # --- a call ---------------------------------------------------------------------------------------
@@ -68,12 +69,12 @@ async def post(
     """Make a call: POST `content` (in pieces; the list is emptied) once, with the headers of the
     contract besides `always`.
 
-    Returns its answer, or what the lack of one means.
+    Returns its answer, or the outcome if there is none.
     """
     claim = call.claim
 
     def made() -> dict[str, str]:
-        # An occurrence that an operator fired before its time is not late.
+        # An occurrence that an operator fired early is not late.
         lateness = max(0.0, claim.lateness + time.monotonic() - call.asked_at)
         return headers(
             claim.key, claim.attempt, lateness, call.traceparent, content, always, secret
@@ -116,14 +117,14 @@ def headers(
     if secret is not None:
         timestamp = int(time.time())
         made["webhook-id"], made["webhook-timestamp"] = name, str(timestamp)
-        # While a secret is being changed there are two, and a signature by each.
+        # While a secret is being replaced there are two, and a signature by each.
         signed = (signature(one, name, timestamp, *content) for one in secret.split())
         made["webhook-signature"] = " ".join(signed)
     return made
 
 
 def header_key(key: str) -> str:
-    """The idempotency key as a header takes it: percent-encoded where it isn't plain ASCII."""
+    """The idempotency key for a header: percent-encoded if it isn't plain ASCII."""
     if _PLAIN.fullmatch(key) and "%" not in key:
         return key
     return quote(key, safe="!#$&'()*+,/:;=?@[]^_`{|}~")
@@ -145,23 +146,27 @@ def signature(secret: str, key: str, timestamp: int, *content: bytes | memoryvie
 
 
 def bearer(token: str | None) -> dict[str, str]:
-    """The header that carries RECALL_RUN_TOKEN, where it is set."""
+    """The header that carries RECALL_RUN_TOKEN, if it is set."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def address(template: str, session_id: str) -> str:
-    """The endpoint's address for one session, whose id is hostile: nothing in it can leave its place in the address."""
+    """The endpoint's address for one session. The id is untrusted: it is encoded so that it stays
+    one part of the address.
+    """
     return template.replace("{session_id}", quote(session_id, safe=""))
 
 
 def segment(name: str) -> str:
-    """A name as one segment of an address, which nothing in it can leave."""
-    # `quote` leaves dots alone, and a dot segment would lead out of its place.
+    """A name encoded as exactly one segment of an address."""
+    # `quote` does not encode dots, and a dot segment would lead to another path.
     return quote(name, safe="") if name not in (".", "..") else name.replace(".", "%2E")
 
 
 def same_origin(base: str, location: str) -> str | None:
-    """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host and port."""
+    """`location`, resolved against `base` (RFC 9110 10.2.2), if it stays on the same scheme, host
+    and port.
+    """
     try:
         url = urljoin(base, location)
         here, there = urlsplit(base), urlsplit(url)
@@ -177,7 +182,9 @@ def same_origin(base: str, location: str) -> str | None:
 
 
 def nameable(name: str) -> bool:
-    """Whether a name that a server gave can be part of an address or a body: JSON may hold halves of surrogate pairs, UTF-8 may not."""
+    """Whether a name that a server gave can be part of an address or a body: JSON may hold halves
+    of surrogate pairs, UTF-8 may not.
+    """
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
@@ -187,8 +194,8 @@ def nominal(when: datetime) -> str:
 
 
 def metadata(claim: Claim) -> dict[str, str | int]:
-    """What the contract's body tells of a recall, for servers that take it as a run's metadata; and
-    the key, by which the run can be found again where the server ignores Idempotency-Key.
+    """The recall's fields of the contract's body, for servers that store them as a run's metadata;
+    and the key, to find the run again if the server ignores Idempotency-Key.
     """
     return {
         "recall_key": claim.key,
@@ -204,7 +211,7 @@ def metadata(claim: Claim) -> dict[str, str | int]:
 
 
 def read(answer: Answer) -> Outcome:
-    """What an answer means: the rows of DESIGN's table."""
+    """The outcome of an answer, by DESIGN's table."""
     status = answer.status
     if 200 <= status < 300:
         return _success(answer)
@@ -234,7 +241,10 @@ def read(answer: Answer) -> Outcome:
 _WHY_MISCONFIGURED = {
     401: "the API wants another token: see RECALL_RUN_TOKEN (HTTP 401)",
     403: "the API forbids this token the endpoint: see RECALL_RUN_TOKEN (HTTP 403)",
-    404: "nothing is at this address: see RECALL_RUN_URL (HTTP 404, and no code session_not_found in the answer)",
+    404: (
+        "nothing is at this address: see RECALL_RUN_URL (HTTP 404, and no code "
+        "session_not_found in the answer)"
+    ),
     405: "what is at this address takes no POST: see RECALL_RUN_URL (HTTP 405)",
     407: "a proxy wants a login (HTTP 407)",
 }
@@ -286,7 +296,9 @@ _READER = json.JSONDecoder(parse_int=str)
 
 
 def read_json(text: bytes) -> Any:
-    """The JSON in a text, with whole numbers as texts, as they may be of any length; NO_JSON where it is none."""
+    """The JSON in a text, with whole numbers as texts, as they may be of any length; NO_JSON if it
+    is not JSON.
+    """
     try:
         return _READER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (ValueError, RecursionError):
@@ -307,26 +319,28 @@ def _names_the_session(text: bytes) -> bool:
 
 
 def _detail(text: bytes) -> str:
-    """What the API says of the reason, where it says so in one of the usual places: at most a line."""
+    """The API's own reason, at most a line, if it is in one of the usual fields."""
     document = read_json(text)
     if isinstance(document, dict):
         for name in ("error", "message", "detail", "title"):
-            said = document.get(name)
-            if isinstance(said, dict):
-                said = said.get("message") or said.get("detail")
-            if isinstance(said, str) and said.strip():
-                return ": " + " ".join(said.split())[:200]
+            reason = document.get(name)
+            if isinstance(reason, dict):
+                reason = reason.get("message") or reason.get("detail")
+            if isinstance(reason, str) and reason.strip():
+                return ": " + " ".join(reason.split())[:200]
     return ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from a Retry-After header (a number or a date), at most a day; None where there is none that can be read."""
+    """Seconds from a Retry-After header (a number or a date), at most a day; None without a valid
+    one.
+    """
     raw = headers.get("Retry-After", "").strip()
     if raw.isascii() and raw.isdigit():
         return min(float(raw[:12]), RETRY_AFTER_MOST)
     try:
         then = parsedate_to_datetime(raw)
-        # Against the server's own clock where it tells, as the host's may be wrong.
+        # By the server's own clock if it sends one, as the host's may be wrong.
         since = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
         return min(max(0.0, (then - since).total_seconds()), RETRY_AFTER_MOST)
     except (ValueError, TypeError, IndexError, OverflowError):

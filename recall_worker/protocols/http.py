@@ -1,18 +1,22 @@
-"""One request over one connection, by a transport that knows whether anything of it was sent.
+"""One request over one connection, by a transport that knows whether any byte of it was sent.
 
-Owns connections and their shape; the protocols say what to send and what an answer means. Expired aiohttp itself, chosen by measurement
-(benchmarks/transport.py): with 200 requests open at once it makes some 7,600 requests a second where httpx with its own transport
-makes 25, and httpx over aiohttp 2,600; and it is the one that can say what decides whether a run may be posted again.
+Owns connections and their settings; the protocols say what to send and what an answer means. Built
+on aiohttp, chosen by measurement (benchmarks/transport.py): with 200 open requests it makes about
+7,600 requests a second, httpx with its own transport 25, and httpx over aiohttp 2,600. Only aiohttp
+can say whether the request was sent, which decides whether a run may be posted again.
 
-How it knows: the body is a payload that aiohttp asks to write itself once it holds a connection, and headers leave in the same write
-as the body. Until `sent` is true nothing of the request has left this process. At that moment, too, a kept connection shows whether
-its server has hung up meanwhile (what the kernel already knows, a turn of the loop brings in): such a connection is dropped, and
-another one is tried, at no cost. aiohttp itself never posts twice.
+How it knows: the body is a payload that aiohttp asks to write itself once it holds a connection,
+and the headers leave in the same write as the body. Until `sent` is true no byte of the request has
+left this process. At that moment it is also checked whether the server has closed a kept connection
+(one turn of the event loop delivers what the kernel already knows): such a connection is dropped,
+and another one is tried, at no cost. aiohttp itself never posts twice.
 
-A peer that vanishes without a word is noticed within a minute, by the probes of TCP: a run may take half an hour.
+A peer that disappears silently is noticed within a minute, by TCP keepalive probes: a run may take
+half an hour.
 
-No cookies are kept, no redirects followed, no proxies or netrc read from the environment. Answers are read up to `LIMIT` bytes, and
-never unpacked. Idle connections end before uvicorn's keep-alive of 5 s would.
+No cookies are kept, no redirects followed, no proxies or netrc read from the environment. Answers
+are read up to `LIMIT` bytes, and never unpacked. Idle connections are closed before uvicorn's
+keep-alive of 5 s would close them.
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ LIMIT = 1 << 20
 CONNECT_DEADLINE = 10.0
 KEEP_ALIVE = 4.0
 PROBE_AFTER, PROBE_EVERY, PROBES = 30, 10, 3
-"""Seconds of silence after which the other end is probed, seconds between two probes, and how many go unanswered."""
+"""Seconds of silence after which the other end is probed, seconds between two probes, and how many
+go unanswered.
+"""
 ASK_DEADLINE = 10.0
 CONNECTIONS_TRIED = 3
 PIECE = 1 << 16
-"""Octets of a long body that are written at once."""
+"""Bytes of a long body that are written at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,14 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
     sent: bool
-    """False: nothing left this process. True: the server may have had it."""
+    """False: no byte left this process. True: the server may have received it."""
     reason: str
 
 
 def trust(settings: Settings) -> ssl.SSLContext:
-    """Whom the endpoint's certificate must be from: the system's authorities, or RECALL_CA_FILE alone. Raises SettingsError where that holds none."""
+    """The authorities trusted for the endpoint's certificate: the system's, or RECALL_CA_FILE
+    alone. Raises SettingsError if that file holds none.
+    """
     try:
         if settings.ca_file is not None or urlsplit(settings.run_url or "").scheme == "https":
             return ssl.create_default_context(cafile=settings.ca_file)
@@ -67,14 +75,14 @@ def trust(settings: Settings) -> ssl.SSLContext:
         raise SettingsError(
             [f"RECALL_CA_FILE is {settings.ca_file!r}, which holds no certificate: give a PEM file"]
         ) from None
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and takes no time to make.
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Trusts nobody, and is created at once.
 
 
 class HttpClient:
     """Connections to the endpoint. Needs a running event loop."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises SettingsError where RECALL_CA_FILE holds no certificate."""
+        """Raises SettingsError if RECALL_CA_FILE holds no certificate."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=KEEP_ALIVE, ssl=trust(settings), socket_factory=_socket
@@ -104,12 +112,13 @@ class HttpClient:
         before_sent: Callable[[], Awaitable[bool]] | None = None,
         on_written: Callable[[], None] | None = None,
     ) -> Answer | NoAnswer:
-        """POST once. Never raises, but for cancellation.
+        """POST once. Never raises, except for cancellation.
 
-        `url` is taken as it is, percent-encoding included. `headers()` is asked when the request is made. `timeout`: seconds for
-        everything. `body`: in pieces where it is long; a list is emptied when it is written. `on_sent()` is called just
-        before the first byte leaves, so that it has been called also where the request is cancelled afterwards; `on_written()`
-        after the last one. `before_sent()` is asked when a connection is there: False, and nothing is sent.
+        `url` is used as it is, percent-encoding included. `headers()` is called when the request is
+        made. `timeout`: seconds for everything. `body`: in pieces if it is long; a list is emptied
+        when it is written. `on_sent()` is called just before the first byte leaves, so also if the
+        request is cancelled afterwards; `on_written()` after the last byte. `before_sent()` is
+        called when a connection is open: if it returns False, nothing is sent.
         """
         witness = _Witness(
             [body] if isinstance(body, bytes) else body, on_sent, before_sent, on_written
@@ -138,7 +147,9 @@ class HttpClient:
     async def ask(
         self, method: str, url: str, headers: Mapping[str, str], timeout: float = ASK_DEADLINE
     ) -> Answer | NoAnswer:
-        """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never raises, but for cancellation."""
+        """A request that changes nothing when it is repeated (GET, DELETE), without a body. Never
+        raises, but for cancellation.
+        """
         try:
             async with (
                 asyncio.timeout(timeout),
@@ -153,7 +164,7 @@ class HttpClient:
             return NoAnswer(True, _reason(error, True))
 
     async def _try(self, url: URL, headers: Mapping[str, str], witness: _Witness) -> Answer | None:
-        """One request; None where what came was no answer to it, as it had not been sent."""
+        """One request; None if bytes arrived before it was sent, which are no answer to it."""
         async with self._session.post(
             url, data=witness, headers=headers, allow_redirects=False
         ) as response:
@@ -170,7 +181,8 @@ class HttpClient:
             while len(read) <= LIMIT and (chunk := await response.content.readany()):
                 read += chunk
         except aiohttp.ClientError:
-            # Broken off in the body. A success is only one when it is whole; other answers say enough with their status.
+            # The connection ended within the body. A success counts only if it is whole; for other
+            # answers the status is enough.
             if response.status < 300:
                 raise
         if len(read) > LIMIT:
@@ -179,7 +191,9 @@ class HttpClient:
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket that notices when its peer has vanished: a run may be silent for half an hour, but its host answers probes."""
+    """A socket that notices when its peer is gone: a run may be silent for half an hour, but its
+    host answers keepalive probes.
+    """
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -189,7 +203,7 @@ def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
         ("TCP_KEEPCNT", PROBES),
         ("TCP_USER_TIMEOUT", (PROBE_AFTER + PROBES * PROBE_EVERY) * 1000),
     ):
-        if hasattr(socket, name):  # Not all of them everywhere.
+        if hasattr(socket, name):  # Not every system has all of them.
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return made
 
@@ -198,22 +212,24 @@ def _is_gone(writer: Any) -> bool:
     return writer.transport is None or writer.transport.is_closing() or writer.protocol.should_close
 
 
-def _has_news(transport: asyncio.BaseTransport) -> bool:
-    """Whether the kernel knows something of a connection that the loop has not seen yet."""
+def _has_unread(transport: asyncio.BaseTransport) -> bool:
+    """Whether the kernel has data, or the end, of a connection that the loop has not seen yet."""
     found = select.poll()
     found.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
     return bool(found.poll(0))
 
 
 class _Stale(ConnectionResetError):
-    """The connection was dead, or spoke out of turn, before any byte of the request was handed to it."""
+    """The connection was dead, or spoke out of turn, before any byte of the request was handed to
+    it.
+    """
 
     def __str__(self) -> str:
         return "the server hung up first"
 
 
 class _Withheld(ConnectionError):
-    """Nothing was sent, as whoever asked for it said so at the last moment."""
+    """Nothing was sent, as `before_sent` refused it."""
 
     def __str__(self) -> str:
         return "it was held back"
@@ -247,19 +263,21 @@ class _Witness(aiohttp.Payload):
         self.asked = True
         if self._before_sent is not None and not await self._before_sent():
             raise _Withheld
-        if not _is_gone(writer) and _has_news(writer.transport):
-            # FIN, RST, bytes out of turn: a turn of the loop brings them in. TLS, which has words of its own, needs a second one.
+        if not _is_gone(writer) and _has_unread(writer.transport):
+            # FIN, RST or unexpected bytes: one turn of the event loop delivers them. TLS, which
+            # sends messages of its own, needs a second one.
             for _ in range(2 if writer.transport.get_extra_info("ssl_object") is not None else 1):
                 await asyncio.sleep(0)
         if _is_gone(writer):
             raise _Stale
         self.sent = True
         self._on_sent()
-        # What is written is free for others, while the run goes on.
+        # Written pieces are released: the run may go on for long.
         self._value.reverse()
         while self._value:
             piece = self._value.pop()
-            # A long one goes as fast as the server takes it, and is not copied whole into the buffers in between.
+            # A long piece is written as fast as the server reads it, and is never copied whole into
+            # a buffer.
             for start in range(0, len(piece), PIECE):
                 await writer.write(
                     piece if len(piece) <= PIECE else memoryview(piece)[start : start + PIECE]
@@ -275,13 +293,16 @@ def _reason(error: BaseException, sent: bool) -> str:
         case aiohttp.ClientConnectorCertificateError():
             return f"the certificate is not trusted: {error.certificate_error}"
         case aiohttp.ClientConnectorError():
-            # With several addresses the sentence lists them all; the first says enough.
+            # With several addresses the text lists them all; the first is enough.
             return f"no connection: {error.os_error.strerror or error.os_error}"
         case aiohttp.ServerDisconnectedError() if sent:
-            # Its own text may quote the whole head of an answer that was cut off, cookies included.
+            # Its text may quote all headers of an answer that was cut off, cookies included.
             return "the connection broke off after the request was sent: the server hung up"
         case aiohttp.ClientResponseError():
-            return f"the answer is no HTTP: {error.message.splitlines()[0] if error.message else 'malformed'}"
+            return (
+                "the answer is no HTTP: "
+                f"{error.message.splitlines()[0] if error.message else 'malformed'}"
+            )
         case _:
             said = str(error) or type(error).__name__
             return (

@@ -1,28 +1,35 @@
-"""LangGraph's protocol: RECALL_RUN_URL is an agent server's base, a session is a thread, RECALL_LANGGRAPH_ASSISTANT the assistant or graph.
+"""LangGraph's protocol: RECALL_RUN_URL is an agent server's base, a session is a thread,
+RECALL_LANGGRAPH_ASSISTANT the assistant or graph.
 
-What its server can do, as tried on LangGraph API 0.16.7 (docs/servers.md): check and start in one step (409 beside another run of the
-thread, by `multitask_strategy: reject`), run in the background (200 with a `run_id`, then GET …/runs/R), end a run (POST …/cancel), say
-why a graph failed. What it cannot:
+What its server can do, as tried on LangGraph API 0.16.7 (docs/servers.md): check and start in one
+step (409 beside another run of the thread, by `multitask_strategy: reject`), run in the background
+(200 with a `run_id`, then GET …/runs/R), end a run (POST …/cancel), say why a graph failed. What it
+cannot do:
 
-- It ignores Idempotency-Key. So each run carries its key as `metadata.recall_key`, and before a post that might be the second one
-  `find` looks for it among the thread's newest runs. What that leaves open is a post still under way somewhere while `find` looks; the
-  message has an id made of the key, so that even then it stands in the thread once.
-- 404 has one text for thread and assistant, and so have addresses that lead nowhere. The thread counts as gone where its list of runs
-  is 404 too while the thread search answers; where the thread is there, the assistant is what is wrong. A thread that the token may
-  not see is as gone as one that is not there.
-- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it: Failed, as at any API that says
-  `cancelled`. A graph that stops to ask a person (`interrupt()`) ends as `success`: Answered, and the question stands in the thread.
-- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again as it is not there.
+- It ignores Idempotency-Key. So each run carries its key as `metadata.recall_key`, and before a
+  post that may be the second one `find` searches the thread's newest runs for it. One gap remains:
+  a first post that is still on its way while `find` searches. The message has an id made of the
+  key, so that even then the thread has it once.
+- 404 has the same text for a missing thread, a missing assistant, and a wrong address. The thread
+  counts as gone if its list of runs is 404 too and the thread search answers; if the thread exists,
+  the assistant is wrong. A thread that the token may not see counts as gone, too.
+- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it:
+  Failed, as at any API that says `cancelled`. A graph that stops to ask a person (`interrupt()`)
+  ends as `success`: Answered, and the question is in the thread.
+- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again,
+  as the server does not have it.
 
-The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that would stay in the thread for good,
-and several models refuse every later conversation with a system message in its middle. What else the contract's body tells stands
-in the run's metadata, which nodes find in `config["metadata"]`.
+The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that
+would stay in the thread for good, and several models refuse conversations with a system message in
+the middle. The rest of the contract's body is in the run's metadata, which nodes find in
+`config["metadata"]`.
 
-The token goes as `Authorization: Bearer` and as `X-Api-Key`, as handlers of either kind are in use; a LangSmith key as `X-Api-Key` alone,
-since LangSmith would check a bearer token, too.
+The token is sent as `Authorization: Bearer` and as `X-Api-Key`, as both kinds of handlers are in
+use. A LangSmith key is sent as `X-Api-Key` alone, since LangSmith would check a bearer token, too.
 
-Servers that share LangGraph's paths (Aegra) do not answer the same: busy by 200, missing threads created, `interrupted` for questions to
-a person. Nothing of this can be told from outside, so they are not supported.
+Servers that share LangGraph's paths (Aegra) answer differently: busy by 200, missing threads
+created, `interrupted` for questions to a person. A client can't see which server it is, so they are
+not supported.
 """
 
 from __future__ import annotations
@@ -51,10 +58,12 @@ from .http import Answer, HttpClient, NoAnswer
 from .polling import StillOn, follow
 
 POST_DEADLINE = 60.0
-"""Seconds that the server gets to take a run; the run itself goes on behind."""
+"""Seconds that the server has to accept a run; the run itself goes on in the background."""
 ASK_DEADLINE = 10.0
 PAGE, PAGES = 100, 10
-"""How many runs of a thread are looked through for a key: nobody has had a thousand runs since a call of ours went unanswered."""
+"""How many runs of a thread are searched for a key: no thread has a thousand runs between a call
+whose answer was lost and its retry.
+"""
 LANGSMITH_KEY = "lsv2_"
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,100}")
 _ENDED_BADLY = {
@@ -82,7 +91,8 @@ class LangGraph:
         thread = thread_of(claim)
         if thread is None:
             return Malformed(
-                f"session_id is {claim.session_id[:100]!r}, which names no thread: LangGraph's are UUIDs"
+                f"session_id is {claim.session_id[:100]!r}, which names no thread: "
+                "LangGraph's are UUIDs"
             )
         deadline = min(self._timeout, POST_DEADLINE)
         content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
@@ -109,7 +119,7 @@ class LangGraph:
         async def ask() -> Outcome | StillOn:
             answer = await self._http.ask("GET", url, self._credentials)
             if isinstance(answer, Answer) and answer.truncated:
-                # A run is told with all that went into it; the list can leave that out.
+                # A run's answer includes its whole input; the list can leave that out.
                 answer = one_of(await self._listed(thread, PAGE, 0, "run_id", "status"), reference)
             outcome = (
                 StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
@@ -130,7 +140,7 @@ class LangGraph:
         for page in range(PAGES):
             answer = await self._listed(thread, PAGE, page * PAGE, "run_id", "metadata")
             if isinstance(answer, Answer) and answer.status == 404:
-                return None  # No thread, no run; the post will say which it is.
+                return None  # No thread, so no run; the post will say which of them is missing.
             runs = listed(answer, "whether the run is there already could not be asked")
             if not isinstance(runs, list):
                 return runs
@@ -140,7 +150,7 @@ class LangGraph:
                     and _metadata(run).get("recall_key") == claim.key
                     and _is_run_id(run.get("run_id"))
                 ):
-                    # Also one that has failed: its poll will say so.
+                    # Also a failed one: its poll will say so.
                     return Accepted(run["run_id"], 200)
             if len(runs) < PAGE:
                 return None
@@ -149,13 +159,13 @@ class LangGraph:
     async def close(self) -> None:
         await self._http.close()
 
-    # --- addresses -----------------------------------------------------------------------------------------------
+    # --- addresses --------------------------------------------------------------------------------
 
     def _runs(self, thread: UUID) -> str:
         return f"{self._base}/threads/{thread}/runs"
 
     def _run(self, claim: Claim, reference: str) -> str | None:
-        """A stored reference as an address, if it can be one: what a row holds is hostile."""
+        """A stored reference as an address, if it is valid: the row's content is untrusted."""
         thread = thread_of(claim)
         return (
             f"{self._runs(thread)}/{reference}"
@@ -163,7 +173,7 @@ class LangGraph:
             else None
         )
 
-    # --- questions -----------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------
 
     async def _listed(
         self, thread: UUID, limit: int, offset: int, *fields: str
@@ -183,7 +193,7 @@ class LangGraph:
         )
 
     async def _missing(self, thread: UUID) -> Outcome:
-        """What the 404 of a post is about."""
+        """What is missing when a post is answered 404."""
         runs = await self._listed(thread, 1, 0, "run_id")
         if not (isinstance(runs, Answer) and runs.status == 404):
             found = listed(runs, "a 404, and whether the thread exists could not be asked")
@@ -199,13 +209,16 @@ class LangGraph:
             return found
         if any(isinstance(one, dict) and one.get("thread_id") == str(thread) for one in found):
             return Unavailable(
-                "the server knows the thread, and doesn't: it may have been created just now (HTTP 404)",
+                (
+                    "the server finds the thread, but not for a run: it may have been created just "
+                    "now (HTTP 404)"
+                ),
                 404,
             )
         return Gone(404)
 
     async def _refused(self, answer: Answer) -> Outcome:
-        """What a 400 or 422 is about: a name that is no graph's is our fault, all else the row's."""
+        """The outcome of a 400 or 422: an unknown graph is our fault, anything else the row's."""
         try:
             UUID(self._assistant)
         except ValueError:
@@ -220,11 +233,14 @@ class LangGraph:
         return read(answer)
 
     def _no_assistant(self, status: int) -> Misconfigured:
-        said = f"the server shows no assistant {self._assistant!r}: see RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
+        said = (
+            f"the server shows no assistant {self._assistant!r}: see "
+            f"RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
+        )
         return Misconfigured(said, status)
 
     async def _explained(self, url: str, failed: Failed) -> Failed:
-        """With the graph's own words, where the server still has them."""
+        """The failure with the graph's own error text, if the server still has it."""
         if failed.reason != _ENDED_BADLY["error"]:
             return failed
         answer = await self._http.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
@@ -248,7 +264,9 @@ def credentials(token: str | None) -> dict[str, str]:
 
 
 def thread_of(claim: Claim) -> UUID | None:
-    """The session as a thread; None where its id can't be one. Written out anew, nothing of a hostile id is left in an address."""
+    """The session as a thread; None if its id can't be one. Formatted anew, so that no part of an
+    untrusted id gets into an address.
+    """
     try:
         return UUID(claim.session_id)
     except ValueError:
@@ -256,7 +274,9 @@ def thread_of(claim: Claim) -> UUID | None:
 
 
 def body(claim: Claim, assistant: str) -> bytes:
-    """The request's body. Nothing in it changes between two calls under one key; `internal_comment` is not in it."""
+    """The request's body. Nothing in it changes between two calls under one key; `internal_comment`
+    is not in it.
+    """
     assert claim.message is not None
     message = {
         "role": "user",
@@ -274,7 +294,7 @@ def body(claim: Claim, assistant: str) -> bytes:
 
 
 def taken(answer: Answer) -> Outcome:
-    """What a 2xx of a post means: Accepted, if it is LangGraph's."""
+    """The outcome of a 2xx to a post: Accepted, if it is LangGraph's."""
     document = json_of(answer)
     if (
         isinstance(document, dict)
@@ -283,7 +303,7 @@ def taken(answer: Answer) -> Outcome:
     ):
         return Accepted(document["run_id"], answer.status)
     if answer.truncated:
-        # It repeats the message, and that was a long one. The header names the run, too.
+        # The answer repeats a long message. A header names the run, too.
         run = answer.headers.get("Content-Location", "").rpartition("/")[2]
         if _is_run_id(run):
             return Accepted(run, answer.status)
@@ -295,7 +315,7 @@ def taken(answer: Answer) -> Outcome:
 
 
 def one_of(answer: Answer | NoAnswer, reference: str) -> Answer | NoAnswer:
-    """An answer with a list of runs as if only this one had been asked for."""
+    """From an answer with a list of runs, the answer as if for this run alone."""
     runs = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
     if isinstance(answer, NoAnswer) or not isinstance(runs, list):
         return answer
@@ -306,7 +326,7 @@ def one_of(answer: Answer | NoAnswer, reference: str) -> Answer | NoAnswer:
 
 
 def polled(answer: Answer) -> Outcome | StillOn:
-    """What a poll's answer says of a run."""
+    """The state of a run, from a poll's answer."""
     if answer.status in (404, 410):
         return Unknown(
             f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status
@@ -322,7 +342,9 @@ def polled(answer: Answer) -> Outcome | StillOn:
 
 
 def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
-    """The list that was asked for; or, in words that begin with `otherwise`, why there is none: asking has started nothing."""
+    """The list in the answer; or the outcome if there is none, with a reason that begins with
+    `otherwise`: a query starts nothing.
+    """
     if isinstance(answer, NoAnswer):
         return Unavailable(f"{otherwise}: {answer.reason}")
     if answer.status == 200:
@@ -341,11 +363,14 @@ def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:
 
 
 def _no_langgraph(answer: Answer) -> Outcome:
-    """What a 2xx means that is not what was asked for."""
+    """The outcome of a 2xx whose body is not LangGraph's."""
     outcome = read(answer)
     if not isinstance(outcome, Answered | Failed):
         return outcome
-    said = f"an answer, but not as LangGraph gives them: see RECALL_RUN_URL and RECALL_PROTOCOL (HTTP {answer.status})"
+    said = (
+        "an answer, but not as LangGraph gives them: see RECALL_RUN_URL and "
+        f"RECALL_PROTOCOL (HTTP {answer.status})"
+    )
     return Misconfigured(said, answer.status)
 
 

@@ -1,10 +1,13 @@
-"""The native protocol: DESIGN's run endpoint, spoken by APIs that were written for it (and by `recall-worker reference-api`).
+"""The native protocol: DESIGN's run endpoint, for APIs that were written for it (and for
+`recall-worker reference-api`).
 
-What its server can do: check and start atomically (409), name a missing session (404 with a code), resolve_move `Idempotency-Key`, answer when the
-run has ended or accept it and be polled (202 with `Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE on the
-same address). Nothing needs looking up before a second post, as that carries the same key.
+What its server can do: check and start atomically (409), say that a session is missing (404 with a
+code), honour `Idempotency-Key`, answer when the run has ended or accept it and be polled (202 with
+`Location`, or a `run_id` with a status that is not final), end an accepted run (DELETE at the same
+address). Nothing is looked up before a second post, as that has the same key.
 
-An accepted run is polled at its Location, or at `<run url>/<run_id>`; only on RECALL_RUN_URL's own origin, or the token would leak.
+An accepted run is polled at its Location, or at `<run url>/<run_id>`, but only on RECALL_RUN_URL's
+own origin, as the token would leak to another one.
 
 Never here: headers, signatures and the table of statuses, which all protocols share (contract).
 """
@@ -88,7 +91,9 @@ class Native:
         return None
 
     def _polled_at(self, claim: Claim, reference: str) -> str | None:
-        """A stored reference as an address, if it is one of the endpoint's own origin: what a row holds is hostile."""
+        """A stored reference as an address, if it is one of the endpoint's own origin: what a row
+        holds is hostile.
+        """
         return same_origin(address(self._url, claim.session_id), reference)
 
     async def close(self) -> None:
@@ -125,22 +130,22 @@ def written(
     scheduled_for: datetime,
     missed: int,
 ) -> list[bytes | memoryview]:
-    """The body's JSON in pieces: one, or several where the message is long, as the message stands in
-    the body twice and would be held twice.
+    """The body's JSON in pieces: one, or several where the message is long, as the message stands
+    in the body twice and would be held twice.
 
-    Put together by hand, as it is made for every call and its shape is fixed: a tenth of the
-    worker's time went into it.
+    Put together by hand, as it is made for every call and its form is fixed: by the JSON encoder it
+    took a tenth of the worker's time.
     """
-    told = _text(message)
+    text = _text(message)
     begin = f'{{"session_id":{_text(session_id)},"user_message":'
     between = f',"system_message":"{PROMPT}'
     end = (
         f',"recall":{{"id":{_text(id)},"call_type":{_text(call_type)},"occurrence":{occurrence},'
         f'"scheduled_for":"{nominal(scheduled_for)}","missed":{missed}}}}}'
     )
-    if len(told) <= LONG:
-        return [f"{begin}{told}{between}{told[1:]}{end}".encode("ascii")]
-    held = told.encode("ascii")
+    if len(text) <= LONG:
+        return [f"{begin}{text}{between}{text[1:]}{end}".encode("ascii")]
+    held = text.encode("ascii")
     return [
         begin.encode("ascii"),
         held,
@@ -156,7 +161,9 @@ _text = json.JSONEncoder().encode
 
 
 def accepted(answer: Answer, url: str) -> Outcome | None:
-    """Accepted, where that is what the answer says; Unknown where the run was accepted but can't be followed; else None."""
+    """Accepted, if the answer says so; Unknown if the run was accepted but can't be followed; else
+    None.
+    """
     if not 200 <= answer.status < 300:
         return None
     document = read_json(answer.body) if answer.body and not answer.truncated else None
@@ -179,10 +186,13 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
         path, _, query = url.partition("?")
         where = f"{path}/{segment(run_id)}" if nameable(run_id) else ""
         where += f"?{query}" if query and where else ""
-        # A text that is none (half a surrogate pair), or without end: nothing of it is stored.
+        # Not valid text (half a surrogate pair), or too long: it is not stored.
         if not PRINTABLE.fullmatch(where):
             return Unknown(
-                f"the run was accepted under a name that no address can hold (HTTP {answer.status})",
+                (
+                    "the run was accepted under a name that no address can hold (HTTP "
+                    f"{answer.status})"
+                ),
                 answer.status,
             )
         return Accepted(where, answer.status)
@@ -190,7 +200,7 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
 
 
 def polled(answer: Answer) -> Outcome | StillOn:
-    """What a poll's answer says of an accepted run."""
+    """The state of an accepted run, from a poll's answer."""
     later = retry_after(answer.headers)
     if answer.status in (404, 410):
         return Unknown(
