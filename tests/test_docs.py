@@ -32,7 +32,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 LAYERS_MARK = (
-    "<!-- the line below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+    "<!-- the list below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
 )
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -91,12 +91,12 @@ def metrics_table() -> str:
 def layers() -> str:
     """The rooms, top first, as `lint-imports` holds them apart."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        [contract] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+        contract, *_ = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     rooms = [
         [room.strip().removeprefix("recall_worker.") for room in layer.split("|")]
         for layer in contract["layers"]
     ]
-    return " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms) + "\n"
+    return "".join(f"1. {', '.join(f'`{room}`' for room in layer)}\n" for layer in rooms)
 
 
 def operations_tables() -> str:
@@ -328,5 +328,5 @@ if __name__ == "__main__":
         path.write_text(text[: text.index(mark)] + mark + generated, encoding="utf-8")
     before, _, after = CONTRIBUTING.read_text(encoding="utf-8").partition(LAYERS_MARK)
     CONTRIBUTING.write_text(
-        before + LAYERS_MARK + layers() + after.partition("\n")[2], encoding="utf-8"
+        before + LAYERS_MARK + layers() + "\n" + after.partition("\n\n")[2], encoding="utf-8"
     )
