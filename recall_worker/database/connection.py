@@ -149,7 +149,7 @@ def transaction_setup(seconds: float) -> dict[str, str]:
     """For how long PostgreSQL may wait, in its spelling: locks, a statement, and for us."""
     return {
         "lock": f"{min(LOCK_PATIENCE, seconds / 2) * 1000:.0f}", "statement": f"{seconds * 1000:.0f}",
-        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "deaf": f"{seconds * 4 / 3 * 1000:.0f}",
+        "idle": f"{math.ceil(seconds)}", "interval": f"{math.ceil(seconds / 3)}", "unheard": f"{seconds * 4 / 3 * 1000:.0f}",
     }  # fmt: skip
 
 

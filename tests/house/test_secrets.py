@@ -303,9 +303,9 @@ async def broken_loop(*given, **named):
     raise RuntimeError("a defect")
 
 if sys.argv.pop(1) == "call":
-    native.body = broken
+    native.pieces = broken
 else:
-    keeper.LeaseRenewer.renew = broken_loop
+    leases.LeaseRenewer.renew = broken_loop
 main()
 """
 
