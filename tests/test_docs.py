@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 MONITORING = ROOT / "docs" / "monitoring.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 LAYERS_MARK = (
-    "<!-- the list below is written by `python -m tests.test_docs`, from pyproject.toml -->\n"
+    "<!-- the lines below are written by `python -m tests.test_docs`, from pyproject.toml -->\n"
 )
 OPERATIONS_MARK = "<!-- the tables below are written by `python -m tests.test_docs` -->\n"
 
@@ -91,12 +92,14 @@ def metrics_table() -> str:
 def layers() -> str:
     """The rooms, top first, as `lint-imports` holds them apart."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        contract, *_ = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    [contract] = [c for c in contracts if c["name"] == "imports run downwards only"]
     rooms = [
         [room.strip().removeprefix("recall_worker.") for room in layer.split("|")]
         for layer in contract["layers"]
     ]
-    return "".join(f"1. {', '.join(f'`{room}`' for room in layer)}\n" for layer in rooms)
+    names = " > ".join(", ".join(f"`{room}`" for room in layer) for layer in rooms)
+    return textwrap.fill(names, 100) + "\n"
 
 
 def operations_tables() -> str:
