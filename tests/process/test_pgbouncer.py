@@ -33,7 +33,9 @@ from .test_listener import listening
 from .test_ops import read, scrape, value
 from .test_outage import same_process
 
-POOLER = "notifications do not arrive: a transaction pooler, which LISTEN does not pass, is in between"
+POOLER = (
+    "notifications do not arrive: a transaction pooler, which LISTEN does not pass, is in between"
+)
 
 
 @pytest.fixture

@@ -241,7 +241,11 @@ LONG = (
 ) + b"x" * 100
 
 POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
-    ("ticket queued", answer(200, {"id": "4f", "status": "queued"}), StillOn(None, "it waits in its session's queue")),
+    (
+        "ticket queued",
+        answer(200, {"id": "4f", "status": "queued"}),
+        StillOn(None, "it waits in its session's queue"),
+    ),
     ("ticket running", answer(200, {"id": "4f", "status": "running"}), StillOn()),
     (
         "ticket completed",
@@ -249,9 +253,21 @@ POLLED: list[tuple[str, Answer, Outcome | StillOn | type[Outcome]]] = [
         Answered(200),
     ),
     ("ticket paused", answer(200, {"id": "4f", "status": "paused"}), Answered(200)),
-    ("ticket failed", answer(200, {"status": "failed", "error": "no model"}), Failed("Agno says that the run ended as failed: no model", 200)),
-    ("ticket cancelled", answer(200, {"id": "4f", "status": "cancelled"}), Failed("Agno says that the run ended as cancelled", 200)),
-    ("run waiting", answer(200, run("PENDING", waiting_on="3e")), StillOn(None, "it waits in its session's queue")),
+    (
+        "ticket failed",
+        answer(200, {"status": "failed", "error": "no model"}),
+        Failed("Agno says that the run ended as failed: no model", 200),
+    ),
+    (
+        "ticket cancelled",
+        answer(200, {"id": "4f", "status": "cancelled"}),
+        Failed("Agno says that the run ended as cancelled", 200),
+    ),
+    (
+        "run waiting",
+        answer(200, run("PENDING", waiting_on="3e")),
+        StillOn(None, "it waits in its session's queue"),
+    ),
     ("run on", answer(200, run("RUNNING")), StillOn()),
     ("run completed", answer(200, run("COMPLETED")), Answered(200)),
     ("run said again by a person", answer(200, run("REGENERATED")), Answered(200)),
