@@ -595,7 +595,9 @@ async def test_a_kept_connection_that_was_closed_right_before_over_tls(
 
 
 STRAY = {
-    "a parting 408": b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+    "a parting 408": (
+        b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    ),
     "a 408 that keeps on": b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n",
     "a success": OK.replace(b"{}", b"[]"),
     "half a body": OK[:-1],
