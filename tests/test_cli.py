@@ -643,8 +643,8 @@ async def populated(app: Application, database: str) -> str:
     await app.mark_fired("短い")
     with psycopg.connect(database) as conn:
         conn.execute(
-            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
-               lease, calls, scheduled_for,
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome,
+               session_id, worker, lease, calls, scheduled_for,
                called_at, last_called_at, ended_at, http_status, reason, settled)
                select %s, n, 1, 2, 'misconfigured', 's', 'a-worker-with-a-long-name-12345-abcd',
                    gen_random_uuid(), 12345, now(), now(), now(),
@@ -800,8 +800,8 @@ async def test_hostile_texts_come_out_harmless(
             (HOSTILE, HOSTILE),
         )
         conn.execute(
-            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
-               lease, scheduled_for,
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome,
+               session_id, worker, lease, scheduled_for,
                called_at, last_called_at, ended_at, reason, settled)
                values (%s, 1, 0, 1, 'refused', 's', %s, gen_random_uuid(), now(), now(), now(),
                    now(), %s, '')""",
