@@ -162,7 +162,8 @@ def calm(server: str, template: str) -> Iterator[str]:
         with psycopg.connect(dsn) as conn:
             conn.execute("insert into sessions values ('s', 'ann'), ('t', 'ann')")
             conn.execute(
-                """insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at,
+                """insert into session_recalls (id, session_id, call_type, trigger_at,
+                   additional_context_message, status, created_at,
                    updated_at) values ('r', 's', 'once', now() + interval '1 hour', 'Look again.',
                        'pending', now(), now())"""
             )
@@ -538,7 +539,10 @@ def test_the_daemon_is_started_without_what_takes_command_lines_apart(database: 
 import sys
 from recall_worker.cli import main
 from recall_worker.worker.worker import Worker
-Worker.run = lambda self: print(*sorted({"typer", "click", "pydantic"} & set(sys.modules)), "and no more") or self._ledger.close()
+def run(self):
+    print(*sorted({"typer", "click", "pydantic"} & set(sys.modules)), "and no more")
+    return self._ledger.close()
+Worker.run = run
 sys.argv = ["recall-worker", "run"]
 main()
 """
@@ -639,7 +643,8 @@ async def populated(app: Application, database: str) -> str:
     await app.mark_fired("短い")
     with psycopg.connect(database) as conn:
         conn.execute(
-            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, calls, scheduled_for,
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome,
+               session_id, worker, lease, calls, scheduled_for,
                called_at, last_called_at, ended_at, http_status, reason, settled)
                select %s, n, 1, 2, 'misconfigured', 's', 'a-worker-with-a-long-name-12345-abcd',
                    gen_random_uuid(), 12345, now(), now(), now(),
@@ -795,7 +800,8 @@ async def test_hostile_texts_come_out_harmless(
             (HOSTILE, HOSTILE),
         )
         conn.execute(
-            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for,
+            """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome,
+               session_id, worker, lease, scheduled_for,
                called_at, last_called_at, ended_at, reason, settled)
                values (%s, 1, 0, 1, 'refused', 's', %s, gen_random_uuid(), now(), now(), now(),
                    now(), %s, '')""",

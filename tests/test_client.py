@@ -537,10 +537,17 @@ from psycopg_pool import AsyncConnectionPool
 from recall_worker import Recall, RecallExists, Recalls
 
 
-async def use(pool: AsyncConnectionPool, rows: AsyncConnectionPool[AsyncConnection[DictRow]], conn: AsyncConnection[Any]) -> Recall:
+async def use(
+    pool: AsyncConnectionPool,
+    rows: AsyncConnectionPool[AsyncConnection[DictRow]],
+    conn: AsyncConnection[Any],
+) -> Recall:
     recalls, others, bare = Recalls(pool), Recalls(rows), Recalls()
     try:
-        recall: Recall = await recalls.schedule("s", "m", at=datetime.now(UTC), every=timedelta(hours=1), comment=None, id="x", conn=conn)
+        recall: Recall = await recalls.schedule(
+            "s", "m", at=datetime.now(UTC), every=timedelta(hours=1), comment=None, id="x",
+            conn=conn,
+        )
     except RecallExists as error:
         session: str = error.session_id
         raise
@@ -549,7 +556,8 @@ async def use(pool: AsyncConnectionPool, rows: AsyncConnectionPool[AsyncConnecti
     found: list[Recall] = await recalls.list(user_id="u", statuses=["fired"], limit=1, offset=0)
     due: list[Recall] = await recalls.due(limit=1)
     when: datetime | None = await recalls.next_trigger_at()
-    marked: bool = await recalls.mark_fired("x") or await recalls.mark_cancelled("x") or await recalls.reschedule("x", datetime.now(UTC))
+    marked: bool = await recalls.mark_fired("x") or await recalls.mark_cancelled("x")
+    marked = marked or await recalls.reschedule("x", datetime.now(UTC))
     sessions: set[str] = await recalls.sessions_with_pending(found[0].session_id)
     interval: int | None = recall.interval_seconds
     return recall

@@ -69,7 +69,8 @@ VALUES: Mapping[str, Any] = {
     "dates": [datetime(2026, 1, 31, 9, tzinfo=UTC), None],
     "flags": [True, False, None],
 }
-ASKED = """select %(number)s + 0 as number, %(large)s::bigint as large, %(part)s::float8 as part, %(yes)s::boolean as yes,
+ASKED = """select %(number)s + 0 as number, %(large)s::bigint as large, %(part)s::float8 as part,
+    %(yes)s::boolean as yes,
     %(nothing)s::text as nothing, %(text)s::text as text, %(texts)s::text[] as texts,
         %(numbers)s::integer[] as numbers,
     %(parts)s::float8[] as parts, %(ids)s::uuid[] as ids,

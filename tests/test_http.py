@@ -595,7 +595,9 @@ async def test_a_kept_connection_that_was_closed_right_before_over_tls(
 
 
 STRAY = {
-    "a parting 408": b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+    "a parting 408": (
+        b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    ),
     "a 408 that keeps on": b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n",
     "a success": OK.replace(b"{}", b"[]"),
     "half a body": OK[:-1],
@@ -792,7 +794,9 @@ async def test_redirects_are_not_followed(wire: HttpClient, peer: Peer, status: 
         conn = await peer.accept()
         await conn.request()
         await conn.send(
-            f"HTTP/1.1 {status} Status\r\nlocation: {target.url}\r\ncontent-length: 0\r\n\r\n".encode()
+            (
+                f"HTTP/1.1 {status} Status\r\nlocation: {target.url}\r\ncontent-length: 0\r\n\r\n"
+            ).encode()
         )
         answer = await posting.answered()
         assert (answer.status, answer.headers["location"]) == (status, target.url)
@@ -820,7 +824,8 @@ async def test_gzip_is_left_packed(wire: HttpClient, peer: Peer) -> None:
     conn = await peer.accept()
     await conn.request()
     await conn.send(
-        f"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {len(packed)}\r\n\r\n".encode()
+        b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n"
+        + f"content-length: {len(packed)}\r\n\r\n".encode()
         + packed
     )
     answer = await posting.answered()

@@ -1142,7 +1142,8 @@ def test_prune_of_many_marks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sweeping, "PAGES", 7)
     desk.recall("live", occurrence=1)
     desk.conn.execute(
-        """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker, lease, scheduled_for, ended_at, settled)
+        """insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome,
+               session_id, worker, lease, scheduled_for, ended_at, settled)
            select case when n % 10 = 0 then 'live' else 'gone' end, 1, 0, n, 'busy', 's', 'w',
                gen_random_uuid(), now(),
                now() - case when n % 2 = 0 then interval '40 days' else interval '1 day' end,

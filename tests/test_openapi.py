@@ -53,8 +53,9 @@ numbers = count(1)
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    # What no schema can say: a key stands for one body, and the body names the session of the address.
-    if case.meta is not None and case.meta.generation.mode.is_positive and case.operation.method == "post":
+    # What no schema can say: a key stands for one body, which names the session of the address.
+    positive = case.meta is not None and case.meta.generation.mode.is_positive
+    if positive and case.operation.method == "post":
         case.headers["Idempotency-Key"] = f"r:{next(numbers)}"
         case.body["session_id"] = unquote(case.path_parameters["session_id"])
 """

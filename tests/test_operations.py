@@ -106,7 +106,7 @@ cancelled            | 1            | 1             | 0 now 1.1, fired | 1      
 cancelled, call open | 1            | 1             | 1                | 1                    | 1
 failed               | 1            | 1             | 0 now 1.1, fired | 1                    | 1
 missing              | 1            | 1             | 1                | 1                    | 1
-"""
+"""  # noqa: E501 - a table
 
 APPLICATION = """
                      | cancel by session    | skip          | move by id    | mark fired       | mark cancelled       | delete the session
@@ -125,7 +125,7 @@ cancelled            | 0                    | 0             | 1 cancelled   | 1 
 cancelled, call open | 0                    | 0             | 1 cancelled   | 1 fired          | 1 cancelled          | 1 gone
 failed               | 0                    | 0             | 1 failed      | 1 fired          | 1 cancelled          | 1 gone
 missing              | 0                    | 0             | 0             | 0                | 0                    | 1 gone
-"""
+"""  # noqa: E501 - a table
 
 
 @dataclass(frozen=True)

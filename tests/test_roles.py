@@ -967,7 +967,8 @@ async def test_a_deleted_session_runs_no_foreign_code_as_the_owner(database: str
                 await deleter.execute(
                     f"create function lair.{name}({arguments}) returns timestamptz language "
                     f"plpgsql as "
-                    "$$begin insert into public.loot values (current_user); return null; end$$".encode()
+                    "$$begin insert into public.loot values (current_user); "
+                    "return null; end$$".encode()
                 )
             await deleter.execute("set search_path = lair, public, pg_catalog")
             await deleter.execute("delete from sessions")

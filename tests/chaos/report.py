@@ -47,7 +47,7 @@ WHAT = {
     "api slow": "400 ms more on each way",
     "api silent": "connections to the API open, and silent",
     "api down": "the API answers 503 to everything",
-    "api down slots full": "every slot in a call that hangs; PostgreSQL killed, then 503 to all of them",
+    "api down slots full": "every slot in a call that hangs; PostgreSQL killed, then 503 to all",
     "api misconfigured": "the API answers 401 to everything",
 }
 

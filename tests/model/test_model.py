@@ -221,7 +221,8 @@ class Lives(RuleBasedStateMachine):
             holder.status, holder = "running", None
         try:
             self.world.conn.execute(
-                """insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message, status,
+                """insert into session_recalls (id, session_id, call_type, trigger_at,
+                    interval_seconds, additional_context_message, status,
                     created_at, updated_at, cadence, cron, time_zone, until_at, times,
                         failures_most, grace_seconds, jitter_seconds)
                 values (%s, %s, %s, %s, %s, 'look', 'pending', now(), now(), %s, %s, %s, %s, %s,

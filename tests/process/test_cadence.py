@@ -25,7 +25,8 @@ async def put(db: Connection, session: str, trigger: str = "now()", **columns: A
     row = {"id": f"r-{session}", "cadence": "grid", "interval_seconds": None} | columns
     await db.execute("insert into sessions values (%s, 'ann') on conflict do nothing", (session,))
     await db.execute(
-        f"""insert into session_recalls (session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at,
+        f"""insert into session_recalls (session_id, call_type, trigger_at,
+            additional_context_message, status, created_at, updated_at,
             {", ".join(row)}) values (%s, 'recurring', {trigger}, 'look', 'pending', now(), now(),
                 {", ".join(["%s"] * len(row))})""".encode(),
         [session, *row.values()],
@@ -189,7 +190,8 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(
     past their grace are recorded, not run."""
     await db.execute("insert into sessions select 's' || n, 'ann' from generate_series(1, 3000) n")
     await db.execute(
-        """insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message, status, created_at, updated_at,
+        """insert into session_recalls (id, session_id, call_type, trigger_at,
+            additional_context_message, status, created_at, updated_at,
             interval_seconds, cadence, cron, grace_seconds)
         select 'r' || n, 's' || n, case when n % 4 = 0 then 'once' else 'recurring' end,
             date_trunc('minute', now()) - n * interval '1 min',

@@ -153,7 +153,8 @@ class Sandbox:
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             conn.execute(b"insert into sessions values (%s, 'ann')", [session])
             conn.execute(
-                b"""insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message,
+                b"""insert into session_recalls (id, session_id, call_type, trigger_at,
+                        interval_seconds, additional_context_message,
                         status, created_at, updated_at)
                     values (%s, %s, 'recurring', now() + interval '1 hour', 3600, 'm', 'pending',
                         now(), now())""",

@@ -50,8 +50,10 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends postgre
 ENV PATH=/usr/lib/postgresql/15/bin:$PATH
 USER postgres
 # What PostgreSQL's image does with POSTGRES_PASSWORD, and no more.
-ENTRYPOINT ["sh", "-c", "echo \\"$POSTGRES_PASSWORD\\" > /tmp/pw && initdb -D /tmp/data -A scram-sha-256 --pwfile /tmp/pw >/dev/null && \
-echo host all all all scram-sha-256 >> /tmp/data/pg_hba.conf && exec postgres -D /tmp/data -c listen_addresses='*' -k /tmp"]
+ENTRYPOINT ["sh", "-c", "echo \\"$POSTGRES_PASSWORD\\" > /tmp/pw && \
+initdb -D /tmp/data -A scram-sha-256 --pwfile /tmp/pw >/dev/null && \
+echo host all all all scram-sha-256 >> /tmp/data/pg_hba.conf && \
+exec postgres -D /tmp/data -c listen_addresses='*' -k /tmp"]
 """
 
 

@@ -173,7 +173,10 @@ def box(tmp_path: Path, wheels: tuple[Path, Path, Path], load: Load) -> Iterator
             if unit.suffix in (".service", ".timer", ".target"):
                 shutil.copy(unit, root / "etc/systemd/system")
         with Machine.boot(root, tmp_path) as box:
-            settings = f"RECALL_RUN_URL={load.endpoint.url}\nRECALL_LEASE={LEASE}\nRECALL_CONCURRENCY=20\nPRUNE_OLDER_THAN=30d\n"
+            settings = (
+                f"RECALL_RUN_URL={load.endpoint.url}\nRECALL_LEASE={LEASE}\n"
+                "RECALL_CONCURRENCY=20\nPRUNE_OLDER_THAN=30d\n"
+            )
             box.write("/etc/recall-worker/recall-worker.env", settings)
             for folder in ("credentials", "owner-credentials"):
                 box.write(f"/etc/recall-worker/{folder}/DSN", load.dsn, 0o600)

@@ -462,7 +462,8 @@ async def test_what_is_kept_of_folded_calls(table: Table) -> None:
     the calls that it stands for."""
     await table.plays("s", "once", reply(409), reply(423), reply(409), reply())
     found = await table.db.execute(
-        b"""select a.*, a.scheduled_for = r.scheduled_for as of_this_occurrence, called_at < last_called_at as in_order,
+        b"""select a.*, a.scheduled_for = r.scheduled_for as of_this_occurrence,
+            called_at < last_called_at as in_order,
             last_called_at <= a.ended_at as called_before_it_ended,
                 r.begun_at = a.called_at as begun_with_it
             from recall_attempts a join session_recalls r on r.id = a.recall_id
@@ -749,7 +750,8 @@ async def test_an_interval_that_was_there_before_us(table: Table, interval: int 
     async with table.db.transaction():
         await table.db.execute(b"alter table session_recalls disable trigger recall_before_insert")
         await table.db.execute(
-            b"""insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds, additional_context_message,
+            b"""insert into session_recalls (id, session_id, call_type, trigger_at,
+                interval_seconds, additional_context_message,
                 created_at, updated_at) values ('old', 's', 'recurring', now(), %s, 'look', now(),
                     now())""",
             (interval,),

@@ -47,7 +47,8 @@ create unique index if not exists idx_recalls_active_pending on session_recalls 
 """
 
 COLUMNS = """
-id, session_id, call_type, trigger_at, interval_seconds, internal_comment, additional_context_message, status,
+id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
+additional_context_message, status,
 created_at, updated_at
 """
 QUALIFIED = ", ".join(f"r.{column.strip()}" for column in COLUMNS.split(","))

@@ -131,7 +131,9 @@ def address(dsn: str, dbname: str) -> str:
         parts.pop("host")
         parts.pop("port", None)
     query = urlencode(parts, safe="/", quote_via=quote)
-    return f"postgresql://{login}{'@' if login else ''}{place}/{quote(dbname, safe='')}{'?' if query else ''}{query}"
+    name = quote(dbname, safe="")
+    at, more = "@" if login else "", "?" if query else ""
+    return f"postgresql://{login}{at}{place}/{name}{more}{query}"
 
 
 def engine_answers() -> bool:
