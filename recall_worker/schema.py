@@ -207,8 +207,9 @@ def _to_apply(conn: psycopg.Connection[tuple[object, ...]]) -> list[Migration]:
 
 def _create_record(conn: psycopg.Connection[tuple[object, ...]]) -> None:
     conn.execute(
-        "create table if not exists recall_schema (version integer primary key, name text not null, "
-        "oldest_code integer not null, applied_at timestamptz not null default now())"
+        "create table if not exists recall_schema (version integer primary key, "
+        "name text not null, oldest_code integer not null, "
+        "applied_at timestamptz not null default now())"
     )
 
 
