@@ -174,7 +174,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The agent ran and the API said so."""
+    """The agent ran, and the API confirmed it."""
 
     http_status: int
 

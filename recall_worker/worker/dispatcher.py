@@ -79,7 +79,7 @@ class Dispatcher:
         """Whether the last claim took as much as it might: more may be due."""
         self._stopped = False
         self.turned_at = time.monotonic()
-        """Monotonic instant of the loop's last turn: what a watchdog should look at."""
+        """Monotonic instant of the loop's last turn: for a watchdog."""
 
     # --- what happened ----------------------------------------------------------------------------
 
@@ -173,9 +173,9 @@ class Dispatcher:
         if claimed.refused:
             return Looked(taken, unfinished=True, blocked=True)
         self._unseen_since = self._unseen_since or claimed.asked_at
-        # The calls go first: PostgreSQL and this process would otherwise be busy with what comes
-        # next. What is notified meanwhile is a look of its own, and while all slots are filled
-        # nobody needs to know.
+        # Calls first: the query for what is due next would keep PostgreSQL and this process busy. A
+        # notification meanwhile starts another dispatch, and while all slots are filled nobody
+        # needs the answer.
         if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
             if self._full:
                 return self._filled(taken)
