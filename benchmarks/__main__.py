@@ -119,16 +119,19 @@ def rounded(value: Any) -> Any:
 def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | None = None) -> str:
     """The figures as Markdown, with the plots as seen from a document in the folder `beside`."""
     figures = rounded(figures)
-    said = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".\n"
-    said += f"\n{commits(figures)}\n"
+    section = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".
+"
+    section += f"
+{commits(figures)}
+"
     for name in MEASURES:
         if name not in figures["measures"]:
             continue
         module = _module(name)
-        said += f"\n## {module.TITLE}\n\n{module.report(figures['measures'][name]['found'])}"
+        section += f"\n## {module.TITLE}\n\n{module.report(figures['measures'][name]['found'])}"
         if plots and hasattr(module, "plot"):
-            said += f"\n![{module.TITLE}]({os.path.relpath(plots, beside or '.')}/{name}.svg)\n"
-    return said
+            section += f"\n![{module.TITLE}]({os.path.relpath(plots, beside or '.')}/{name}.svg)\n"
+    return section
 
 
 def commits(figures: dict[str, Any]) -> str:
@@ -164,7 +167,7 @@ def draw(figures: dict[str, Any], directory: Path) -> None:
 
 
 def write(document: Path, figures: dict[str, Any], plots: Path | None) -> None:
-    """The part between the marks, anew."""
+    """Replace the part between the marks."""
     text = document.read_text(encoding="utf-8")
     start, end = text.index("<!-- measured:"), text.index(END)
     document.write_text(

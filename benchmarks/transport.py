@@ -442,7 +442,7 @@ def resident(peak: bool = False) -> float:
 
 
 def call(port: int, number: int) -> tuple[str, dict[str, str], bytes]:
-    """What one call of the daemon looks like: a path of the session, 8 headers, about 300 bytes."""
+    """A call as the daemon makes it: a path with the session, 8 headers, about 300 bytes."""
     key = f"0b6f4c52-7d1e-4a3b-9c55-{number:012d}"
     message = (
         "Remember to ask how the interview went, and whether the offer of "

@@ -57,8 +57,8 @@ def differences(alive: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def fleet_cap(row: Mapping[str, Any]) -> str | None:
-    """That RECALL_FLEET_CONCURRENCY holds back what is due, and whose leases fill it; None where it
-    does not. `row`: the statement `fleet`.
+    """A clause if RECALL_FLEET_CONCURRENCY holds back due recalls: the cap, and whose leases fill
+    it; else None. `row`: what the statement `fleet` returns.
     """
     if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
         return None

@@ -372,7 +372,7 @@ def _bold(text: str) -> str:
 
 
 def _has_colours() -> bool:
-    """Whether a person looks at a terminal that has colours, and wants them (https://no-color.org)."""
+    """Whether stdout is a terminal with colours, and the user wants them (https://no-color.org)."""
     return (
         sys.stdout.isatty()
         and not os.environ.get("NO_COLOR")

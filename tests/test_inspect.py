@@ -440,12 +440,14 @@ WHY = [
         rf"Due since {DATE} \(2 min ago\), but the fleet runs as many as "
         rf"RECALL_FLEET_CONCURRENCY \(3\) allows: "
         r"3 leases count against it \(1 of live workers, "
-        r"1 of workers without a heartbeat, 1 that has ended, counted until 20\.0 s after its end\)\.",
+        r"1 of workers without a heartbeat, 1 that has ended, counted until 20\.0 "
+        r"s after its end\)\.",
     ),
     (
         fleet_full_and_itself_left_behind,
         r"In a run since .*, whose lease ended 2 min ago, so another worker takes it over; "
-        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 lease counts against it \(1 of live workers\)\.",
+        r"the fleet runs as many as RECALL_FLEET_CONCURRENCY \(1\) allows: 1 "
+        r"lease counts against it \(1 of live workers\)\.",
     ),
     (fleet_not_full, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
     (fleet_with_one_that_has_no_cap, rf"Due since {DATE} \(2 min ago\), and waits to be claimed\."),
@@ -495,11 +497,13 @@ WHY = [
     (outside, rf"In a run since {DATE}: occurrence 1, attempt 1, leased by worker w\."),
     (
         lease_ended,
-        rf"In a run since {DATE}: .*, leased by worker dead, last heartbeat 7\d s ago, whose lease ended \d s ago, so another worker takes it over\.",
+        rf"In a run since {DATE}: .*, leased by worker dead, last heartbeat 7\d s "
+        rf"ago, whose lease ended \d s ago, so another worker takes it over\.",
     ),
     (
         lease_ended_of_nobody,
-        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, so another worker takes it over\.",
+        r"In a run since .*, leased by worker dead, whose lease ended \d s ago, "
+        r"so another worker takes it over\.",
     ),
     (
         sibling_in_a_run,
@@ -530,11 +534,13 @@ WHY = [
     ),
     (
         breaker_open,
-        r"Due since .*; the breaker is open in the one live worker: the endpoint is failing; only test calls are sent until it answers\.",
+        r"Due since .*; the breaker is open in the one live worker: the endpoint "
+        r"is failing; only test calls are sent until it answers\.",
     ),
     (
         breaker_open_in_one,
-        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint is failing; only test calls are sent until it answers\.",
+        r"Due since .*; the breaker is open in 1 of 2 live workers: the endpoint "
+        r"is failing; only test calls are sent until it answers\.",
     ),
     (
         no_worker,
@@ -827,7 +833,8 @@ def test_workers(desk: Desk) -> None:
     assert re.search(r" silent +10 min ago +1/3 ", told["w3"])
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
     assert (
-        "Note: 1 of 2 live workers receive no notifications and find new recalls only by polls: recall-worker doctor\n"
+        "Note: 1 of 2 live workers receive no notifications and find new recalls "
+        "only by polls: recall-worker doctor\n"
         in said.err
     )
     assert "differ in run_url: None, http://elsewhere/\n" in said.err

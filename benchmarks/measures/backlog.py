@@ -84,7 +84,7 @@ def _idle() -> float:
 
 
 def report(found: dict[str, Any]) -> str:
-    said = ""
+    section = ""
     for slots, by_name in found.items():
         mine = [run["rate"] for run in by_name[OURS]]
         rows = [
@@ -99,7 +99,7 @@ def report(found: dict[str, Any]) -> str:
             ]
             for name, runs in by_name.items()
         ]
-        said += (
+        section += (
             f"{slots} slots:\n\n"
             + table(
                 [
@@ -114,7 +114,7 @@ def report(found: dict[str, Any]) -> str:
             + "\n"
         )
         for name in (name for name in (LOOP, HTTPX_LOOP) if name in by_name):
-            said += judged(
+            section += judged(
                 f"against the {name} at {slots}",
                 ratio(mine, _rates(by_name, name))["median"],
                 0.9,
@@ -122,7 +122,7 @@ def report(found: dict[str, Any]) -> str:
                 unit=" ×",
             )
         for name in (name for name in ("PgQueuer", CAPPED) if name in by_name):
-            said += judged(
+            section += judged(
                 f"against {name} at {slots}",
                 ratio(mine, _rates(by_name, name))["median"],
                 2.5,
@@ -133,12 +133,12 @@ def report(found: dict[str, Any]) -> str:
                 "median"
             ]
             if loops > 1:
-                said += (
+                section += (
                     f"  (2.5 × as many would be {number(loops)} × the bare loop's, which "
                     "has no database, over the same transport.)\n"
                 )
-        said += "\n"
-    return said
+        section += "\n"
+    return section
 
 
 def _rates(by_name: dict[str, Any], name: str) -> list[float]:

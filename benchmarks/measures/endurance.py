@@ -48,7 +48,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
     with contest.field(OURS) as field:
         field.start(SLOTS, **({"prune": f"{RETENTION}s"} if phase == "pruned" else {}))
         field.settle_down()
-        began, told, inserted, counted = time.monotonic(), time.monotonic(), 0, 0
+        began, sampled_at, inserted, counted = time.monotonic(), time.monotonic(), 0, 0
         committed: dict[str, int] = {}
         used = field.cpu(), ground.postgres_cpu()
         while time.monotonic() - began < seconds:
@@ -60,7 +60,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
                 inserted += BATCH + 1
             else:
                 time.sleep(0.005)
-            if (now := time.monotonic()) - told >= EVERY:
+            if (now := time.monotonic()) - sampled_at >= EVERY:
                 arrived = ground.sink.probes()
                 late = [(arrived[s] - at) / 1e6 for s, at in committed.items() if s in arrived]
                 committed = {s: at for s, at in committed.items() if s not in arrived}
@@ -70,7 +70,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
                     {
                         "at": now - began,
                         "runs": count,
-                        "rate": runs / (now - told),
+                        "rate": runs / (now - sampled_at),
                         "p50": percentile(late, 0.5) if late else None,
                         "p99": percentile(late, 0.99) if late else None,
                         "worker_us": (cpu[0] - used[0]) * 1e6 / runs,
@@ -78,7 +78,7 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
                         "sizes": field.scalar(SIZES),
                     }
                 )
-                told, counted, used = now, count, cpu
+                sampled_at, counted, used = now, count, cpu
         ground.sink.wait(20, count=inserted)
         field.stop(kill=False)
         left = field.scalar("select count(*) from session_recalls where status <> 'fired'")
@@ -89,7 +89,9 @@ def _phase(contest: Contest, phase: str, seconds: float) -> dict[str, Any]:
 def report(found: dict[str, Any]) -> str:
     # Old figures, without a phase that prunes, are those of "kept".
     phases = found if "kept" in found else {"kept": found}
-    said = f"{SLOTS} slots; recalls are inserted as they are run (at most {WAITING_MOST} wait).\n\n"
+    section = (
+        f"{SLOTS} slots; recalls are inserted as they are run (at most {WAITING_MOST} wait).\n\n"
+    )
     for phase, its in phases.items():
         how = (
             "No row was pruned"
@@ -97,12 +99,12 @@ def report(found: dict[str, Any]) -> str:
             else f"`RECALL_PRUNE={RETENTION}s`, so that {its['rows']:,} rows are left"
         )
         seconds = its["samples"][-1]["at"]
-        said += (
+        section += (
             f"- {phase}: {its['inserted']:,} recalls in {seconds:.0f} s; not settled in "
             f"the end: {its['left']}. {how}.\n"
         )
     columns = [(phase, which) for phase in phases for which in ("first", "last")]
-    said += "\n" + table(
+    section += "\n" + table(
         ["", *(f"{phase}, {which} fifth" for phase, which in columns)],
         [
             [
@@ -123,8 +125,8 @@ def report(found: dict[str, Any]) -> str:
         ],
     )
     for phase, its in phases.items():
-        said += "\n" + _sizes(phase, its["samples"])
-    return said
+        section += "\n" + _sizes(phase, its["samples"])
+    return section
 
 
 def _sizes(phase: str, samples: list[dict[str, Any]]) -> str:

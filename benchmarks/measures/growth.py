@@ -41,8 +41,8 @@ def report(found: dict[str, Any]) -> str:
         ]
         for workers, runs in found.items()
     ]
-    said = f"{SLOTS} slots each; the sink is on the same cores:\n\n"
-    said += table(
+    section = f"{SLOTS} slots each; the sink is on the same cores:\n\n"
+    section += table(
         [
             "workers",
             "runs/s",
@@ -56,7 +56,7 @@ def report(found: dict[str, Any]) -> str:
     )
     most = max(found.values(), key=lambda runs: spread([run["rate"] for run in runs])["median"])
     postgres = spread([run["postgres_us"] for run in most])["median"]
-    return said + (
+    return section + (
         f"\nA core of PostgreSQL's is good for {number(1e6 / postgres)} runs a second at "
         f"these {number(postgres)} µs, and a worker holds four"
         " connections: see [scaling.md](scaling.md).\n"

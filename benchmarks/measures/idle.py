@@ -76,8 +76,8 @@ def report(found: dict[str, Any]) -> str:
         ]
         for name, f in found.items()
     ]
-    said = "Without autovacuum, and less the transactions of a database that nobody uses.\n\n"
-    said += (
+    section = "Without autovacuum, and less the transactions of a database that nobody uses.\n\n"
+    section += (
         table(
             [
                 "",
@@ -90,14 +90,14 @@ def report(found: dict[str, Any]) -> str:
         )
         + "\n"
     )
-    said += judged("transactions a minute", found[OURS]["transactions"], 6)
+    section += judged("transactions a minute", found[OURS]["transactions"], 6)
     python = [name for name in ("procrastinate", "PgQueuer") if name in found]
     if python:
         leanest = min(python, key=lambda name: float(found[name]["mib"]))
-        said += judged(
+        section += judged(
             f"memory against the leanest Python peer's ({leanest})",
             found[OURS]["mib"] / found[leanest]["mib"],
             1.0,
             unit=" ×",
         )
-    return said
+    return section

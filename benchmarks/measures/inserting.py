@@ -66,11 +66,11 @@ def _pgbench(field: Field, due: str, seconds: int) -> float:
         script,
         field.dsn,
     ]
-    said = subprocess.run(
+    output = subprocess.run(
         list(map(str, command)), check=True, capture_output=True, text=True
     ).stdout
-    found = re.search(r"tps = ([\d.]+)", said)
-    assert found is not None, said
+    found = re.search(r"tps = ([\d.]+)", output)
+    assert found is not None, output
     return float(found[1])
 
 
@@ -80,12 +80,12 @@ def report(found: dict[str, Any]) -> str:
         [name, shown(spread(rates)), "" if name == PLAIN else shown(ratio(rates, plain))]
         for name, rates in found.items()
     ]
-    said = table(["", "inserts/s", "of those with triggers off"], rows) + "\n"
-    said += judged(
+    section = table(["", "inserts/s", "of those with triggers off"], rows) + "\n"
+    section += judged(
         "recalls due later", ratio(found[LATER], plain)["median"], 0.95, at_least=True, unit=" ×"
     )
     near = spread(found[NEAR])["median"]
-    return said + (
+    return section + (
         "\nA recall due within a minute sends a notification, which takes a lock of the whole "
         f"database at commit: {near:,.0f} such inserts a second are the most here. An "
         "application that approaches this rate should insert recalls due later than a minute, "

@@ -117,7 +117,7 @@ def report(found: dict[str, Any]) -> str:
         return "py-spy is not installed.\n"
     rows = [
         [
-            f"{name}: {BUYS.get(name, 'what could not be told apart')}",
+            f"{name}: {BUYS.get(name, 'not assigned to a part')}",
             number(share * found["worker_us"]),
             f"{share * 100:.0f} %",
         ]

@@ -43,9 +43,9 @@ def report(found: dict[str, Any]) -> str:
         [name if name == HELP else f"{name}, to its first call", shown(spread(took))]
         for name, took in found.items()
     ]
-    said = table(["", "seconds"], rows) + "\n"
-    said += judged(HELP, spread(found[HELP])["median"], 0.3, unit=" s")
-    return said + judged(
+    section = table(["", "seconds"], rows) + "\n"
+    section += judged(HELP, spread(found[HELP])["median"], 0.3, unit=" s")
+    return section + judged(
         "ready to claim (its first call has been made)",
         spread(found[OURS])["median"],
         1.0,

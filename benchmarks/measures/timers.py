@@ -151,23 +151,25 @@ def report(found: dict[str, Any]) -> str:
         ]
         for name, runs in found["late"].items()
     ]
-    said = "Milliseconds; recalls due 20 ms apart:\n\n" + table(
+    section = "Milliseconds; recalls due 20 ms apart:\n\n" + table(
         ["", "least", "p50", "p99", "most"], rows
     )
-    said += (
+    section += (
         f"\n*{LOADED}*: {found['rows']:,} recalls pending for later, and as many settled, "
         "each with its mark.\n\n"
     )
     for name in (OURS, LOADED):
-        said += judged(
+        section += judged(
             f"p99, {name}",
             spread([run["p99"] for run in found["late"][name]])["median"],
             10,
             unit=" ms",
         )
     claims = found["claims"]
-    said += "\nA claim of ten rows, with so many recalls pending for later and as many settled:\n\n"
-    said += table(
+    section += (
+        "\nA claim of ten rows, with so many recalls pending for later and as many settled:\n\n"
+    )
+    section += table(
         ["rows", "milliseconds, median", "least"],
         [
             [f"2 × {int(size):,}", number(claim["ms"]["median"]), number(claim["ms"]["least"])]
@@ -176,13 +178,13 @@ def report(found: dict[str, Any]) -> str:
     )
     smallest, *_, largest = claims.values()
     grown = largest["ms"]["median"] / smallest["ms"]["median"]
-    said += "\n" + judged("claim time from the fewest rows to the most", grown, 1.2, unit=" ×")
-    said += (
+    section += "\n" + judged("claim time from the fewest rows to the most", grown, 1.2, unit=" ×")
+    section += (
         "\n<details><summary>The plan with the most rows</summary>\n\n```\n"
         + "\n".join(largest["plan"])
         + "\n```\n\n</details>\n"
     )
-    return said
+    return section
 
 
 def plot(found: dict[str, Any], axes: Any) -> None:

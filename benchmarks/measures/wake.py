@@ -137,15 +137,15 @@ def report(found: dict[str, Any]) -> str:
 
 
 def _targets(by_name: dict[str, Any]) -> str:
-    said = ""
+    section = ""
     for figure, target in (("p50", 0.8), ("p99", 1.0)):
         if (best := _best(by_name, figure)) is None:
             continue
         beside = ratio(_of(by_name, OURS, figure), _of(by_name, best, figure))
-        said += judged(
+        section += judged(
             f"{figure} against the best peer's ({best})", beside["median"], target, unit=" ×"
         )
-    return said
+    return section
 
 
 def _best(by_name: dict[str, Any], figure: str) -> str | None:

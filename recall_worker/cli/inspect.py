@@ -296,8 +296,8 @@ def stats(dsn: str | None, *, as_json: bool) -> None:
     ]
     if late["occurrences"]:
         most = ", ".join(
-            f"{said} {span(late[name])}"
-            for name, said in (("p50", "median"), ("p99", "99 %"), ("most", "at most"))
+            f"{label} {span(late[name])}"
+            for name, label in (("p50", "median"), ("p99", "99 %"), ("most", "at most"))
         )
         facts.append(("lateness", f"{most} ({late['occurrences']:,} occurrences in the last hour)"))
     print_facts(facts)

@@ -79,7 +79,7 @@ def schedule(
         )
     with explained():
         where = None if time_zone is None else cadence.zone(time_zone)
-    told: dict[str, Any] = {
+    rule: dict[str, Any] = {
         "at": None if at is None else instant(at, "--at", where),
         "after": _span(after, "--in"),
         "every": _span(every, "--every"),
@@ -95,11 +95,11 @@ def schedule(
     }
     with explained():
         # Mistakes are reported before a connection is opened; then PostgreSQL's clock decides.
-        cadence.plan(datetime.now(UTC), 0.0, **told)
+        cadence.plan(datetime.now(UTC), 0.0, **rule)
     client = statements.load("client")
     with connect(dsn) as conn:
         with explained():
-            plan = cadence.plan(clock(conn), random.random(), **told)
+            plan = cadence.plan(clock(conn), random.random(), **rule)
         values = dataclasses.asdict(plan) | {
             "id": str(uuid4()),
             "session_id": session,
@@ -355,8 +355,8 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 
 def _stands_for(row: Mapping[str, Any]) -> str | None:
-    """The nominal time of the occurrence that waits or runs, where that is not when it is due; and
-    how many more were missed.
+    """The nominal time of the current occurrence, if it differs from the due time; and how many
+    more were missed.
     """
     if row["status"] not in ("pending", "running") or row["scheduled_for"] in (
         None,

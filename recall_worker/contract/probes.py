@@ -320,16 +320,16 @@ class Probes:
                     response.status_code, response.headers, bytes(got[:LIMIT]), len(got) > LIMIT
                 )
         except TimeoutError:
-            said = f"no answer within {self._timeout:g} s"
-            outcome = Unknown(said) if flight.gone.is_set() else Unavailable(said)
+            reason = f"no answer within {self._timeout:g} s"
+            outcome = Unknown(reason) if flight.gone.is_set() else Unavailable(reason)
         except (
             Exception
         ) as error:  # Whatever a server sends, or an address holds, it ends in a row.
-            said = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             outcome = (
-                Unknown(f"no answer: {said}")
+                Unknown(f"no answer: {reason}")
                 if flight.gone.is_set()
-                else Unavailable(f"no connection: {said}")
+                else Unavailable(f"no connection: {reason}")
             )
         finally:
             flight.sent_at = flight.sent_at or began

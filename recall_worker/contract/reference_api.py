@@ -379,9 +379,9 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
         raise _Refusal(400, "malformed", "the body is not JSON") from None
     if not key:
         raise _Refusal(400, "key_missing", "a run needs an Idempotency-Key")
-    told = document if isinstance(document, dict) else {}
-    if not _is_recall(told.get("recall")) or any(
-        not isinstance(told.get(name), str) for name in TEXTS
+    fields = document if isinstance(document, dict) else {}
+    if not _is_recall(fields.get("recall")) or any(
+        not isinstance(fields.get(name), str) for name in TEXTS
     ):
         raise _Refusal(
             422,
@@ -391,33 +391,33 @@ def _checked(body: bytes, session_id: str, key: str) -> dict[str, Any]:
                 "docs/openapi.yaml"
             ),
         )
-    if told["session_id"] != session_id:
+    if fields["session_id"] != session_id:
         raise _Refusal(422, "invalid", "the body names another session than the address")
-    return told
+    return fields
 
 
-def _is_recall(told: Any) -> bool:
+def _is_recall(value: Any) -> bool:
     """Whether this is the `recall` of a request. It may have more fields than are known today."""
     if (
-        not isinstance(told, dict)
-        or not isinstance(told.get("id"), str)
-        or told.get("call_type") not in CALL_TYPES
+        not isinstance(value, dict)
+        or not isinstance(value.get("id"), str)
+        or value.get("call_type") not in CALL_TYPES
     ):
         return False
     try:
-        datetime.fromisoformat(told["scheduled_for"])
+        datetime.fromisoformat(value["scheduled_for"])
     except (KeyError, TypeError, ValueError):
         return False
     return all(
-        _is_whole(told.get(name)) and told[name] >= least
+        _is_whole(value.get(name)) and value[name] >= least
         for name, least in (("occurrence", 1), ("missed", 0))
     )
 
 
-def _is_whole(told: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     """Whether it is a whole number in JSON: 1.0 is one."""
-    return (isinstance(told, int) and not isinstance(told, bool)) or (
-        isinstance(told, float) and told.is_integer()
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()
     )
 
 

@@ -48,7 +48,7 @@ CONNECTIONS_LEAST, CONNECTIONS_MOST = 4, 64
 ACCEPT_PAUSE = 0.5
 """Seconds until accept is tried again after an error, such as having no descriptor left."""
 TELL_EVERY = 60.0
-"""Seconds between two log lines about the same trouble with connections, however often it occurs.
+"""Seconds between two log lines about the same problem with connections, however often it occurs.
 """
 
 T = TypeVar("T")
@@ -101,25 +101,26 @@ class Pages:
 
     async def livez(self, _: web.Request) -> web.Response:
         if standing_still(self._worker):
-            return said(
+            return plain_text(
                 (
                     "the claim loop has not turned for "
                     f"{time.monotonic() - self._worker.turned_at:.0f} s"
                 ),
                 503,
             )
-        return said("alive")
+        return plain_text("alive")
 
     async def readyz(self, _: web.Request) -> web.Response:
         if self._worker.refused is not None:
-            return said(f"{self._worker.refused}: {getattr(self._worker.refused, 'hint', '')}", 503)
+            hint = getattr(self._worker.refused, "hint", "")
+            return plain_text(f"{self._worker.refused}: {hint}", 503)
         if self._worker.status.is_draining:
-            return said("draining: nothing more is claimed", 503)
+            return plain_text("draining: nothing more is claimed", 503)
         schema = await self._schema.answer()
         if isinstance(schema, str):
-            return said(f"PostgreSQL: {schema}", 503)
+            return plain_text(f"PostgreSQL: {schema}", 503)
         unfit = misfit(*schema)
-        return said("ready") if unfit is None else said(f"{unfit}: {unfit.hint}", 503)
+        return plain_text("ready") if unfit is None else plain_text(f"{unfit}: {unfit.hint}", 503)
 
     async def metrics(self, request: web.Request) -> web.Response:
         backlog = await self._backlog.answer()
@@ -134,7 +135,7 @@ class Pages:
             await question.close()
 
 
-def said(text: str, status: int = 200) -> web.Response:
+def plain_text(text: str, status: int = 200) -> web.Response:
     return web.Response(text=text + "\n", status=status, headers={"Cache-Control": "no-store"})
 
 
@@ -200,7 +201,7 @@ class Port:
             connection.abort()
 
     def _give_way(self) -> None:
-        """Close the oldest connection that has not asked for anything yet, or else the oldest."""
+        """Close the oldest connection without a request, or else the oldest."""
         for connection in sorted(self._open, key=lambda connection: connection.is_answered)[:1]:
             connection.abort()
 

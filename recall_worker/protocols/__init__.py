@@ -41,7 +41,7 @@ class Call:
     lag and lateness.
     """
     sent_at: float | None = None
-    """Monotonic instant from which on bytes of the request may have reached the server; None:
+    """Monotonic instant from which on the server may have received bytes of the request; None:
     nothing was sent.
     """
     traceparent: str = field(default_factory=traceparent)

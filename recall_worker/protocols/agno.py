@@ -282,8 +282,8 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
         )
     if not 200 <= status < 300:
         return contract.read(answer)
-    said = members(answer)
-    run_id, word = said.get("run_id"), said.get("status")
+    fields = members(answer)
+    run_id, word = fields.get("run_id"), fields.get("status")
     if not _is_name(run_id) or not isinstance(word, str):
         outcome = contract.read(answer)
         return (
@@ -291,7 +291,7 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
             if isinstance(outcome, Misconfigured)
             else Unknown(f"an answer that is none of Agno's (HTTP {status})", status)
         )
-    if said.get("session_id", session_id) != session_id:
+    if fields.get("session_id", session_id) != session_id:
         return Refused(
             (
                 "the server ran this key in another session: the key is another recall's, or the "
@@ -299,7 +299,7 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
             ),
             status,
         )
-    if status != 202 and (ended := _ended(word, said.get("content"), status)) is not None:
+    if status != 202 and (ended := _ended(word, fields.get("content"), status)) is not None:
         return ended
     # Also if it has ended already: the ticket says how.
     return Accepted(place(agent, run_id), status)
@@ -312,8 +312,8 @@ def polled(answer: Answer) -> Outcome | StillOn:
         return Unknown("Agno no longer knows the run that it accepted (HTTP 404)", status)
     if status != 200:
         return StillOn(later, f"HTTP {status}")
-    said = members(answer)
-    word = said.get("status")
+    fields = members(answer)
+    word = fields.get("status")
     if not isinstance(word, str):
         # Only a completed run has that much output before its status.
         return (
@@ -321,7 +321,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
             if answer.truncated
             else StillOn(later, "an answer that is none of Agno's")
         )
-    ended = _ended(word, said.get("error") or said.get("content"), status)
+    ended = _ended(word, fields.get("error") or fields.get("content"), status)
     if ended is not None:
         return ended
     return StillOn(later, "it waits in its session's queue" if word.upper() in QUEUED else None)
@@ -383,8 +383,8 @@ def _ended(word: str, why: object, status: int) -> Outcome | None:
     if word.upper() in FINE:
         return Answered(status)
     if word.upper() in BROKEN:
-        said = ": " + " ".join(why.split())[:200] if isinstance(why, str) and why.strip() else ""
-        return Failed(f"Agno says that the run ended as {word.lower()}{said}", status)
+        detail = ": " + " ".join(why.split())[:200] if isinstance(why, str) and why.strip() else ""
+        return Failed(f"Agno says that the run ended as {word.lower()}{detail}", status)
     return None
 
 

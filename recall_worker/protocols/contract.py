@@ -48,7 +48,7 @@ UNAVAILABLE = frozenset({408, 425, 429, 503})
 MISCONFIGURED = frozenset({401, 403, 404, 405, 407})
 RETRY_AFTER_MOST = 86_400.0
 PROMPT = "[Scheduled recall] "
-"""Stands before the message where an agent reads it."""
+"""The prefix of the message that the agent reads."""
 _PLAIN = re.compile(r"[!-~]+")
 PRINTABLE = re.compile(r"[!-~]{1,2000}")
 """The characters of an address that may be stored."""
@@ -189,7 +189,7 @@ def nameable(name: str) -> bool:
 
 
 def nominal(when: datetime) -> str:
-    """An occurrence's nominal time as it stands in bodies: RFC 3339 in UTC, to the microsecond."""
+    """An occurrence's nominal time for a body: RFC 3339 in UTC, to the microsecond."""
     return when.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
@@ -284,7 +284,7 @@ def _kind(answer: Answer) -> str:
 
 
 def json_of(answer: Answer) -> Any:
-    """The JSON in an answer; None where it is none, or not whole."""
+    """The JSON in an answer; None if it is not JSON, or not whole."""
     try:
         return None if answer.truncated else json.loads(answer.body)
     except (ValueError, RecursionError):

@@ -225,7 +225,7 @@ class _Stale(ConnectionResetError):
     """
 
     def __str__(self) -> str:
-        return "the server hung up first"
+        return "the server closed the connection first"
 
 
 class _Withheld(ConnectionError):
@@ -304,9 +304,9 @@ def _reason(error: BaseException, sent: bool) -> str:
                 f"{error.message.splitlines()[0] if error.message else 'malformed'}"
             )
         case _:
-            said = str(error) or type(error).__name__
+            detail = str(error) or type(error).__name__
             return (
-                f"the connection broke off after the request was sent: {said}"
+                f"the connection broke off after the request was sent: {detail}"
                 if sent
-                else f"nothing was sent: {said}"
+                else f"nothing was sent: {detail}"
             )

@@ -233,11 +233,11 @@ class LangGraph:
         return read(answer)
 
     def _no_assistant(self, status: int) -> Misconfigured:
-        said = (
+        reason = (
             f"the server shows no assistant {self._assistant!r}: see "
             f"RECALL_LANGGRAPH_ASSISTANT (HTTP {status})"
         )
-        return Misconfigured(said, status)
+        return Misconfigured(reason, status)
 
     async def _explained(self, url: str, failed: Failed) -> Failed:
         """The failure with the graph's own error text, if the server still has it."""
@@ -251,8 +251,8 @@ class LangGraph:
             if isinstance(error, dict)
             else []
         )
-        said = " ".join(": ".join(words).split())[:200]
-        return Failed(f"{failed.reason}: {said}", failed.http_status) if said else failed
+        detail = " ".join(": ".join(words).split())[:200]
+        return Failed(f"{failed.reason}: {detail}", failed.http_status) if detail else failed
 
 
 def credentials(token: str | None) -> dict[str, str]:
@@ -308,7 +308,7 @@ def taken(answer: Answer) -> Outcome:
         if _is_run_id(run):
             return Accepted(run, answer.status)
         return Unknown(
-            f"an answer larger than 1 MiB, from which no run can be told (HTTP {answer.status})",
+            f"an answer larger than 1 MiB, which does not show its run (HTTP {answer.status})",
             answer.status,
         )
     return _no_langgraph(answer)
@@ -367,11 +367,11 @@ def _no_langgraph(answer: Answer) -> Outcome:
     outcome = read(answer)
     if not isinstance(outcome, Answered | Failed):
         return outcome
-    said = (
+    reason = (
         "an answer, but not as LangGraph gives them: see RECALL_RUN_URL and "
         f"RECALL_PROTOCOL (HTTP {answer.status})"
     )
-    return Misconfigured(said, answer.status)
+    return Misconfigured(reason, answer.status)
 
 
 def _metadata(run: dict[str, Any]) -> dict[str, Any]:

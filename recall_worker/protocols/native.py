@@ -130,8 +130,8 @@ def written(
     scheduled_for: datetime,
     missed: int,
 ) -> list[bytes | memoryview]:
-    """The body's JSON in pieces: one, or several where the message is long, as the message stands
-    in the body twice and would be held twice.
+    """The body's JSON in pieces: one, or several if the message is long, as the body contains the
+    message twice and would hold it twice in memory.
 
     Put together by hand, as it is made for every call and its form is fixed: by the JSON encoder it
     took a tenth of the worker's time.
@@ -167,8 +167,8 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
     if not 200 <= answer.status < 300:
         return None
     document = read_json(answer.body) if answer.body and not answer.truncated else None
-    said = document if isinstance(document, dict) else {}
-    word = said.get("status")
+    fields = document if isinstance(document, dict) else {}
+    word = fields.get("status")
     ended = isinstance(word, str) and word.lower() in FINAL_WORDS
     if ended:
         return None
@@ -181,7 +181,7 @@ def accepted(answer: Answer, url: str) -> Outcome | None:
                 202,
             )
         return Accepted(where, answer.status)
-    run_id = said.get("run_id")
+    run_id = fields.get("run_id")
     if isinstance(run_id, str) and run_id and isinstance(word, str):
         path, _, query = url.partition("?")
         where = f"{path}/{segment(run_id)}" if nameable(run_id) else ""

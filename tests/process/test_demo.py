@@ -211,8 +211,12 @@ async def test_says_when_its_daemon_dies(demo: Demo) -> None:
     os.kill(int(line.partition("process ")[2].partition(",")[0]), signal.SIGKILL)
     status, said = await demo.end()
     assert (status, said.splitlines()) == (
-        1, ["Error: the daemon ended unexpectedly", "Try: recall-worker demo --keep, and read daemon.log"]
-    )  # fmt: skip
+        1,
+        [
+            "Error: the daemon ended unexpectedly",
+            "Try: recall-worker demo --keep, and read daemon.log",
+        ],
+    )
     assert await demo.left(processes) == ([], [])
 
 

@@ -386,7 +386,8 @@ async def test_silence_keeps_no_page_waiting(database: str, daemons: Daemons) ->
 async def test_a_schema_that_asks_for_newer_code(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """An upgrade that leaves this code behind makes it not ready, with what to do: at once, and while it drains because of that."""
+    """An upgrade that leaves this code behind makes it not ready, with what to do: at once, and
+    while it drains because of that."""
     gate = Gate()
     endpoint.script("s", gate)
     daemon = await daemons.start(ops_listen=0)
