@@ -834,8 +834,7 @@ def test_workers(desk: Desk) -> None:
     assert "Note: live workers differ in lease: 30, 60\n" in said.err
     assert (
         "Note: 1 of 2 live workers receive no notifications and find new recalls "
-        "only by polls: recall-worker doctor\n"
-        in said.err
+        "only by polls: recall-worker doctor\n" in said.err
     )
     assert "differ in run_url: None, http://elsewhere/\n" in said.err
     document = operate(desk.dsn, "workers", "--json").document
