@@ -119,11 +119,8 @@ def rounded(value: Any) -> Any:
 def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | None = None) -> str:
     """The figures as Markdown, with the plots as seen from a document in the folder `beside`."""
     figures = rounded(figures)
-    section = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".
-"
-    section += f"
-{commits(figures)}
-"
+    section = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".\n"
+    section += f"\n{commits(figures)}\n"
     for name in MEASURES:
         if name not in figures["measures"]:
             continue
