@@ -297,13 +297,14 @@ def test_a_command(command: Command, sandbox: Sandbox) -> None:
 
 
 def test_what_is_done_elsewhere_is_done_there() -> None:
-    """Each entry of the list is of use, and the place that it names is there and does it."""
+    """Each entry of the list is of use, and its text stands in the place that it names, however
+    that is broken into lines."""
     used = {command.elsewhere for command in COMMANDS} - {None}
     assert used == set(ELSEWHERE)
     assert [
         place
         for place, text, _ in ELSEWHERE.values()
-        if text not in (ROOT / place).read_text(encoding="utf-8")
+        if "".join(text.split()) not in "".join((ROOT / place).read_text("utf-8").split())
     ] == []
 
 
