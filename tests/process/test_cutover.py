@@ -513,7 +513,9 @@ async def test_side_by_side_the_doctor_notices(
     said = await asyncio.to_thread(operate, database, "doctor", "--json")
     assert [
         row["seen"] for row in said.document["checks"] if "marked fired by others" in row["seen"]
-    ] == [f"1 recall was marked fired by others than the workers within an hour, such as {recall}"]
+    ] == [
+        f"1 recall was marked fired by others than the workers within an hour, for example {recall}"
+    ]
 
 
 async def test_an_old_run_that_was_not_let_end(

@@ -69,8 +69,7 @@ async def test_beside_a_daemon_that_is_not_rung(
     assert problems(findings) == [
         (
             "workers",
-            f"{daemon.name} hears nothing of what is rung, and finds what is inserted by polls "
-            f"only",
+            f"{daemon.name} receives no notifications, and finds new recalls only by polls",
         )
     ]
 

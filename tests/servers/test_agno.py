@@ -697,7 +697,7 @@ async def test_a_run_that_waits_too_long() -> None:
         assert (
             isinstance(outcome, Unknown)
             and outcome.http_status is None
-            and "line" in outcome.reason
+            and "queue" in outcome.reason
         )
 
 
