@@ -750,32 +750,32 @@ def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
     return sorted(map(_claim, rows), key=lambda claim: -claim.lag)
 
 
+_DATED = {"begun_age": "begun_at", "lag": "due_at", "delivered_age": "delivered_at"}
+_COLUMNS = tuple(_DATED.get(n, n) for n in Claim._fields if n not in ("lateness", "due"))
+"""The columns of `claim`, `take_up` and `moved`: a claim's fields in order, with dates for ages."""
+
+
 def _claim(row: Sequence[Any]) -> Claim:
     """A row of `claim`, `take_up` or `moved`. Dates become ages here: PostgreSQL would need longer
     to prepare for that than for all the rest."""
-    (
-        id, session_id, call_type, message, interval, occurrence, rekey, attempt, deferrals,
-        scheduled_for, missed, begun_at, due_at, lease, trigger, trigger_at, planned_at, taken_from,
-        octets, called_before, takeovers, reference, delivered_at, now, cadence, cron, time_zone,
-        until, times, failures, failures_most, grace, jitter, last_outcome,
-    ) = row  # fmt: skip
-    scheduled_for, trigger_at, planned_at = (
-        clamped(scheduled_for),
-        clamped(trigger_at),
-        clamped(planned_at),
-    )
+    found = dict(zip(_COLUMNS, row, strict=True))
+    now = found["claimed_at"]
+    for name in ("scheduled_for", "trigger_at", "planned_at", "until"):
+        if found[name] is not None:
+            found[name] = clamped(found[name])
     begun_age, delivered_age = (
         None if at is None else max(0.0, (now - at).total_seconds())
-        for at in (begun_at, delivered_at)
+        for at in (found.pop("begun_at"), found.pop("delivered_at"))
     )
+    lag = (now - clamped(found.pop("due_at"))).total_seconds()
     return Claim(
-        id, session_id, call_type, message, interval, occurrence, rekey, attempt, deferrals,
-        scheduled_for, missed, begun_age, (now - clamped(due_at)).total_seconds(),
-        (now - scheduled_for).total_seconds(), lease, trigger, trigger_at, planned_at,
-        trigger_at <= now, taken_from, octets, called_before, takeovers, reference, delivered_age,
-        now, cadence, cron, time_zone, None if until is None else clamped(until), times, failures,
-        failures_most, grace, jitter, last_outcome,
-    )  # fmt: skip
+        begun_age=begun_age,
+        lag=lag,
+        lateness=(now - found["scheduled_for"]).total_seconds(),
+        due=found["trigger_at"] <= now,
+        delivered_age=delivered_age,
+        **found,
+    )
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:
