@@ -356,8 +356,9 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
         said in row["reason"] for said in ("it had all", "it had its one", "where it ends")
     ):
         # Skips and moves took the last of its numbers. It ends as its last call did.
-        calls = records.by_recall[promise.id]
-        if calls and records.succeeded(calls[-1]):
+        # (By its marks: a request may be lost on its way to the API.)
+        marks = sorted(records.marks_of[promise.id], key=lambda mark: mark["ended_at"])
+        if marks and marks[-1]["outcome"] == "answered":
             yield f"{promise.id} failed at its end, though its last call was answered"
         return
     marks = records.marks_of[promise.id]
@@ -622,8 +623,11 @@ def counts(records: Records) -> Iterator[str]:
         calls, found = by_attempt[key, attempt], marks[key, attempt]
         most = sum(mark["calls"] for mark in found)
         # What another worker put down for one that was not heard of again may never have been sent;
-        # or it was, and that one puts its own mark beside it.
-        least = sum(mark["calls"] for mark in found if mark["settled"] not in ("taken", "ended"))
+        # or it was, and that one puts its own mark beside it. And a run that the API accepted once
+        # is polled by two workers where the lease of the first ended: each leaves how it saw it end.
+        polled = any(call.how == "accepted" for call in calls)
+        others = ("taken", "ended", "lost") if polled else ("taken", "ended")
+        least = sum(mark["calls"] for mark in found if mark["settled"] not in others)
         if len(calls) > most:
             # Ended in mid-run, and its worker died: it is put down a minute later, and never where
             # the row is gone or was retried.

@@ -469,10 +469,14 @@ class Hand:
         left = self._chains.get(session, 0)
         if left > 0:
             self._chains[session] = left - 1
-            # One that was moved in mid-run, or retried, runs again beside its own next link; where
-            # one was ended the session may be gone.
+            # One that was moved in mid-run, or retried, or whose message was edited after a call
+            # whose end nobody knows (that is another key), runs again beside its own next link;
+            # where one was ended the session may be gone.
             plain = all(
-                p.ended is None and not p.maybe_ended and not p.moves and not p.did("retry", "fire")
+                p.ended is None
+                and not p.maybe_ended
+                and not p.moves
+                and not p.did("retry", "fire", "edit")
                 for p in self._by_session[session]
             )
             if await self.promise("immediate", 0, session=session) is None and plain:
