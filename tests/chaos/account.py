@@ -435,7 +435,7 @@ def too_early(records: Records) -> Iterator[str]:
     """Nothing is called before its time, whatever the host's clock says."""
     for call in records.api.calls:
         promise = records.journal.promises.get(call.recall)
-        if promise is not None and promise.did("fire") and promise.cadence != "interval":
+        if promise is not None and promise.did("fire", "retry") and promise.cadence != "interval":
             continue  # Its nominal time stands, as what follows is counted from it.
         early = datetime.fromisoformat(call.scheduled_for).timestamp() - call.at
         if early > SLACK:
@@ -623,8 +623,8 @@ def counts(records: Records) -> Iterator[str]:
         calls, found = by_attempt[key, attempt], marks[key, attempt]
         most = sum(mark["calls"] for mark in found)
         # What another worker put down for one that was not heard of again may never have been sent;
-        # or it was, and that one puts its own mark beside it. And a run that the API accepted once
-        # is polled by two workers where the lease of the first ended: each leaves how it saw it end.
+        # or it was, and that one puts its own mark beside it. And a run that the API accepted is
+        # polled by two workers where the lease of the first ended: each leaves how it saw it end.
         polled = any(call.how == "accepted" for call in calls)
         others = ("taken", "ended", "lost") if polled else ("taken", "ended")
         least = sum(mark["calls"] for mark in found if mark["settled"] not in others)
