@@ -631,7 +631,11 @@ def counts(records: Records) -> Iterator[str]:
         if len(calls) > most:
             # Ended in mid-run, and its worker died: it is put down a minute later, and never where
             # the row is gone or was retried.
-            over = promise is None or promise.ends or promise.maybe_ended or promise.did("retry")
+            # (A session that is deleted takes its other recalls along; `endings` holds that.)
+            gone = key.rpartition(":")[0] not in records.rows
+            over = gone or promise is None or promise.ends or promise.maybe_ended
+            if not over and promise is not None:
+                over = promise.did("retry") > 0
             if over and any(
                 records.struck(c.worker, c.at, c.ended or NEVER, (*WORKER_DIED, *OUTAGES))
                 for c in calls
