@@ -352,12 +352,17 @@ where r.id = %(id)s and r.lease = %(lease)s and r.status in ('pending', 'running
 
 -- name: sent
 -- The request of a row that was taken up from a dead worker is about to be sent; this is recorded
--- before. No row: the lease is no longer ours, and nothing may be sent. `taken_lease` says that
--- this is recorded for this very lease, as workers of an earlier version do not do it.
-update session_recalls
-set sent_at = greatest(now(), leased_at)
-where id = %(id)s and lease = %(lease)s and status in ('pending', 'running')
-returning id;
+-- before. No row: the lease is no longer ours, or the application holds the row locked (renewals
+-- must not wait behind it), and nothing may be sent. `taken_lease` says that this is recorded for
+-- this very lease, as workers of an earlier version do not do it.
+with held as materialized (
+    select r.id from session_recalls r where r.id = %(id)s for update of r skip locked
+)
+update session_recalls r
+set sent_at = greatest(now(), r.leased_at)
+where r.id = %(id)s and r.id = any (array(select id from held)) and r.lease = %(lease)s
+    and r.status in ('pending', 'running')
+returning r.id;
 
 -- name: next_due
 -- When the next row is due, and what is due and was not claimed: locked by the application, behind

@@ -396,6 +396,20 @@ async def test_racing_claimers_share_no_row_and_no_session(
             assert runs.index(f"{turn}-{n}-a") < runs.index(f"{turn}-{n}-b")
 
 
+async def test_a_locked_row_is_not_waited_for_before_it_is_sent(
+    db: Connection, database: str, ledgers: Ledgers
+) -> None:
+    """Renewals use the same connection: a row that the application holds locked is given back."""
+    id = await put(db, "s")
+    ledger = ledgers()
+    claim = await claim_one(ledger)
+    async with connected(database) as other, other.transaction():
+        await other.execute("select from session_recalls where id = %s for update", (id,))
+        assert await ledger.sent(claim) is False
+    assert await ledger.sent(claim) is True
+    assert (await recall(db, id))["sent_at"] is not None
+
+
 async def test_a_lost_race_for_a_session_is_an_empty_claim(
     db: Connection, database: str, ledgers: Ledgers
 ) -> None:

@@ -456,7 +456,8 @@ class Ledger:
         return rows[0]["message"] if rows else None
 
     async def sent(self, claim: Claim) -> bool:
-        """Record that its request is about to be sent. False where the lease is no longer ours."""
+        """Record that its request is about to be sent. False where the lease is no longer ours, or
+        the application holds the row locked."""
         return bool(
             await self._renewals.ask(self._sql["sent"], {"id": claim.id, "lease": claim.lease})
         )

@@ -172,7 +172,7 @@ class Executor:
                 try:
                     if await self._ledger.sent(claim):
                         return True
-                    withheld.append("its lease is not ours any more")
+                    withheld.append("its row is locked, or its lease is not ours any more")
                 except (DatabaseUnavailable, StatementRejected) as error:
                     withheld.append(
                         f"it could not be put on record that it is sent: {error.reason}"
