@@ -576,7 +576,7 @@ def intervals(records: Records) -> Iterator[str]:
             after, ended = first.get(number + 1), before.ended
             if before.how == "accepted":
                 run = records.api.runs.get(before.key)
-                # Answered under a key whose run had ended before, it is known to have ended by then.
+                # An answer under a key whose run had ended before: known to have ended by then.
                 known = None if run is None else run.ended
                 ended = None if known is None else max(known, ended or known)
             if after is None or ended is None or after.at < before.at:
