@@ -20,6 +20,8 @@ from typing import Any
 
 import psycopg
 
+from recall_worker.worker.breaker import PROBE_MOST
+
 from .hand import Hand, Promise
 from .stage import FAKETIME, Replica, Stage
 
@@ -439,6 +441,13 @@ where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.
             and o.lease is not null))
 """
 
+OPEN_BREAKERS = """
+select count(*) from recall_workers w
+where w.breaker = 'open' and w.seen_at > now() - interval '90 seconds'
+"""
+"""While a breaker is open its worker sends test calls only, up to half a minute apart: the calm
+phase, in which nothing may be late, has not begun."""
+
 
 class Schedule:
     def __init__(self, stage: Stage, hand: Hand, seed: int, kinds: list[str]) -> None:
@@ -466,9 +475,11 @@ class Schedule:
         end = time.monotonic() + seconds
         await self._recovered()
         while not self._stage.spins:
+            closed = await self._breakers_closed()
             began = time.time()
             await asyncio.sleep(self._dice.uniform(*calm))
-            self.calm.append((began, time.time()))
+            if closed:
+                self.calm.append((began, time.time()))
             if time.monotonic() >= end:
                 return
             two = self._dice.random() < 0.3 and len(self._kinds) > 2
@@ -513,6 +524,20 @@ class Schedule:
                     if found is not None and found[0] == 0:
                         return True
                     await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
+        return False
+
+    async def _breakers_closed(self) -> bool:
+        """Wait until no worker's breaker is open. False where one stays open for longer than the
+        pause between two test calls: the other workers leave it nothing to call."""
+        end = time.monotonic() + PROBE_MOST + 5
+        while time.monotonic() < end and not self._stage.spins:
+            async with _asking(self._stage.dsn) as conn:
+                while conn is not None and time.monotonic() < end:
+                    found = await (await conn.execute(OPEN_BREAKERS.encode())).fetchone()
+                    if found is not None and found[0] == 0:
+                        return True
+                    await asyncio.sleep(0.2)
             await asyncio.sleep(0.1)
         return False
 
