@@ -38,6 +38,7 @@ from .connection import (
     error_text,
     session_setup,
 )
+from .pipeline import Farewell
 
 CHANNEL = "session_recalls"
 PROBE_EVERY = 60.0
@@ -148,6 +149,7 @@ class Listener:
         """Listen on a new connection. Returns when notifications do not arrive on it."""
         async with asyncio.timeout(self._connect_within):
             conn = await Connection.connect(**self._info)
+        farewell = Farewell(conn)
         # For notifications that arrive while a statement runs.
         conn.add_notify_handler(lambda notification: self._receive(notification.channel))
         try:
@@ -168,6 +170,8 @@ class Listener:
             self.deaf = True
             reason, hint = (ELSEWHERE, ELSEWHERE_HINT) if self._direct else (POOLER, POOLER_HINT)
             self._events.tell("listener.deaf", reason=reason, hint=hint)
+        except psycopg.Error as error:
+            raise farewell.instead_of(error) from None
         finally:
             # Never close(): it could wait for a peer that is gone.
             conn.pgconn.finish()

@@ -81,6 +81,31 @@ class PendingQuery:
             self.answer.set_exception(self._error or error)
 
 
+class Farewell:
+    """What PostgreSQL said as it closed an idle connection: that it shuts down, that somebody
+    ended the connection, a timeout.
+
+    libpq hands this over as a notice. What it reports afterwards is only that the connection is
+    closed.
+    """
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        self._error: psycopg.Error | None = None
+        conn.add_notice_handler(self._take)
+
+    def _take(self, notice: errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized in ("FATAL", "PANIC") and notice.sqlstate is not None:
+            try:
+                kind = errors.lookup(notice.sqlstate)
+            except KeyError:
+                kind = psycopg.OperationalError
+            self._error = kind(notice.message_primary or notice.sqlstate)
+
+    def instead_of(self, error: psycopg.Error) -> psycopg.Error:
+        """The server's own reason, or this error where it gave none."""
+        return self._error or error
+
+
 class PipelineConnection:
     """An open connection in pipeline mode: each transaction is sent in one write, and its answers
     are read as they come."""
@@ -89,6 +114,7 @@ class PipelineConnection:
         """`conn`: used by nobody else from now on. It may be pooled."""
         self._conn = conn
         self._pg = conn.pgconn
+        self._farewell = Farewell(conn)
         self._adapt = Transformer(conn)
         self._prepared: dict[_Plan, bytes] = {}
         self._asked: PendingQuery | None = None
@@ -177,7 +203,9 @@ class PipelineConnection:
         try:
             self._pg.consume_input()
         except psycopg.Error as error:
-            lost = error
+            lost = self._farewell.instead_of(error)
+        if self._asked is None:
+            self._pg.is_busy()  # Has libpq parse what came: a farewell is lost with the connection.
         # None ends the results of each statement; two in a row mean that there is no more for now.
         nones = 0
         while self._asked is not None and nones < 2 and not self._pg.is_busy():

@@ -194,7 +194,7 @@ async def test_connections_terminated(
     await promise(app, "open")
     await gate.entered.wait()
     for n in range(4):
-        if name.endswith("bell"):
+        if name.endswith("listener"):
             await daemon.hears("listener.listening", times=n + 1)
         assert await terminate(db, name) >= 1
         await promise(app, f"s{n}", seconds=0.1 * (n % 2))
@@ -203,6 +203,11 @@ async def test_connections_terminated(
     await daemon.hears("recall.settled", session="open")
     assert sorted(r.session for r in endpoint.requests) == ["open", "s0", "s1", "s2", "s3"]
     assert daemon.told("lease.taken") == daemon.told("worker.error") == []
+    # The reason is PostgreSQL's, not only that the connection is closed.
+    lost = "listener.lost" if name.endswith("listener") else "database.lost"
+    assert {event["reason"] for event in daemon.told(lost)} <= {
+        "terminating connection due to administrator command"
+    }
     assert same_process(daemon)
 
 
