@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .database.ledger import OWNERS_FIRST
+from .database.ledger import GRACE_AFTER_OUTAGE
 from .settings import LEASE, LEASE_MOST
 from .terminal import span
 
@@ -23,7 +23,7 @@ FLEET = {
     "silence": SILENT_AFTER,
     "lease": LEASE,
     "lease_most": LEASE_MOST,
-    "grace": OWNERS_FIRST,
+    "grace": GRACE_AFTER_OUTAGE,
 }
 """The values of the statement `fleet`. `lease`: of workers whose rows do not say theirs."""
 ALIKE = (
@@ -63,7 +63,7 @@ def fleet_cap(row: Mapping[str, Any]) -> str | None:
     if row["fleet_cap"] is None or row["fleet_leases"] < row["fleet_cap"]:
         return None
     one = row["fleet_ended"] == 1
-    after = span(row["fleet_lease"] * OWNERS_FIRST)
+    after = span(row["fleet_lease"] * GRACE_AFTER_OUTAGE)
     whose = [
         (row["fleet_of_live"], "of live workers"),
         (row["fleet_of_silent"], "of workers without a heartbeat"),

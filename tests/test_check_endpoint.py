@@ -517,9 +517,15 @@ Command = Callable[..., Awaitable[tuple[int, str, str]]]
 async def run_command(*arguments: str, **environ: str) -> tuple[int, str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "recall_worker", "check-endpoint", *arguments,
-        env=kept | environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "recall_worker",
+        "check-endpoint",
+        *arguments,
+        env=kept | environ,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     async with asyncio.timeout(40):
         said, talk = await process.communicate()
     assert process.returncode is not None

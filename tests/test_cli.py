@@ -603,9 +603,11 @@ def test_completion(shell: str, mark: str) -> None:
     assert script.returncode == 0 and mark in script.stdout and "recall-worker" in script.stdout
     question = {
         "_RECALL_WORKER_COMPLETE": f"complete_{shell}",
-        "COMP_WORDS": "recall-worker re", "COMP_CWORD": "1",
-        "_TYPER_COMPLETE_ARGS": "recall-worker re", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
-    }  # fmt: skip
+        "COMP_WORDS": "recall-worker re",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "recall-worker re",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
     command = (
         "import sys; sys.argv[0] = 'recall-worker'; from recall_worker.cli import main; main()"
     )
@@ -935,8 +937,12 @@ def test_schedule_by_cron(waiting: str) -> None:
     id = made.out.strip()
     row = next(row for row in rows_of(waiting) if row["id"] == id)
     assert (row["cadence"], row["cron"], row["time_zone"], row["times"], row["grace_seconds"]) == (
-        "cron", "30 9 * * mon-fri", "Europe/Berlin", 9, 7200,
-    )  # fmt: skip
+        "cron",
+        "30 9 * * mon-fri",
+        "Europe/Berlin",
+        9,
+        7200,
+    )
     ahead = json.loads(operate(waiting, "preview", id, "--count", "12", "--json").out)
     assert len(ahead["occurrences"]) == 9 and all(
         "T09:30:00+0" in moment["local"] for moment in ahead["occurrences"]
@@ -999,8 +1005,9 @@ def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
     ):
         made = operate(waiting, "schedule", "s", "m", *words, *berlin, "--json").document
         assert (made["trigger_at"], made["time_zone"]) == (
-            "2030-07-01T07:00:00.000000Z", "Europe/Berlin" if "--cron" in words else None,
-        )  # fmt: skip
+            "2030-07-01T07:00:00.000000Z",
+            "Europe/Berlin" if "--cron" in words else None,
+        )
         assert operate(waiting, "cancel", made["id"]).status == 0
     assert made["until_at"] == "2030-07-01T07:00:00.000000Z"
 

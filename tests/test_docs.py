@@ -205,8 +205,9 @@ def test_what_is_to_be_touched_is_named() -> None:
         title: set(PLACE.findall(body))
         for title, body in re.findall(r"^## To add a (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     }
-    assert set(added) == {"protocol", "migration", "command"}
+    assert set(added) == {"statement", "protocol", "migration", "command"}
     for needed, title in (
+        ({"tests/test_statements.py"}, "statement"),
         (
             {"recall_worker/protocols/__init__.py", "recall_worker/settings.py", "docs/servers.md"},
             "protocol",

@@ -163,7 +163,7 @@ async def test_in_good_health(ward: Ward, endpoint: Endpoint) -> None:
             "database",
             "schema",
             "pooler",
-            "bell",
+            "listener",
             "clock",
             "rights",
             "trigger",
@@ -414,23 +414,23 @@ def test_what_migrations_make() -> None:
 # --- waking ---------------------------------------------------------------------------------------
 
 
-async def test_it_rings_the_workers_once(ward: Ward, database: str) -> None:
-    """An examination rings the workers' channel once, however often it times the way."""
+async def test_it_notifies_the_workers_once(ward: Ward, database: str) -> None:
+    """An examination notifies the workers' channel once, however often it times the way."""
     async with connected(database) as conn:
-        rings = await listening(conn)
-        found = await ward.finds("bell", "ok", r"notifications arrive \(5 of 5\), after \d")
+        notifies = await listening(conn)
+        found = await ward.finds("listener", "ok", r"notifications arrive \(5 of 5\), after \d")
         assert found["todo"] is None
-        assert await rings.until_now() == 1
+        assert await notifies.until_now() == 1
 
 
-async def test_a_bell_in_another_database(ward: Ward, server: str, template: str) -> None:
+async def test_a_listener_in_another_database(ward: Ward, server: str, template: str) -> None:
     """A RECALL_LISTEN_DSN that leads to another database hears nothing."""
     with (
         postgres.database(server, template) as elsewhere,
         mock.patch.object(listener, "NOTIFY_DEADLINE", 1.0),
     ):
         found = await ward.finds(
-            "bell",
+            "listener",
             "problem",
             "a notification did not arrive",
             status=1,
@@ -439,10 +439,10 @@ async def test_a_bell_in_another_database(ward: Ward, server: str, template: str
     assert "same database on the same server" in found["todo"]
 
 
-async def test_a_bell_that_has_no_connection(ward: Ward) -> None:
+async def test_a_listener_that_has_no_connection(ward: Ward) -> None:
     """A RECALL_LISTEN_DSN that leads nowhere."""
     found = await ward.finds(
-        "bell",
+        "listener",
         "problem",
         "the LISTEN connection can't be opened",
         status=1,
@@ -473,7 +473,7 @@ async def test_a_queue_of_notifications(endpoint: Endpoint) -> None:
                 conn.execute("select pg_notify('something', repeat('x', 7000) || %s::text)", [n])
             said = await asyncio.to_thread(operate, own.dsn(), "doctor", "--json")
         [found] = [row for row in said.document["checks"] if row["state"] == "problem"]
-        assert found["check"] == "bell" and "queue of notifications" in found["seen"]
+        assert found["check"] == "listener" and "queue of notifications" in found["seen"]
     finally:
         own.stop()
 
@@ -484,7 +484,7 @@ async def test_a_pooler_without_a_direct_way(ward: Ward, database: str) -> None:
     with pooler(database) as bouncer:
         said = await ward.examine("--json", dsn=bouncer.dsn)
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
-        assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "bell"]
+        assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "listener"]
         assert "a pooler in transaction mode, which does not support LISTEN" in wrong[0]["seen"]
         assert all(
             row["todo"] == "the server's own address in RECALL_LISTEN_DSN: it must be direct"
@@ -520,16 +520,16 @@ async def test_a_pooler_with_a_direct_way(ward: Ward, database: str) -> None:
             RECALL_LISTEN_DSN=database,
         )
         await ward.finds(
-            "bell", "ok", "notifications arrive", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database
+            "listener", "ok", "notifications arrive", dsn=bouncer.dsn, RECALL_LISTEN_DSN=database
         )
 
 
-async def test_a_bell_behind_a_pooler(ward: Ward, database: str) -> None:
+async def test_a_listener_behind_a_pooler(ward: Ward, database: str) -> None:
     """A RECALL_LISTEN_DSN that leads through a pooler, too, is none."""
     with pooler(database) as bouncer:
         said = await ward.examine("--json", RECALL_LISTEN_DSN=bouncer.dsn)
         wrong = [row for row in said.document["checks"] if row["state"] == "problem"]
-        assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "bell"]
+        assert said.status == 1 and [row["check"] for row in wrong] == ["pooler", "listener"]
         assert (
             "RECALL_LISTEN_DSN leads through a pooler in transaction mode, too" in wrong[0]["seen"]
         )

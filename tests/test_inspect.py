@@ -755,8 +755,10 @@ def test_show(desk: Desk) -> None:
         and "ended" not in shown
     )
     assert [line.split()[:4] for line in calls.splitlines()[1:]] == [
-        ["1", "1", "answered", "1"], ["2", "1", "unknown", "1"], ["2", "2", "busy", "3"],
-    ]  # fmt: skip
+        ["1", "1", "answered", "1"],
+        ["2", "1", "unknown", "1"],
+        ["2", "2", "busy", "3"],
+    ]
     document = operate(desk.dsn, "show", "r", "--json").document
     assert document["recall"]["id"] == "r"
     assert [

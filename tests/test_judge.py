@@ -475,9 +475,12 @@ def test_skipping_k_intervals_consumes_exactly_k_numbers(
     """However a recall is met by a skip of k (waiting, between two calls, in mid-run), exactly k
     numbers are left out."""
     claim = claim_with(
-        call_type="recurring", interval=interval, occurrence=occurrence, attempt=attempt,
+        call_type="recurring",
+        interval=interval,
+        occurrence=occurrence,
+        attempt=attempt,
         trigger_at=NOON + timedelta(seconds=interval) * k,
-    )  # fmt: skip
+    )
     begun = claim._replace(begun_age=1.0)
     assert resolve_move(claim) == resolve_move(begun) == Placement(occurrence + k, AsMoved(), 0)
     after_a_run = verdict_on(begun, Answered(200))

@@ -1038,7 +1038,7 @@ async def test_a_move_before_the_first_call_keeps_the_number(
 
 
 @pytest.mark.parametrize(
-    ("due", "columns", "quiet", "rings"),
+    ("due", "columns", "quiet", "notifies"),
     [
         (0.0, {}, False, True),
         (59.0, {}, False, True),
@@ -1050,9 +1050,9 @@ async def test_a_move_before_the_first_call_keeps_the_number(
     ids=["now", "within the horizon", "beyond it", "ended", "recurring", "turned off"],
 )
 async def test_which_inserts_ring(
-    due: float, columns: dict[str, Any], quiet: bool, rings: bool, db: Connection, database: str
+    due: float, columns: dict[str, Any], quiet: bool, notifies: bool, db: Connection, database: str
 ) -> None:
-    """What is due within a minute rings once, with nothing in it; what is due later costs nobody
+    """What is due within a minute notifies once, with nothing in it; what is due later costs nobody
     anything, and who inserts in bulk may be quiet."""
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as bell:
         await bell.execute("listen session_recalls")
@@ -1062,9 +1062,9 @@ async def test_which_inserts_ring(
         await db.execute("select pg_notify('session_recalls', 'the end')")
         heard = [
             notification.payload
-            async for notification in bell.notifies(timeout=20, stop_after=1 + rings)
+            async for notification in bell.notifies(timeout=20, stop_after=1 + notifies)
         ]
-    assert heard == [""] * rings + ["the end"]
+    assert heard == [""] * notifies + ["the end"]
 
 
 async def test_a_one_shot_stands_where_it_is_put(
@@ -1249,11 +1249,12 @@ async def test_a_recall_that_could_only_loop_is_refused(
     )
 
 
-# --- the bell -------------------------------------------------------------------------------------
+# --- the listener
+# -------------------------------------------------------------------------------------
 
 
-async def rings(database: str, act: Callable[[], Any]) -> list[str]:
-    """The payloads of the bell while something is done."""
+async def notifies(database: str, act: Callable[[], Any]) -> list[str]:
+    """The payloads of the listener while something is done."""
     async with connected(database) as listener, connected(database) as marker:
         await listener.execute("listen session_recalls")
         await listener.execute("listen done")
@@ -1283,15 +1284,15 @@ async def rings(database: str, act: Callable[[], Any]) -> list[str]:
 async def test_an_insert_rings_within_the_horizon(
     due: float | str, kind: str, heard: bool, db: Connection, database: str
 ) -> None:
-    """What is due within a minute rings, once, with an empty payload; what is further off costs the
-    inserter nothing."""
+    """What is due within a minute notifies, once, with an empty payload; what is further off costs
+    the inserter nothing."""
 
     async def insert() -> None:
         await put(
             db, "s", due, call_type=kind, interval_seconds=60 if kind == "recurring" else None
         )
 
-    assert await rings(database, insert) == ([""] if heard else [])
+    assert await notifies(database, insert) == ([""] if heard else [])
 
 
 UPDATES = {
@@ -1310,13 +1311,14 @@ UPDATES = {
 async def test_an_update_rings_where_it_makes_due_earlier(
     due: float, change: str, heard: bool, db: Connection, database: str
 ) -> None:
-    """Of changes to a waiting recall, one that a sleeping worker could miss rings, and no other."""
+    """Of changes to a waiting recall, one that a sleeping worker could miss notifies, and no
+    other."""
     await put(db, "s", due)
 
     async def update() -> None:
         await db.execute(f"update session_recalls set {change}, updated_at = now()".encode())
 
-    assert await rings(database, update) == ([""] if heard else [])
+    assert await notifies(database, update) == ([""] if heard else [])
 
 
 @pytest.mark.parametrize(
@@ -1325,7 +1327,7 @@ async def test_an_update_rings_where_it_makes_due_earlier(
     ids=["revived", "resumed"],
 )
 async def test_what_waits_again_rings(change: str, db: Connection, database: str) -> None:
-    """A recall that was over or held back, and is live and due again, rings."""
+    """A recall that was over or held back, and is live and due again, notifies."""
     before = (
         {"status": "cancelled"}
         if change == "status = 'pending'"
@@ -1336,7 +1338,7 @@ async def test_what_waits_again_rings(change: str, db: Connection, database: str
     async def update() -> None:
         await db.execute(f"update session_recalls set {change}".encode())
 
-    assert await rings(database, update) == [""]
+    assert await notifies(database, update) == [""]
 
 
 @pytest.mark.parametrize(
@@ -1369,13 +1371,13 @@ async def test_the_end_of_a_leased_recall_rings(
     async def act() -> None:
         await db.execute(change.encode())
 
-    assert await rings(database, act) == ([""] if heard else [])
+    assert await notifies(database, act) == ([""] if heard else [])
 
 
 async def test_the_deletion_of_a_waiting_recall_is_silent(db: Connection, database: str) -> None:
     """There is nothing to do for anybody."""
     await put(db, "s")
-    assert await rings(database, lambda: db.execute("delete from sessions")) == []
+    assert await notifies(database, lambda: db.execute("delete from sessions")) == []
 
 
 async def test_an_insert_that_is_rolled_back_is_silent(db: Connection, database: str) -> None:
@@ -1385,14 +1387,14 @@ async def test_an_insert_that_is_rolled_back_is_silent(db: Connection, database:
         async with db.transaction(force_rollback=True):
             await put(db, "s")
 
-    assert await rings(database, act) == []
+    assert await notifies(database, act) == []
 
 
 async def test_the_worker_itself_is_silent(
     db: Connection, app: Application, database: str, ledgers: Ledgers
 ) -> None:
-    """Claims, renewals, looks, placings and settles of every kind ring nobody: NOTIFY takes a lock
-    that spans the database."""
+    """Claims, renewals, looks, placings and settles of every kind notify nobody: NOTIFY takes a
+    lock that spans the database."""
     for n in range(6):
         await put(db, f"s{n}", -100.0 - n, call_type="recurring", interval_seconds=10)
     await app.skip_next("s0")
@@ -1420,12 +1422,12 @@ async def test_the_worker_itself_is_silent(
             "cancelled",
         ]
 
-    assert await rings(database, work) == []
+    assert await notifies(database, work) == []
 
 
 async def test_a_worker_that_leaves_rings(database: str, ledgers: Ledgers) -> None:
     """What it put back is for the others, at once."""
-    assert await rings(database, ledgers().deregister) == [""]
+    assert await notifies(database, ledgers().deregister) == [""]
 
 
 async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
@@ -1438,7 +1440,7 @@ async def test_an_agent_that_schedules_from_inside_its_run_rings_once(
     async def act() -> None:
         await app.schedule("s", "immediate", datetime.now(UTC), "the next link")
 
-    assert await rings(database, act) == [""]
+    assert await notifies(database, act) == [""]
 
 
 async def test_a_skip_across_a_change_of_clocks(

@@ -1,5 +1,5 @@
-"""The bell alone, on a real PostgreSQL: whether it knows that it hears, and that nothing that rings
-is lost while it finds out."""
+"""The listener alone, on a real PostgreSQL: whether it knows that it hears, and that nothing that
+notifies is lost while it finds out."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Echo = Callable[[str], Awaitable[None]]
 
 
 class Heard:
-    """What a bell rang, and told, so far."""
+    """What a listener rang, and told, so far."""
 
     def __init__(self) -> None:
         self.rings = 0
         self.told: list[str] = []
         self._changed = asyncio.Condition()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         self.rings += 1
         self.stir()
 
@@ -58,10 +58,10 @@ class Heard:
 
 @asynccontextmanager
 async def listening(dsn: str, echo: Echo, heard: Heard) -> AsyncIterator[Listener]:
-    """A bell at work."""
+    """A listener at work."""
     events = Events()
     events.listen(heard.tell)
-    bell = Listener(dsn, "w", heard.ring, echo, events)
+    bell = Listener(dsn, "w", heard.notify, echo, events)
     work = asyncio.create_task(bell.run())
     try:
         await heard.until(lambda: "listener.listening" in heard.told)
@@ -81,14 +81,14 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def echo(db: Connection) -> Echo:
     """Rings as the ledger does, on another connection."""
 
-    async def ring(channel: str) -> None:
+    async def notify(channel: str) -> None:
         await db.execute("select pg_notify(%s, '')", [channel])
 
-    return ring
+    return notify
 
 
 async def test_it_hears_itself(database: str, echo: Echo) -> None:
-    """Asked again and again, it is listening, says so once, and rings nobody for it but at its
+    """Asked again and again, it is listening, says so once, and notifies nobody for it but at its
     beginning."""
     heard = Heard()
     asked = 0
@@ -106,7 +106,7 @@ async def test_it_hears_itself(database: str, echo: Echo) -> None:
 
 
 async def test_it_does_not_hear(database: str, echo: Echo) -> None:
-    """What is rung elsewhere does not come: told once, however often it tries; and when it does
+    """What is notified elsewhere does not come: told once, however often it tries; and when it does
     come, that is told, too."""
     heard = Heard()
     tries, deaf = 0, True
@@ -144,7 +144,7 @@ async def test_nobody_can_ring(database: str) -> None:
 
 
 async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
-    """A ring that comes in the same instant as the echo, before or behind it, is not lost: thirty
+    """A notify that comes in the same instant as the echo, before or behind it, is not lost: thirty
     of thirty."""
     heard = Heard()
     sent = 0
@@ -170,7 +170,7 @@ async def test_a_process_that_stood_still(database: str) -> None:
         asked += 1
         heard.stir()
 
-        def ring() -> None:
+        def notify() -> None:
             time.sleep(room.SELF_TEST_STEP + 0.3)
             # The last one may find the database gone, and the test over.
             with (
@@ -179,7 +179,7 @@ async def test_a_process_that_stood_still(database: str) -> None:
             ):
                 conn.execute("select pg_notify(%s, '')", [channel])
 
-        threading.Thread(target=ring).start()
+        threading.Thread(target=notify).start()
         asyncio.get_running_loop().call_later(room.SELF_TEST_STEP + 0.1, time.sleep, 1.5)
 
     async with listening(database, while_it_stands_still, heard) as bell:

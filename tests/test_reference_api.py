@@ -252,7 +252,7 @@ async def test_a_run_keeps_the_session_busy(client: Client, agent: Agent) -> Non
 
 
 async def test_one_of_many_at_once_gets_in(client: Client, agent: Agent) -> None:
-    """Of twenty runs for one session that session_setup together exactly one is started."""
+    """Of twenty calls for one session that arrive together exactly one is started."""
     calls = [asyncio.create_task(client.run(key=f"r:{n}", message="wait")) for n in range(20)]
     completed = asyncio.as_completed(calls)
     for _ in range(19):

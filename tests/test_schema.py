@@ -59,8 +59,12 @@ def command(dsn: str, *options: str) -> subprocess.CompletedProcess[str]:
     """`recall-worker migrate`, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "recall_worker", "migrate", *options],
-        env=environ(dsn), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
+        env=environ(dsn),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 class Migrate:
@@ -491,8 +495,12 @@ def test_version_15_skips_the_baseline(empty_database: str) -> None:
     before = rows_at_15(empty_database), execute(empty_database, FILES)
     states = "select status, count(*) from session_recalls group by 1 order by 1"
     assert {status for status, _ in execute(empty_database, states)} == {
-        "pending", "running", "fired", "cancelled", "failed",
-    }  # fmt: skip
+        "pending",
+        "running",
+        "fired",
+        "cancelled",
+        "failed",
+    }
     assert all(before[0].values()), "a table without rows proves nothing"
 
     assert schema.pending(empty_database) == [name for name in ALL if int(name[:4]) > 15]

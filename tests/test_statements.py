@@ -543,12 +543,23 @@ def use_the_commands(dsn: str) -> None:
     """The operator's side, every command that asks the database for something."""
     id = operate(dsn, "schedule", "s", "m", "--every", "1h", "--in", "1h").out.strip()
     for words in (
-        "list", "list --session s", "list --user ann", f"show {id}", f"why {id}", "workers",
-        "stats", f"skip {id}", f"pause {id}", f"resume {id}", f"fire {id}",
+        "list",
+        "list --session s",
+        "list --user ann",
+        f"show {id}",
+        f"why {id}",
+        "workers",
+        "stats",
+        f"skip {id}",
+        f"pause {id}",
+        f"resume {id}",
+        f"fire {id}",
         f"reschedule {id} --in 1h",
-        f"cancel {id} --yes", f"retry {id}", "cancel --session s --yes",
+        f"cancel {id} --yes",
+        f"retry {id}",
+        "cancel --session s --yes",
         "prune --older-than 30d --yes",
-    ):  # fmt: skip
+    ):
         done = operate(dsn, *words.split())
         assert done.status == 0, (words, done)
     assert operate(dsn, "pause", id).status == 1, "it is over, and is said to be"

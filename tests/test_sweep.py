@@ -57,10 +57,13 @@ def test_everything_is_reached(rows: int, took: float) -> None:
 @pytest.mark.parametrize(
     ("keep", "asked"),
     [
-        (ALL, ["recalls", "calls"]), ({"fired": 60.0}, ["recalls"]), ({"calls": 60.0}, ["calls"]),
-        ({"failed": 1.0, "calls": 2.0}, ["recalls", "calls"]), ({}, []),
+        (ALL, ["recalls", "calls"]),
+        ({"fired": 60.0}, ["recalls"]),
+        ({"calls": 60.0}, ["calls"]),
+        ({"failed": 1.0, "calls": 2.0}, ["recalls", "calls"]),
+        ({}, []),
     ],
-)  # fmt: skip
+)
 def test_only_what_is_not_kept_for_ever(keep: dict[str, float], asked: list[str]) -> None:
     """A table of which everything is kept is not looked at; null stands for ever."""
     heap = Heap([], [])

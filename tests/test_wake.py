@@ -16,7 +16,7 @@ from recall_worker.worker.wake import (
     FLOOR_MOST,
     UNPROVOKED_MOST,
     WAKE_STAGGER,
-    Looked,
+    DispatchResult,
     Wake,
 )
 
@@ -25,7 +25,7 @@ START = 1000.0
 
 SECONDS = st.floats(-1.0, 40.0)
 FOUND = st.builds(
-    Looked,
+    DispatchResult,
     claimed=st.just(0),
     full=st.booleans(),
     has_room=st.booleans(),
@@ -41,24 +41,24 @@ FOUND = st.builds(
 LOOK_TAKES = st.floats(0.0, 0.01)
 
 
-def looked(wake: Wake, now: float, found: Looked) -> float:
+def dispatched(wake: Wake, now: float, found: DispatchResult) -> float:
     """A look that finds this; returns seconds until the next one."""
     wake.begin(now)
-    wake.looked(found, now)
+    wake.dispatched(found, now)
     return wake.seconds(now)
 
 
-def quiet(found: Looked, now: float = START) -> tuple[Wake, float]:
+def quiet(found: DispatchResult, now: float = START) -> tuple[Wake, float]:
     """A worker that has looked once and found nothing, and looks again when nothing has changed
     since."""
     wake = Wake(POLL, now - 100)
-    looked(wake, now - 100, Looked())
-    return wake, looked(wake, now, found)
+    dispatched(wake, now - 100, DispatchResult())
+    return wake, dispatched(wake, now, found)
 
 
 @given(st.lists(st.tuples(FOUND, LOOK_TAKES), min_size=1, max_size=300))
 @settings(deadline=None, max_examples=300)
-def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
+def test_nothing_makes_it_spin(story: list[tuple[DispatchResult, float]]) -> None:
     """Whatever looks find, as long as nothing changes: in any second there are no more of them than
     a few, and the loop goes on."""
     wake, now = Wake(POLL, START), START
@@ -68,7 +68,7 @@ def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
         began.append(now)
         wake.begin(now)
         now += takes
-        wake.looked(found, now)
+        wake.dispatched(found, now)
         assert 0.0 <= wake.seconds(now) <= POLL + 1e-6
     # The first look has a reason: the start. Then so many as a due instant may provoke, and those
     # that the floor lets pass.
@@ -78,7 +78,7 @@ def test_nothing_makes_it_spin(story: list[tuple[Looked, float]]) -> None:
 
 
 @given(FOUND.filter(lambda found: not (found.fell_due or found.ended or found.due_at is not None)))
-def test_a_look_at_once_needs_a_change(found: Looked) -> None:
+def test_a_look_at_once_needs_a_change(found: DispatchResult) -> None:
     """Where a look changed nothing, and nothing has changed since it began, the next one is no
     earlier than the floor."""
     _, wait = quiet(found)
@@ -87,7 +87,7 @@ def test_a_look_at_once_needs_a_change(found: Looked) -> None:
 
 @given(FOUND)
 @settings(max_examples=300)
-def test_what_stands_still_is_looked_at_ever_more_rarely(found: Looked) -> None:
+def test_what_stands_still_is_looked_at_ever_more_rarely(found: DispatchResult) -> None:
     """The same finding again and again, by a clock that stands still: after a while a second passes
     between two looks."""
     wake, now = Wake(POLL, START), START
@@ -95,9 +95,9 @@ def test_what_stands_still_is_looked_at_ever_more_rarely(found: Looked) -> None:
     for _ in range(60):
         now += wake.seconds(now)
         wake.begin(now)
-        wake.looked(
-            Looked(
-                **{name: getattr(found, name) for name in Looked.__dataclass_fields__}
+        wake.dispatched(
+            DispatchResult(
+                **{name: getattr(found, name) for name in DispatchResult.__dataclass_fields__}
                 | {"due_at": None}
             ),
             now,
@@ -126,7 +126,7 @@ def tell(wake: Wake, event: str, now: float) -> None:
 )
 @settings(deadline=None)
 def test_what_is_told_is_looked_after(
-    story: list[tuple[str | None, str | None, str | None, Looked]],
+    story: list[tuple[str | None, str | None, str | None, DispatchResult]],
 ) -> None:
     """A notification, a change, and the end of a run that something waits for: the next look is at
     once, whenever they come."""
@@ -139,10 +139,10 @@ def test_what_is_told_is_looked_after(
         wake.begin(now)
         if during is not None:
             tell(wake, during, now)
-        wake.asks_ahead()
+        wake.asks_next_due()
         if asking is not None:
             tell(wake, asking, now)
-        wake.looked(found, now)
+        wake.dispatched(found, now)
         if (
             {during, asking} & {"notified", "changed", "awaited"}
             or during is not None
@@ -155,20 +155,20 @@ def test_what_is_told_is_looked_after(
 def test_a_due_instant_is_met() -> None:
     """The timer is armed for the instant itself, however near."""
     for ahead in (0.002, 0.2, 20.0):
-        _, wait = quiet(Looked(due_at=START + ahead))
+        _, wait = quiet(DispatchResult(due_at=START + ahead))
         assert wait == pytest.approx(ahead)
-    assert quiet(Looked(due_at=START + 100))[1] == POLL
+    assert quiet(DispatchResult(due_at=START + 100))[1] == POLL
 
 
 def test_a_poll_at_the_latest() -> None:
-    assert quiet(Looked())[1] == POLL
+    assert quiet(DispatchResult())[1] == POLL
 
 
 def test_a_full_look_goes_on_where_there_is_room() -> None:
     """What was claimed is a change; where no slot is free the end of a run is what is waited
     for."""
-    assert quiet(Looked(claimed=3, full=True, has_room=True))[1] == 0.0
-    wake, wait = quiet(Looked(claimed=3, full=True))
+    assert quiet(DispatchResult(claimed=3, full=True, has_room=True))[1] == 0.0
+    wake, wait = quiet(DispatchResult(claimed=3, full=True))
     assert wait == POLL
     wake.run_ended(START, is_over=True)
     assert wake.seconds(START) == 0.0 and wake.begin(START)
@@ -180,17 +180,17 @@ def test_what_waits_is_asked_for_ever_more_rarely() -> None:
     wake, now = Wake(POLL, START), START
     waits = []
     for _ in range(7):
-        waits.append(looked(wake, now, Looked(waiting=True)))
+        waits.append(dispatched(wake, now, DispatchResult(waiting=True)))
         now += waits[-1]
     assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
     wake.notified(now)
-    assert looked(wake, now, Looked(waiting=True)) == pytest.approx(FLOOR_FIRST)
+    assert dispatched(wake, now, DispatchResult(waiting=True)) == pytest.approx(FLOOR_FIRST)
 
 
 def test_a_run_that_is_over_costs_no_look_where_nothing_waits() -> None:
     """Nothing was left due, so nothing can have waited for it. One that is due again is asked
     after, without a claim."""
-    wake, _ = quiet(Looked(due_at=START + 20))
+    wake, _ = quiet(DispatchResult(due_at=START + 20))
     wake.run_ended(START, is_over=True)
     assert wake.seconds(START) == pytest.approx(20.0)
     wake.run_ended(START, is_over=False)
@@ -200,14 +200,14 @@ def test_a_run_that_is_over_costs_no_look_where_nothing_waits() -> None:
 def test_a_notification_is_left_to_others_first() -> None:
     """Replicas beyond the first two look a little later each, and only ask whether anything is due;
     one look for all that comes meanwhile."""
-    wake, _ = quiet(Looked())
+    wake, _ = quiet(DispatchResult())
     wake.begin(START)
-    wake.looked(Looked(), START)
+    wake.dispatched(DispatchResult(), START)
     wake.replicas_ahead = EAGER_REPLICAS + 2
     wake.notified(START)
     assert wake.seconds(START) == pytest.approx(3 * WAKE_STAGGER)
     wake.notified(START + WAKE_STAGGER)
     assert wake.seconds(START) == pytest.approx(3 * WAKE_STAGGER)
     assert not wake.begin(START + 3 * WAKE_STAGGER)
-    wake.looked(Looked(), START + 3 * WAKE_STAGGER)
+    wake.dispatched(DispatchResult(), START + 3 * WAKE_STAGGER)
     assert wake.seconds(START + 3 * WAKE_STAGGER) == POLL

@@ -66,10 +66,10 @@ ASIDE_FIRST, ASIDE_MOST = 60.0, 3600.0
 to the most."""
 ALONE_MOST = 100
 """Rows that are claimed one by one after a batch was refused, before the next query."""
-OWNERS_FIRST = 1 / 3
+GRACE_AFTER_OUTAGE = 1 / 3
 """Part of a lease for which a row whose lease has ended is left to its owner, where the owner could
-not renew it (PostgreSQL was down, or the row was locked): long enough for the owner to try again.
-The `grace` of the statements."""
+not renew it (PostgreSQL was down, or the row was locked). A worker renews at a third of a lease, so
+every living owner renews within this. The `grace` of the statements."""
 HELD = 1e9
 """Seconds, as good as for ever: after an outage the owner of a lease that has ended may be
 alive."""
@@ -191,7 +191,7 @@ class Ledger:
         name = f"recall-worker ledger {worker}"
         self._worker = worker
         self._lease = lease
-        self._grace = lease * OWNERS_FIRST
+        self._grace = lease * GRACE_AFTER_OUTAGE
         self._fleet = fleet
         self._message_limit = message_limit
         self._connections: list[QueryConnection] = []
@@ -288,7 +288,7 @@ class Ledger:
 
         `in_hand`: ids of our runs whose leases may have ended: we do not take those from ourselves.
         A row that the application holds locked could not be renewed by its owner: it is left to
-        that owner for a while (OWNERS_FIRST).
+        that owner for a while (GRACE_AFTER_OUTAGE).
         """
         now = time.monotonic()
         self._left = {id: until for id, until in self._left.items() if until > now}

@@ -22,7 +22,7 @@ async def examine(settings: Settings) -> Examination:
         if exam.reached:
             await exam.check("schema", schema.schema)
             await exam.check("pooler", listener.pooler)
-            await exam.check("bell", listener.bell)
+            await exam.check("listener", listener.listens)
             await exam.check("clock", server.clock)
         if exam.adopted:
             await exam.check("rights", schema.rights)

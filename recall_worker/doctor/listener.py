@@ -70,7 +70,7 @@ async def pooler(exam: Examination) -> None:
         try:
             exam.listen_pooling = await pooling_of(exam.settings.listen_dsn)
         except (psycopg.Error, OSError):
-            exam.listen_pooling = DIRECT  # The check `bell` says what is wrong.
+            exam.listen_pooling = DIRECT  # The check `listener` says what is wrong.
         if exam.listen_pooling in (TRANSACTION, STATEMENT):
             exam.find(
                 PROBLEM,
@@ -110,7 +110,7 @@ async def _backend(conn: Connection) -> int:
     return int(row["pid"])
 
 
-async def bell(exam: Examination) -> None:
+async def listens(exam: Examination) -> None:
     if exam.listen_pooling in (TRANSACTION, STATEMENT):
         # Not tried: the LISTEN would stay behind on one of the pooler's connections.
         seen = f"notifications can't pass the pooler: {_meanwhile(exam)}"

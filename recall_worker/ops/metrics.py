@@ -151,7 +151,9 @@ class Metrics:
         self._probed = self._counter(
             "breaker_probes_failed", "Probes that found the endpoint still failing."
         )
-        self._bell_lost = self._counter("bell_lost", "Times that the LISTEN connection was lost.")
+        self._listener_lost = self._counter(
+            "listener_lost", "Times that the LISTEN connection was lost."
+        )
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
         self._pruned = self._counter(
             "rows_pruned",
@@ -225,7 +227,7 @@ class Metrics:
             case "breaker.probed":
                 self._probed.inc()
             case "listener.lost":
-                self._bell_lost.inc()
+                self._listener_lost.inc()
             case "database.lost":
                 self._database_lost.inc()
             case "rows.pruned":
@@ -256,7 +258,7 @@ class Metrics:
             "draining", "1 after the first signal: nothing more is claimed.", status.is_draining
         )
         listener = GaugeMetricFamily(
-            "recall_worker_bell_state", "1 for the listener's state now.", labels=["state"]
+            "recall_worker_listener_state", "1 for the listener's state now.", labels=["state"]
         )
         for state in LISTENER_STATES:
             listener.add_metric([state], status.bell == state)

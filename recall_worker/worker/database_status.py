@@ -11,10 +11,8 @@ import math
 import time
 from collections.abc import Callable
 
+from ..database.ledger import GRACE_AFTER_OUTAGE
 from ..events import Events
-
-GRACE_AFTER_OUTAGE = 1 / 3
-"""Part of a lease: a worker renews at a third of it, so every living owner renews within this."""
 
 
 class DatabaseStatus:

@@ -28,7 +28,7 @@ from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
 from .executor import Executor
 from .run import RENEW_AT, Run, Runs
-from .wake import Looked, Wake
+from .wake import DispatchResult, Wake
 
 OUTAGE_PAUSE = (0.1, 0.5)
 """Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
@@ -123,7 +123,7 @@ class Dispatcher:
             await asyncio.sleep(0)
             claims = self._wake.begin(time.monotonic())
             found = await self.dispatch_once(claims=claims)
-            self._wake.looked(found, time.monotonic())
+            self._wake.dispatched(found, time.monotonic())
 
     async def _sleep(self, until: float) -> None:
         """Sleep until an instant, or until something wakes us, and report how late it was: the
@@ -136,22 +136,22 @@ class Dispatcher:
                 await asyncio.sleep(0)
         self._database.woke(time.monotonic() - until)
 
-    async def dispatch_once(self, *, claims: bool) -> Looked:
+    async def dispatch_once(self, *, claims: bool) -> DispatchResult:
         """Claim what is due and start it. `claims`: claim at once; else first ask whether anything
         is due."""
         slots, changes_in = await self._endpoint.allowance(self._runs.free_slots)
         if slots <= 0:
-            return Looked(blocked=True, again_in=changes_in)
+            return DispatchResult(blocked=True, again_in=changes_in)
         try:
             return await self._dispatch(slots, claims=claims)
         except DatabaseUnavailable as outage:
             self._database.lost(outage.reason, outage.asked_at)
-            return Looked(blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
+            return DispatchResult(blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
         except StatementRejected as refusal:
             self._events.tell("worker.error", doing="claim", reason=refusal.reason)
-            return Looked(blocked=True, again_in=random.uniform(*REFUSED_PAUSE))
+            return DispatchResult(blocked=True, again_in=random.uniform(*REFUSED_PAUSE))
 
-    async def _dispatch(self, slots: int, *, claims: bool) -> Looked:
+    async def _dispatch(self, slots: int, *, claims: bool) -> DispatchResult:
         probing = self._endpoint.is_open
         slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
         tried = self._leases_ended and self._database.may_take_expired
@@ -171,7 +171,7 @@ class Dispatcher:
         taken += len(claimed.claims)
         self._full = taken >= slots
         if claimed.refused:
-            return Looked(taken, unfinished=True, blocked=True)
+            return DispatchResult(taken, unfinished=True, blocked=True)
         self._unseen_since = self._unseen_since or claimed.asked_at
         # Calls first: the query for what is due next would keep PostgreSQL and this process busy. A
         # notification meanwhile starts another dispatch, and while all slots are filled nobody
@@ -179,25 +179,25 @@ class Dispatcher:
         if claimed.claims and time.monotonic() < self._unseen_since + UNSEEN_MOST:
             if self._full:
                 return self._filled(taken)
-            self._wake.asks_ahead()
+            self._wake.asks_next_due()
             if await self._is_called(CALLS_FIRST):
-                return Looked(taken)
+                return DispatchResult(taken)
         next_due = await self._ask_next_due(claimed.asked_at)
         return self._filled(taken) if self._full else self._seen(taken, next_due, tried=tried)
 
-    def _filled(self, taken: int) -> Looked:
+    def _filled(self, taken: int) -> DispatchResult:
         """The slots are filled. The end of a run wakes us; some may have ended meanwhile. A running
         probe is checked, as its silence may close the breaker."""
         if self._endpoint.is_open:
-            return Looked(taken, full=True, again_in=PROBED_AGAIN)
-        return Looked(taken, full=True, has_room=self._runs.free_slots > 0)
+            return DispatchResult(taken, full=True, again_in=PROBED_AGAIN)
+        return DispatchResult(taken, full=True, has_room=self._runs.free_slots > 0)
 
-    def _seen(self, taken: int, next_due: NextDue, *, tried: bool) -> Looked:
+    def _seen(self, taken: int, next_due: NextDue, *, tried: bool) -> DispatchResult:
         # The next dispatch takes up the leases that have ended, unless this one has tried: then
         # something blocks those that are left.
         ended = next_due.ended and not tried
         may_take_in = self._database.may_take_expired_in if ended else 0.0
-        return Looked(
+        return DispatchResult(
             taken,
             waiting=next_due.waiting,
             fell_due=next_due.fresh,
@@ -222,7 +222,7 @@ class Dispatcher:
         return True
 
     async def _ask_next_due(self, claimed_at: float | None) -> NextDue:
-        self._wake.asks_ahead()
+        self._wake.asks_next_due()
         next_due = await self._ledger.next_due(claimed_at=claimed_at)
         self._leases_ended = next_due.ended
         self._database.found()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..database.connection import DatabaseUnavailable, StatementRejected
-from ..database.ledger import OWNERS_FIRST, Ledger
+from ..database.ledger import GRACE_AFTER_OUTAGE, Ledger
 from .database_status import DatabaseStatus
 from .run import MARGIN, RENEW_AT, Run
 
@@ -108,9 +108,9 @@ class LeaseRenewer:
                 pause = min(self._lease * MARGIN, REFUSED_PAUSE)
 
     def _is_left(self, run: Run, since: float) -> None:
-        """Nobody could take this lease at `since`, so all workers leave it to us for OWNERS_FIRST
-        from then: see `Ledger.ended_leases`."""
-        run.ours_until = max(run.ours_until, since + self._lease * OWNERS_FIRST)
+        """Nobody could take this lease at `since`, so all workers leave it to us for
+        GRACE_AFTER_OUTAGE from then: see `Ledger.ended_leases`."""
+        run.ours_until = max(run.ours_until, since + self._lease * GRACE_AFTER_OUTAGE)
 
     async def let_go_in_time(self) -> None:
         """Break off the calls whose leases are about to end. Returns only by cancellation."""

@@ -37,7 +37,7 @@ died, or are full."""
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class DispatchResult:
     """What one dispatch found. Without arguments: nothing is due, and nothing is known of later
     rows."""
 
@@ -68,8 +68,8 @@ class Looked:
 
 
 class Wake:
-    """Call `begin` when `seconds` are over, and `looked` with what the dispatch found; report at
-    any time what happened meanwhile."""
+    """Call `begin` when `seconds` are over, and `dispatched` with what the dispatch found; report
+    at any time what happened meanwhile."""
 
     def __init__(self, poll: float, now: float) -> None:
         """`poll`: seconds between polls when no notification arrives."""
@@ -162,12 +162,12 @@ class Wake:
         self._waits = True
         return claims
 
-    def asks_ahead(self) -> None:
+    def asks_next_due(self) -> None:
         """The dispatch asks what is due next: a run that ends from now on needs no dispatch of its
         own, as the answer shows whether anything can have waited for it."""
         self._waits = False
 
-    def looked(self, found: Looked, now: float) -> None:
+    def dispatched(self, found: DispatchResult, now: float) -> None:
         """The dispatch that began last has ended, and found this."""
         self._looking = False
         self._waits = found.waiting or found.full or found.blocked

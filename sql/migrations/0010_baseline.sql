@@ -221,7 +221,7 @@ create index idx_recall_attempts_ended_at on recall_attempts
 create index idx_recall_attempts_session on recall_attempts (session_id, last_called_at);
 
 -- The running workers and their settings: for people (`workers`, `why`, `doctor`), never for
--- decisions. `bell`: whether notifications session_setup at the worker, or it has to poll.
+-- decisions. `bell`: whether notifications arrive at the worker, or it has to poll.
 create table recall_workers (
     worker text primary key,
     host text not null,

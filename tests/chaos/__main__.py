@@ -62,7 +62,7 @@ async def audit(
         silence.set()
         await living
         left = await _drained(hand, api, drawn, hopeless=bool(stage.spins or schedule.stuck))
-        rows, marks = await hand.settle_waiting(_tables)
+        rows, marks = await hand.until_done(_tables)
         statuses = await stage.end()
         records = Records(
             api,
@@ -116,10 +116,10 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
         )
 
     async def end() -> None:
-        for (id,) in await hand.settle_waiting(cancel):
+        for (id,) in await hand.until_done(cancel):
             hand.journal.promises[id].maybe_ended = True
 
-    await hand.settle_waiting(resume)
+    await hand.until_done(resume)
     await end()
 
     async def live(conn: psycopg.AsyncConnection[Any]) -> int:
@@ -136,7 +136,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     while left and time.monotonic() < until:
         if drawn.session_limit is not None:
             await end()
-        left = await hand.settle_waiting(live)
+        left = await hand.until_done(live)
         await asyncio.sleep(0.2)
     # A call whose recall is gone ends a little later, and leaves its mark then.
     until = time.monotonic() + RUN_TIMEOUT
@@ -260,9 +260,11 @@ def main() -> int:
     )
     parser.add_argument("--replicas", type=int, default=3)
     for name, what in (
-        ("lease", "seconds"), ("slots", "a number"), ("fleet", "a number, or off"),
+        ("lease", "seconds"),
+        ("slots", "a number"),
+        ("fleet", "a number, or off"),
         ("session-limit", "runs an hour, or off"),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", help=f"{what}; drawn by the seed where not given")
     parser.add_argument("--only", help="kinds of faults, with commas between: " + ", ".join(KINDS))
     parser.add_argument(

@@ -27,7 +27,7 @@ LAG_MOST = 1.5
 """Seconds that a recall may be late in a calm phase, on a machine that does much else; what is
 usual is told beside it."""
 CANCEL_TAKES = 1.0
-"""Seconds in which a call may still session_setup that was claimed before its recall was ended."""
+"""Seconds in which a call may still come of what was claimed before its recall was ended."""
 
 GAP_SLACK = 0.1
 """Seconds by which an interval may seem too short: the API notes the end of a run a moment after
@@ -56,9 +56,14 @@ CUT_OFF = (
 API_WAY = ("api cut", "api slow", "api silent")
 STOPPED = ("stop short", "stop long")
 OUTAGES = (
-    "postgres kill short", "postgres kill long", "postgres restart", "full house", "full disk",
-    "api down slots full", *CUT_OFF,
-)  # fmt: skip
+    "postgres kill short",
+    "postgres kill long",
+    "postgres restart",
+    "full house",
+    "full disk",
+    "api down slots full",
+    *CUT_OFF,
+)
 BELLS = ("bells", "ledgers", "lone ring")
 RAN = ("ok", "huge", "dribbled", "accepted", "failed", "unknown", "broken off", "garbage", "reset")
 """Answers after which a run counts for the session limit."""

@@ -163,9 +163,14 @@ class Api:
         found = re.fullmatch(r"/(w\d+)/sessions/([^/]+)/run", path)
         assert found is not None, path
         call = Call(
-            time.time(), found[1], unquote(headers["idempotency-key"]), unquote(found[2]), body,
-            int(headers["recall-attempt"]), message=str(json.loads(body)["user_message"]),
-        )  # fmt: skip
+            time.time(),
+            found[1],
+            unquote(headers["idempotency-key"]),
+            unquote(found[2]),
+            body,
+            int(headers["recall-attempt"]),
+            message=str(json.loads(body)["user_message"]),
+        )
         self.calls.append(call)
         self._open.add(call)
         answering = asyncio.create_task(self._answer(call))

@@ -42,10 +42,14 @@ class Drawn:
     def environment(self) -> dict[str, str]:
         """The variables for `recall-worker run`. All else is as shipped."""
         found = {
-            "RECALL_CONCURRENCY": str(self.slots), "RECALL_LEASE": f"{self.lease:g}",
-            "RECALL_RUN_TIMEOUT": f"{RUN_TIMEOUT:g}", "RECALL_BUSY_DELAY": "1",
-            "RECALL_DRAIN_TIMEOUT": "3", "RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "info",
-        }  # fmt: skip
+            "RECALL_CONCURRENCY": str(self.slots),
+            "RECALL_LEASE": f"{self.lease:g}",
+            "RECALL_RUN_TIMEOUT": f"{RUN_TIMEOUT:g}",
+            "RECALL_BUSY_DELAY": "1",
+            "RECALL_DRAIN_TIMEOUT": "3",
+            "RECALL_LOG_FORMAT": "json",
+            "RECALL_LOG_LEVEL": "info",
+        }
         if self.fleet is not None:
             found["RECALL_FLEET_CONCURRENCY"] = str(self.fleet)
         if self.session_limit is not None:

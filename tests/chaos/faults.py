@@ -416,18 +416,37 @@ KINDS: dict[str, Strike] = {
 }
 THIRDS: tuple[tuple[str, ...], ...] = (
     (
-        "stop long", "postgres kill long", "locks", "database cut for all", "database half open",
-        "database silent", "kill", "api down slots full", "lone ring",
+        "stop long",
+        "postgres kill long",
+        "locks",
+        "database cut for all",
+        "database half open",
+        "database silent",
+        "kill",
+        "api down slots full",
+        "lone ring",
     ),
     (
-        "term", "stop short", "postgres kill short", "full disk", "full house", "database cut",
-        "api silent", "api misconfigured",
+        "term",
+        "stop short",
+        "postgres kill short",
+        "full disk",
+        "full house",
+        "database cut",
+        "api silent",
+        "api misconfigured",
     ),
     (
-        "clock", "postgres restart", "bells", "ledgers", "database slow", "api cut", "api slow",
+        "clock",
+        "postgres restart",
+        "bells",
+        "ledgers",
+        "database slow",
+        "api cut",
+        "api slow",
         "api down",
     ),
-)  # fmt: skip
+)
 """What the seeds of each remainder by three begin with. The first draws the short leases: what is
 meant to outlast a lease does so there."""
 

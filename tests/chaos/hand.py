@@ -287,9 +287,13 @@ class Hand:
         return self._note(what, promise, asked, found)
 
     def _note(
-        self, what: str, promise: Promise, asked: float, found: list[Row] | int | None,
+        self,
+        what: str,
+        promise: Promise,
+        asked: float,
+        found: list[Row] | int | None,
         message: str | None = None,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         if found is None:
             promise.acts.append(Act(what, asked, None, message=message))
             promise.moves += what in ("move", "skip")
@@ -300,10 +304,14 @@ class Hand:
         promise.moves += what in ("move", "skip")
         promise.acts.append(
             Act(
-                what, asked, time.time(), None if due is None else due.timestamp(),
-                found[0]["lease"] is not None, message,
+                what,
+                asked,
+                time.time(),
+                None if due is None else due.timestamp(),
+                found[0]["lease"] is not None,
+                message,
             )
-        )  # fmt: skip
+        )
         return True
 
     async def _edit(self, promise: Promise, message: str) -> None:
@@ -360,11 +368,16 @@ class Hand:
             words += ["--in", f"{after:.1f}s"]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "recall_worker", *words, cwd="/",
+            sys.executable,
+            "-m",
+            "recall_worker",
+            *words,
+            cwd="/",
             env=environ | {"PYTHONPATH": str(self._site), "RECALL_DSN": self._dsn},
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        )
         try:
             async with asyncio.timeout(30):
                 out, err = await process.communicate()
@@ -550,7 +563,7 @@ class Hand:
         self._pool.append(conn)
         return rows
 
-    async def settle_waiting(
+    async def until_done(
         self, ask: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Any]], within: float = 60
     ) -> Any:
         """Run `ask(connection)` until it is answered."""

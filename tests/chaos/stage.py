@@ -165,7 +165,7 @@ class Stage:
         """Workers that turned without a rest, in words."""
         self._stack = AsyncExitStack()
         self._keeping: list[asyncio.Task[None]] = []
-        self._occurrence_done = False
+        self._is_over = False
         self._mounted: Path | None = None
         self.has_room = False
         """Whether the database lies on a small file system of its own, which can be filled up."""
@@ -200,7 +200,7 @@ class Stage:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._occurrence_done = True
+        self._is_over = True
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
@@ -234,7 +234,7 @@ class Stage:
                 "DONT_FAKE_MONOTONIC": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
-        while not self._occurrence_done:
+        while not self._is_over:
             with replica.log.open("ab") as log:
                 replica.process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -317,7 +317,7 @@ class Stage:
 
     async def end(self, within: float = 30) -> list[int]:
         """SIGTERM to all; their exit statuses."""
-        self._occurrence_done = True
+        self._is_over = True
         for replica in self.replicas:
             replica.signal(signal.SIGCONT)
             replica.signal(signal.SIGTERM)

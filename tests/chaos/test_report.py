@@ -15,12 +15,24 @@ from .report import BEGIN, END, WHAT, not_reached, written
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULT = {
-    "seed": 7, "minutes": 10.0, "commit": "0123456789" * 4, "settings": draw(7).shown,
-    "recalls": 1, "occurrences": 1, "requests": 1, "runs": 1, "replays under the same key": 0,
-    "keys after a failed run": 0, "lost": 0, "doubled": 0, "answers": {"ok": 1},
-    "lag in calm phases, ms (p50, p99, most)": [1.0, 2.0, 3.0], "seconds to recover": {},
-    "faults": dict.fromkeys(KINDS, 1), "findings": [],
-}  # fmt: skip
+    "seed": 7,
+    "minutes": 10.0,
+    "commit": "0123456789" * 4,
+    "settings": draw(7).shown,
+    "recalls": 1,
+    "occurrences": 1,
+    "requests": 1,
+    "runs": 1,
+    "replays under the same key": 0,
+    "keys after a failed run": 0,
+    "lost": 0,
+    "doubled": 0,
+    "answers": {"ok": 1},
+    "lag in calm phases, ms (p50, p99, most)": [1.0, 2.0, 3.0],
+    "seconds to recover": {},
+    "faults": dict.fromkeys(KINDS, 1),
+    "findings": [],
+}
 
 
 def test_the_result_documented_is_what_was_found() -> None:

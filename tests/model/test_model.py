@@ -56,7 +56,7 @@ from recall_worker.recall import (
     Unknown,
     Unsent,
     Verdict,
-)  # fmt: skip
+)
 
 from ..support import postgres
 from ..support.claiming import claim_due

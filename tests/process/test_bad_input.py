@@ -133,9 +133,9 @@ async def one_house(server: str, template: str) -> AsyncIterator[House]:
     with postgres.database(server, template) as dsn:
         async with connected(dsn) as db, Endpoint() as endpoint, Proxy(dsn) as proxy:
             await db.execute("alter table session_recalls disable trigger recall_before_insert")
-            # Which rings, too.
+            # Which notifies, too.
             await db.execute(
-                "create trigger rings after insert on session_recalls for each row execute "
+                "create trigger notifies after insert on session_recalls for each row execute "
                 "function recall_ring()"
             )
             await db.execute(

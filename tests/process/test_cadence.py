@@ -436,7 +436,7 @@ async def test_moved_between_two_calls(
     else:
         assert await app.skip_next("s")
         # Skipped from where it waited, it stands for the moment after its own; on cron the worker
-        # is rung, and puts it there.
+        # is notified, and puts it there.
         ahead = {
             "cron": "occurrence = 2 and trigger_at = planned_at",
             "grid": "trigger_at > planned_at",

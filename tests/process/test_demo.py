@@ -269,9 +269,14 @@ def run(
     """One answered run that came 3 ms late and took 200 ms."""
     late = changes.pop("late", 0.003)
     plain = Visit(
-        session, f"{id or session}:{occurrence}", at(due + late), 200,
-        message=message, scheduled_for=at(due), ended_at=at(due + late + 0.2),
-    )  # fmt: skip
+        session,
+        f"{id or session}:{occurrence}",
+        at(due + late),
+        200,
+        message=message,
+        scheduled_for=at(due),
+        ended_at=at(due + late + 0.2),
+    )
     return dataclasses.replace(plain, **changes)
 
 

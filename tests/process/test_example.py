@@ -27,9 +27,17 @@ async def application(empty_database: str) -> AsyncIterator[str]:
     """The example under uvicorn, as a process; its base URL."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "uvicorn", "app:app", "--port", str(port), "--log-level", "warning",
-        cwd=EXAMPLE, env=os.environ | {"DATABASE_URL": empty_database, "RUN_TOKEN": "s3cret"},
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "app:app",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        cwd=EXAMPLE,
+        env=os.environ | {"DATABASE_URL": empty_database, "RUN_TOKEN": "s3cret"},
+    )
     base = f"http://127.0.0.1:{port}"
     try:
         async with asyncio.timeout(20), httpx.AsyncClient() as http:

@@ -294,7 +294,7 @@ async def test_the_old_primary_comes_back_as_a_standby(
     pair: Pair, replicas: Daemons, endpoint: Endpoint
 ) -> None:
     """Named first in the DSN, and up again, but taking no writes: it is passed over at each
-    reconnection, by the bell, too."""
+    reconnection, by the listener, too."""
     daemon = await replicas.start(lease=2)
     pair.primary.kill()
     await daemon.hears("listener.lost")
@@ -390,14 +390,14 @@ async def test_a_primary_that_falls_silent(
         await daemon.hears("listener.lost", within=90, reason="no answer to the probe")
         await daemon.hears("listener.listening", times=2, within=90)
         print(
-            f"silent primary: the ledger moved after {ledger_after:.1f} s, the bell after "
+            f"silent primary: the ledger moved after {ledger_after:.1f} s, the listener after "
             f"{time.monotonic() - fell:.1f} s"
         )
         async with await Application.connect(pair.standby.dsn()) as app:
             asked = time.monotonic()
             heard = await promise(app, "heard")
             await daemon.hears("recall.settled", recall=heard)
-            assert time.monotonic() - asked < 10, "rung, and not found by a poll"
+            assert time.monotonic() - asked < 10, "notified, and not found by a poll"
         assert len(endpoint.requests) == 2
         assert same_process(daemon)
     finally:

@@ -48,8 +48,8 @@ async def test_a_line_of_the_ledger(
         )
         gate.open()
         await daemon.hears("recall.settled", recall=recall, attempt=1)
-        # What a look at a ring found dead was replaced before anybody else asked: then there was
-        # nothing to tell.
+        # What a look at a notification found dead was replaced before anybody else asked: then
+        # there was nothing to tell.
         assert [len(daemon.told(f"database.{what}")) for what in ("lost", "found")] in (
             [1, 1],
             [0, 0],
@@ -71,11 +71,11 @@ async def test_a_line_of_the_ledger(
 
 
 @pytest.mark.full
-async def test_the_bell(
+async def test_the_listener(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """It rings itself every other second, gives that five, and a question five more: then it
-    connects anew, and hears what is rung."""
+    """It notifies itself every other second, gives that five, and a question five more: then it
+    connects anew, and hears what is notified."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(lease=LEASE, listen_dsn=proxy.dsn, poll_interval=30)
         proxy.forget(0)

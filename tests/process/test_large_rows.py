@@ -148,10 +148,13 @@ async def fails(daemon: Daemon, db: Connection, session: str, within: float = 20
 @pytest.mark.parametrize(
     ("said", "octets"),
     [
-        (None, 4 * MIB), ("4MiB", 4 * MIB), ("512KiB", 512 * KIB), ("65536", 65536),
+        (None, 4 * MIB),
+        ("4MiB", 4 * MIB),
+        ("512KiB", 512 * KIB),
+        ("65536", 65536),
         ("16MiB", 16 * MIB),
     ],
-)  # fmt: skip
+)
 def test_the_limit_is_read(said: str | None, octets: int) -> None:
     """In MiB, KiB or plain octets; 4 MiB where it is not set."""
     settings = read({} if said is None else {"RECALL_MESSAGE_LIMIT": said})

@@ -151,11 +151,16 @@ FAILED = reply(200, {"status": "failed", "error": "the model broke"})
         ([FAILED, BUSY], 0, "busy", False),
     ],
     ids=[
-        "retry, unknown, busy", "retry twice, unknown, busy", "retry, unknown, unavailable",
-        "retry, unknown twice", "unknown, busy", "retry, failed, busy", "retry, busy",
+        "retry, unknown, busy",
+        "retry twice, unknown, busy",
+        "retry, unknown, unavailable",
+        "retry, unknown twice",
+        "unknown, busy",
+        "retry, failed, busy",
+        "retry, busy",
         "failed, busy",
     ],
-)  # fmt: skip
+)
 async def test_the_slot_of_a_recall_whose_run_may_still_go_on(
     answers: list[Raw],
     retries: int,

@@ -273,7 +273,7 @@ async def test_a_run_whose_row_is_held_locked(
         ] == [[]] * 4
 
 
-async def test_a_cancel_in_mid_run_aborts_by_the_bell(
+async def test_a_cancel_in_mid_run_aborts_by_the_listener(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
     """The application's own cancel of a recall that is being run breaks the call off at once, long
@@ -297,8 +297,8 @@ async def test_a_cancel_in_mid_run_aborts_by_the_bell(
 async def test_a_cancel_in_mid_run_aborts_by_renewal(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Where the bell's connection is half-open the next renewal finds the cancel, and breaks the
-    call off."""
+    """Where the listener's connection is half-open the next renewal finds the cancel, and breaks
+    the call off."""
     gate = Gate()
     endpoint.script("s", gate)
     async with Proxy(database) as proxy:

@@ -1,4 +1,5 @@
-"""The bell in the daemon: what rings it, what is found without it, and that nothing ever spins."""
+"""The listener in the daemon: what notifies it, what is found without it, and that nothing ever
+spins."""
 
 from __future__ import annotations
 
@@ -23,35 +24,35 @@ having count(*) > 0 and bool_and(state = 'idle' and state_change < now() - inter
 """
 
 
-class Rings:
-    """Counts what is notified on the bell's channel, on a connection of its own."""
+class Notifications:
+    """Counts what is notified on the listener's channel, on a connection of its own."""
 
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
 
     async def until_now(self) -> int:
-        """How many rings the transactions that were committed before this call have made since the
-        last one."""
+        """How many notifications the transactions made that were committed between the last call
+        and this one."""
         await self._conn.execute("notify barrier")
-        rings = 0
+        notifies = 0
         async for notification in self._conn.notifies(timeout=20):
             if notification.channel == "barrier":
-                return rings
+                return notifies
             assert notification.payload == ""
-            rings += 1
+            notifies += 1
         raise TimeoutError("the barrier was not heard")
 
 
-async def listening(conn: Connection) -> Rings:
+async def listening(conn: Connection) -> Notifications:
     await conn.execute("listen session_recalls")
     await conn.execute("listen barrier")
-    return Rings(conn)
+    return Notifications(conn)
 
 
 async def test_an_insert_wakes_a_sleeping_worker(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """From the application's insert to the request it takes no poll: the bell rang."""
+    """From the application's insert to the request it takes no poll: the listener rang."""
     daemon = await daemons.start(poll_interval=30)
     seconds = []
     for n in range(10):
@@ -64,10 +65,10 @@ async def test_an_insert_wakes_a_sleeping_worker(
     assert sorted(seconds)[5] < 1, f"insert to request, in seconds: {seconds}"
 
 
-async def test_an_insert_while_the_bell_is_away(
+async def test_an_insert_while_the_listener_is_away(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """What was inserted while the bell had no connection is found by the look after it has one
+    """What was inserted while the listener had no connection is found by the look after it has one
     again."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(poll_interval=30, listen_dsn=proxy.dsn)
@@ -84,11 +85,11 @@ async def test_an_insert_while_the_bell_is_away(
         await daemon.hears("recall.settled", session="meanwhile")
 
 
-async def test_the_bells_backend_is_terminated(
+async def test_the_listeners_backend_is_terminated(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Inserted in the instant after the bell's backend was ended, a recall is called within moments
-    all the same."""
+    """Inserted in the instant after the listener's backend was ended, a recall is called within
+    moments all the same."""
     daemon = await daemons.start(poll_interval=30)
     for n in range(3):
         await daemon.hears("listener.listening", times=n + 1)
@@ -103,7 +104,7 @@ async def test_a_silent_host_before_the_right_one(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
     """Of two hosts in the DSN the first takes connections and says nothing: the second is asked in
-    time, by bell and ledger."""
+    time, by listener and ledger."""
     async with Proxy(database) as silent, Proxy(database) as right:
         silent.blackhole()
         parts = psycopg.conninfo.conninfo_to_dict(right.dsn)
@@ -119,7 +120,7 @@ async def test_a_silent_host_before_the_right_one(
         await daemon.stop(within=60)
 
 
-async def test_an_idle_bell_is_not_ended(
+async def test_an_idle_listener_is_not_ended(
     server: str,
     app: Application,
     database: str,
@@ -127,7 +128,8 @@ async def test_an_idle_bell_is_not_ended(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """A database that ends idle sessions does not end the bell's, which is idle by its nature."""
+    """A database that ends idle sessions does not end the listener's, which is idle by its
+    nature."""
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
     async with connected(server) as outside:
         await outside.execute(f"alter database {name} set idle_session_timeout = '1s'".encode())
@@ -183,42 +185,42 @@ async def test_rescheduled_to_later(
     assert on_time["yes"]
 
 
-async def test_what_rings(app: Application, database: str, db: Connection) -> None:
-    """Inserts within the horizon of a minute and moves to earlier ring once; what is far off, later
-    or idle does not."""
+async def test_what_notifies(app: Application, database: str, db: Connection) -> None:
+    """Inserts within the horizon of a minute and moves to earlier notify once; what is far off,
+    later or idle does not."""
     async with connected(database) as conn:
-        rings = await listening(conn)
+        notifies = await listening(conn)
         near = await promise(app, "near", "once", 50)
-        assert await rings.until_now() == 1
+        assert await notifies.until_now() == 1
         far = await promise(app, "far", "once", 70)
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
         await app.reschedule(near, soon(55))
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
         await app.reschedule(near, soon(30))
-        assert await rings.until_now() == 1
+        assert await notifies.until_now() == 1
         await app.reschedule(far, soon(3600))
         await app.reschedule(far, soon(1800))
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
         await app.reschedule(far, soon(10))
-        assert await rings.until_now() == 1
+        assert await notifies.until_now() == 1
         await app.cancel_session("near")
         await app.mark_fired(far)
         await app.delete_session("far")
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
 
 
 async def test_the_workers_own_writing_is_silent(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Claims, renewals, settles and next occurrences ring nobody; only the application's inserts
+    """Claims, renewals, settles and next occurrences notify nobody; only the application's inserts
     did."""
     daemon = await daemons.start(lease=1)
     async with connected(database) as conn:
-        rings = await listening(conn)
+        notifies = await listening(conn)
         for n in range(3):
             await promise(app, f"s{n}", "recurring", interval=1)
         await daemon.hears("recall.settled", times=6)
-        assert await rings.until_now() == 3
+        assert await notifies.until_now() == 3
 
 
 @pytest.mark.full
@@ -226,12 +228,12 @@ async def test_the_workers_own_writing_is_silent(
 async def test_beyond_the_horizon(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A recall inserted beyond the horizon does not ring, and is called on time all the same."""
+    """A recall inserted beyond the horizon does not notify, and is called on time all the same."""
     await daemons.start(poll_interval=30)
     async with connected(database) as conn:
-        rings = await listening(conn)
+        notifies = await listening(conn)
         recall = await promise(app, "s", "once", 63)
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
     await endpoint.count(1, within=90)
     late = float(endpoint.requests[0].headers["recall-lateness"])
     assert 0 <= late < 5, f"{recall} was late by {late} s"

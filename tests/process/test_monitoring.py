@@ -191,9 +191,13 @@ async def test_a_real_prometheus(configuration: Path, app: Application, daemons:
         f"--storage.tsdb.path={configuration / 'data'}",
     ]
     process = await asyncio.create_subprocess_exec(
-        "prometheus", *arguments, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        "prometheus",
+        *arguments,
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=warn",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client, asyncio.timeout(60):
 

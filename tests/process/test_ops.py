@@ -132,7 +132,7 @@ async def test_the_counts_are_the_endpoints_own(
     assert claims is not None and claims <= len(endpoint.requests)
     assert (value(found, "slots"), value(found, "slots_in_use")) == (5, 0)
     assert (value(found, "recalls_overdue"), value(found, "oldest_due_seconds")) == (0, 0)
-    assert value(found, "bell_state", state="listening") == value(found, "database_up") == 1
+    assert value(found, "listener_state", state="listening") == value(found, "database_up") == 1
     assert (
         value(found, "breaker_open")
         == value(found, "draining")

@@ -283,8 +283,8 @@ async def test_slow_network(
 async def test_half_open_connections(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """All connections half-open, which raises nothing: the bell notices by its probe, the ledger by
-    its deadline, and both go on."""
+    """All connections half-open, which raises nothing: the listener notices by its probe, the
+    ledger by its deadline, and both go on."""
     gate = Gate()
     endpoint.script("open", gate)
     async with Proxy(database) as proxy:
@@ -308,10 +308,11 @@ async def test_half_open_connections(
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_half_open_bell(
+async def test_half_open_listener(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """Only the bell is half-open: claims go on by the poll, and the bell comes back by itself."""
+    """Only the listener is half-open: claims go on by the poll, and the listener comes back by
+    itself."""
     async with Proxy(database) as proxy:
         daemon = await daemons.start(listen_dsn=proxy.dsn, poll_interval=1)
         proxy.blackhole()

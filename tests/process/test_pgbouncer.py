@@ -1,5 +1,5 @@
-"""PgBouncer in transaction mode: all that goes through it, and what does not: the ring, which needs
-a direct connection, and is missed loudly.
+"""PgBouncer in transaction mode: all that goes through it, and what does not: the notify, which
+needs a direct connection, and is missed loudly.
 
 Several server connections are in the pool, and other clients use them, so that what was left behind
 on one would be found.
@@ -94,8 +94,8 @@ async def test_the_daemon_through_it(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Queries through the pooler, LISTEN beside it: rung at once, renewed, cancelled in mid-run,
-    settled; nothing is left on its connections."""
+    """Queries through the pooler, LISTEN beside it: notified at once, renewed, cancelled in
+    mid-run, settled; nothing is left on its connections."""
     gates = {session: Gate() for session in ("long", "unwanted")}
     for session, gate in gates.items():
         endpoint.script(session, gate)
@@ -160,8 +160,8 @@ async def test_without_a_direct_connection(
     endpoint: Endpoint,
     daemons: Daemons,
 ) -> None:
-    """Nothing rings: said once and loudly, in the log, in `workers`; what is inserted comes by the
-    poll, what was known before on the instant."""
+    """Nothing notifies: said once and loudly, in the log, in `workers`; what is inserted comes by
+    the poll, what was known before on the instant."""
     with pooler(database, **settings) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=1)
         [event] = await daemon.hears("listener.deaf")
@@ -191,10 +191,10 @@ async def test_without_a_direct_connection(
         assert await daemon.stop() == 0
 
 
-async def test_session_pooling_rings(
+async def test_session_pooling_notifies(
     database: str, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A pooler in session mode passes LISTEN: one DSN is enough, and the bell has heard itself
+    """A pooler in session mode passes LISTEN: one DSN is enough, and the listener has heard itself
     through it."""
     with pooler(database, pool_mode="session", default_pool_size=20) as bouncer:
         daemon = await daemons.start(dsn=bouncer.dsn, poll_interval=30)
@@ -207,11 +207,11 @@ async def test_session_pooling_rings(
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-async def test_a_bell_that_hears_again(
+async def test_a_listener_that_hears_again(
     database: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """The address behind RECALL_LISTEN_DSN leads to a pooler first and then to the server: the bell
-    finds out by itself, and says so."""
+    """The address behind RECALL_LISTEN_DSN leads to a pooler first and then to the server: the
+    listener finds out by itself, and says so."""
     with pooler(database) as bouncer:
         async with Proxy(bouncer.dsn) as proxy:
             daemon = await daemons.start(listen_dsn=proxy.dsn, dsn=database, poll_interval=30)
@@ -226,7 +226,7 @@ async def test_a_bell_that_hears_again(
             assert len(daemon.told("listener.deaf")) == 1
 
 
-async def test_a_bell_in_another_database(
+async def test_a_listener_in_another_database(
     server: str,
     template: str,
     database: str,
@@ -244,15 +244,15 @@ async def test_a_bell_in_another_database(
         await daemon.hears("recall.settled", recall=recall)
 
 
-async def test_the_bell_wakes_nobody_by_ringing_itself(database: str, daemons: Daemons) -> None:
-    """Whether it hears the bell asks on a channel of its own: on the one that wakes workers nothing
+async def test_the_listener_wakes_nobody_by_its_self_test(database: str, daemons: Daemons) -> None:
+    """The self-test has a channel of its own: on the one that wakes workers nothing
     is heard of it."""
     async with connected(database) as conn:
-        rings = await listening(conn)
+        notifies = await listening(conn)
         daemon = await daemons.start()
         other = await daemons.start()
         await eventually_heard(database, 2)
-        assert await rings.until_now() == 0
+        assert await notifies.until_now() == 0
     for one in (daemon, other):
         assert one.told("listener.deaf") == []
 

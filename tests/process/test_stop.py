@@ -175,7 +175,7 @@ async def test_a_call_not_yet_sent_is_given_back(
 async def test_what_is_put_back_is_taken_at_once(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A leaving worker rings, so another takes what was put back long before its poll."""
+    """A leaving worker notifies, so another takes what was put back long before its poll."""
     gate = Gate()
     endpoint.script("s", gate, reply())
     with mute_port() as port:

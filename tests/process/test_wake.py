@@ -141,17 +141,17 @@ async def test_those_who_come_first_may_be_gone(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
     """In a fleet not all look at once. Whoever is left does, also where all that come before it
-    stand still: at rings, and at due instants."""
+    stand still: at notifies, and at due instants."""
     fleet = [await daemons.start(poll_interval=30) for _ in range(5)]
     await eventually(db, "select 1 from recall_workers having count(*) = 5")
     last = max(fleet, key=lambda daemon: daemon.name)
     for daemon in fleet:
         if daemon is not last:
             daemon.signal(signal.SIGSTOP)
-    for session in ("rung", "timed"):
+    for session in ("notified", "timed"):
         await app.create_session(session, "ann")
     await app.schedule("timed", "once", datetime.now(UTC) + timedelta(seconds=2), "now")
-    await app.schedule("rung", "immediate", datetime.now(UTC), "now")
+    await app.schedule("notified", "immediate", datetime.now(UTC), "now")
     await last.hears("recall.settled", times=2)
     assert max(event["lag_ms"] for event in last.told("recall.settled")) < 5000, (
         "and not at the next look by poll"
@@ -161,8 +161,8 @@ async def test_those_who_come_first_may_be_gone(
 async def test_what_is_over_costs_no_look(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """One claim for each that rings; none after its end, where nothing can have waited for it. What
-    waits behind a run is claimed when that ends."""
+    """One claim for each that notifies; none after its end, where nothing can have waited for it.
+    What waits behind a run is claimed when that ends."""
 
     async def run(_: Request) -> Raw:
         await asyncio.sleep(0.1)

@@ -1165,10 +1165,12 @@ async def test_a_run_takes_too_long(
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("strategy", "outcome", "runs"),
-    [("interrupt", "failed", [(":1", "interrupted"), (None, "success"), (":1.1", "success")]),
-     ("rollback", "unknown", [(None, "success"), (":1", "success")])],
+    [
+        ("interrupt", "failed", [(":1", "interrupted"), (None, "success"), (":1.1", "success")]),
+        ("rollback", "unknown", [(None, "success"), (":1", "success")]),
+    ],
     ids=["interrupt", "rollback"],
-)  # fmt: skip
+)
 async def test_a_person_displaces_the_run(
     app: Application,
     langgraph: LangGraphServer,

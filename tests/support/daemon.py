@@ -32,10 +32,17 @@ class Daemon:
         """`before`: words of a command that becomes the daemon, such as `ip netns exec NAME`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
-            *before, sys.executable, "-m", "recall_worker", "run", *options,
+            *before,
+            sys.executable,
+            "-m",
+            "recall_worker",
+            "run",
+            *options,
             env=kept | {"RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "debug"} | dict(environ),
-            stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL, limit=1 << 22,
-        )  # fmt: skip
+            stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
+            limit=1 << 22,
+        )
         return cls(process)
 
     @property
