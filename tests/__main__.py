@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         [str(BIN / "ruff"), "check", "--quiet", "."],
         [str(BIN / "mypy")],
         [str(BIN / "lint-imports"), "--no-cache"],
-        [sys.executable, "-m", "pytest", "-q", "-n", "6", "--dist", "loadfile", *tier, *more],
+        [sys.executable, "-m", "pytest", "-q", "-n", "5", "--dist", "loadfile", *tier, *more],
     ]
     for step in steps:
         began = time.monotonic()

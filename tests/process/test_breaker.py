@@ -188,6 +188,7 @@ async def test_a_probe_that_runs_closes_it(
         await daemon.hears("recall.settled", session=session, status="fired")
 
 
+@pytest.mark.full
 async def test_accepted_runs_of_a_dead_worker_take_no_probe(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:

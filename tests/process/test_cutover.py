@@ -162,6 +162,7 @@ async def _feed(application: Application, recurring: int) -> None:
 # --- in the documented order ----------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 async def test_there_and_back_while_recalls_fall_due(
     empty_database: str, endpoint: Endpoint

@@ -125,6 +125,7 @@ async def test_all_slots_in_hand_with_their_rows_locked(
     await comes_out(daemon, endpoint, app)
 
 
+@pytest.mark.full
 async def test_the_one_slot_follows_an_accepted_run_of_a_dead_worker(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -150,6 +151,7 @@ async def test_the_one_slot_follows_an_accepted_run_of_a_dead_worker(
     await comes_out(second, endpoint, app)
 
 
+@pytest.mark.full
 async def test_a_full_worker_hears_a_second_sigterm(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -247,6 +249,7 @@ async def test_a_cap_filled_by_an_accepted_run_that_was_handed_over(
     assert await second.stop() == 0
 
 
+@pytest.mark.full
 async def test_the_cap_holds_over_an_outage(
     own_server: EmbeddedServer,  # noqa: F811
     replicas: Daemons,  # noqa: F811
@@ -445,6 +448,7 @@ async def test_a_new_recall_is_called_while_rows_are_locked(
     assert len(endpoint.requests) == 41
 
 
+@pytest.mark.full
 async def test_a_cron_recall_that_can_not_be_put_on_its_moment(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

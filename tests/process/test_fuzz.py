@@ -963,6 +963,7 @@ def words(dice: random.Random, most: int) -> str:
     return "".join(dice.choice(PARTS) for _ in range(dice.randrange(1, 8)))[:most]
 
 
+@pytest.mark.full
 async def test_hostile_rows(database: str, db: Connection) -> None:
     """Forty rows, any text in any column: each is delivered to its own session and nowhere else,
     and neither logs nor commands are led astray."""

@@ -331,7 +331,7 @@ create trigger slow before update on session_recalls for each row execute functi
 """
 
 
-@pytest.mark.parametrize("lease", [4, 12])
+@pytest.mark.parametrize("lease", [4, pytest.param(12, marks=pytest.mark.full)])
 async def test_a_row_that_cannot_be_written_in_time(
     lease: int,
     db: Connection,

@@ -260,6 +260,7 @@ async def test_closed_by_an_accepted_run(
     await stats_say_closed(database)
 
 
+@pytest.mark.full
 async def test_closed_by_a_probe_that_is_silent(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -275,7 +276,9 @@ async def test_closed_by_a_probe_that_is_silent(
     assert len(daemon.told("breaker.closed")) == 1
 
 
-@pytest.mark.parametrize("how", ["answered", "accepted", "silent"])
+@pytest.mark.parametrize(
+    "how", ["answered", "accepted", pytest.param("silent", marks=pytest.mark.full)]
+)
 async def test_closed_by_another_workers_word(
     how: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

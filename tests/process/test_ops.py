@@ -370,6 +370,7 @@ async def test_without_postgresql_alive_but_not_ready(
     assert value(await scrape(daemon), "database_up") == 1
 
 
+@pytest.mark.full
 async def test_silence_keeps_no_page_waiting(database: str, daemons: Daemons) -> None:
     """Where PostgreSQL says nothing at all, pages answer within moments all the same."""
     async with Proxy(database) as proxy:

@@ -133,6 +133,7 @@ async def test_a_connection_is_for_one_request(daemons: Daemons) -> None:
     writer.close()
 
 
+@pytest.mark.full
 async def test_an_answer_that_nobody_reads(daemons: Daemons) -> None:
     """A client that asks and does not go on, here with its body, holds its connection for a bounded
     time."""
