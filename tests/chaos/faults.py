@@ -460,12 +460,13 @@ where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.
             and o.lease is not null))
 """
 
-OPEN_BREAKERS = """
+CLOSED_BREAKERS = """
 select count(*) from recall_workers w
-where w.breaker = 'open' and w.seen_at > now() - interval '90 seconds'
+where w.breaker = 'closed' and w.seen_at > now() - interval '90 seconds'
 """
-"""While a breaker is open its worker sends test calls only, up to half a minute apart: the calm
-phase, in which nothing may be late, has not begun."""
+"""While all breakers are open only test calls are sent, up to half a minute apart: the calm phase,
+in which nothing may be late, has not begun. One that is closed is enough: its worker calls, and the
+account knows of the others that they take nothing."""
 
 
 class Schedule:
@@ -494,7 +495,7 @@ class Schedule:
         end = time.monotonic() + seconds
         await self._recovered()
         while not self._stage.spins:
-            closed = await self._breakers_closed()
+            closed = await self._breaker_closed()
             began = time.time()
             await asyncio.sleep(self._dice.uniform(*calm))
             if closed:
@@ -546,15 +547,15 @@ class Schedule:
             await asyncio.sleep(0.1)
         return False
 
-    async def _breakers_closed(self) -> bool:
-        """Wait until no worker's breaker is open. False where one stays open for longer than the
-        pause between two test calls: the other workers leave it nothing to call."""
+    async def _breaker_closed(self) -> bool:
+        """Wait until a worker's breaker is closed. False where that takes longer than the pause
+        between two test calls."""
         end = time.monotonic() + PROBE_MOST + 5
         while time.monotonic() < end and not self._stage.spins:
             async with _asking(self._stage.dsn) as conn:
                 while conn is not None and time.monotonic() < end:
-                    found = await (await conn.execute(OPEN_BREAKERS.encode())).fetchone()
-                    if found is not None and found[0] == 0:
+                    found = await (await conn.execute(CLOSED_BREAKERS.encode())).fetchone()
+                    if found is not None and found[0] > 0:
                         return True
                     await asyncio.sleep(0.2)
             await asyncio.sleep(0.1)
