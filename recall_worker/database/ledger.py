@@ -754,29 +754,32 @@ def _claims_in(rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
 _DATED = {"begun_age": "begun_at", "lag": "due_at", "delivered_age": "delivered_at"}
 _COLUMNS = tuple(_DATED.get(n, n) for n in Claim._fields if n not in ("lateness", "due"))
 """The columns of `claim`, `take_up` and `moved`: a claim's fields in order, with dates for ages."""
+_NOW, _NOMINAL, _TRIGGER, _DUE_AT = map(
+    _COLUMNS.index, ("claimed_at", "scheduled_for", "trigger_at", "due_at")
+)
+_CLAMPED = [_COLUMNS.index(n) for n in ("scheduled_for", "trigger_at", "planned_at", "until")]
+_SINCE = [_COLUMNS.index(n) for n in ("begun_at", "delivered_at")]
+_LATENESS, _DUE = Claim._fields.index("lateness"), Claim._fields.index("due")
 
 
 def _claim(row: Sequence[Any]) -> Claim:
     """A row of `claim`, `take_up` or `moved`. Dates become ages here: PostgreSQL would need longer
-    to prepare for that than for all the rest."""
-    found = dict(zip(_COLUMNS, row, strict=True))
-    now = found["claimed_at"]
-    for name in ("scheduled_for", "trigger_at", "planned_at", "until"):
-        if found[name] is not None:
-            found[name] = clamped(found[name])
-    begun_age, delivered_age = (
-        None if at is None else max(0.0, (now - at).total_seconds())
-        for at in (found.pop("begun_at"), found.pop("delivered_at"))
-    )
-    lag = (now - clamped(found.pop("due_at"))).total_seconds()
-    return Claim(
-        begun_age=begun_age,
-        lag=lag,
-        lateness=(now - found["scheduled_for"]).total_seconds(),
-        due=found["trigger_at"] <= now,
-        delivered_age=delivered_age,
-        **found,
-    )
+    to prepare for that than for all the rest. By places and not by names, as this is done for every
+    run."""
+    values = list(row)
+    now = values[_NOW]
+    for place in _CLAMPED:
+        if values[place] is not None:
+            values[place] = clamped(values[place])
+    for place in _SINCE:
+        if values[place] is not None:
+            values[place] = max(0.0, (now - values[place]).total_seconds())
+    values[_DUE_AT] = (now - clamped(values[_DUE_AT])).total_seconds()
+    lateness, due = (now - values[_NOMINAL]).total_seconds(), values[_TRIGGER] <= now
+    # In the order of their places: the first shifts the second to its own.
+    values.insert(_LATENESS, lateness)
+    values.insert(_DUE, due)
+    return Claim._make(values)
 
 
 def _placed(claim: Claim, placement: Placement) -> Claim:

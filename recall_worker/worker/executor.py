@@ -306,7 +306,9 @@ class Executor:
             self._runs.leave_slot(run)
         if isinstance(outcome, Answered) or run.claim.taken_from is not None:
             self._progressed()
-        claim = run.claim._replace(reference=run.reference)
+        claim = run.claim
+        if claim.reference != run.reference:
+            claim = claim._replace(reference=run.reference)
         called_after = None if call.sent_at is None else call.sent_at - call.asked_at
         self._settler.put(
             run, Ending(claim, outcome, called_after, now - call.asked_at, now, breaker_closed)
