@@ -409,8 +409,13 @@ class Lives(RuleBasedStateMachine):
             "claimed what is not to be claimed"
         )
         assert len(chosen) == min(slots, len(possible)), "left what is due, with slots free"
-        left = [r.due_at for r in possible if r not in chosen]
-        assert not left or max(r.due_at for r in chosen) <= min(left), "not the oldest first"
+        # Ended leases are asked for first, by a statement of their own.
+        for taken_up in (True, False):
+            its = [r for r in possible if (r.holder is not None) is taken_up]
+            took = [r.due_at for r in its if r in chosen]
+            left = [r.due_at for r in its if r not in chosen]
+            assert not took or not left or max(took) <= min(left), "not the oldest first"
+            assert not (taken_up and left and len(chosen) > len(took)), "not ended leases first"
 
         placements = [(c, p) for c in claimed.claims if (p := resolve_move(c)) is not None]
         now_placed = {
