@@ -40,7 +40,7 @@ HUNG_UP_WITHIN = 2.0
 """Seconds after a cancel in which the API sees its run's connection close."""
 LOOKS_SPARED, SLOW_MOST = 20.0, 0.3
 """A look at what is in hand that takes long is waited for so many times as long until the next one.
-How long it takes on this machine is told by the usual lag in calm phases, at most so many
+How long it may take on this machine is told by the lag in calm phases (p99), at most so many
 seconds."""
 TROUBLED = 4.0
 """Seconds after a fault in which a worker may still be starting, or connecting."""
@@ -664,7 +664,8 @@ def hung_up(records: Records) -> Iterator[str]:
     """A run whose recall its application ends is broken off at once: the API sees its connection
     close, or is asked to end the run that it accepted."""
     lags = sorted(_lags(records))
-    slow = min(SLOW_MOST, lags[len(lags) // 2]) if lags else SLOW_MOST
+    # Not the median: the machine is slow for moments, and it takes one.
+    slow = min(SLOW_MOST, lags[len(lags) * 99 // 100]) if lags else SLOW_MOST
     within = HUNG_UP_WITHIN + LOOKS_SPARED * slow
     for promise in records.journal.promises.values():
         for ended, revived in promise.ends:
