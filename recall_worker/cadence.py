@@ -28,6 +28,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
+from . import crontab
 from .recall import After, AsMoved, At, Claim, Recall
 
 KINDS = ("interval", "grid", "cron")
@@ -188,7 +189,9 @@ def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
 
 def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
     """The first tick of a cron expression after an instant. Raises CadenceError where it is
-    unreadable, or never comes."""
+    unreadable, can't mean what it says, or never comes."""
+    if len(expression) <= CRON_LONGEST and (wrong := crontab.objection(expression)) is not None:
+        raise CadenceError(wrong)
     tick = next(ticks(expression, time_zone, after), None)
     if tick is None:
         raise CadenceError(f"{expression!r} never comes")
@@ -287,6 +290,12 @@ def plan(
             )
     except OverflowError:
         raise CadenceError("the first occurrence would be beyond the calendar") from None
+    spread_over = _whole("jitter", jitter, 0)
+    if spread_over and distance and every is None and spread_over > distance:
+        raise CadenceError(
+            f"a jitter of {spread_over} s is wider than the {distance} s from one occurrence to "
+            "the next: occurrences would be swallowed; give a shorter jitter"
+        )
     return Plan(
         call_type="recurring"
         if recurring
@@ -304,7 +313,7 @@ def plan(
         times=times,
         failures=failures,
         grace=_whole("grace", grace, GRACE_LEAST),
-        jitter=_whole("jitter", jitter, 0),
+        jitter=spread_over,
     )
 
 

@@ -143,21 +143,21 @@ class Recalls:
         count: int = 10,
         conn: Connection | None = None,
     ) -> builtins.list[datetime]:
-        """The next moments (aware, in their zone) of a cron expression in `time_zone`, or of a
-        recall by its id.
+        """The next moments (aware, in their zone) of a recall by its id, or of a cron expression in
+        `time_zone`. An id with blanks is a recall first.
 
         The first moment of a recall may be past: it is due. A recall that is over has none. Raises
         ValueError for a cadence that makes no sense, and LookupError where there is no such recall.
         """
         now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
-        if len(what.split()) > 1:
+        rows = await self._ask(self._reads["show"], {"id": what}, conn)
+        if not rows and len(what.split()) > 1:
             where = cadence.zone(time_zone)
             cadence.check(what, time_zone, now)
             return [
                 moment.astimezone(where)
                 for moment in islice(cadence.ticks(what, time_zone, now), count)
             ]
-        rows = await self._ask(self._reads["show"], {"id": what}, conn)
         if not rows:
             raise LookupError(f"there is no recall {what}")
         found = Recall.of(rows[0])

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
 
-from .. import cadence, statements
+import psycopg
+
+from .. import cadence, settings, statements
 from ..durations import length
 from ..events import escape_controls
 from ..recall import FINAL, Recall
@@ -25,7 +27,8 @@ def preview(
     count: int,
     as_json: bool,
 ) -> None:
-    if len(what.split()) > 1:
+    row, now = _row(dsn, what)
+    if row is None and len(what.split()) > 1:
         with explained("recall-worker preview --help"):
             where = cadence.zone(time_zone)
             now = datetime.now(UTC)
@@ -45,9 +48,6 @@ def preview(
             "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin",
             status=USAGE,
         )
-    with connect(dsn) as conn:
-        row = conn.execute(statements.load("reads")["show"].encode(), {"id": what}).fetchone()
-        now = clock(conn)
     if row is None:
         hint = "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin"
         raise Trouble(
@@ -74,6 +74,29 @@ def preview(
         {"id": recall.id, "cron": recall.cron, "time_zone": recall.time_zone},
         as_json,
     )
+
+
+def _row(dsn: str | None, what: str) -> tuple[dict[str, object] | None, datetime]:
+    """The recall of this id, and PostgreSQL's clock. An id may have blanks, as an expression has;
+    so a text with blanks is looked up where there is a DSN, and is an expression where PostgreSQL
+    does not answer or knows no such recall."""
+    if len(what.split()) == 1:
+        with connect(dsn) as conn:
+            return _shown(conn, what)
+    try:
+        if settings.read(dsn=dsn).dsn is not None:
+            with connect(dsn) as conn:
+                return _shown(conn, what)
+    except (settings.SettingsError, psycopg.Error, OSError, Trouble):
+        pass
+    return None, datetime.now(UTC)
+
+
+def _shown(
+    conn: psycopg.Connection[dict[str, object]], id: str
+) -> tuple[dict[str, object] | None, datetime]:
+    found = conn.execute(statements.load("reads")["show"].encode(), {"id": id}).fetchone()
+    return found, clock(conn)
 
 
 def _remarks(row: dict[str, object], recall: Recall) -> str:
