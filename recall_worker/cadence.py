@@ -188,10 +188,16 @@ def _instants(wall: datetime, where: ZoneInfo, fixed: bool) -> list[datetime]:
 
 
 def check(expression: str, time_zone: str | None, after: datetime) -> datetime:
-    """The first tick of a cron expression after an instant. Raises CadenceError where it is
-    unreadable, can't mean what it says, or never comes."""
+    """The first tick after an instant of a cron expression that somebody writes now. Raises
+    CadenceError where it is unreadable, can't mean what it says, or never comes."""
     if len(expression) <= CRON_LONGEST and (wrong := crontab.objection(expression)) is not None:
         raise CadenceError(wrong)
+    return _first(expression, time_zone, after)
+
+
+def _first(expression: str, time_zone: str | None, after: datetime) -> datetime:
+    """The first tick of a cron expression that a row has, after an instant. Raises CadenceError
+    where it is unreadable, or never comes."""
     tick = next(ticks(expression, time_zone, after), None)
     if tick is None:
         raise CadenceError(f"{expression!r} never comes")
@@ -405,7 +411,7 @@ def problem(claim: Claim) -> str | None:
         )
     if claim.cadence == "cron":
         try:
-            check(claim.cron or "", claim.time_zone, claim.claimed_at)
+            _first(claim.cron or "", claim.time_zone, claim.claimed_at)
         except CadenceError as error:
             return str(error)
     elif claim.interval is None or claim.interval < 1:

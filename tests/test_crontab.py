@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from recall_worker import cadence, crontab
 
+from .test_recall import claim_with
+
 NOW = datetime(2026, 11, 29, tzinfo=UTC)
 
 
@@ -89,6 +91,12 @@ def test_what_other_crons_take(expression: str, instead: str) -> None:
 def test_what_stays(expression: str) -> None:
     assert crontab.objection(expression) is None
     cadence.check(expression, None, NOW)
+
+
+def test_a_row_that_stands_goes_on() -> None:
+    """What plain SQL wrote, or an older version took, is judged by cronsim alone."""
+    claim = claim_with(call_type="recurring", cadence="cron", cron="*/90 * * * *", interval=3600)
+    assert cadence.problem(claim) is None
 
 
 def test_the_idiom_for_both_days() -> None:
