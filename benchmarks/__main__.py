@@ -16,6 +16,7 @@ from typing import Any
 MEASURES = (
     "wake",
     "timers",
+    "queues",
     "backlog",
     "parts",
     "inflight",
@@ -24,7 +25,11 @@ MEASURES = (
     "inserting",
     "endurance",
     "start",
+    "adoption",
+    "trouble",
 )
+APART = ("console", "pages")
+"""Measures that are run where --only names them: their tables are not in docs/performance.md."""
 BEGIN, END = "<!-- measured: written by `python -m benchmarks` -->\n", "<!-- /measured -->\n"
 
 
@@ -35,7 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         type=lambda text: text.split(","),
         default=list(MEASURES),
         metavar="MEASURE,…",
-        help=", ".join(MEASURES),
+        help=", ".join(MEASURES + APART),
+    )
+    parser.add_argument(
+        "--peers",
+        type=lambda text: text.split(","),
+        metavar="PEER,…",
+        help="compare with these only: graphile-worker, pg-boss, …; default: all",
     )
     parser.add_argument(
         "--quick", action="store_true", help="shorter and fewer of everything: to see that it works"
@@ -54,12 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--report", type=Path, metavar="FILE", help="measure nothing: report these figures"
     )
     given = parser.parse_args(arguments)
-    if unknown := set(given.only) - set(MEASURES):
+    if unknown := set(given.only) - set(MEASURES + APART):
         parser.error(f"no such measure: {', '.join(sorted(unknown))}")
     figures = (
         json.loads(given.report.read_text(encoding="utf-8"))
         if given.report
-        else measured(given.only, quick=given.quick, kept=given.json)
+        else measured(given.only, quick=given.quick, kept=given.json, peers=given.peers)
     )
     print(reported(figures, plots=given.plots))
     if given.plots:
@@ -69,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, Any]:
+def measured(
+    only: list[str], *, quick: bool, kept: Path | None, peers: list[str] | None
+) -> dict[str, Any]:
     from .contenders import Contest
     from .ground import Ground, commit
 
@@ -83,7 +96,7 @@ def measured(only: list[str], *, quick: bool, kept: Path | None) -> dict[str, An
             | {"load when it began": f"{os.getloadavg()[0]:.1f}"}
             | ({"quick": "yes"} if quick else {})
         )
-        contest = Contest(ground)
+        contest = Contest(ground, peers)
         for name in only:
             began = time.monotonic()
             print(f"{name} …", end=" ", file=sys.stderr, flush=True)
@@ -121,7 +134,7 @@ def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | 
     figures = rounded(figures)
     section = ", ".join(f"{name} {value}" for name, value in figures["machine"].items()) + ".\n"
     section += f"\n{commits(figures)}\n"
-    for name in MEASURES:
+    for name in MEASURES + APART:
         if name not in figures["measures"]:
             continue
         module = _module(name)
@@ -134,7 +147,7 @@ def reported(figures: dict[str, Any], plots: Path | None = None, beside: Path | 
 def commits(figures: dict[str, Any]) -> str:
     """A sentence that names the commit that was measured; several where measures were run apart."""
     made_of: dict[str, list[str]] = {}
-    for name in MEASURES:
+    for name in MEASURES + APART:
         if name in figures["measures"]:
             commit = figures["measures"][name].get("commit", "unknown")
             made_of.setdefault(commit, []).append(name)

@@ -2,28 +2,32 @@
 are started.
 
 The statements are what each library's own "defer", "enqueue" or "add_job" sends, with
-`%(session)s`, `%(message)s` and `%(due)s` (null: now).
+`%(session)s`, `%(message)s` and `%(due)s` (null: now). Where that is no single statement, a process
+of the library's own client writes (`Writer`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import psycopg
 
-from .ground import ROOT, Ground, cpu, run, tree
+from .ground import ROOT, Ground, Redis, cpu, run, tree
 from .peers import MESSAGE
 
 OURS, CAPPED = "recall-worker", "PgQueuer, by its own cap"
@@ -34,7 +38,7 @@ LOOP, HTTPX_LOOP, BARE = "bare loop", "bare httpx loop", "bare worker"
 class Contender:
     name: str
     one: str
-    """Writes one row."""
+    """Writes one row. Empty: `writer` does."""
     many: str
     """Writes `%(n)s` rows, their sessions named `%(session)s` and a number."""
     install: Callable[[Ground, str], None]
@@ -42,6 +46,56 @@ class Contender:
     """(ground, dsn, url, slots) → arguments and further environment."""
     speed: int
     """More runs a second than it can do: so many rows are written for each second."""
+    writer: Callable[[Ground, str], tuple[list[str], dict[str, str]]] | None = None
+    """(ground, dsn) → arguments and further environment of the process that writes its rows."""
+    redis: bool = False
+    """Its rows are in Redis: the DSN is that of a Redis of its own."""
+
+
+class Writer:
+    """A process that writes rows by a library's own client.
+
+    A line on its stdin is `{"session": …, "due": … or null}`, with `"rows"` where so many are
+    wanted, their sessions named `session` and a number from 1. It answers `{"at": …}` once they are
+    written: nanoseconds of the monotonic clock, which all processes of a host share.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: IO[bytes]) -> None:
+        self._log = log
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            bufsize=1,
+        )
+
+    def write(self, session: str, due: datetime | None, **rows: int) -> int:
+        """Write, and return the instant at which that was done. Raises RuntimeError if the process
+        has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = {"session": session, "due": due and due.isoformat()} | rows
+        try:
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            said = Path(self._log.name).read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"the writer has ended: {said}")
+        return int(json.loads(answer)["at"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._log.close()
 
 
 def _ours_install(ground: Ground, dsn: str) -> None:
@@ -96,11 +150,54 @@ def _needs(module: str) -> None:
 
 def _graphile_install(ground: Ground, dsn: str) -> None:
     run(
-        "node",
+        ground.node,
         str(ground.npm / "node_modules/graphile-worker/dist/cli.js"),
         "--schema-only",
         "-c",
         dsn,
+    )
+
+
+def _apart(name: str, speed: int, key: str, *, redis: bool = False) -> Contender:
+    """A peer of peers_apart.py."""
+
+    def command(ground: Ground, what: str, *words: str) -> tuple[list[str], dict[str, str]]:
+        arguments = [str(ground.apart), "-m", "benchmarks.peers_apart", key, what, *words]
+        return arguments, {"PYTHONPATH": str(ROOT)}
+
+    return _written(name, speed, command, redis=redis)
+
+
+def _pgboss(ground: Ground, what: str, *words: str) -> tuple[list[str], dict[str, str]]:
+    return [ground.node, str(ground.npm / "pgboss.mjs"), what, *words], {}
+
+
+def _written(
+    name: str,
+    speed: int,
+    command: Callable[..., tuple[list[str], dict[str, str]]],
+    *,
+    redis: bool = False,
+) -> Contender:
+    """A peer whose schema, writer and worker are one program."""
+
+    def install(ground: Ground, dsn: str) -> None:
+        if redis:
+            run("redis-server", "--version")
+        arguments, more = command(ground, "schema", dsn)
+        subprocess.run(
+            arguments, env=_environment(more), check=True, capture_output=True, text=True
+        )
+
+    return Contender(
+        name,
+        "",
+        "",
+        install,
+        lambda ground, dsn, url, slots: command(ground, "work", dsn, url, str(slots)),
+        speed,
+        lambda ground, dsn: command(ground, "write", dsn),
+        redis,
     )
 
 
@@ -158,11 +255,16 @@ CONTENDERS = {
                 null)::graphile_worker.job_spec){_SERIES}))""",
             _graphile_install,
             lambda ground, dsn, url, slots: (
-                ["node", str(ground.npm / "graphile.mjs"), dsn, url, str(slots)],
+                [ground.node, str(ground.npm / "graphile.mjs"), dsn, url, str(slots)],
                 {},
             ),
             16000,
         ),
+        _written("pg-boss", 12000, _pgboss),
+        _apart("APScheduler", 1000, "apscheduler"),
+        _apart("Celery", 3000, "celery", redis=True),
+        _apart("DBOS", 1500, "dbos"),
+        _apart("absurd", 2000, "absurd"),
         Contender(
             CAPPED,
             _PGQUEUER.format(_JOB.format("%(session)s::text"), ""),
@@ -196,10 +298,38 @@ class Field:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
         self.connection = psycopg.connect(dsn, autocommit=True)
+        self.redis = Redis(ground.scratch / "redis") if contender.redis else None
         self._warmed = 0
+
+    @cached_property
+    def _writer(self) -> Writer:
+        assert self.contender.writer is not None
+        arguments, more = self.contender.writer(self.ground, self._where)
+        log = (self.ground.scratch / f"log-writer-{id(self)}").open("wb")
+        return Writer(arguments, _environment(more), log)
+
+    @property
+    def _where(self) -> str:
+        return self.redis.dsn if self.redis is not None else self.dsn
+
+    def end_writing(self) -> None:
+        """Close what only writes: no row can be written afterwards."""
+        if "_writer" in self.__dict__:
+            self._writer.close()
+            del self.__dict__["_writer"]
+        self.connection.close()
+
+    def close(self) -> None:
+        """End its workers and all that writes."""
+        self.stop()
+        self.end_writing()
+        if self.redis is not None:
+            self.redis.close()
 
     def insert(self, session: str, due: datetime | None = None) -> int:
         """Write one row; returns the monotonic instant at which its commit was known."""
+        if self.contender.writer is not None:
+            return self._writer.write(session, due)
         self.connection.execute(
             self.contender.one, {"session": session, "message": MESSAGE, "due": due}
         )
@@ -208,6 +338,9 @@ class Field:
     def fill(self, session: str, rows: int, due: datetime | None = None) -> None:
         """Write many rows, some thousands in one transaction."""
         for start in range(0, rows, 5000):
+            if self.contender.writer is not None:
+                self._writer.write(f"{session}{start}-", due, rows=min(5000, rows - start))
+                continue
             self.connection.execute(
                 self.contender.many,
                 {
@@ -220,7 +353,9 @@ class Field:
 
     def start(self, slots: int, workers: int = 1, **settings: Any) -> None:
         """Start workers. `settings` of ours: lease=30 becomes RECALL_LEASE."""
-        arguments, more = self.contender.command(self.ground, self.dsn, self.ground.sink.url, slots)
+        arguments, more = self.contender.command(
+            self.ground, self._where, self.ground.sink.url, slots
+        )
         more |= {f"RECALL_{name.upper()}": str(value) for name, value in settings.items()}
         for _ in range(workers):
             log = (self.ground.scratch / f"log-{len(self.processes)}").open("wb")
@@ -245,12 +380,9 @@ class Field:
             raise RuntimeError(f"{self.contender.name} does not call: {self.log()[-2000:]}")
         before, since = -1, time.monotonic()
         while time.monotonic() - since < 1.5:
-            row = self.connection.execute(
-                "select count(*) from pg_stat_activity where datname = current_database()"
-            ).fetchone()
-            assert row is not None
-            if row[0] < len(self.processes) or row[0] != before:
-                before, since = row[0], time.monotonic()
+            now = self.connections()
+            if now < len(self.processes) or now != before:
+                before, since = now, time.monotonic()
             time.sleep(0.1)
         self.ground.sink.reset()
 
@@ -259,6 +391,27 @@ class Field:
 
     def cpu(self) -> float:
         return cpu(self.pids())
+
+    def server_cpu(self) -> float:
+        """Seconds of CPU that PostgreSQL has used, or its Redis."""
+        return self.redis.cpu() if self.redis is not None else self.ground.postgres_cpu()
+
+    def transactions(self) -> int:
+        """Transactions so far, or commands to its Redis."""
+        if self.redis is not None:
+            return self.redis.commands()
+        return self.ground.transactions(self.dsn)
+
+    def connections(self) -> int:
+        """Connections to its database, ours and the writer's included, or to its Redis."""
+        if self.redis is not None:
+            return self.redis.connections()
+        database = psycopg.conninfo.conninfo_to_dict(self.dsn)["dbname"]
+        row = self.ground.maintenance.execute(
+            "select count(*) from pg_stat_activity where datname = %s", [database]
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
 
     def log(self) -> str:
         return (self.ground.scratch / "log-0").read_text(errors="replace")
@@ -282,8 +435,9 @@ class Field:
 class Contest:
     """The contenders whose packages are installed; their empty databases are created once."""
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: Ground, peers: Sequence[str] | None = None) -> None:
         self.ground = ground
+        self._wanted = PEERS if peers is None else peers
         self.missing: dict[str, str] = {}
         self._templates: dict[str, str] = {}
 
@@ -296,25 +450,27 @@ class Contest:
             try:
                 yield field
             finally:
-                field.stop()
-                field.connection.close()
+                field.close()
 
     def present(self, *names: str) -> list[str]:
         """Those of them that are installed here."""
         found = []
         for name in names:
-            if name in self.missing:
+            if name in self.missing or (name in PEERS and name not in self._wanted):
                 continue
             try:
                 self._template(CONTENDERS[name])
                 found.append(name)
             except (ImportError, OSError, subprocess.CalledProcessError) as error:
-                self.missing[name] = f"{type(error).__name__}: {error}"
+                said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+                lines = said.strip().splitlines() if said else [str(error)]
+                last = lines[-1] if lines else ""
+                self.missing[name] = f"{type(error).__name__}: {last}"
         return found
 
     def _template(self, contender: Contender) -> str:
         if contender.name not in self._templates:
-            name = "template_" + contender.name.replace(" ", "_").replace("-", "_").lower()
+            name = "template_" + re.sub(r"\W+", "_", contender.name).lower()
             self.ground.maintenance.execute(f'create database "{name}"'.encode())
             contender.install(self.ground, self.ground.server.dsn(name))
             self._templates[contender.name] = name

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,66 @@ class Sink:
                 pipe.close()
 
 
+class Redis:
+    """A Redis of its own, as Debian configures it: it writes a snapshot now and then, so that what
+    was written since is lost in a crash. Raises OSError where redis-server is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._place = directory / "redis"
+        directory.mkdir(exist_ok=True)
+        self.dsn = f"redis+socket://{self._place}"
+        self._process = subprocess.Popen(
+            [
+                *("redis-server", "--port", "0", "--unixsocket", str(self._place)),
+                *("--dir", str(directory), "--save", "3600 1 300 100 60 10000"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        while not self._place.exists():
+            if self._process.poll() is not None:
+                raise OSError(f"redis-server ended with {self._process.returncode}")
+            time.sleep(0.02)
+
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
+        return cpu([self._process.pid])
+
+    def commands(self) -> int:
+        """Commands that it has executed so far."""
+        return self._counted(b"total_commands_processed")
+
+    def connections(self) -> int:
+        """Connections besides the one that asks."""
+        return self._counted(b"connected_clients") - 1
+
+    def _counted(self, name: bytes) -> int:
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(self._place))
+            line.sendall(b"INFO\r\n")
+            answer = b""
+            while name + b":" not in answer or b"\r\n# Keyspace" not in answer:
+                answer += line.recv(65536)
+        return int(answer.split(name + b":")[1].split(b"\r\n")[0])
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        shutil.rmtree(self._place.parent, ignore_errors=True)
+
+
+OWN_IDENTITY = """
+do $$ begin
+    if to_regclass('recall_identity') is not null then
+        update recall_identity set database_oid = (
+            select oid::bigint from pg_database where datname = current_database()
+        );
+    end if;
+end $$
+"""
+"""A database made of a template is no copy: workers would claim nothing on one."""
+
+
 class Ground:
     """PostgreSQL and the sink, for as long as the block runs."""
 
@@ -148,6 +209,8 @@ class Ground:
             )
         )
         try:
+            with psycopg.connect(self.server.dsn(name), autocommit=True) as conn:
+                conn.execute(OWN_IDENTITY.encode())
             yield self.server.dsn(name)
         finally:
             self.maintenance.execute(
@@ -219,9 +282,31 @@ class Ground:
         return place
 
     @cached_property
+    def apart(self) -> Path:
+        """The interpreter of the environment of `peers.txt`, in which peers_apart.py runs. Raises
+        CalledProcessError where pip cannot install it.
+        """
+        wanted = HERE / "peers.txt"
+        place = self.cache / f"peers-{hashlib.sha256(wanted.read_bytes()).hexdigest()[:12]}"
+        if not place.exists():
+            for old in self.cache.glob("peers-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            made = Path(f"{place}.new")
+            run(sys.executable, "-m", "venv", str(made))
+            run(str(made / "bin" / "pip"), "install", "--quiet", "--pre", "-r", str(wanted))
+            # An environment knows its own path only in its scripts, which nobody calls.
+            made.rename(place)
+        return place / "bin" / "python"
+
+    @cached_property
+    def node(self) -> str:
+        """Node.js, out of that environment: the same version everywhere."""
+        return self._apart("node").strip()
+
+    @cached_property
     def npm(self) -> Path:
-        """Where the npm packages of package.json are installed, with graphile.mjs beside them.
-        Raises OSError where there is no npm.
+        """Where the npm packages of package.json are installed, with our scripts beside them.
+        Raises CalledProcessError where they cannot be installed.
         """
         place = self.cache / "npm"
         place.mkdir(exist_ok=True)
@@ -233,9 +318,21 @@ class Ground:
             or not (place / "node_modules").exists()
         ):
             kept.write_bytes(wanted)
-            run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(place))
-        shutil.copy(HERE / "graphile.mjs", place)
+            options = ("--silent", "--no-audit", "--no-fund", "--prefix", str(place))
+            self._apart("npm", "install", *options)
+        for script in HERE.glob("*.mjs"):
+            shutil.copy(script, place)
         return place
+
+    def _apart(self, *words: str) -> str:
+        command = [str(self.apart), "-m", "benchmarks.peers_apart", *words]
+        return subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
 
     def machine(self) -> dict[str, str]:
         """The machine and the versions of the measurement: no names of hosts, no paths."""
@@ -269,12 +366,20 @@ class Ground:
             except importlib.metadata.PackageNotFoundError:
                 found[name] = "not installed"
         try:
-            found["Node.js"] = run("node", "--version").strip().removeprefix("v")
-            found["graphile-worker"] = json.loads(
-                (self.npm / "node_modules/graphile-worker/package.json").read_text()
-            )["version"]
+            found["Node.js"] = run(self.node, "--version").strip().removeprefix("v")
+            for name in ("graphile-worker", "pg-boss"):
+                package = self.npm / "node_modules" / name / "package.json"
+                found[name] = json.loads(package.read_text())["version"]
+            for line in (HERE / "peers.txt").read_text().splitlines():
+                name, _, version = line.partition("==")
+                if name in ("APScheduler", "absurd-sdk", "celery[redis]", "dbos"):
+                    found[name] = version
         except (OSError, subprocess.CalledProcessError):
-            found["graphile-worker"] = "not installed"
+            found["peers of peers.txt and package.json"] = "not installed"
+        try:
+            found["Redis"] = run("redis-server", "--version").split("v=")[1].split()[0]
+        except (OSError, subprocess.CalledProcessError):
+            found["Redis"] = "not installed"
         return found
 
 

@@ -12,11 +12,15 @@ start at another candidate each time, so that a slow minute of the machine hits 
 are medians; `±` is half the distance between the best and the worst round, in per cent. A candidate
 that falls below 100 requests a second is spared the higher levels.
 
-`raw` is no HTTP client: it writes ready-made bytes and counts answers. It shows that sink and
-machine are not what limits the others. `witness` is the shape that recall-worker wants: aiohttp,
-with a body that notes the moment at which it is handed to a live connection, so that a failed call
-knows whether anything of it was sent. `traced` asks the same of aiohttp's TraceConfig, to show what
-that costs.
+`own` is recall-worker's client, `former` the one that it had before: the same interface over
+aiohttp (aiohttp_client.py, kept for this comparison). `run-own` and `run-former` are both below the
+worker's own path for a run: the native protocol, from a claim to its outcome. `raw` is no HTTP
+client: it writes ready-made bytes and counts answers. It shows that sink and machine are not what
+limits the others. `witness` is an early form of `former`. `traced` asks aiohttp's TraceConfig
+whether anything was sent, to show what that costs.
+
+Besides the rates: the CPU of the process for each request at 50 open ones; the memory once all is
+imported and the client is made; and what each of 1,000 calls takes that are open and not answered.
 
 The measure is the cost of the client alone: the sink answers at once. Figures of two machines are
 not comparable, ratios nearly are. A candidate whose package is missing is skipped and named below
@@ -46,12 +50,15 @@ ANSWER = (
     % len(ANSWER_BODY)
     + ANSWER_BODY
 )
+HELD = 1000  # calls that are left open, to see what each takes
 WARM_UP = 0.3  # seconds before counting starts: connections open, caches fill
 GRACE = 1.0  # seconds an open call may take to end once counting is over
 HOPELESS = (
     100  # below so many requests a second no higher level is tried: it would only hold up the rest
 )
 LIMIT = 1 << 20  # an answer is read no further than this
+PORT = 0  # of the sink, in a candidate's process
+MESSAGE = "Look at the build again, and say whether it is green. " * 4
 KEEP_ALIVE = 4.0  # below the 5 s after which uvicorn closes an idle connection
 
 Post = Callable[[int, str, dict[str, str], bytes], Awaitable[Any]]
@@ -72,6 +79,9 @@ class Sink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         data = self.pending + data if self.pending else data
         answers = 0
+        if data.startswith(b"POST /held"):
+            self.pending = data
+            return  # Until the caller hangs up.
         while (head := data.find(b"\r\n\r\n")) >= 0:
             found = self.length.search(data, 0, head)
             end = head + 4 + (int(found[1]) if found else 0)
@@ -370,6 +380,93 @@ async def pyreqwest_own(slots: int) -> AsyncIterator[Post]:
         yield post
 
 
+def through(client: Any) -> Post:
+    """A client with the interface of recall_worker.protocols.http, used as a protocol uses it."""
+
+    def sent() -> None:
+        pass
+
+    async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
+        answer = await client.post(url, lambda: headers, body, 30.0, sent)
+        return json.loads(answer.body)
+
+    return post
+
+
+@asynccontextmanager
+async def own(slots: int) -> AsyncIterator[Post]:
+    """recall-worker's own client: connections and httptools."""
+    from recall_worker.protocols.http import HttpClient
+    from recall_worker.settings import Settings
+
+    client = HttpClient(Settings())
+    yield through(client)
+    await client.close()
+
+
+@asynccontextmanager
+async def former(slots: int) -> AsyncIterator[Post]:
+    """recall-worker's client before: the same interface over aiohttp (aiohttp_client.py)."""
+    from aiohttp_client import HttpClient
+
+    from recall_worker.settings import Settings
+
+    client = HttpClient(Settings())
+    yield through(client)
+    await client.close()
+
+
+def as_runs(client: Any, native: Any) -> Post:
+    """The native protocol's whole way, from a claim to its outcome, over this client."""
+    from datetime import UTC, datetime
+
+    from recall_worker.protocols import Call
+    from recall_worker.recall import Answered, Claim
+
+    native._http = client
+    when = datetime(2027, 1, 31, 9, tzinfo=UTC)
+    fields: dict[str, Any] = dict.fromkeys(Claim._fields)
+    fields |= {"call_type": "once", "occurrence": 1, "rekey": 0, "attempt": 1, "octets": 0}
+    fields |= {"scheduled_for": when, "missed": 0, "lateness": 0.01}
+
+    async def post(slot: int, url: str, headers: dict[str, str], body: bytes) -> Any:
+        session = url.rsplit("/", 2)[-2]
+        claim = Claim(**fields | {"id": session, "session_id": session, "message": MESSAGE})
+        outcome = await native.call(Call(claim, time.monotonic()))
+        return {"status": "completed" if isinstance(outcome, Answered) else outcome}
+
+    return post
+
+
+def settings_for(port: int) -> Any:
+    from recall_worker.settings import Settings
+
+    return Settings(run_url=f"http://127.0.0.1:{port}/sessions/{{session_id}}/runs", run_token="t")
+
+
+@asynccontextmanager
+async def run_own(slots: int) -> AsyncIterator[Post]:
+    """A run by the native protocol, over recall-worker's own client."""
+    from recall_worker.protocols.native import Native
+
+    native = Native(settings_for(PORT))
+    yield as_runs(native._http, native)
+    await native.close()
+
+
+@asynccontextmanager
+async def run_former(slots: int) -> AsyncIterator[Post]:
+    """The same over the client before."""
+    from aiohttp_client import HttpClient
+
+    from recall_worker.protocols.native import Native
+
+    native = Native(settings_for(PORT))
+    await native.close()
+    yield as_runs(HttpClient(settings_for(PORT)), native)
+    await native.close()
+
+
 @asynccontextmanager
 async def raw(slots: int) -> AsyncIterator[Post]:
     """No client at all: bytes out, bytes in. The ceiling that sink, loop and machine allow."""
@@ -419,8 +516,16 @@ CANDIDATES: dict[str, tuple[Callable[[int], Any], tuple[str, ...]]] = {
     "witness": (aiohttp_witness, ("aiohttp",)),
     "aiohttp": (aiohttp_bare, ("aiohttp",)),
     "pyreqwest": (pyreqwest_own, ("pyreqwest",)),
+    "former": (former, ("aiohttp", "aiohttp_client")),
+    "own": (own, ("recall_worker.protocols.http",)),
+    "run-former": (run_former, ("aiohttp", "aiohttp_client")),
+    "run-own": (run_own, ("recall_worker.protocols.native",)),
     "raw": (raw, ()),
 }
+
+
+HOLDING = ("former", "own", "aiohttp", "raw")
+"""Candidates whose open calls are weighed."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,9 +597,10 @@ async def measure(name: str, port: int, slots: int, seconds: float) -> dict[str,
     async with CANDIDATES[name][0](slots) as post:
         tasks = [asyncio.create_task(keep_open(slot, post)) for slot in range(slots)]
         await asyncio.sleep(WARM_UP)
-        start, before = time.perf_counter(), done
+        start, before, used = time.perf_counter(), done, time.process_time()
         await asyncio.sleep(seconds)
         took, counted = time.perf_counter() - start, done - before
+        used = time.process_time() - used
         over = True
         _, late = await asyncio.wait(tasks, timeout=GRACE)
         for task in late:
@@ -503,9 +609,34 @@ async def measure(name: str, port: int, slots: int, seconds: float) -> dict[str,
     return {
         "open": slots,
         "rate": counted / took,
+        "cpu": used * 1e6 / max(1, counted),
         "peak": resident(peak=True),
         "failures": failures,
     }
+
+
+async def held(name: str, port: int) -> dict[str, float]:
+    """Memory in MB of a process with a client that has made one call; and in KB, of each call that
+    is open beside it."""
+    async with CANDIDATES[name][0](HELD) as post:
+        await post(0, *call(port, 0))
+        before = resident()
+
+        async def hold(slot: int) -> None:
+            url, headers, body = call(port, slot)
+            url = url.replace("/sessions/", "/held/")
+            await post(slot, url, headers, body)
+
+        tasks = [asyncio.create_task(hold(slot)) for slot in range(HELD)]
+        await asyncio.sleep(2.0)
+        after = resident()
+        still = sum(not task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if still < HELD:
+        raise ValueError(f"only {still} calls stayed open")
+    return {"with client": before, "an open call": (after - before) * 1024 / HELD}
 
 
 def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[str, Any]:
@@ -519,6 +650,8 @@ def candidate(name: str, port: int, levels: list[int], seconds: float) -> dict[s
         "bare": bare,
         "imported": resident(),
     }
+    if name in HOLDING:
+        result["held"] = asyncio.run(held(name, port))
     result["levels"] = []
     for slots in sorted(levels):
         result["levels"].append(asyncio.run(measure(name, port, slots, seconds)))
@@ -551,10 +684,12 @@ def main() -> None:
     if unknown := [name for name in names if name not in CANDIDATES]:
         parser.error(f"unknown candidate: {', '.join(unknown)}")
 
-    raise_file_limit(2 * max(levels) + 200)
+    raise_file_limit(2 * max(*levels, HELD) + 200)
     if options.role == "sink":
         asyncio.run(serve())
     elif options.role == "candidate":
+        global PORT
+        PORT = options.port
         print(json.dumps(candidate(names[0], options.port, levels, options.seconds)))
     else:
         report(options, names, levels)
@@ -630,7 +765,10 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         f"{sys.version.split()[0]}"
     )
     print(f"{'candidate':<15}" + "".join(f"{f'{level} open':>14}" for level in levels), end="")
-    print(f"{'peak MB':>9}{'imported MB':>13}{'import s':>10}")
+    print(
+        f"{'µs CPU':>9}{'peak MB':>9}{'imported MB':>13}{'import s':>10}"
+        f"{'client MB':>11}{'KB a call':>11}"
+    )
     for name, runs in results.items():
         if not runs:
             print(f"{name:<15} no round ended")
@@ -647,7 +785,14 @@ def report(options: argparse.Namespace, names: list[str], levels: list[int]) -> 
         peak = statistics.median(run["levels"][-1]["peak"] for run in runs)
         imported = statistics.median(run["imported"] for run in runs)
         took = statistics.median(run["import"] for run in runs)
-        print(f"{line}{peak:>9.0f}{imported:>13.0f}{took:>10.2f}")
+        at = levels.index(50) if 50 in levels else 0
+        used = [run["levels"][at]["cpu"] for run in runs if at < len(run["levels"])]
+        cpu = f"{statistics.median(used):>9.0f}" if used else f"{'':>9}"
+        print(f"{line}{cpu}{peak:>9.0f}{imported:>13.0f}{took:>10.2f}", end="")
+        weighed = [run["held"] for run in runs if "held" in run]
+        for what in ("with client", "an open call") if weighed else ():
+            print(f"{statistics.median(held[what] for held in weighed):>11.1f}", end="")
+        print()
     failures = {
         (name, why)
         for name, runs in results.items()

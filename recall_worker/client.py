@@ -1,10 +1,15 @@
 """`Recalls`: the application's side of the table, for applications in Python. Others use plain SQL
-(docs/application.md).
+(docs/application.md). `SyncRecalls` in client_sync has the same for applications that are not
+async; `python -m tests.unasync` writes it from this file.
 
 Every method takes `conn=`, an async psycopg connection: it then works inside the caller's own
 transaction, so that the recall exists exactly if the message that asked for it does. Without it a
 connection of the pool is used, and each call is a transaction of its own. An error inside the
-caller's transaction is confined to a savepoint: the transaction can continue.
+caller's transaction is confined to a savepoint: the transaction can continue. Whatever the
+connection is set to (DateStyle, types of rows, loaders …) is neither used nor changed.
+
+Ids are given as text, or as the column has them (UUID, int), and returned as text, in PostgreSQL's
+spelling. An id that the column's type can't hold is the id of nothing.
 
 Never here: leases, occurrences, verdicts. Those belong to the worker.
 """
@@ -13,47 +18,79 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import dataclasses
+import json
 import random
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any
-from uuid import uuid4
+from typing import Any, Self, TypeAlias
 
-from psycopg import AsyncConnection, errors
+import psycopg
+from psycopg import BaseConnection, errors
 from psycopg.pq import TransactionStatus
-from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from . import cadence, statements
-from .database.values import Dates
+from . import cadence, keys, settings, statements
+from .cadence import KEEP, Keep
+from .database.borrowed import BorrowedCursor, borrowed, read_committed
+from .keys import Columns, Key, UnfitKey
 from .recall import STATUSES, Recall
 
-Connection = AsyncConnection[Any]
+Connection: TypeAlias = psycopg.AsyncConnection[Any]
 
 
 class RecallExists(Exception):
-    """The session has a pending recall already; a session holds one at a time. Cancel it first, or
-    keep it."""
+    """The session has a pending recall already; a session holds one at a time, or `most` of them
+    (`recall-worker migrate --slots`). Cancel one first, or keep them."""
 
-    def __init__(self, session_id: str) -> None:
-        super().__init__(f"session {session_id} has a pending recall already")
+    def __init__(self, session_id: str, most: int = 1) -> None:
+        has = "a pending recall" if most == 1 else f"{most} pending recalls"
+        super().__init__(f"session {session_id} has {has} already")
         self.session_id = session_id
+        self.most = most
 
 
 class Recalls:
-    """Schedules, cancels, skips, moves and lists recalls."""
+    """Schedules, finds, changes and ends recalls.
 
-    def __init__(self, pool: AsyncConnectionPool[Any] | None = None) -> None:
-        """`pool`: an open psycopg pool; without one, every call needs `conn=`."""
+    Times are aware datetimes, lengths of time are timedeltas, numbers are whole, texts are str.
+    Anything else is a TypeError that shows what to write, and a datetime without a time zone is a
+    ValueError.
+    """
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[Any] | None = None,
+        *,
+        actor: str | None = None,
+        via: str = "python",
+        schema: str | None = None,
+    ) -> None:
+        """`pool`: an open psycopg pool; without one, every call needs `conn=`.
+
+        `actor`: who acts, for the record of what is done (the table recall_actions); if not given,
+        RECALL_ACTOR, else the role of the database session. `via`: the way in which it acts, for
+        the same record. `schema`: the one that has
+        session_recalls; if not given, RECALL_SCHEMA, else the one that the connection's search_path
+        finds. Raises SettingsError where one of these variables holds what it can't be.
+        """
+        if pool is not None and not hasattr(pool, "connection"):
+            raise TypeError(f"`pool` is {repr(pool)[:80]}: give an open pool of psycopg_pool")
+        if not isinstance(actor, str | None):
+            raise TypeError(f"`actor` is {repr(actor)[:80]}: give a text, such as 'ann'")
         self._pool = pool
+        self._schema = schema or settings.schema()
+        self._by = {"actor": actor or settings.actor(), "via": via}
         self._sql = statements.load("client")
         self._reads = statements.load("reads")
+        self._columns: Columns | None = None
+        """As they were when last asked for: the application may give them other types."""
 
     async def schedule(
         self,
-        session_id: str,
+        session_id: Key,
         message: str,
         *,
         at: datetime | None = None,
@@ -68,37 +105,58 @@ class Recalls:
         grace: timedelta | None = None,
         jitter: timedelta | None = None,
         comment: str | None = None,
-        id: str | None = None,
+        queue: str = settings.DEFAULT_QUEUE,
+        id: Key | None = None,
         conn: Connection | None = None,
     ) -> Recall:
         """Promise to come back to `session_id` with `message`.
 
         `at` (aware) or `after`: once. Without any time: at once. A time in the past also means at
-        once.
+        once, and lateness counts from now (with `grid` and `cron` it stays the first moment, and
+        those since then are missed).
 
         Recurring: `every`, this long after the end of each run; `grid`, each whole multiple of this
         after the first, without drift; `cron`, five fields (minute, hour, day, month, weekday) in
-        `time_zone` (an IANA name; default UTC). The first occurrence is one interval from now, or
-        at `at` or `after`; with cron, at the first tick from there on.
+        `time_zone` (an IANA name, in any case; default UTC). The first occurrence is one interval
+        from now, or at `at` or `after`; with cron, at the first tick from there on.
 
         It ends after `until` (aware; an occurrence at that instant still runs), after so many
         `times` (skipped ones count), or after so many `failures` in a row. An occurrence that is
         later than `grace` is not run, but recorded as misfired. Each is due up to `jitter` after
         its nominal time, at random.
 
-        `comment` never leaves the database. `id`: any text, a random UUID if not given.
+        `comment` never leaves the database. `queue`: which workers may claim it, those whose
+        RECALL_QUEUE names it. `id`: what the column holds. If it is not given, a
+        random UUID where the column takes one (a shorter random text where it is too short for
+        that), else the column's default.
 
-        Raises RecallExists where the session has a pending recall, ValueError for times, cadences
-        and sessions that make no sense, and psycopg's errors, such as ForeignKeyViolation for a
-        session that does not exist and DataError for text with NUL characters.
+        Raises RecallExists where the session has a pending recall, ValueError for times, cadences,
+        sessions and queues that make no sense and for ids that their columns can't hold (or where
+        an id has to be given), and psycopg's errors, such as ForeignKeyViolation for a session that
+        does not exist, DataError for text with NUL characters, and ObjectNotInPrerequisiteState for
+        another queue than `default` while a worker is alive that knows no queues.
         """
-        for name, when in (("at", at), ("until", until)):
-            if when is not None and when.tzinfo is None:
-                raise ValueError(
-                    f"`{name}` has no time zone: give an aware datetime, as in datetime.now(UTC)"
-                )
-        if session_id in ("", ".", ".."):
-            raise ValueError(f"{session_id!r} can't be a session's id: an address can't name it")
+        check_types(
+            at=at,
+            after=after,
+            every=every,
+            grid=grid,
+            until=until,
+            times=times,
+            failures=failures,
+            grace=grace,
+            jitter=jitter,
+            message=message,
+            comment=comment,
+            cron=cron,
+            time_zone=time_zone,
+            queue=queue,
+            needed=["message", "queue"],
+        )
+        session = keys.text(session_id)
+        if session in ("", ".", ".."):
+            raise ValueError(f"{session!r} can't be a session's id: an address can't name it")
+        check_queue(queue)
         # Query PostgreSQL's clock only where something is calculated from it.
         asked = cron is not None or until is not None
         now = (
@@ -122,22 +180,65 @@ class Recalls:
             jitter=jitter,
         )
         values = dataclasses.asdict(plan) | {
-            "id": str(uuid4()) if id is None else id,
-            "session_id": session_id,
+            "session_id": session,
             "comment": comment,
             "message": message,
+            "queue": queue,
+            **self._by,
         }
+        given = None if id is None else keys.text(id)
         try:
-            rows = await self._ask(self._sql["schedule"], values, conn)
+            return await self._insert(given, session, values, conn)
         except errors.UniqueViolation as error:
-            if error.diag.constraint_name != "idx_recalls_active_pending":
+            most = await self._pending_most(error, conn)
+            if most is None:
                 raise
-            raise RecallExists(session_id) from None
-        return Recall.of(rows[0])
+            raise RecallExists(session, most) from None
+
+    async def _insert(
+        self, given: str | None, session: str, values: Mapping[str, Any], conn: Connection | None
+    ) -> Recall:
+        """Insert a recall under this id, or a new one. Raises UnfitKey."""
+        remembered = self._columns is not None
+        while True:
+            columns = self._columns
+            if columns is None:
+                found = await self._ask(self._sql["keys"], {}, conn)
+                columns = self._columns = Columns.of(found[0]) if found else keys.TEXT
+            try:
+                id = columns.new_id(given)
+                name = "schedule_by_default" if id is None else "schedule"
+                return Recall.of((await self._ask(self._sql[name], {**values, "id": id}, conn))[0])
+            except UnfitKey:
+                if not remembered:
+                    raise
+            except errors.NotNullViolation as error:
+                unfit = columns.refusal(error.diag.column_name, given, session)
+                if not remembered:
+                    raise error if unfit is None else unfit from None
+            except (errors.StringDataRightTruncation, errors.GeneratedAlways):
+                if not remembered:
+                    raise
+            # The columns may have got other types since they were asked for.
+            self._columns, remembered = None, False
+
+    async def _pending_most(
+        self, error: errors.UniqueViolation, conn: Connection | None
+    ) -> int | None:
+        """How many pending recalls the session may have, and has; None where an id is taken, or an
+        index of the application's forbids it."""
+        violated = {"schema": error.diag.schema_name, "name": error.diag.constraint_name}
+        found = await self._ask(self._sql["violated"], violated, conn)
+        return keys.pending_most(found[0] if found else None)
+
+    async def get(self, id: Key, *, conn: Connection | None = None) -> Recall | None:
+        """The recall with this id, whatever its status; None where there is none."""
+        rows = await self._ask(self._reads["show"], {"id": keys.text(id)}, conn)
+        return Recall.of(rows[0]) if rows else None
 
     async def preview(
         self,
-        what: str,
+        what: Key,
         *,
         time_zone: str | None = None,
         count: int = 10,
@@ -149,6 +250,8 @@ class Recalls:
         The first moment of a recall may be past: it is due. A recall that is over has none. Raises
         ValueError for a cadence that makes no sense, and LookupError where there is no such recall.
         """
+        check_types(count=count, time_zone=time_zone)
+        what = keys.text(what)
         now = (await self._ask(self._sql["clock"], {}, conn))[0]["now"]
         rows = await self._ask(self._reads["show"], {"id": what}, conn)
         if not rows and len(what.split()) > 1:
@@ -164,10 +267,11 @@ class Recalls:
         where = cadence.zone(found.time_zone)
         return [moment.astimezone(where) for moment in islice(cadence.upcoming(found, now), count)]
 
-    async def cancel(self, session_id: str, *, conn: Connection | None = None) -> int:
+    async def cancel(self, session_id: Key, *, conn: Connection | None = None) -> int:
         """Cancel the session's pending recall, also during its run: its call is aborted, nothing
-        fires again. Returns how many: 0 or 1."""
-        values = {"session_id": session_id}
+        fires again. Where a session may have several (`migrate --slots`), all of them. Returns how
+        many."""
+        values = {"session_id": keys.text(session_id), **self._by}
         # Run again where nothing was found: a cancel that waited for the insert of the session's
         # next recall has a snapshot without it, and finds the recall before it moved out of the
         # slot.
@@ -176,22 +280,26 @@ class Recalls:
         )
         return len(found)
 
-    async def skip_next(self, session_id: str, *, conn: Connection | None = None) -> bool:
-        """Leave out one occurrence of the session's recurring recall. False where it has none."""
-        return bool(await self._ask(self._sql["skip_pending"], {"session_id": session_id}, conn))
+    async def skip_next(self, session_id: Key, *, conn: Connection | None = None) -> bool:
+        """Leave out one occurrence of the session's recurring recall; where a session may have
+        several (`migrate --slots`), of each. False where it has none."""
+        values = {"session_id": keys.text(session_id), **self._by}
+        return bool(await self._ask(self._sql["skip_pending"], values, conn))
 
     async def list(
         self,
         *,
-        session_id: str | None = None,
-        user_id: str | None = None,
+        session_id: Key | None = None,
+        user_id: Key | None = None,
         statuses: Sequence[str] | None = None,
+        queue: str | None = None,
         limit: int = 50,
         offset: int = 0,
         conn: Connection | None = None,
     ) -> builtins.list[Recall]:
         """Recalls, newest trigger first: of one session, of the sessions that a user owns
-        (`sessions.user_id`), or all."""
+        (`sessions.user_id`), or all; of one `queue` where it is given."""
+        check_types(limit=limit, offset=offset)
         unknown = set(statuses or ()) - set(STATUSES)
         if unknown:
             raise ValueError(
@@ -205,19 +313,26 @@ class Recalls:
             else "list"
         )
         values = {
-            "session_id": session_id,
-            "user_id": user_id,
+            "session_id": None if session_id is None else keys.text(session_id),
+            "user_id": None if user_id is None else keys.text(user_id),
             "statuses": list(statuses) if statuses else None,
+            "queue": queue,
         }
-        rows = await self._ask(
-            self._reads[name], {**values, "limit": limit, "offset": offset}, conn
-        )
+        try:
+            rows = await self._ask(
+                self._reads[name], {**values, "limit": limit, "offset": offset}, conn
+            )
+        except (errors.InvalidTextRepresentation, errors.NumericValueOutOfRange):
+            if user_id is None:
+                raise
+            return []  # The type of sessions.user_id can't hold such a user.
         return [Recall.of(row) for row in rows]
 
     async def due(
         self, limit: int = 100, *, conn: Connection | None = None
     ) -> builtins.list[Recall]:
         """Recalls that are due and wait for a worker, oldest first."""
+        check_types(limit=limit)
         return [Recall.of(row) for row in await self._ask(self._sql["due"], {"limit": limit}, conn)]
 
     async def next_trigger_at(self, *, conn: Connection | None = None) -> datetime | None:
@@ -226,56 +341,279 @@ class Recalls:
         rows = await self._ask(self._sql["next_trigger"], {}, conn)
         return rows[0]["next_trigger"] if rows else None
 
-    async def mark_fired(self, id: str, *, conn: Connection | None = None) -> bool:
+    async def mark_fired(self, id: Key, *, conn: Connection | None = None) -> bool:
         """Settle a recall as fired by hand. False where it does not exist, or is final already."""
-        return bool(await self._ask(self._sql["mark"], {"id": id, "status": "fired"}, conn))
+        values = {"status": "fired", "action": "mark_fired", **self._by}
+        return bool(await self._ask(self._sql["mark"], {"id": keys.text(id), **values}, conn))
 
-    async def mark_cancelled(self, id: str, *, conn: Connection | None = None) -> bool:
+    async def mark_cancelled(self, id: Key, *, conn: Connection | None = None) -> bool:
         """Cancel one recall. False where it does not exist, or is final already."""
-        return bool(await self._ask(self._sql["mark"], {"id": id, "status": "cancelled"}, conn))
+        values = {"status": "cancelled", "action": "cancel", **self._by}
+        return bool(await self._ask(self._sql["mark"], {"id": keys.text(id), **values}, conn))
 
-    async def reschedule(self, id: str, at: datetime, *, conn: Connection | None = None) -> bool:
+    async def reschedule(self, id: Key, at: datetime, *, conn: Connection | None = None) -> bool:
         """Move a recall to `at` (aware); during a run, the occurrence after it. False where it does
         not exist, or is final already."""
-        if at.tzinfo is None:
-            raise ValueError(
-                "`at` has no time zone: give an aware datetime, as in datetime.now(UTC)"
-            )
-        return bool(
-            await self._ask(self._sql["reschedule"], {"ids": [id], "at": at, "after": None}, conn)
+        check_types(at=at, needed=["at"])
+        values = {"ids": [keys.text(id)], "at": at, "after": None, **self._by}
+        return bool(await self._ask(self._sql["reschedule"], values, conn))
+
+    async def pause(self, id: Key, *, conn: Connection | None = None) -> Recall | None:
+        """Hold a recall back until it is resumed. The current run is not interrupted.
+
+        Returns the recall as it is then, also where it was paused already; None where it does not
+        exist, or is final already.
+        """
+        return await self._act("pause", id, conn)
+
+    async def resume(self, id: Key, *, conn: Connection | None = None) -> Recall | None:
+        """Let a paused recall run again. What was missed meanwhile runs once, with its number.
+
+        Returns the recall as it is then, also where it was not paused; None where it does not
+        exist, or is final already.
+        """
+        return await self._act("resume", id, conn)
+
+    async def fire(self, id: Key, *, conn: Connection | None = None) -> Recall | None:
+        """Run a recall now. Of a recurring one that waits, this is an extra run: its schedule stays
+        as it is. An occurrence that was called before keeps its key.
+
+        Returns the recall as it is then, also where it was due already; None where it does not
+        exist, is final already, is paused, or is in a run.
+        """
+        return await self._act("fire", id, conn)
+
+    async def retry(self, id: Key, *, conn: Connection | None = None) -> Recall | None:
+        """Run a failed or cancelled recall again now, under a new key and with all its attempts.
+
+        Returns the recall as it is then; None where it does not exist, is neither failed nor
+        cancelled, or where its aborted call is still open. Raises RecallExists where its session
+        has another pending recall.
+        """
+        try:
+            return await self._act("retry", id, conn)
+        except errors.UniqueViolation as error:
+            found = await self.get(id, conn=conn)
+            most = await self._pending_most(error, conn)
+            if found is None or most is None:
+                raise
+            raise RecallExists(found.session_id, most) from None
+
+    async def _act(self, name: str, id: Key, conn: Connection | None) -> Recall | None:
+        """Run a statement that acts on recalls by their ids, and returns them as they are then."""
+        values = {"ids": [keys.text(id)], **self._by}
+        rows = await self._ask(self._sql[name], values, conn)
+        return Recall.of(rows[0]) if rows else None
+
+    async def update(
+        self,
+        id: Key,
+        *,
+        message: str | Keep = KEEP,
+        comment: str | Keep | None = KEEP,
+        every: timedelta | Keep = KEEP,
+        grid: timedelta | Keep = KEEP,
+        cron: str | Keep = KEEP,
+        time_zone: str | Keep | None = KEEP,
+        until: datetime | Keep | None = KEEP,
+        times: int | Keep | None = KEEP,
+        failures: int | Keep | None = KEEP,
+        grace: timedelta | Keep | None = KEEP,
+        jitter: timedelta | Keep | None = KEEP,
+        queue: str | Keep = KEEP,
+        conn: Connection | None = None,
+    ) -> Recall | None:
+        """Change what is given of a live recall, waiting, paused or in mid-run; what is not given
+        stays as it is. None takes a value away (a time zone: back to UTC).
+
+        The current run is not interrupted. An occurrence that has fallen due is still owed; what
+        follows it follows the new rule. A waiting occurrence is computed anew where `cron`,
+        `time_zone` or the kind of rule changes; another distance counts from the next one on.
+        `every`, `grid` and `cron` make a one-shot recurring. `queue`: other workers claim it from
+        now on.
+
+        Returns the recall as it is then (also where nothing differs: then nothing is written), None
+        where it does not exist or is final already. Raises ValueError for an edit that makes no
+        sense, such as an end before the next occurrence.
+        """
+        check_types(
+            every=every,
+            grid=grid,
+            until=until,
+            times=times,
+            failures=failures,
+            grace=grace,
+            jitter=jitter,
+            message=message,
+            comment=comment,
+            cron=cron,
+            time_zone=time_zone,
+            queue=queue,
+            needed=["queue"],
         )
+        if message is None:
+            raise ValueError("a message can be replaced, but not taken away")
+        if not isinstance(queue, Keep):
+            check_queue(queue)
+        async with self._connection(conn) as connection, connection.transaction():
+            found = await _query(connection, self._sql["hold"], {"id": keys.text(id)})
+            if not found:
+                return None
+            now = (await _query(connection, self._sql["clock"], {}))[0]["now"]
+            changes = cadence.change(
+                Recall.of(found[0]),
+                now,
+                every=every,
+                grid=grid,
+                cron=cron,
+                time_zone=time_zone,
+                until=until,
+                times=times,
+                failures=failures,
+                grace=grace,
+                jitter=jitter,
+            ) | texts(found[0], message, comment, queue)
+            if changes:
+                statement, values = edit(found[0]["id"], changes)
+                found = await _query(connection, self._sql[statement], values | self._by)
+            return Recall.of(found[0])
 
     async def sessions_with_pending(
-        self, session_ids: Iterable[str], *, conn: Connection | None = None
+        self, session_ids: Iterable[Key], *, conn: Connection | None = None
     ) -> set[str]:
         """Which of these sessions have a pending recall."""
-        rows = await self._ask(
-            self._sql["sessions_with_pending"], {"session_ids": [*session_ids]}, conn
-        )
+        if isinstance(session_ids, str | bytes):
+            raise TypeError(f"`session_ids` is {session_ids!r}: give a list, [{session_ids!r}]")
+        values = {"session_ids": [keys.text(session_id) for session_id in session_ids]}
+        rows = await self._ask(self._sql["sessions_with_pending"], values, conn)
         return {row["session_id"] for row in rows}
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, *, conn: Connection | None = None) -> AsyncIterator[Connection]:
+        """One transaction for several calls: each is given the connection that this yields, as
+        `conn=`. It is committed at the end of the block, and rolled back where that raises; with
+        `conn=` here it is a savepoint of the caller's transaction."""
+        async with self._connection(conn) as connection:
+            yield connection
+
+    def acting_as(self, actor: str) -> Self:
+        """The same for somebody else: what it does is on record as `actor`'s."""
+        other = copy.copy(self)
+        other._by = {**self._by, "actor": actor}
+        return other
+
+    @property
+    def by(self) -> Mapping[str, str | None]:
+        """Who acts, and in which way, as the statements of sql/client.sql take it."""
+        return self._by
 
     async def _ask(
         self, statement: str, values: Mapping[str, Any], conn: Connection | None
     ) -> Sequence[dict[str, Any]]:
         async with self._connection(conn) as connection:
-            cursor = connection.cursor(row_factory=dict_row)
-            cursor.adapters.register_loader("timestamptz", Dates)
-            # Never prepared: a transaction pooler in between may run the next statement on another
-            # connection.
-            await cursor.execute(statement.encode(), values, prepare=False)
-            return await cursor.fetchall()
+            return await _query(connection, statement, values)
 
     @contextlib.asynccontextmanager
     async def _connection(self, conn: Connection | None) -> AsyncIterator[Connection]:
         if conn is not None:
-            if not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
+            if not isinstance(conn, psycopg.AsyncConnection):
+                raise TypeError(f"`conn` is {repr(conn)[:80]}: give a connection of psycopg's")
+            if not _has_transaction(conn) and not conn.autocommit:
                 # The caller's transaction begins with its first statement, which may be ours.
                 # Without this, the block below would be a transaction of its own, and commit.
-                await conn.execute(b"select")
-            async with conn.transaction():
+                await BorrowedCursor(conn).execute(b"select", prepare=False)
+            async with self._transaction(conn):
                 yield conn
         elif self._pool is not None:
-            async with self._pool.connection() as pooled:
+            async with self._pool.connection() as pooled, self._transaction(pooled):
                 yield pooled
         else:
             raise ValueError("Recalls has no pool: give one, or `conn=`")
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self, conn: Connection) -> AsyncIterator[None]:
+        """A savepoint in the caller's transaction, or a transaction of our own."""
+        async with contextlib.AsyncExitStack() as stack:
+            ours = not _has_transaction(conn)
+            if ours:
+                await stack.enter_async_context(read_committed(conn))
+            await stack.enter_async_context(conn.transaction())
+            await stack.enter_async_context(borrowed(conn, self._schema, ours=ours))
+            yield
+
+
+def _has_transaction(conn: BaseConnection[Any]) -> bool:
+    return conn.info.transaction_status != TransactionStatus.IDLE
+
+
+async def _query(
+    connection: Connection, statement: str, values: Mapping[str, Any]
+) -> Sequence[dict[str, Any]]:
+    return await BorrowedCursor(connection).ask(statement, values)
+
+
+_MOMENT = "an aware datetime, such as datetime.now(UTC) + timedelta(hours=1)"
+_LENGTH = "a timedelta, such as timedelta(hours=1)"
+_NUMBER = "a whole number, such as 3"
+_TYPES: Mapping[str, tuple[type, str]] = {
+    **dict.fromkeys(("at", "until"), (datetime, _MOMENT)),
+    **dict.fromkeys(("after", "every", "grid", "grace", "jitter"), (timedelta, _LENGTH)),
+    **dict.fromkeys(("times", "failures", "count", "limit", "offset"), (int, _NUMBER)),
+    "message": (str, "a text, such as 'Look at the build again.'"),
+    "comment": (str, "a text, such as 'asked for by ann'"),
+    "cron": (str, "a text of five fields, such as '30 9 * * mon-fri'"),
+    "time_zone": (str, "the name of a zone, such as 'Europe/Berlin'"),
+    "queue": (str, "the name of a queue, such as 'mail'"),
+}
+"""What the arguments with these names have to be, and an example."""
+
+
+def check_types(*, needed: Sequence[str] = (), **given: Any) -> None:
+    """Raises TypeError for an argument that is no time, length of time, whole number or text where
+    its name says so, ValueError for a datetime without a time zone. None passes, unless the
+    argument is `needed`; so does KEEP."""
+    for name, value in given.items():
+        kind, example = _TYPES[name]
+        if isinstance(value, Keep) or (value is None and name not in needed):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if kind is timedelta and number:
+                example = f"a timedelta, such as timedelta(seconds={value!r})"
+            raise TypeError(f"`{name}` is {repr(value)[:80]}: give {example}")
+        if isinstance(value, datetime) and value.tzinfo is None:
+            raise ValueError(f"`{name}` has no time zone: give {_MOMENT}")
+
+
+def check_queue(queue: str) -> None:
+    """Raises ValueError where this can't be the name of a queue."""
+    if (wrong := settings.queue_problem(queue)) is not None:
+        raise ValueError(f"the queue {wrong}")
+
+
+def texts(
+    row: Mapping[str, Any],
+    message: str | Keep,
+    comment: str | Keep | None,
+    queue: str | Keep = KEEP,
+) -> dict[str, str | None]:
+    """The columns of a recall's texts, and its queue, that an edit changes, with their new
+    values."""
+    given = {
+        "additional_context_message": message,
+        "internal_comment": comment,
+        "queue": queue,
+    }
+    return {
+        name: text
+        for name, text in given.items()
+        if not isinstance(text, Keep) and text != row[name]
+    }
+
+
+def edit(id: str, changes: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The statement that writes an edit, and its values but for who acts. `changes`: as
+    `cadence.change` and `texts` give them."""
+    content = {"call_type", "additional_context_message", "internal_comment"}
+    document = json.dumps(changes, default=datetime.isoformat)
+    return "edit_content" if content & changes.keys() else "edit", {"id": id, "changes": document}

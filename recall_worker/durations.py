@@ -19,7 +19,9 @@ _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 _PART = re.compile(rf"({_NUMBER})\s*([a-z]+)\s*")
 _MINUTES = re.compile(r"[0-5]?[0-9]")
-EXAMPLES = "90s, 5m, 1h30m or 2d"
+_CAPITAL = re.compile(rf"({_NUMBER})\s*M(?![A-Za-z])")
+_CALENDAR = re.compile(rf"{_NUMBER}\s*(mo|mos|month|months|y|yr|yrs|year|years)(?![a-z])")
+EXAMPLES = "90s, 5m, 1h30m, 2 hours or 30d"
 
 
 class DurationError(ValueError):
@@ -34,9 +36,22 @@ def seconds(text: str, *, bare: bool = False) -> float:
     """The seconds of a duration: numbers with units, the largest unit first.
 
     `bare`: whether a number alone is accepted, as seconds. Otherwise it is refused, as its author
-    may have meant seconds, minutes or days. Raises DurationError.
+    may have meant seconds, minutes or days. A capital M is refused, as it may be a month, and so
+    are months and years, as they differ in length. Raises DurationError.
     """
+    if (capital := _CAPITAL.search(text)) is not None:
+        number = capital[1]
+        raise DurationError(
+            "may mean minutes or months", f"{number}m for minutes; for months, a number of days"
+        )
     given = text.strip().lower()
+    if (named := _CALENDAR.search(given)) is not None:
+        unit = "years" if named[1].startswith("y") else "months"
+        raise DurationError(
+            f"counts in {unit}, which differ in length",
+            f"{'365d' if unit == 'years' else '30d'}; for a date that comes again, a cron "
+            "expression, such as '0 9 1 * *'",
+        )
     if bare:
         try:
             return float(given)

@@ -1,4 +1,5 @@
-"""What the rows of recall_workers say of the workers together: who is alive, and do they agree?
+"""What the rows of recall_workers say of the workers together: who is alive, and do they agree? And
+what dates that have not come yet say of PostgreSQL's clock.
 
 For the commands that read (`workers`, `why`, `stats`, `doctor`); the worker itself decides nothing
 by this.
@@ -11,21 +12,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .database.identity import COPY, PAUSED, UNKNOWN
 from .database.ledger import GRACE_AFTER_OUTAGE
-from .settings import LEASE, LEASE_MOST
-from .terminal import span
+from .settings import DEFAULT_QUEUE, LEASE, LEASE_MOST
+from .terminal import local, span
 
 SILENT_AFTER = 180.0
 """Seconds without a heartbeat after which a worker counts as gone: three of its heartbeats at the
 longest lease.
 """
+CUT_OFF_AFTER = 10.0
+"""The same where PostgreSQL also knows of no LISTEN connection of it, as after a kill -9."""
+SILENCE = {"silence": SILENT_AFTER, "cut_off": CUT_OFF_AFTER}
 FLEET = {
-    "silence": SILENT_AFTER,
+    **SILENCE,
     "lease": LEASE,
     "lease_most": LEASE_MOST,
     "grace": GRACE_AFTER_OUTAGE,
+    "queue": None,
+    **UNKNOWN.known,
 }
-"""The values of the statement `fleet`. `lease`: of workers whose rows do not say theirs."""
+"""The values of the statement `fleet`, of all queues, where it is not known which database this is
+(else: with `Identity.known`). `lease`: of workers whose rows do not say theirs."""
+CLOCK_TOLERANCE = 5.0
+"""Seconds by which PostgreSQL's clock may go back unmentioned: time servers make such corrections,
+and calls are dated from their workers' own measurements."""
 ALIKE = (
     "lease",
     "run_url",
@@ -34,8 +45,9 @@ ALIKE = (
     "run_timeout",
     "protocol",
     "fleet_concurrency",
+    "tzdata",
 )
-"""Settings that the workers of one table should agree in."""
+"""Settings that the workers of one table should agree in; and the version of their tzdata."""
 SETTING_LONGEST = 100
 """Characters of a setting that are shown."""
 
@@ -50,10 +62,50 @@ def setting_of(row: Mapping[str, Any], name: str) -> str | None:
     return None if value is None else str(value)[:SETTING_LONGEST]
 
 
+def state_of(row: Mapping[str, Any]) -> str:
+    """A worker's state in a word: `row` of the statement `workers`."""
+    if row["elsewhere"]:
+        return "elsewhere"
+    if not row["alive"]:
+        return "silent"
+    return {COPY: "held (copy)", PAUSED: "paused"}.get(row["held"], "alive")
+
+
+def serves(row: Mapping[str, Any], queue: str) -> bool:
+    """Whether a worker claims from this queue; one of a version without queues claims from all."""
+    return row["queues"] is None or queue in row["queues"]
+
+
+def queues_of(row: Mapping[str, Any]) -> str:
+    """The queues of a worker, for people."""
+    return "all" if row["queues"] is None else ", ".join(row["queues"])
+
+
 def differences(alive: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The settings in which live workers differ, each with its values."""
-    found = [(name, sorted({str(setting_of(row, name)) for row in alive})) for name in ALIKE]
-    return [(name, values) for name, values in found if len(values) > 1]
+    """The settings in which live workers of one queue differ, each with its values."""
+    queues = sorted({queue for row in alive for queue in row["queues"] or [DEFAULT_QUEUE]})
+    found: dict[tuple[str, tuple[str, ...]], None] = {}
+    for name in ALIKE:
+        for queue in queues:
+            values = {str(setting_of(row, name)) for row in alive if serves(row, queue)}
+            if len(values) > 1:
+                found[name, tuple(sorted(values))] = None
+    return [(name, list(values)) for name, values in found]
+
+
+def clock_back(row: Mapping[str, Any]) -> str | None:
+    """A clause if PostgreSQL's clock has gone back: rows become due by it, and so stand still until
+    it has caught up; else None. `row`: what the statement `clock_back` returns.
+    """
+    if row["clock_at"] is None:
+        return None
+    by = span((row["clock_at"] - row["now"]).total_seconds())
+    perhaps = ", or the application's clock is ahead" if row["clock_foreign"] else ""
+    return (
+        f"PostgreSQL's clock has gone back, by {by} or more{perhaps}: it says {local(row['now'])}, "
+        f"and {row['clock_what']} is dated {local(row['clock_at'])}; what was planned by the later "
+        "time waits until the clock has caught up"
+    )
 
 
 def fleet_cap(row: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,10 @@ CALL_TYPES = ("once", "recurring", "immediate")
 LIVE = ("pending", "running")
 FINAL = ("fired", "cancelled", "failed")
 STATUSES = LIVE + FINAL
+KEYS_OF_AN_ERA = 1000
+"""Renewals of one occurrence's key that are counted together. Where `migrate` has to renew the keys
+of all recalls, `rekey` starts at a multiple of this that no key had, and each later occurrence
+starts there again, as its number may have been used before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,20 @@ class Recall:
     failures_most: int | None
     grace_seconds: int | None
     jitter_seconds: int | None
+    edited_at: datetime | None
+    """When its rule was last edited."""
+    edit_of: int | None
+    """The occurrence whose moment a worker is to compute anew, as the rule was edited."""
+    skips: int
+    """Occurrences that were skipped before an edit, and are not left out yet."""
+    named_at: datetime | None
+    """`trigger_at` as a person named it: it consumes no occurrence."""
+    fired_at: datetime | None
+    """Since when an extra run is asked for, if one is."""
+    fires: int
+    """How many extra runs were asked for so far."""
+    queue: str = "default"
+    """Which workers may claim it."""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Recall:
@@ -148,12 +166,28 @@ class Claim(NamedTuple):
     """Seconds by which occurrences are spread, at most."""
     last_outcome: str | None = None
     """How the last call of any occurrence ended; None: nothing was called yet."""
+    edits: int = 0
+    """How often its schedule was edited: proof for the settle, as `trigger`."""
+    edited_at: datetime | None = None
+    """When its rule was last edited: the new rule's moments count from there."""
+    edit_of: int | None = None
+    """The occurrence whose moment is to be computed anew."""
+    skips: int = 0
+    """Occurrences that were skipped before an edit, and are not left out yet."""
+    named_at: datetime | None = None
+    """`trigger_at` as a person named it."""
+    extra: int = 0
+    """The number of the extra run that is in hand (`fire`), from 1; 0: it is the occurrence."""
+    uncounted: int = 0
+    """Calls of this occurrence that may have run and cost no attempt. Of an occurrence that was
+    never called, what an earlier one left behind: see `may_have_run`."""
 
     @property
     def key(self) -> str:
         """The idempotency key: `<recall id>:<occurrence>`, with `.<rekey>` behind it where it was
-        renewed."""
-        return f"{self.id}:{self.occurrence}" + (f".{self.rekey}" if self.rekey else "")
+        renewed, or `.f<n>` for an extra run."""
+        behind = f".f{self.extra}" if self.extra else f".{self.rekey}" if self.rekey else ""
+        return f"{self.id}:{self.occurrence}{behind}"
 
     @property
     def begun(self) -> bool:
@@ -161,8 +195,46 @@ class Claim(NamedTuple):
         return self.begun_age is not None or self.taken_from is not None
 
     @property
-    def moved(self) -> bool:
+    def may_have_run(self) -> int:
+        """Calls of this occurrence that may have run and cost no attempt."""
+        return max(0, self.uncounted) if self.begun else 0
+
+    @property
+    def named(self) -> bool:
+        """Whether a person named its time since the worker last planned it. A worker of an earlier
+        version plans without erasing the name: what it planned stands then."""
+        return (
+            self.named_at is not None
+            and self.named_at != self.planned_at
+            and self.trigger_at != self.planned_at
+        )
+
+    @property
+    def keeps_number(self) -> bool:
+        """Whether its time is the one that a person named: that consumes no occurrence."""
+        return self.named and self.trigger_at == self.named_at
+
+    @property
+    def base(self) -> datetime:
+        """The time from which a move by the application is counted."""
+        return self.named_at if self.named_at is not None and self.named else self.planned_at
+
+    @property
+    def to_replan(self) -> bool:
+        """Whether its rule was edited while it waited, so that its moment is to be computed
+        anew."""
+        return self.edit_of == self.occurrence and self.recurring and self.cadence == "cron"
+
+    @property
+    def has_another_time(self) -> bool:
+        """Whether `trigger_at` is not what the worker planned: moved by the application, or
+        named."""
         return self.trigger_at != self.planned_at
+
+    @property
+    def moved(self) -> bool:
+        """Whether the row stands for another occurrence, or another time, than was planned."""
+        return self.has_another_time or self.skips > 0 or self.to_replan
 
     @property
     def recurring(self) -> bool:
@@ -177,6 +249,8 @@ class Answered:
     """The agent ran, and the API confirmed it."""
 
     http_status: int
+    note: str | None = None
+    """What people should know of it all the same: the run waits for a person, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +259,10 @@ class Accepted:
 
     reference: str
     http_status: int
+    retry_after: float | None = None
+    """Seconds until it is to be asked first, where the API says so."""
+    note: str | None = None
+    """What people should know of the address that it gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +287,13 @@ class Misconfigured:
 
     reason: str
     http_status: int | None = None
+    of_session: bool = False
+    """Whether it may be this session's trouble alone: nothing is at its address."""
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether the agent may have run all the same: a success that is a web page."""
+        return self.http_status is not None and 200 <= self.http_status < 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +311,12 @@ class Unknown:
 
     reason: str
     http_status: int | None = None
+    retry_after: float | None = None
+    by_gateway: bool = False
+    """Whether a gateway answered for a server that is away: trouble of the endpoint, and no answer
+    of the application's."""
+    accepted: bool = False
+    """Whether the API accepted the run, and it can't be followed: it is never posted again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +406,7 @@ def reason_of(outcome: Outcome) -> str | None:
         case Gone(status):
             return f"the API says that the session does not exist (HTTP {status})"
         case Answered() | Accepted():
-            return None
+            return outcome.note
         case _:
             return outcome.reason
 
@@ -343,6 +434,11 @@ class AsMoved:
 
 
 @dataclass(frozen=True, slots=True)
+class AsPlanned:
+    """What was planned stays: the run was one besides the schedule."""
+
+
+@dataclass(frozen=True, slots=True)
 class At:
     """A nominal time."""
 
@@ -354,7 +450,7 @@ class At:
     """Seconds by which it is due after its nominal time."""
 
 
-When: TypeAlias = After | At | AsMoved
+When: TypeAlias = After | At | AsMoved | AsPlanned
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +461,7 @@ class Placement:
     occurrence: int
     when: At | AsMoved
     missed: int
+    rekey: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +481,8 @@ class Next:
     reason: str | None = None
     failures: int = 0
     """Failed occurrences in a row so far."""
+    replan: bool = False
+    """Its moment is to be computed by another worker, as this one's time zone data can't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +493,8 @@ class Retry:
     when: After
     rekey: bool
     reason: str
+    uncounted: int = 0
+    """As with Defer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +503,8 @@ class Defer:
 
     when: After
     reason: str
+    uncounted: int = 0
+    """Calls of this occurrence so far that may have run and cost no attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +532,8 @@ class Ending:
     ended_after: float
     ended_at: float
     breaker_closed: bool = True
+    others_answered: bool = False
+    """Whether the application answered other sessions meanwhile."""
 
 
 # --- settle: how the row answered -----------------------------------------------------------------
@@ -443,10 +548,11 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Not written: the application moved `trigger_at` during the run. Judge again."""
+    """Not written: `trigger_at` or the schedule was changed during the run. Judge again."""
 
-    trigger: str
-    trigger_at: datetime
+    now: Mapping[str, Any]
+    """The fields of the claim that say when it is due and how it recurs, as the row has them
+    now."""
     as_settled: bool
     """Whether it is due one interval after that write: another scheduler writes that after its
     run."""

@@ -14,15 +14,19 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta, tzinfo
 from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
 from . import durations
+from .dsn import EXAMPLE
 from .events import escape_controls
 
+ZONE: ContextVar[tzinfo | None] = ContextVar("zone", default=None)
+"""The time zone in which people read dates; None: this host's."""
 REFUSED, USAGE, UNREACHABLE, OUTDATED = 1, 2, 3, 4
 """Exit statuses. OUTDATED: the schema is for newer code than this; only an upgrade helps."""
 
@@ -37,13 +41,24 @@ class Trouble(Exception):
         self.status = status
 
 
+class Declined(Trouble):
+    """Nothing was done, as a person did not agree, or as there was nobody to ask. It is no error,
+    and is said without that word."""
+
+
 def explain(error: BaseException) -> Trouble | None:
     """The Trouble for an exception that a user can do something about; None for a defect."""
     import psycopg
     from psycopg import errors
 
-    from .database.connection import DatabaseUnavailable, StatementRejected, error_text
-    from .schema import SchemaError
+    from .database.connection import (
+        OF_THE_SCHEMA,
+        DatabaseUnavailable,
+        StatementRejected,
+        error_text,
+    )
+    from .schema import Refused, SchemaError
+    from .selection import AmbiguousId, NoSessions, SelectionError
     from .settings import SettingsError
 
     match error:
@@ -51,12 +66,35 @@ def explain(error: BaseException) -> Trouble | None:
             return error
         case SettingsError():
             what = "; ".join(error.problems)
-            return Trouble(what, "recall-worker run --help (it lists the settings)", status=USAGE)
+            hints = ["recall-worker settings (all of them, and where each comes from)"]
+            if any(problem.startswith("RECALL_DSN is not set") for problem in error.problems):
+                hints.insert(0, f"--dsn {EXAMPLE}, or the same in RECALL_DSN")
+            if any(problem.startswith("RECALL_RUN_URL is not set") for problem in error.problems):
+                hints.append("recall-worker reference-api (an endpoint to try it with)")
+            return Trouble(what, *hints, status=USAGE)
+        case SelectionError():
+            return Trouble(str(error), error.instead, status=USAGE)
+        case AmbiguousId():
+            return Trouble(str(error), "more characters of the id")
+        case NoSessions():
+            return Trouble(
+                "this database has no table sessions, so a user's sessions are not known",
+                "--session ID",
+            )
+        case Refused():
+            whats, todos = zip(*error.numbered(), strict=True)
+            return Trouble(f"session_recalls, nothing was changed: {'; '.join(whats)}", *todos)
         case SchemaError():
             return Trouble(str(error), error.hint)
-        case errors.UndefinedTable() | errors.UndefinedColumn() | errors.UndefinedFunction():
+        case (
+            errors.UndefinedTable()
+            | errors.UndefinedColumn()
+            | errors.UndefinedFunction()
+            | errors.UndefinedObject()
+        ):
             return Trouble(
-                f"the database has no (or an old) recall-worker schema: {error_text(error)}",
+                "the database has no (or an old) recall-worker schema, or a damaged one: "
+                + error_text(error),
                 "recall-worker migrate",
             )
         case errors.InsufficientPrivilege():
@@ -67,19 +105,23 @@ def explain(error: BaseException) -> Trouble | None:
             return Trouble(f"PostgreSQL forbids it: {error_text(error)}", hint)
         case errors.ReadOnlySqlTransaction():
             return Trouble(
-                "this PostgreSQL is a standby: it takes no writes",
+                "this PostgreSQL takes no writes: it is a standby, or "
+                "default_transaction_read_only is on",
                 "give the primary's address in RECALL_DSN",
             )
         case errors.ProgrammingError() if error.sqlstate is None:
             # What libpq quotes from an unreadable DSN may be a part of the password.
             what = re.sub(r'"[^"]*"', "…", error_text(error))
+            return Trouble(f"RECALL_DSN (or --dsn) can't be read: {what}", EXAMPLE, status=USAGE)
+        case errors.QueryCanceled():
             return Trouble(
-                f"RECALL_DSN can't be read: {what}", "postgresql://user@host/database", status=USAGE
+                f"PostgreSQL gave up what was asked: {error_text(error)}",
+                "the same with narrower filters, or when the database has less to do",
             )
         case errors.OperationalError() | DatabaseUnavailable():
             return Trouble(
                 f"PostgreSQL can't be reached: {error_text(error)}",
-                "check RECALL_DSN, and that the server runs",
+                "check RECALL_DSN (or --dsn), and whether the server runs",
                 status=UNREACHABLE,
             )
         case errors.DataError():
@@ -88,19 +130,26 @@ def explain(error: BaseException) -> Trouble | None:
                 "a nearer time, or text without NUL characters",
                 status=USAGE,
             )
+        case psycopg.Error() | StatementRejected() if (error.sqlstate or "")[:2] == OF_THE_SCHEMA:
+            return Trouble(
+                f"the schema is not as recall-worker made it: {error_text(error)}",
+                "recall-worker migrate (recall-worker doctor names what is missing)",
+            )
         case psycopg.Error() | StatementRejected():
-            return Trouble(f"PostgreSQL refuses it: {error_text(error)}", "its log says more")
+            return Trouble(
+                f"PostgreSQL refuses it: {error_text(error)}", "read PostgreSQL's own log"
+            )
         case UnicodeEncodeError():
             return Trouble(
                 "an argument is not text: it holds bytes that are not UTF-8",
-                "the same in UTF-8",
+                "the same command, with arguments in UTF-8",
                 status=USAGE,
             )
         case _ if (usage := getattr(error, "ctx", None)) is not None and hasattr(
             error, "format_message"
         ):
             # A usage error of the command line's library: click, or typer's copy of it.
-            what = str(getattr(error, "format_message")()).strip().removesuffix(".")  # noqa: B009 - typer tells no types of it
+            what = " ".join(str(getattr(error, "format_message")()).split()).removesuffix(".")  # noqa: B009 - typer tells no types of it
             return Trouble(what, f"{usage.command_path} --help", status=USAGE)
         case _:
             return None
@@ -113,8 +162,9 @@ def command(*words: str) -> str:
 
 
 def tell(text: str) -> None:
-    """A message to a person: on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A message to a person: on stderr. What quotes a row in it, and may hold line breaks, is
+    escaped by the caller."""
+    print("\n".join(map(escape_controls, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def warn_of_password(dsn: str | None) -> None:
@@ -122,9 +172,11 @@ def warn_of_password(dsn: str | None) -> None:
     from psycopg import ProgrammingError
     from psycopg.conninfo import conninfo_to_dict
 
+    from .dsn import libpq
+
     try:
-        given = dsn is not None and "password" in conninfo_to_dict(dsn)
-    except ProgrammingError:
+        given = dsn is not None and "password" in conninfo_to_dict(libpq(dsn))
+    except (ProgrammingError, ValueError):
         return  # An unreadable DSN is reported where it is used.
     if given:
         tell(
@@ -133,32 +185,40 @@ def warn_of_password(dsn: str | None) -> None:
         )
 
 
-def confirmed(question: str) -> bool:
-    """Whether a person at the terminal answers yes; without one the answer is no."""
-    print(f"{escape_controls(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+def ask(question: str, *, answer: str | None = None) -> None:
+    """Go on where the person at the terminal agrees: by y or yes, or by what `answer` says. Raises
+    Declined."""
+    wanted = ("y", "yes") if answer is None else (answer,)
+    choice = " [y/N]" if answer is None else ""
+    print(f"{escape_controls(question)}{choice} ", end="", file=sys.stderr, flush=True)
     try:
-        return input().strip().lower() in ("y", "yes")
+        said = input().strip().lower()
     except EOFError:
         print(file=sys.stderr)
-        return False
+        raise nobody() from None
+    if said not in wanted:
+        raise Declined("Nothing was done.")
+
+
+def nobody() -> Declined:
+    """Nobody is there who could be asked."""
+    return Declined("Nothing was done: there is no terminal to ask at.", "the same with --yes")
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(
-        document,
-        sys.stdout,
-        default=_jsonable,
-        ensure_ascii=not _utf8(),
-        indent=2 if sys.stdout.isatty() else None,
-    )
+    """One JSON document on stdout, in ASCII: no text from a row steers a terminal that shows it,
+    also at the end of a pipe, or depends on how it reads bytes."""
+    writer = json.JSONEncoder(default=_jsonable, indent=2 if sys.stdout.isatty() else None)
+    for part in writer.iterencode(document):
+        # The one control character that JSON's ASCII leaves as it is.
+        sys.stdout.write(part.replace("\x7f", "\\u007f"))
     print(flush=True)
 
 
-def _utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().replace(
-        "-", ""
-    ) == "utf8" and not sys.stdout.isatty()
+def print_json_line(document: Any) -> None:
+    """One JSON document of several, on a line of its own, at once; in ASCII."""
+    line = json.dumps(document, default=_jsonable)
+    print(line.replace("\x7f", "\\u007f"), flush=True)
 
 
 def _jsonable(value: Any) -> Any:
@@ -171,8 +231,11 @@ def _jsonable(value: Any) -> Any:
             return float(value)
         case timedelta():
             return value.total_seconds()
+        case bytes():
+            return "\\x" + value.hex()
         case _:
-            raise TypeError(type(value).__name__)
+            # Of a column that the application has besides: an address, a range …
+            return str(value)
 
 
 def rfc3339(when: datetime) -> str:
@@ -180,13 +243,13 @@ def rfc3339(when: datetime) -> str:
 
 
 def local(when: datetime | None) -> str:
-    """A date for a person: local time, to the second, and how far from UTC that is, as PostgreSQL
-    writes it; `--at` takes it back.
+    """A date for a person: by the clock of ZONE, to the second, and how far from UTC that is, as
+    PostgreSQL writes it; `--at` takes it back.
     """
     if when is None:
         return ""
     try:
-        here = when.astimezone()
+        here = when.astimezone(ZONE.get())
     except (OverflowError, ValueError):
         here = when.astimezone(UTC)
     return here.isoformat(sep=" ", timespec="seconds").removesuffix(":00")
@@ -215,13 +278,18 @@ def span(seconds: float | Decimal | None) -> str:
     took = float(seconds)
     if took <= -1:
         return f"-{span(-took)}"
-    return (
-        f"{took * 1000:.1f} ms"
-        if abs(took) < 1
-        else f"{took:.1f} s"
-        if abs(took) < 600
-        else str(timedelta(seconds=int(took)))
-    )
+    if abs(took) < 1:
+        return f"{took * 1000:.1f} ms"
+    return f"{took:.1f} s" if took < 600 else whole_span(took)
+
+
+def whole_span(seconds: float) -> str:
+    """A length of time that can be watched: `9 s`, `4 min 09 s`, `2 h 05 min`, `3 d 04 h`."""
+    whole = max(0, int(seconds))
+    for size, unit, below, part in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // below:02} {part}"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
 def seconds(text: str, option: str) -> float:
@@ -235,16 +303,37 @@ def seconds(text: str, option: str) -> float:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, yields: Sequence[tuple[str, int]] = ()
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | None]],
+    *,
+    yields: Sequence[tuple[str, int]] = (),
+    whole: Sequence[str] = (),
 ) -> None:
-    """A table on stdout. On a terminal it keeps to its width: columns yield in the order of
-    `yields`, each down to so many cells, or altogether for 0. Piped, it is as wide as its data, and
-    plain. A column whose name begins with `>` is set to the right.
+    """A table on stdout: on a terminal it keeps to its width. See table_lines."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in table_lines(columns, rows, room, yields=yields, whole=whole):
+        print(line)
+    sys.stdout.flush()
+
+
+def table_lines(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | None]],
+    room: int | None,
+    *,
+    yields: Sequence[tuple[str, int]] = (),
+    whole: Sequence[str] = (),
+) -> list[str]:
+    """A table in lines. With `room`, in cells, it keeps to that: columns yield in the order of
+    `yields`, each down to so many cells, or altogether for 0; those of `whole` are never cut.
+    Without, it is as wide as its data, and plain. A column whose name begins with `>` is set to the
+    right. None stands as `null`.
     """
     names = [name.removeprefix(">") for name in columns]
-    cells = [[escape_controls(cell) for cell in row] for row in rows]
+    cells = [[escape_controls("null" if cell is None else cell) for cell in row] for row in rows]
     natural = [max(map(_width, column)) for column in zip(names, *cells, strict=True)]
-    widths = _fitted(names, natural, yields) if sys.stdout.isatty() else natural
+    widths = natural if room is None else _fitted(names, natural, yields, whole, room)
+    lines = []
     for row, colour in [(names, _bold), *((row, _coloured) for row in cells)]:
         parts = []
         for text, column, width in zip(row, columns, widths, strict=True):
@@ -252,15 +341,21 @@ def print_table(
                 cut = _cut(text, width)
                 blank = " " * (width - _width(cut))
                 parts.append(blank + colour(cut) if column.startswith(">") else colour(cut) + blank)
-        print("  ".join(parts).rstrip())
-    sys.stdout.flush()
+        lines.append("  ".join(parts).rstrip())
+    return lines
 
 
-def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, a line each; on a terminal a long value is wrapped under its beginning."""
+def plain(lines: Sequence[str]) -> list[str]:
+    """The lines of a table without colours, for `tell`."""
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
+
+
+def print_facts(facts: Sequence[tuple[str, str | None]]) -> None:
+    """Names and values, a line each, with `null` for None; on a terminal a long value is wrapped
+    under its beginning."""
     left = max(_width(name) for name, _ in facts) + 2
     for name, value in facts:
-        first, *rest = wrapped(escape_controls(value), left)
+        first, *rest = wrapped(escape_controls("null" if value is None else value), left)
         print(f"{name}{' ' * (left - _width(name))}{_coloured(first)}".rstrip())
         for line in rest:
             print(" " * left + line)
@@ -313,16 +408,19 @@ def _lines(text: str, room: int) -> list[str]:
 
 
 def _fitted(
-    names: Sequence[str], natural: Sequence[int], yields: Sequence[tuple[str, int]]
+    names: Sequence[str],
+    natural: Sequence[int],
+    yields: Sequence[tuple[str, int]],
+    whole: Sequence[str],
+    room: int,
 ) -> list[int]:
-    """Widths that fit the terminal; 0 for a column that is left out."""
-    room = shutil.get_terminal_size().columns
+    """Widths that fit into `room` cells; 0 for a column that is left out."""
     widths = list(natural)
 
     def spare() -> int:
         return room - sum(widths) - 2 * (sum(width > 0 for width in widths) - 1)
 
-    for name, least in [*yields, *((name, 4) for name in reversed(names))]:
+    for name, least in [*yields, *((n, 4) for n in reversed(names) if n not in whole)]:
         if spare() < 0:
             at = names.index(name)
             widths[at] = min(widths[at], max(least, widths[at] + spare())) if least else 0
@@ -339,9 +437,11 @@ def _width(text: str) -> int:
 
 
 def _cells(c: str) -> int:
+    """Marks take none, and neither do the vowels and final consonants of a Korean syllable that is
+    written in parts: all of these stand in the cell before."""
     return (
         0
-        if unicodedata.category(c) in ("Mn", "Me")
+        if unicodedata.category(c) in ("Mn", "Me") or "\u1160" <= c <= "\u11ff"
         else 2
         if unicodedata.east_asian_width(c) in "WF"
         else 1

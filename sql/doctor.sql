@@ -7,11 +7,9 @@ select current_setting('server_version') as version,
     current_setting('server_version_num')::integer as number,
     current_database() as database, current_user as role, r.rolsuper as superuser,
     pg_is_in_recovery() as standby, current_setting('transaction_read_only') = 'on' as read_only,
-    row_security_active(to_regclass('session_recalls')) as row_security,
     current_setting('fsync') as fsync, current_setting('full_page_writes') as full_page_writes,
     current_setting('synchronous_commit') as synchronous_commit,
     current_setting('autovacuum') as autovacuum,
-    extract(epoch from current_setting('statement_timeout')::interval)::float8 as statement_timeout,
     -- Connections for ordinary accounts: those reserved for superusers, and since PostgreSQL 16 for
     -- a role, are not.
     least(
@@ -27,25 +25,59 @@ select current_setting('server_version') as version,
 from pg_roles r, pg_database d
 where r.rolname = current_user and d.datname = current_database();
 
+-- name: row_security
+-- Of our tables, those on which row security applies to this account, and whether its policies let
+-- it do to every row what a worker does. It applies to an owner under FORCE, and never to a
+-- superuser or a role with BYPASSRLS. Of policies that are joined by `or` one that is always true
+-- is enough; those that are joined by `and` must all be.
+with guarded as (
+    select c.oid, c.relname, c.relforcerowsecurity as forced,
+        pg_has_role(c.relowner, 'usage') as owned
+    from unnest(%(tables)s::text[]) n (name)
+    join pg_class c on c.oid = to_regclass(quote_ident(n.name))
+    where row_security_active(c.oid)
+),
+policy as (
+    select p.polrelid, p.polpermissive as permissive, p.polcmd as command,
+        pg_get_expr(p.polqual, p.polrelid) = 'true' as shows,
+        coalesce(pg_get_expr(p.polwithcheck, p.polrelid), pg_get_expr(p.polqual, p.polrelid))
+            = 'true' as accepts
+    from pg_policy p
+    where p.polroles = '{0}' or exists (
+        select from unnest(p.polroles) g (role) where g.role <> 0 and pg_has_role(g.role, 'usage')
+    )
+),
+judged as (
+    select g.oid, k.command,
+        bool_or(p.permissive and (k.command = 'a' or p.shows) and (k.command = 'r' or p.accepts))
+            is true
+        and bool_and(
+            p.permissive or ((k.command = 'a' or p.shows) and (k.command = 'r' or p.accepts))
+        ) is true as whole
+    from guarded g
+    cross join (values ('r'::"char"), ('a'), ('w')) k (command)
+    left join policy p on p.polrelid = g.oid and p.command in ('*', k.command)
+    group by g.oid, k.command
+)
+select g.relname as table, g.forced, g.owned,
+    (select whole from judged j where j.oid = g.oid and j.command = 'r') as sees,
+    (select bool_and(whole) from judged j where j.oid = g.oid) as writes
+from guarded g
+order by g.relname;
+
 -- name: read_only
 -- On the connection for LISTEN: a standby does not accept LISTEN.
 select pg_is_in_recovery() as standby;
 
--- name: indexes
--- Indexes that are missing or invalid: those that the statements were written for, and any that an
--- interrupted build has left behind.
-select w.name, x.indexrelid is not null as there
-from (
-    select unnest(%(names)s::text[])
-    union
-    select c.relname::text from pg_index i join pg_class c on c.oid = i.indexrelid
-    where i.indrelid in (to_regclass('session_recalls'), to_regclass('recall_attempts'))
-) w (name)
-left join pg_class t on t.oid = to_regclass('session_recalls')
-left join pg_class c on c.relname = w.name and c.relnamespace = t.relnamespace
-left join pg_index x on x.indexrelid = c.oid
-where x.indexrelid is null or not x.indisvalid
-order by w.name;
+-- name: invalid_indexes
+-- Indexes that an interrupted build has left behind, whoever began it.
+select i.relname as name
+from pg_index x
+join pg_class i on i.oid = x.indexrelid
+join pg_class c on c.oid = x.indrelid
+join pg_class t on t.oid = to_regclass('session_recalls') and t.relnamespace = c.relnamespace
+where c.relname = any (%(tables)s::text[]) and not x.indisvalid
+order by i.relname;
 
 -- name: constraints
 -- Constraints that hold for new rows only.
@@ -57,14 +89,6 @@ where c.conrelid in (
     )
     and not c.convalidated
 order by c.conname;
-
--- name: triggers
--- Triggers that are missing, or that don't fire in ordinary sessions.
-select w.name, t.tgenabled::text as enabled
-from unnest(%(names)s::text[]) w (name)
-left join pg_trigger t on t.tgrelid = to_regclass('session_recalls') and t.tgname = w.name
-where t.tgenabled is null or t.tgenabled not in ('O', 'A')
-order by w.name;
 
 -- name: open_transaction
 -- The transaction that has been open for longest: vacuum and locks wait for it. Of other accounts'
@@ -91,12 +115,16 @@ select clock_timestamp() as now;
 
 -- name: overdue
 -- Recalls that have been due for so long that no worker can have polled, or had a slot; without
--- those that wait for their own session's run.
+-- those that wait for their own session's run, and those of a queue that is paused. `queue`: of the
+-- oldest.
 with due as materialized (
-    select id, session_id, lease is not null as leased, coalesce(lease_until, trigger_at) as due_at
+    select id, session_id, queue, lease is not null as leased,
+        coalesce(lease_until, trigger_at) as due_at
     from session_recalls
     where status in ('pending', 'running') and paused_at is null
         and coalesce(lease_until, trigger_at) <= now() - %(late)s * interval '1 second'
+        and queue <> all (array(select p.queue from recall_queues p))
+        and not exists (select from recall_queues p where p.queue = '*')
 ),
 waiting as (
     select d.* from due d
@@ -109,14 +137,15 @@ waiting as (
 )
 select count(*) as recalls, count(*) filter (where leased) as leased, min(due_at) as since,
     now() as now,
-    (select id from waiting order by due_at, id limit 1) as oldest
+    (select w.id::text from waiting w order by w.due_at, w.id limit 1) as oldest,
+    (select w.queue from waiting w order by w.due_at, w.id limit 1) as queue
 from waiting;
 
 -- name: settled_by_others
 -- What was marked fired without the workers since they started, instead of them or after them: the
 -- application does so by hand, an old scheduler beside the workers with every recall. By the index
 -- on trigger_at, and so of what was due within two hours.
-select count(*) as recalls, (array_agg(r.id order by r.updated_at desc))[1] as last
+select count(*) as recalls, (array_agg(r.id::text order by r.updated_at desc))[1] as last
 from session_recalls r
 where r.status = 'fired' and r.trigger_at between now() - interval '2 hours' and now()
     and r.updated_at > greatest(%(since)s, now() - interval '1 hour')
@@ -158,3 +187,24 @@ limit 1;
 -- Whether a worker would have anything to do.
 select count(*) as recalls from session_recalls
 where status in ('pending', 'running') and paused_at is null;
+
+-- name: untold
+-- Failures that wait to be told to RECALL_FAILURE_URL, for how long, and why one of them was not
+-- delivered; and whether entries are written at all.
+select count(*) as failures, min(o.written_at) as since, max(o.tries) as tries,
+    (array_agg(o.reason order by o.due_at desc) filter (where o.reason is not null))[1] as reason,
+    exists (select from recall_subscriptions where until > now()) as wanted, now() as now
+from recall_outbox o
+where o.delivered_at is null and o.given_up_at is null;
+
+-- name: may_tell
+-- Whether this account sees what waits to be told, and whether what it makes failed is told: the
+-- trigger writes no entry for an account that may not.
+select coalesce(
+        has_table_privilege(to_regclass('recall_outbox'), 'select')
+        and has_table_privilege(to_regclass('recall_subscriptions'), 'select'), false
+    ) as may_read,
+    coalesce(
+        has_table_privilege(to_regclass('recall_outbox'), 'insert')
+        and has_table_privilege(to_regclass('recall_subscriptions'), 'select'), false
+    ) as may_write;

@@ -1,5 +1,6 @@
-"""`python -m tests`: everything that is checked, in one word. The fast tier; `--full` adds what
-needs minutes or the machine to itself.
+"""`python -m tests`: everything that is checked, in one word. The fast tier, what takes a second or
+two each; `--full` adds what takes longer (marked slow) and what needs minutes, or the machine to
+itself (marked full).
 
 Format, lint, types, layers, tests; stops at the first that fails and says which.
 """
@@ -18,7 +19,7 @@ BIN = Path(sys.executable).parent
 def main(arguments: list[str]) -> int:
     full = "--full" in arguments
     more = [a for a in arguments if a != "--full"]
-    tier = [] if full else ["-m", "not full"]
+    tier = [] if full else ["-m", "not full and not slow"]
     steps = [
         [str(BIN / "ruff"), "format", "--check", "--quiet", "."],
         [str(BIN / "ruff"), "check", "--quiet", "."],

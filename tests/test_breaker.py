@@ -22,14 +22,23 @@ from recall_worker.recall import (
     Unknown,
     Unsent,
 )
-from recall_worker.worker.breaker import PATIENCE, PROBE_FIRST, PROBE_MOST, Breaker
+from recall_worker.worker.breaker import (
+    FRESH_AT_LEAST,
+    FRESH_EVERY,
+    PATIENCE,
+    PROBE_FIRST,
+    PROBE_MOST,
+    Breaker,
+)
 
 from .test_recall import claim_with
 
 REFUSED_CONNECTION = Unavailable("no connection: connection refused")
 LATER = Unavailable("the API says later (HTTP 503)", 503)
 WRONG_TOKEN = Misconfigured("the API wants another token", 401)
-TROUBLE: list[Outcome] = [REFUSED_CONNECTION, LATER, WRONG_TOKEN]
+GATEWAY = Unknown("a gateway answers for a server that is away", 502, by_gateway=True)
+NOT_THERE = Misconfigured("nothing is at this address", 404, of_session=True)
+TROUBLE: list[Outcome] = [REFUSED_CONNECTION, LATER, WRONG_TOKEN, GATEWAY]
 ANSWERS: list[Outcome] = [
     Answered(200),
     Accepted("run-1", 202),
@@ -128,7 +137,7 @@ def test_probes_double_to_a_bound() -> None:
         assert allowed == 0
         assert 0.8 * longest <= wait <= longest or (turn == 0 and wait == PROBE_FIRST)
         now += wait
-        assert probed(breaker, now, TROUBLE[turn % 3], session=f"s{turn}") == "breaker.probed"
+        assert probed(breaker, now, TROUBLE[turn % 4], session=f"s{turn}") == "breaker.probed"
         longest = min(PROBE_MOST, longest * 2)
     assert longest == PROBE_MOST
 
@@ -189,21 +198,94 @@ def test_a_probe_that_was_never_sent_is_made_again(outcome: Outcome) -> None:
     assert breaker.allowance(101.0) == (1, 0.0)
 
 
-def test_a_probe_that_runs_for_a_while_closes_it() -> None:
-    """Trouble is quick to show: a probe that was sent and is still being run after a while is a
-    run. One not sent is not."""
+def test_a_probe_that_runs_for_a_while_lets_the_next_one_go() -> None:
+    """Trouble is quick to show: a probe that was sent and is silent after a while may be a run. It
+    closes nothing, and holds up nothing; an answer to it still closes, and trouble of it counts."""
     breaker = opened(100.0)
     probe = call_of("c", None)
     breaker.probing(probe)
-    assert breaker.be_patient(101.0 + 10 * PATIENCE) is None
     assert breaker.allowance(101.0 + 10 * PATIENCE) == (0, 1.0)
     probe.sent_at = 101.0
-    assert breaker.be_patient(101.0 + PATIENCE - 0.5) is None
     assert breaker.allowance(101.0 + PATIENCE - 0.5) == (0, 0.5)
-    assert breaker.be_patient(101.0 + PATIENCE) == "breaker.closed"
-    assert breaker.be_patient(101.0 + PATIENCE) is None
-    assert breaker.allowance(101.0 + PATIENCE) == (None, 0.0)
+    assert breaker.allowance(101.0 + PATIENCE) == (1, 0.0)
+    assert breaker.is_open and breaker.pause_most == PATIENCE
+    second = call_of("d", 101.0 + PATIENCE)
+    breaker.probing(second)
+    assert breaker.allowance(102.0 + PATIENCE) == (0, PATIENCE - 1.0)
+    assert breaker.note(second, GATEWAY, 102.0 + PATIENCE) == "breaker.probed"
+    assert breaker.note(probe, Answered(200), 103.0 + PATIENCE) == "breaker.closed"
+    assert breaker.allowance(103.0 + PATIENCE) == (None, 0.0)
+
+
+def test_sessions_that_are_gone_are_no_endpoint_that_is_gone() -> None:
+    """A 404 opens it only where nobody else was answered for a minute."""
+    breaker = Breaker()
+    breaker.note(call_of("good", 0.0), Answered(200), 0.0)
+    for n in range(50):
+        assert breaker.note(call_of(f"gone-{n}", 1.0 + n), NOT_THERE, 1.0 + n) is None
     assert breaker.state == "closed"
+    assert breaker.note(call_of("a", 61.0), NOT_THERE, 61.0) is None
+    assert breaker.note(call_of("b", 62.0), NOT_THERE, 62.0) == "breaker.opened"
+    # Its probes are quick, as each may be of another session that is gone.
+    assert not breaker.may_try_fresh(62.0) and breaker.may_try_fresh(62.0 + FRESH_AT_LEAST)
+    assert breaker.allowance(62.0 + FRESH_AT_LEAST)[0] == 0
+
+
+def test_the_only_session_that_was_answered_says_nothing_of_itself() -> None:
+    breaker = Breaker()
+    breaker.note(call_of("a", 0.0), Answered(200), 0.0)
+    assert breaker.note(call_of("a", 1.0), NOT_THERE, 1.0) is None
+    assert breaker.note(call_of("b", 2.0), NOT_THERE, 2.0) is None
+    assert not breaker.is_open
+
+
+def test_fresh_sessions_are_probed_within_seconds() -> None:
+    """However long the pause between probes has become."""
+    breaker, now = opened(100.0), 100.0
+    for turn in range(8):
+        now += breaker.allowance(now)[1]
+        probed(breaker, now, LATER, session=f"s{turn}")
+    assert breaker.allowance(now)[1] > 20
+    assert breaker.may_try_fresh(now + FRESH_EVERY)
+    breaker.no_fresh(now + FRESH_EVERY, 0.5)
+    assert breaker.may_try_fresh(now + FRESH_EVERY + 0.5)
+    breaker.no_fresh(now + FRESH_EVERY, None)
+    assert not breaker.may_try_fresh(now + FRESH_EVERY)
+    assert breaker.fresh_in(now + FRESH_EVERY) == FRESH_EVERY
+
+
+def test_beside_a_gateways_answers_fresh_sessions_are_probed_at_once() -> None:
+    """As long as the application answers others; a failure doubles the pause, to a tenth of a
+    second."""
+    breaker = Breaker()
+    breaker.note(call_of("good", 0.0), Answered(200), 0.0)
+    for session in ("a", "b"):
+        breaker.note(call_of(session, 1.0), GATEWAY, 1.0)
+    assert breaker.is_open
+    pauses = []
+    for n in range(6):
+        pauses.append(breaker.fresh_pause(2.0))
+        breaker.note(call_of("in flight", 2.0), GATEWAY, 2.0)
+        breaker.probing(probe := call_of(f"s{n}", 2.0))
+        breaker.note(probe, GATEWAY, 2.0)
+    assert pauses == [0.05, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert breaker.fresh_pause(11.0) == FRESH_EVERY, "nobody is answered any more"
+
+
+def test_whether_others_are_answered() -> None:
+    """Lately, and with no trouble of another session since; never by one's own answers."""
+    breaker = Breaker()
+    assert not breaker.others_answered("a", 0.0)
+    breaker.note(call_of("a", 0.0), Answered(200), 0.0)
+    assert not breaker.others_answered("a", 1.0) and breaker.others_answered("b", 1.0)
+    breaker.note(call_of("b", 1.0), Busy(409), 1.0)
+    assert breaker.others_answered("a", 2.0)
+    breaker.note(call_of("a", 2.0), GATEWAY, 2.0)
+    assert breaker.others_answered("a", 3.0), "its own trouble says nothing of the others"
+    assert not breaker.others_answered("c", 3.0)
+    breaker.note(call_of("b", 3.0), Answered(200), 3.0)
+    assert breaker.others_answered("a", 4.0) and not breaker.others_answered("a", 6.0)
+    assert not opened().others_answered("x", 100.0)
 
 
 @given(

@@ -186,6 +186,59 @@ def test_a_time_in_a_zone_of_ours() -> None:
     assert planned == when and planned.tzinfo is UTC
 
 
+WEEKDAYS = "0 9 * * mon-fri"
+
+
+@pytest.mark.parametrize(
+    ("expression", "zone", "least"),
+    [
+        ("0 9 * * *", None, 86_400),
+        # Seen on a Friday, the next two are three days apart.
+        (WEEKDAYS, None, 86_400),
+        ("0 9,10 * * *", None, 3600),
+        ("0,59 0,23 * * *", None, 60),
+        ("* 9 1 * *", None, 60),
+        ("*/5 * * * *", None, 300),
+        # One night a year is an hour shorter.
+        ("0 9 * * *", "Europe/Berlin", 82_800),
+        ("0 0 29 2 *", None, 4 * 365 * 86_400 + 86_400),
+    ],
+)
+@pytest.mark.parametrize("day", range(4))
+def test_a_jitter_is_compared_with_the_shortest_distance(
+    expression: str, zone: str | None, least: int, day: int
+) -> None:
+    """A jitter wider than the shortest distance between two ticks is refused, whatever the day and
+    the time of day at which it is asked for; one as wide is not."""
+    now = datetime(2026, 11, 27, 9, 30, tzinfo=UTC) + timedelta(days=day, hours=5 * day)
+    rule: dict[str, Any] = {"cron": expression, "time_zone": zone}
+    assert cadence.plan(now, 0.0, jitter=timedelta(seconds=least), **rule).jitter == least
+    with pytest.raises(cadence.CadenceError, match=f"wider than the {least} s"):
+        cadence.plan(now, 0.0, jitter=timedelta(seconds=least + 1), **rule)
+
+
+def test_a_zone_in_any_case() -> None:
+    """A plan has it as IANA spells it; what nobody knows is answered with what is near."""
+    planned = cadence.plan(NOON, 0.0, cron="0 9 * * *", time_zone="aMERICA/new_york")
+    assert planned.time_zone == "America/New_York"
+    for written, near in (
+        ("Berlin", "Europe/Berlin"),
+        ("new york", "America/New_York"),
+        ("Asia/Kolkatta", "Asia/Kolkata"),
+    ):
+        with pytest.raises(cadence.CadenceError, match=f"did you mean {near}"):
+            cadence.zone(written)
+    for written in ("", "\0", "x" * 10_000, "../../etc/passwd", "Mars/Olympus"):
+        with pytest.raises(cadence.CadenceError, match="an IANA name, such as"):
+            cadence.zone(written)
+
+
+def test_what_is_past() -> None:
+    """A time within the last minute is not past: it is typed to the minute."""
+    assert not cadence.is_past(NOON, NOON + timedelta(minutes=1))
+    assert cadence.is_past(NOON, NOON + timedelta(minutes=1, microseconds=1))
+
+
 @pytest.mark.parametrize(("grace", "late"), [(-5, 1), (0, 1), (1, 1), (60, 60)])
 def test_too_late(grace: int, late: int) -> None:
     """Later than the grace; one that plain SQL wrote below a second is one, as nothing is called in
@@ -214,6 +267,8 @@ def recall_with(**changes: Any) -> Recall:
         "updated_at": NOON,
         "occurrence": 1,
         "attempt": 0,
+        "skips": 0,
+        "fires": 0,
         "cadence": "grid",
     }
     return Recall(**columns | changes)
@@ -295,6 +350,145 @@ def test_upcoming(columns: dict[str, Any], hours: list[float]) -> None:
     """What `preview` says of a recall: hours from noon."""
     found = islice(cadence.upcoming(recall_with(**columns), NOON - HOUR / 10), 3)
     assert [(moment - NOON) / HOUR for moment in found] == hours
+
+
+# --- edits ----------------------------------------------------------------------------------------
+
+ONCE = {"call_type": "once", "cadence": "interval", "interval_seconds": None}
+NINE = {"cadence": "cron", "cron": "0 9 * * *", "interval_seconds": 86_400}
+BERLIN = "Europe/Berlin"
+CHANGED: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("nothing", {}, {}, {}),
+    ("the same", {"times": 3}, {"grid": HOUR, "times": 3, "until": None, "jitter": None}, {}),
+    ("another distance", {}, {"grid": 2 * HOUR}, {"interval_seconds": 7200}),
+    ("an interval of a grid", {}, {"every": HOUR}, {"cadence": "interval"}),
+    (
+        "a grid of an expression",
+        NINE | {"time_zone": BERLIN},
+        {"grid": HOUR},
+        {"cadence": "grid", "interval_seconds": 3600, "cron": None, "time_zone": None},
+    ),
+    # The distance is left to the worker.
+    (
+        "an expression of a grid",
+        {},
+        {"cron": "0 9 * * *"},
+        {"cadence": "cron", "cron": "0 9 * * *"},
+    ),
+    (
+        "another expression keeps its zone",
+        NINE | {"time_zone": BERLIN},
+        {"cron": "0 9 * * mon-fri"},
+        {"cron": "0 9 * * mon-fri"},
+    ),
+    ("a zone", NINE, {"time_zone": BERLIN}, {"time_zone": BERLIN}),
+    ("no zone", NINE | {"time_zone": BERLIN}, {"time_zone": None}, {"time_zone": None}),
+    ("no zone where there is none", {}, {"time_zone": None}, {}),
+    (
+        "a one-shot that recurs",
+        ONCE,
+        {"every": HOUR, "times": 2},
+        {"call_type": "recurring", "interval_seconds": 3600, "times": 2},
+    ),
+    (
+        "a one-shot by an expression",
+        ONCE,
+        {"cron": "0 9 * * *", "time_zone": BERLIN},
+        {"call_type": "recurring", "cadence": "cron", "cron": "0 9 * * *", "time_zone": BERLIN},
+    ),
+    ("a grace of a one-shot", ONCE, {"grace": HOUR}, {"grace_seconds": 3600}),
+    ("no end of what has none", ONCE, {"until": None, "times": None, "failures": None}, {}),
+    ("an end", {}, {"until": NOON + HOUR}, {"until_at": NOON + HOUR}),
+    ("an end at the very moment", {}, {"until": NOON}, {"until_at": NOON}),
+    ("no end", {"until_at": NOON + HOUR}, {"until": None}, {"until_at": None}),
+    ("this occurrence is the last", {"occurrence": 4}, {"times": 4}, {"times": 4}),
+    ("failures", {}, {"failures": 2}, {"failures_most": 2}),
+    ("jitter", {}, {"jitter": HOUR}, {"jitter_seconds": 3600}),
+    (
+        "a jitter of an interval is as wide as it likes",
+        {"cadence": "interval"},
+        {"jitter": 9 * HOUR},
+        {"jitter_seconds": 9 * 3600},
+    ),
+    # What stands there from before is no matter of an edit that does not touch it.
+    ("a wide jitter stays", {"jitter_seconds": 9999}, {"times": 3}, {"times": 3}),
+    ("used up before", {"occurrence": 4, "times": 2}, {"grace": HOUR}, {"grace_seconds": 3600}),
+    ("past before", {"until_at": NOON - HOUR}, {"times": 3}, {"times": 3}),
+    ("an odd expression stays", NINE | {"cron": "*/90 * * * *"}, {"times": 3}, {"times": 3}),
+    # In mid-run and when it is due, the occurrence is owed, whatever the end.
+    ("the run is the last", RUNNING, {"until": NOON - HOUR / 20}, {"until_at": NOON - HOUR / 20}),
+    (
+        "what is due is owed",
+        {"trigger_at": NOON - HOUR, "planned_at": NOON - HOUR},
+        {"until": NOON - HOUR / 20},
+        {"until_at": NOON - HOUR / 20},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "edit", "changes"),
+    [case[1:] for case in CHANGED],
+    ids=[case[0] for case in CHANGED],
+)
+def test_an_edit(columns: dict[str, Any], edit: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Which columns differ after an edit, at six minutes to noon."""
+    assert cadence.change(recall_with(**columns), NOON - HOUR / 10, **edit) == changes
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("two rules", {}, {"grid": HOUR, "cron": "0 9 * * *"}, "exclude each other"),
+    ("no rule", {}, {"every": None}, "not taken away: cancel"),
+    ("no interval", {}, {"every": HOUR * 0}, "interval is a whole number of seconds"),
+    ("half a second", {}, {"grid": HOUR / 7200}, "grid is a whole number of seconds"),
+    ("an expression that never comes", {}, {"cron": "0 9 31 4 *"}, "never comes"),
+    ("an expression that lies", {}, {"cron": "*/90 * * * *"}, "a step of 90"),
+    ("a zone that is none", NINE, {"time_zone": "Mars/Olympus"}, "no time zone"),
+    ("a zone of a grid", {}, {"time_zone": BERLIN}, "goes with a cron expression"),
+    ("a zone of a one-shot", ONCE, {"time_zone": BERLIN}, "goes with a cron expression"),
+    ("an end of a one-shot", ONCE, {"until": NOON + HOUR}, "only what recurs has an end"),
+    ("times of a one-shot", ONCE, {"times": 2}, "only what recurs has an end"),
+    ("no occurrence", {}, {"times": 0}, "times is 0"),
+    ("too many failures", {}, {"failures": 2**31}, "failures is 2147483648"),
+    ("used up", {"occurrence": 4}, {"times": 3}, "at its occurrence 4 already.*give 4"),
+    ("used up in a run", RUNNING | {"occurrence": 4}, {"times": 3}, "give 4 to make this one"),
+    ("past", {}, {"until": NOON - HOUR}, "11:00:00 UTC, is past"),
+    ("past in a run", RUNNING, {"until": NOON - HOUR}, "is past"),
+    ("before the next", {}, {"until": NOON - HOUR / 20}, "12:00:00 UTC, would be after its end"),
+    (
+        "before where it was moved",
+        {"trigger_at": NOON + HOUR / 2},
+        {"until": NOON + HOUR / 3},
+        "12:30:00 UTC, would be",
+    ),
+    (
+        "a rule beyond the end",
+        {"until_at": NOON + HOUR},
+        {"cron": "0 9 * * *"},
+        "2026-03-02 09:00:00 UTC, would be after its end",
+    ),
+    (
+        "an interval beyond",
+        {"until_at": NOON + HOUR},
+        {"every": 3 * HOUR},
+        "14:54:00 UTC, would be",
+    ),
+    ("a grace of nothing", {}, {"grace": HOUR * 0}, "grace is a whole number"),
+    ("a wide jitter", {}, {"jitter": 2 * HOUR}, "wider than the 3600 s"),
+    ("a wide jitter by cron", NINE, {"jitter": 25 * HOUR}, "wider than the 86400 s"),
+    ("a jitter too wide then", {"jitter_seconds": 60}, {"grid": HOUR / 120}, "wider than the 30 s"),
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "edit", "why"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
+def test_an_edit_that_makes_no_sense(
+    columns: dict[str, Any], edit: dict[str, Any], why: str
+) -> None:
+    """Why an edit is refused, at six minutes to noon."""
+    with pytest.raises(cadence.CadenceError, match=why):
+        cadence.change(recall_with(**columns), NOON - HOUR / 10, **edit)
 
 
 @pytest.mark.parametrize("columns", [{}, HOURLY], ids=["grid", "cron"])

@@ -34,6 +34,7 @@ from recall_worker.cli import main
 from recall_worker.cli.app import app as commands
 from recall_worker.terminal import Trouble, local, relative, seconds, span
 
+from .process.test_wake import faketime  # noqa: F401 - a fixture
 from .support import postgres
 from .support.application import COLUMNS, Application
 
@@ -203,6 +204,8 @@ SHOWING = [
     ("cancel", ["cancel", "r"], list),
     ("retry", ["retry", "over"], list),
     ("workers", ["workers"], list),
+    ("actions", ["actions"], list),
+    ("events", ["events"], list),
     ("stats", ["stats"], dict),
     ("prune", ["prune", "--older-than", "30d", "--yes"], dict),
     ("migrate", ["migrate"], dict),
@@ -288,6 +291,8 @@ NEEDING = [
     ["list"],
     ["show", "r"],
     ["why", "r"],
+    ["actions"],
+    ["events"],
     ["cancel", "r"],
     ["skip", "r"],
     ["pause", "r"],
@@ -295,8 +300,10 @@ NEEDING = [
     ["retry", "r"],
     ["fire", "r"],
     ["reschedule", "r", "--in", "1h"],
+    ["edit", "r", "--comment", "note"],
     ["workers"],
     ["stats"],
+    ["top"],
     ["prune", "--older-than", "1d", "--yes"],
     ["migrate"],
     ["migrate", "--check"],
@@ -347,10 +354,20 @@ REFUSED = [
     ("retry of what waits", ["retry", "r"], "r is pending: it waits or runs already"),
     ("fire of nothing", ["fire", "nope"], "there is no recall nope"),
     ("reschedule of nothing", ["reschedule", "nope", "--in", "1h"], "there is no recall nope"),
+    ("edit of nothing", ["edit", "nope", "--times", "3"], "there is no recall nope"),
+    ("an end of what is once", ["edit", "r", "--times", "3"], "r: only what recurs has an end"),
+    (
+        "an end before the next occurrence",
+        ["edit", "r", "--grid", "2h", "--until", "2020-01-01"],
+        "r: its end, 2020-01-0",
+    ),
+    (
+        "a zone of what has no expression",
+        ["edit", "r", "--every", "1h", "--tz", "Europe/Berlin"],
+        "r: a time zone goes with a cron expression",
+    ),
     ("a second recall", ["schedule", "s", "again"], "session s already has a pending recall"),
     ("nobody's session", ["schedule", "nobody", "hello"], "there is no session nobody"),
-    ("cancel, asked and refused", ["cancel", "--session", "s"], "nothing was done"),
-    ("prune, asked and refused", ["prune", "--older-than", "30d"], "nothing was done"),
     (
         "several",
         ["pause", "nope", "neither"],
@@ -370,6 +387,35 @@ def test_refused_or_not_found(words: list[str], what: str, calm: str) -> None:
     assert rows_of(calm) == before
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("n\n", "Nothing was done.\n"),
+        ("", "Nothing was done: there is no terminal to ask at.\nTry: the same with --yes\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [["cancel", "--session", "s"], ["prune", "--older-than", "1s"], ["queues", "pause", "--all"]],
+    ids=" ".join,
+)
+async def test_a_no_is_no_error(
+    words: list[str], answer: str, said: str, app: Application, waiting: str
+) -> None:
+    """Nothing is done where a person does not agree, or nobody is there; the exit status says so,
+    and no error is told."""
+    await app.create_session("t", "ann")
+    await app.schedule("t", "once", datetime.now(UTC), "m", id="over")
+    await app.mark_fired("over")
+    with psycopg.connect(waiting) as conn:
+        conn.execute("update session_recalls set ended_at = '2020-01-01' where id = 'over'")
+    before = rows_of(waiting)
+    done = operate(waiting, *words, stdin=answer)
+    assert done.status == 1 and done.out == "" and "Error" not in done.err
+    assert done.err.endswith(f"? [y/N] {said}" if answer else f"? [y/N] \n{said}")
+    assert rows_of(waiting) == before
+
+
 WRONG = [
     ("no such command", ["nope"]),
     ("no such option", ["list", "--nope"]),
@@ -386,6 +432,7 @@ WRONG = [
     ("a retention that is none", ["prune", "--keep", "fired=soon,pending=1d", "--yes"]),
     ("an age that is none", ["prune", "--older-than", "soon"]),
     ("an age without unit", ["prune", "--older-than", "30", "--yes"]),
+    ("a retention without unit", ["prune", "--keep", "fired=30", "--yes"]),
     ("two times", ["schedule", "s", "m", "--in", "1h", "--at", "2030-01-01"]),
     ("two cadences", ["schedule", "s", "m", "--every", "1h", "--cron", "0 9 * * *"]),
     ("an impossible date", ["schedule", "s", "m", "--cron", "0 9 30 2 *"]),
@@ -414,6 +461,25 @@ WRONG = [
     ("a preview of what never comes", ["preview", "0 9 31 4 *"]),
     ("a preview with the zone of a recall", ["preview", "r", "--tz", "Europe/Berlin"]),
     ("a time that is none", ["schedule", "s", "m", "--at", "tomorrow"]),
+    ("an offset without a time", ["schedule", "t", "m", "--at", "2037-01-31+09:00"]),
+    ("an end that is none", ["schedule", "t", "m", "--grid", "1h", "--until", "2037-01-31Z"]),
+    ("a time in the past", ["schedule", "t", "m", "--at", "2020-01-01"]),
+    (
+        "a first time in the past",
+        ["schedule", "t", "m", "--cron", "0 9 * * *", "--at", "2020-01-01"],
+    ),
+    ("a grid from the past", ["schedule", "t", "m", "--grid", "1h", "--at", "2020-01-01"]),
+    ("now, if nothing is past", ["schedule", "t", "m", "--now-if-past"]),
+    ("a month that is a minute", ["schedule", "t", "m", "--every", "1M"]),
+    ("a month", ["schedule", "t", "m", "--every", "1 month"]),
+    ("a move into the past", ["reschedule", "r", "--at", "2020-01-01"]),
+    ("a move by the clock of no zone", ["reschedule", "r", "--at", "2030-01-01", "--tz", "X/Y"]),
+    ("a delay in a zone", ["reschedule", "r", "--in", "1h", "--tz", "Europe/Berlin"]),
+    ("a delay that is past", ["reschedule", "r", "--in", "1h", "--now-if-past"]),
+    (
+        "a jitter as wide as a gap",
+        ["schedule", "t", "m", "--cron", "0 9,10 * * *", "--jitter", "2h"],
+    ),
     ("a duration that is none", ["schedule", "s", "m", "--in", "1 fortnight"]),
     ("an interval of nothing", ["schedule", "s", "m", "--every", "0s"]),
     ("half an interval", ["schedule", "s", "m", "--every", "0.5s"]),
@@ -426,6 +492,18 @@ WRONG = [
     ("cancel of nothing in particular", ["cancel"]),
     ("cancel of both", ["cancel", "r", "--session", "s"]),
     ("skip of both", ["skip", "r", "--session", "s"]),
+    ("nothing to edit", ["edit", "r"]),
+    ("two rules at once", ["edit", "r", "--every", "1h", "--cron", "0 9 * * *"]),
+    ("an edit to what never comes", ["edit", "r", "--cron", "0 9 31 4 *"]),
+    ("an edit to what can't be meant", ["edit", "r", "--cron", "*/90 * * * *"]),
+    ("an edit to no zone", ["edit", "r", "--cron", "0 9 * * *", "--tz", "Mars/Olympus"]),
+    ("an edit to no rule", ["edit", "r", "--every", "none"]),
+    ("an edit to no occurrence", ["edit", "r", "--every", "1h", "--times", "0"]),
+    ("an edit to some occurrences", ["edit", "r", "--every", "1h", "--times", "some"]),
+    ("an edit to half a jitter", ["edit", "r", "--grid", "1h", "--jitter", "0.5s"]),
+    ("an edit to a wide jitter", ["edit", "r", "--grid", "2s", "--jitter", "20s"]),
+    ("an edit to a NUL", ["edit", "r", "--message", "a\0b"]),
+    ("an edit to no text", ["edit", "r", "--message", "a\udcff"]),
     ("text with a NUL", ["schedule", "s", "a\0b"]),
     ("an id with a NUL", ["show", "a\0b"]),
     ("an id that is no text", ["cancel", "a\udcff"]),
@@ -508,6 +586,7 @@ def test_a_password_is_never_told(words: list[str], dsn: str, status: int) -> No
     assert "kret" not in said.out + said.err
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_early(waiting: str) -> None:
     """`recall-worker list | head -0` says nothing of a broken pipe."""
     command = f"{sys.executable} -m recall_worker list | true"
@@ -522,6 +601,7 @@ def test_a_pipe_that_closes_early(waiting: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_as_a_process(waiting: str) -> None:
     """The exit statuses are those of the process, too."""
     assert process(waiting, "show", "r").returncode == 0
@@ -592,6 +672,7 @@ def test_help_without_a_command() -> None:
     assert all(re.search(rf"^  {name} ", said.err, re.MULTILINE) for name in NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shell", "mark"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command")]
 )
@@ -687,6 +768,7 @@ async def test_nothing_wraps_on_a_terminal(words: list[str], populated: str) -> 
             )
 
 
+@pytest.mark.slow
 async def test_a_real_terminal(populated: str) -> None:
     """The width is the terminal's own."""
     for columns in (80, 120):
@@ -695,6 +777,7 @@ async def test_a_real_terminal(populated: str) -> None:
         assert ("MESSAGE" in lines[0]) == (columns == 120)
 
 
+@pytest.mark.slow
 async def test_colours_on_a_terminal_only(populated: str) -> None:
     """Colours help a person at a terminal; a pipe, NO_COLOR and a dumb terminal get none."""
     assert "\x1b[36mpending\x1b[0m" in terminal(populated, "list")
@@ -709,6 +792,7 @@ async def test_colours_on_a_terminal_only(populated: str) -> None:
     assert "\x1b[1mID" in operate(populated, "list", columns=80, environ=xterm).out
 
 
+@pytest.mark.slow
 async def test_a_pipe_gets_everything(populated: str) -> None:
     """Piped, a table has all its columns, uncut, and aligned."""
     out = process(populated, "list", environ={"COLUMNS": "40", "PYTHONUTF8": "1"}).stdout
@@ -724,6 +808,7 @@ async def test_a_pipe_gets_everything(populated: str) -> None:
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
+@pytest.mark.slow
 async def test_local_time_says_so(waiting: str) -> None:
     """Times for people are local and carry their distance from UTC, in a form that --at takes back;
     --json has UTC."""
@@ -744,6 +829,37 @@ async def test_local_time_says_so(waiting: str) -> None:
     )
     assert rows_of(waiting)[0]["trigger_at"] == datetime(2030, 6, 1, 3, 30, tzinfo=UTC), (
         "without an offset the wall's clock is meant"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "hint"),
+    [
+        ("schedule s m --in 1h --tz UTC", "--tz goes with --cron, --at or --until", "without --tz"),
+        ("schedule s m --cron 0_9_*_*_* --tz Nowhere", "no time zone 'Nowhere'", "--tz with an"),
+        ("reschedule r --in 1h --tz UTC", "--tz and --now-if-past go with --at", "without them"),
+        ("reschedule r --at 2031-01-01 --tz Nowhere", "no time zone 'Nowhere'", "--tz with an"),
+        ("preview r --tz UTC", "--tz and --from go with a cron expression", "--tz Europe/Berlin"),
+        ("preview 0_9_*_*_* --tz Nowhere", "no time zone 'Nowhere'", "--tz with an"),
+        ("list --dsn nonsense", "--dsn is neither a URL nor key=value", "recall-worker settings"),
+        (
+            "run --lease soon",
+            "--lease is 'soon', which is not a duration: give seconds",
+            "settings",
+        ),
+    ],
+)
+def test_options_are_named(words: str, said: str, hint: str, calm: str) -> None:
+    """A mistake in an option is told by the option's name, with the ones that it goes with."""
+    done = operate(calm, *(word.replace("_", " ") for word in words.split()))
+    assert done.status == 2 and said in done.err and hint in done.err.partition("Try: ")[2], done
+
+
+def test_the_hint_without_a_dsn() -> None:
+    """What a DSN looks like, by the option that takes one."""
+    said = operate(None, "list")
+    assert (
+        "\nTry: --dsn postgresql://user@host:5432/database, or the same in RECALL_DSN\n" in said.err
     )
 
 
@@ -825,10 +941,11 @@ async def test_hostile_texts_come_out_harmless(
     said = operate(database, *words)
     assert not HARMFUL.search(said.out + said.err), repr(said.out + said.err)
     assert "Traceback" not in said.err
-    if said.status:
+    if said.status and "Nothing was done" not in said.err:
         trouble(said, said.status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [["list"], ["show", HOSTILE], ["why", HOSTILE], ["pause", HOSTILE]],
@@ -837,15 +954,28 @@ async def test_hostile_texts_come_out_harmless(
 async def test_hostile_texts_are_whole_in_json(
     words: list[str], app: Application, database: str
 ) -> None:
-    """--json keeps every character as it is, in a valid document; on a terminal, escaped."""
+    """--json tells every character, in a valid document that is ASCII: on a terminal, and at the
+    end of a pipe, behind which there may be one."""
     await app.create_session(HOSTILE, "ann")
     await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, id=HOSTILE)
-    document = operate(database, *words, "--json").document
-    assert HOSTILE in [value for _, value in _pairs(document)]
-    shown = operate(database, *words, "--json", columns=80).out
-    assert not HARMFUL.search(shown) and HOSTILE in [
-        value for _, value in _pairs(json.loads(shown))
-    ]
+    for shown in (
+        operate(database, *words, "--json").out,
+        operate(database, *words, "--json", columns=80).out,
+        process(database, *words, "--json", environ={"PYTHONUTF8": "1"}).stdout,
+    ):
+        assert shown.isascii() and not HARMFUL.search(shown)
+        assert HOSTILE in [value for _, value in _pairs(json.loads(shown))]
+
+
+@pytest.mark.slow
+async def test_hostile_texts_in_a_pipe(app: Application, database: str) -> None:
+    """What a command says at the end of a pipe is as harmless as on a terminal."""
+    await app.create_session(HOSTILE, "ann")
+    await app.schedule(HOSTILE, "once", datetime.now(UTC) + timedelta(hours=1), HOSTILE, id=HOSTILE)
+    for words in (["list"], ["show", HOSTILE], ["pause", HOSTILE], ["why", HOSTILE]):
+        said = process(database, *words, environ={"PYTHONUTF8": "1"})
+        assert said.returncode == 0
+        assert not HARMFUL.search(said.stdout + said.stderr), words
 
 
 # --- how people write and read times --------------------------------------------------------------
@@ -854,7 +984,7 @@ async def test_hostile_texts_are_whole_in_json(
 @pytest.mark.parametrize(
     ("text", "what", "hint"),
     [
-        ("1x", "--in '1x' is not a duration", "--in 90s, 5m, 1h30m or 2d"),
+        ("1x", "--in '1x' is not a duration", "--in 90s, 5m, 1h30m, 2 hours or 30d"),
         ("30", "--in '30' has no unit", "--in 30s, 30m, 30h or 30d"),
     ],
 )
@@ -895,6 +1025,7 @@ def test_dates_at_the_ends_of_time() -> None:
     assert local(datetime(1, 1, 1, tzinfo=UTC)).startswith("0001")
 
 
+@pytest.mark.slow
 def test_migrate_check_tells(empty_database: str) -> None:
     """`migrate --check` changes nothing, exits with 1 while there is something to do, and says what
     in --json."""
@@ -1012,6 +1143,88 @@ def test_times_by_the_clock_of_a_zone(waiting: str) -> None:
     assert made["until_at"] == "2030-07-01T07:00:00.000000Z"
 
 
+async def test_reschedule_by_the_clock_of_a_zone(waiting: str) -> None:
+    """`--tz` says by which clock `--at` is meant, in any case; what the clocks skip is told."""
+    moved = operate(
+        waiting, "reschedule", "r", "--at", "2030-07-01T09:00", "--tz", "europe/BERLIN", "--json"
+    )
+    assert moved.document[0]["trigger_at"] == "2030-07-01T07:00:00.000000Z" and not moved.err
+    moved = operate(waiting, "reschedule", "r", "--at", "2030-03-31T02:30", "--tz", "Europe/Berlin")
+    assert moved.status == 0 and "skip 2030-03-31 02:30" in moved.err
+    assert "2030-03-31T03:00+02:00" in moved.err
+    assert rows_of(waiting)[0]["trigger_at"] == datetime(2030, 3, 31, 1, tzinfo=UTC)
+
+
+@pytest.mark.slow
+async def test_now_if_past(waiting: str) -> None:
+    """A time in the past is refused with the way out, or means now: lateness does not count from
+    it."""
+    before = rows_of(waiting)
+    refused = operate(waiting, "reschedule", "r", "--at", "2020-01-01T09:00")
+    assert "is past: PostgreSQL's clock says" in trouble(refused, 2)
+    assert "--now-if-past" in refused.err and rows_of(waiting) == before
+    assert operate(waiting, "reschedule", "r", "--at", "2020-01-01", "--now-if-past").status == 0
+    assert abs(rows_of(waiting)[0]["trigger_at"] - datetime.now(UTC)) < timedelta(minutes=1)
+    assert operate(waiting, "cancel", "r").status == 0
+    rules: list[list[str]] = [[], ["--every", "1h"], ["--grid", "1h"], ["--cron", "0 9 * * *"]]
+    for words in rules:
+        past = ["--at", "2020-01-01T09:00", "--now-if-past"]
+        made = operate(waiting, "schedule", "s", "m", *past, *words, "--json").document
+        due = datetime.fromisoformat(made["trigger_at"])
+        if "--cron" in words:
+            assert timedelta(0) <= due - datetime.now(UTC) <= timedelta(days=1)
+        else:
+            assert abs(due - datetime.now(UTC)) < timedelta(minutes=1)
+        assert operate(waiting, "cancel", made["id"]).status == 0
+
+
+async def test_the_current_minute_is_not_past(waiting: str) -> None:
+    """Who types the time that the clock shows means now."""
+    clock = datetime.now(UTC) - timedelta(seconds=20)
+    assert operate(waiting, "reschedule", "r", "--at", clock.isoformat()).status == 0
+    assert rows_of(waiting)[0]["trigger_at"] == clock
+
+
+async def test_a_date_alone_ends_with_its_day(waiting: str) -> None:
+    """`--until` a day includes that day, by the clocks of the zone."""
+    assert operate(waiting, "cancel", "r").status == 0
+    rule = ["--cron", "0 23 * * *", "--tz", "America/new_york", "--until", "2037-01-31"]
+    made = operate(waiting, "schedule", "s", "m", *rule, "--json").document
+    assert made["until_at"] == "2037-02-01T04:59:59.999999Z"
+    assert made["time_zone"] == "America/New_York"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("days", ["-400d", "+400d"])
+async def test_a_host_with_a_wrong_clock(
+    days: str,
+    faketime: str,  # noqa: F811
+    waiting: str,
+) -> None:
+    """PostgreSQL's clock alone decides what is past, and whether an end comes before the
+    beginning."""
+    assert operate(waiting, "cancel", "r").status == 0
+    wrong = {"LD_PRELOAD": faketime, "FAKETIME": days, "TZ": "UTC"}
+    now = datetime.now(UTC)
+    soon, before = ((now + timedelta(days=n)).isoformat() for n in (2, -2))
+    rules: list[list[str]] = [["--cron", "0 9 * * *"], ["--grid", "1h"]]
+    for rule in rules:
+        made = process(waiting, "schedule", "s", "m", *rule, "--until", soon, environ=wrong)
+        assert made.returncode == 0, made.stderr
+        assert operate(waiting, "cancel", made.stdout.strip()).status == 0
+        over = process(waiting, "schedule", "s", "m", *rule, "--until", before, environ=wrong)
+        assert over.returncode == 2 and "would be after its end" in over.stderr
+    past = process(waiting, "schedule", "s", "m", "--at", before, environ=wrong)
+    assert past.returncode == 2 and "is past" in past.stderr
+    made = process(waiting, "schedule", "s", "m", "--at", soon, environ=wrong)
+    assert made.returncode == 0, made.stderr
+    # An expression's next occurrence is PostgreSQL's business, too.
+    shown = process(waiting, "preview", "0 9 * * *", "--count", "1", "--json", environ=wrong)
+    first = datetime.fromisoformat(json.loads(shown.stdout)["occurrences"][0]["at"])
+    assert timedelta(0) < first - now <= timedelta(days=1, minutes=1)
+
+
+@pytest.mark.slow
 def test_preview_after_a_skip(waiting: str) -> None:
     """What was skipped, by whatever hand, is not ahead; and what waits there is not said to stand
     for the time before."""

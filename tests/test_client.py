@@ -1,5 +1,5 @@
-"""`Recalls`, as an application in Python uses it: on a pool and inside its own transaction, beside
-the application's plain SQL on the same rows."""
+"""`Recalls` and its twin `SyncRecalls`, as an application in Python uses them: on a pool and inside
+its own transaction, beside the application's plain SQL on the same rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,34 @@ import psycopg
 import pytest
 from psycopg import errors
 from psycopg.rows import tuple_row
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 import recall_worker
-from recall_worker import Recall, RecallExists, Recalls
+from recall_worker import Recall, RecallExists, Recalls, SyncRecalls
 
 from .conftest import Connection
 from .support.application import AlreadyScheduled, Application
+from .support.awaited import Asynchronous
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture
-async def pool(database: str, app: Application) -> AsyncIterator[AsyncConnectionPool]:
+async def pool(
+    database: str, app: Application, client: Asynchronous
+) -> AsyncIterator[AsyncConnectionPool]:
     """A pool as an application keeps one; the sessions a, b, c are ann's, z is zoe's."""
     for session, user in (("a", "ann"), ("b", "ann"), ("c", "ann"), ("z", "zoe")):
         await app.create_session(session, user)
-    async with AsyncConnectionPool(database, open=False, min_size=1, max_size=3) as opened:
+    async with client.pool(database, min_size=1, max_size=3) as opened:
         yield opened
 
 
 @pytest.fixture
-async def recalls(pool: AsyncConnectionPool) -> Recalls:
-    return Recalls(pool)
+async def recalls(pool: AsyncConnectionPool, client: Asynchronous) -> Recalls:
+    recalls: Recalls = client.make(pool)
+    return recalls
 
 
 async def now(db: Connection) -> datetime:
@@ -150,14 +155,84 @@ async def test_what_makes_no_sense(
     assert await app.list_by_user("ann") == []
 
 
-async def test_other_values_that_make_no_sense(recalls: Recalls) -> None:
+async def test_other_values_that_make_no_sense(recalls: Recalls, client: Asynchronous) -> None:
     """A naive time to move to, a status that is none, and a Recalls with nothing to work on."""
     with pytest.raises(ValueError, match="no time zone"):
         await recalls.reschedule("r", datetime(2031, 5, 6))
     with pytest.raises(ValueError, match="no status done"):
         await recalls.list(statuses=["done", "fired"])
     with pytest.raises(ValueError, match="no pool"):
-        await Recalls().due()
+        await client.make().due()
+
+
+WRONG_TYPES: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "schedule",
+        {"after": 3600},
+        r"`after` is 3600: give a timedelta, .* timedelta\(seconds=3600\)",
+    ),
+    ("schedule", {"after": 1.5}, r"timedelta\(seconds=1.5\)"),
+    ("schedule", {"after": "1h"}, "`after` is '1h': give a timedelta, such as timedelta"),
+    ("schedule", {"after": SOON}, "give a timedelta"),
+    ("schedule", {"after": True}, r"`after` is True: give .* timedelta\(hours=1\)"),
+    ("schedule", {"at": "2031-05-06"}, r"`at` is '2031-05-06': give an aware datetime, such as"),
+    ("schedule", {"at": SOON.date()}, "give an aware datetime"),
+    ("schedule", {"at": SOON.timestamp()}, "give an aware datetime"),
+    ("schedule", {"at": HOUR}, "give an aware datetime"),
+    ("schedule", {"every": 60}, r"`every` is 60: .* timedelta\(seconds=60\)"),
+    ("schedule", {"grid": "1h"}, "`grid`"),
+    ("schedule", {"every": HOUR, "until": "tomorrow"}, "`until` is 'tomorrow'"),
+    ("schedule", {"every": HOUR, "times": True}, "`times` is True: give a whole number, such as 3"),
+    ("schedule", {"every": HOUR, "times": 3.0}, "`times` is 3.0"),
+    ("schedule", {"every": HOUR, "times": "3"}, "`times` is '3'"),
+    ("schedule", {"every": HOUR, "failures": HOUR}, "`failures`"),
+    ("schedule", {"every": HOUR, "grace": 5}, "`grace`"),
+    ("schedule", {"every": HOUR, "jitter": 5}, "`jitter`"),
+    ("update", {"every": 60}, "`every`"),
+    ("update", {"grid": 60}, "`grid`"),
+    ("update", {"until": "tomorrow"}, "`until`"),
+    ("update", {"times": False}, "`times`"),
+    ("update", {"failures": "2"}, "`failures`"),
+    ("update", {"grace": 5}, "`grace`"),
+    ("update", {"jitter": SOON}, "`jitter`"),
+    ("reschedule", {"at": HOUR}, "`at`"),
+    ("reschedule", {"at": None}, "`at` is None: give an aware datetime"),
+    ("list", {"limit": "5"}, "`limit`"),
+    ("list", {"offset": 1.0}, "`offset`"),
+    ("due", {"limit": True}, "`limit`"),
+    ("preview", {"count": "3"}, "`count`"),
+    ("schedule", {"cron": 5}, "`cron` is 5: give a text of five fields"),
+    ("schedule", {"cron": "0 9 * * *", "time_zone": UTC}, "`time_zone`"),
+    ("schedule", {"queue": 3}, "`queue` is 3: give the name of a queue"),
+    ("schedule", {"queue": None}, "`queue` is None"),
+    ("schedule", {"comment": 3}, "`comment`"),
+    ("update", {"message": b"look"}, "`message`"),
+    ("update", {"comment": ["a"]}, "`comment`"),
+    ("update", {"cron": 5}, "`cron`"),
+    ("update", {"time_zone": 1}, "`time_zone`"),
+    ("update", {"queue": None}, "`queue`"),
+    ("preview", {"time_zone": 1}, "`time_zone`"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    WRONG_TYPES,
+    ids=[f"{name}-{next(iter(words))}-{n}" for n, (name, words, _) in enumerate(WRONG_TYPES)],
+)
+async def test_what_has_another_type(
+    method: str, given: dict[str, Any], says: str, client: Asynchronous
+) -> None:
+    """A time, a length, a number or a text of another type is a TypeError that shows what to write,
+    before anything is asked of PostgreSQL."""
+    words: dict[str, tuple[str, ...]] = {
+        "schedule": ("a", "m"),
+        "update": ("r",),
+        "reschedule": ("r",),
+        "preview": ("r",),
+    }
+    with pytest.raises(TypeError, match=says):
+        await getattr(client.make(), method)(*words.get(method, ()), **given)
 
 
 async def test_errors_of_postgresql_pass(recalls: Recalls) -> None:
@@ -202,8 +277,14 @@ WRITING: list[tuple[str, Callable[[Recalls, Any], Awaitable[Any]]]] = [
     ("mark_fired", lambda r, conn: r.mark_fired("r", conn=conn)),
     ("mark_cancelled", lambda r, conn: r.mark_cancelled("r", conn=conn)),
     ("reschedule", lambda r, conn: r.reschedule("r", SOON, conn=conn)),
+    ("pause", lambda r, conn: r.pause("r", conn=conn)),
+    ("resume", lambda r, conn: r.resume("held", conn=conn)),
+    ("fire", lambda r, conn: r.fire("r", conn=conn)),
+    ("retry", lambda r, conn: r.retry("over", conn=conn)),
+    ("update", lambda r, conn: r.update("r", message="another", conn=conn)),
 ]
 READING: list[tuple[str, Callable[[Recalls, Any], Awaitable[Any]]]] = [
+    ("get", lambda r, conn: r.get("seen", conn=conn)),
     ("list", lambda r, conn: r.list(conn=conn)),
     ("due", lambda r, conn: r.due(conn=conn)),
     ("next_trigger_at", lambda r, conn: r.next_trigger_at(conn=conn)),
@@ -226,6 +307,33 @@ def test_every_method_is_shown() -> None:
     )
 
 
+@pytest.fixture
+async def three(app: Application, db: Connection, pool: AsyncConnectionPool) -> None:
+    """`r` waits in session a, `held` is paused in b, `over` is cancelled in c."""
+    await app.schedule("a", "recurring", SOON, "m", 60, id="r")
+    await app.schedule("b", "once", SOON, "m", id="held")
+    await app.schedule("c", "once", SOON, "m", id="over")
+    await app.mark_cancelled("over")
+    await db.execute("update session_recalls set paused_at = now() where id = 'held'")
+
+
+def test_the_twin_has_the_same_methods() -> None:
+    """SyncRecalls takes and says the same, method for method; no name is missing, none is more."""
+
+    def of(kind: type) -> dict[str, tuple[list[tuple[str, Any]], str | None]]:
+        return {
+            name: (
+                [(one.name, one.default) for one in inspect.signature(method).parameters.values()],
+                method.__doc__,
+            )
+            for name, method in vars(kind).items()
+            if inspect.isfunction(method) and not name.startswith("_")
+        }
+
+    assert of(SyncRecalls) == of(Recalls)
+    assert not any(map(inspect.iscoroutinefunction, vars(SyncRecalls).values()))
+
+
 async def snapshot(app: Application) -> list[dict[str, Any]]:
     return sorted(await app.list_by_user("ann"), key=lambda row: str(row["id"]))
 
@@ -233,32 +341,31 @@ async def snapshot(app: Application) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("act", [case[1] for case in WRITING], ids=[case[0] for case in WRITING])
 async def test_rolled_back_with_the_caller(
     act: Callable[[Recalls, Any], Awaitable[Any]],
-    recalls: Recalls,
+    client: Asynchronous,
+    three: None,
     pool: AsyncConnectionPool,
     app: Application,
 ) -> None:
     """With `conn=` a method works inside the caller's transaction: unseen by others until that
     commits, undone where it is rolled back."""
-    await app.schedule("a", "recurring", SOON, "m", 60, id="r")
     before = await snapshot(app)
     async with pool.connection() as conn:
         with pytest.raises(ZeroDivisionError):
             async with conn.transaction():
-                assert await act(Recalls(), conn)
+                assert await act(client.make(), conn)
                 assert await snapshot(app) == before
                 raise ZeroDivisionError
         assert await snapshot(app) == before
         async with conn.transaction():
-            assert await act(Recalls(), conn)
+            assert await act(client.make(), conn)
     assert await snapshot(app) != before
 
 
 @pytest.mark.parametrize("act", [case[1] for case in WRITING], ids=[case[0] for case in WRITING])
 async def test_on_a_pool_it_is_committed(
-    act: Callable[[Recalls, Any], Awaitable[Any]], recalls: Recalls, app: Application
+    act: Callable[[Recalls, Any], Awaitable[Any]], recalls: Recalls, three: None, app: Application
 ) -> None:
     """Without `conn=` each call is a transaction of its own, on a connection of the pool."""
-    await app.schedule("a", "recurring", SOON, "m", 60, id="r")
     before = await snapshot(app)
     assert await act(recalls, None)
     assert await snapshot(app) != before
@@ -274,15 +381,47 @@ async def test_reading_sees_what_the_caller_wrote(
     """Inside the caller's transaction the methods that read see what it has written so far; others
     do not."""
     async with pool.connection() as conn:
-        await recalls.schedule("a", "m", at=datetime(2020, 1, 1, tzinfo=UTC), conn=conn)
+        past = datetime(2020, 1, 1, tzinfo=UTC)
+        await recalls.schedule("a", "m", id="seen", at=past, conn=conn)
         assert await act(recalls, conn)
         assert not await act(recalls, None)
         await conn.rollback()
 
 
+@pytest.mark.parametrize(
+    ("rule", "stands"),
+    [
+        ({}, False),
+        ({"every": timedelta(hours=1)}, False),
+        ({"every": timedelta(hours=1), "jitter": timedelta(minutes=1)}, False),
+        ({"grid": timedelta(hours=1)}, True),
+        ({"cron": "0 9 * * *"}, True),
+    ],
+)
+async def test_a_time_in_the_past_means_now(
+    rule: dict[str, Any], stands: bool, recalls: Recalls
+) -> None:
+    """Lateness counts from now and not from that time; on a grid and cron what was missed since
+    then counts. A time within the last minute is what it is."""
+    long_ago = datetime(2020, 1, 1, 9, tzinfo=UTC)
+    made = await recalls.schedule("a", "m", at=long_ago, **rule)
+    nominal = made.scheduled_for or made.trigger_at
+    assert (nominal == long_ago) is stands
+    assert stands or abs(nominal - datetime.now(UTC)) < timedelta(minutes=1)
+    if not rule:
+        just_now = datetime.now(UTC) - timedelta(seconds=30)
+        assert (await recalls.schedule("b", "m", at=just_now)).trigger_at == just_now
+
+
+async def test_a_zone_in_any_case(recalls: Recalls) -> None:
+    """It is stored as IANA spells it."""
+    made = await recalls.schedule("a", "m", cron="0 9 * * *", time_zone="europe/berlin")
+    assert made.time_zone == "Europe/Berlin"
+
+
 @pytest.mark.parametrize("refused", [False, True])
 async def test_the_callers_transaction_may_begin_with_it(
-    refused: bool, recalls: Recalls, app: Application, database: str
+    refused: bool, recalls: Recalls, client: Asynchronous, app: Application, database: str
 ) -> None:
     """On a connection whose transaction is implicit the call may be the first statement, and is
     undone with the rest, refused or not."""
@@ -290,7 +429,7 @@ async def test_the_callers_transaction_may_begin_with_it(
         await app.schedule("a", "once", SOON, "m")
     before = await snapshot(app)
     with pytest.raises(errors.UndefinedTable):
-        async with await psycopg.AsyncConnection.connect(database) as conn:
+        async with client.connect(database) as conn:
             if refused:
                 with pytest.raises(RecallExists):
                     await recalls.schedule("a", "again", conn=conn)
@@ -302,12 +441,12 @@ async def test_the_callers_transaction_may_begin_with_it(
 
 @pytest.mark.parametrize("autocommit", [True, False])
 async def test_recall_exists_leaves_the_transaction_usable(
-    autocommit: bool, recalls: Recalls, app: Application, database: str
+    autocommit: bool, recalls: Recalls, client: Asynchronous, app: Application, database: str
 ) -> None:
     """A refused schedule is confined to a savepoint: the caller's transaction goes on, and commits
     what else it did."""
     await app.schedule("a", "once", SOON, "m", id="r")
-    async with await psycopg.AsyncConnection.connect(database, autocommit=autocommit) as conn:
+    async with client.connect(database, autocommit=autocommit) as conn:
         async with conn.transaction():
             await conn.execute("insert into sessions (id, user_id) values ('d', 'ann')")
             with pytest.raises(RecallExists):
@@ -316,11 +455,14 @@ async def test_recall_exists_leaves_the_transaction_usable(
     assert await app.sessions_with_pending(["a", "d"]) == {"a", "d"}
 
 
-async def test_an_autocommit_connection(recalls: Recalls, app: Application, database: str) -> None:
+async def test_an_autocommit_connection(
+    recalls: Recalls, client: Asynchronous, app: Application, database: str
+) -> None:
     """Outside a transaction, on a connection in autocommit mode, each call commits by itself,
     whatever its row and cursor factories."""
-    async with await psycopg.AsyncConnection.connect(
-        database, autocommit=True, row_factory=tuple_row, cursor_factory=psycopg.AsyncClientCursor
+    cursors = client.cursors["client-side"]
+    async with client.connect(
+        database, autocommit=True, row_factory=tuple_row, cursor_factory=cursors
     ) as conn:
         recall = await recalls.schedule("a", "100% of it: %s", after=HOUR, conn=conn)
         assert [row["id"] for row in await app.list_by_session("a")] == [recall.id]
@@ -445,7 +587,7 @@ async def test_changes_are_the_applications(
     db: Connection,
 ) -> None:
     """The same operation by Recalls and by the application's own SQL: the same answer, and the same
-    rows but for the second they were changed in."""
+    rows but for the second they were changed in, and that a time was named."""
 
     async def rows() -> list[dict[str, Any]]:
         return await (await db.execute("select * from session_recalls order by id")).fetchall()
@@ -455,7 +597,10 @@ async def test_changes_are_the_applications(
     for mine in (True, False):
         answers.append(await (ours(recalls) if mine else theirs(crowd)))
         outcomes.append(
-            [{k: v for k, v in row.items() if k != "updated_at"} for row in await rows()]
+            [
+                {k: v for k, v in row.items() if k not in ("updated_at", "named_at")}
+                for row in await rows()
+            ]
         )
         await db.execute("delete from session_recalls")
         async with db.cursor() as cursor:
@@ -478,6 +623,85 @@ async def test_final_recalls_stay_as_they_are(recalls: Recalls, crowd: Applicati
         assert not await recalls.mark_cancelled(id)
         assert not await recalls.reschedule(id, SOON)
     assert await crowd.list_by_session("b") + await crowd.list_by_session("c") == before
+
+
+async def stand(db: Connection, id: str) -> dict[str, Any]:
+    row = await (await db.execute("select * from session_recalls where id = %s", [id])).fetchone()
+    assert row is not None
+    return row
+
+
+async def test_get(recalls: Recalls, three: None) -> None:
+    """Any recall by its id, whatever its status; None where there is none."""
+    for id, status in (("r", "pending"), ("held", "pending"), ("over", "cancelled")):
+        found = await recalls.get(id)
+        assert found is not None and (found.id, found.status) == (id, status)
+    assert await recalls.get("nope") is None
+
+
+async def test_pause_and_resume(recalls: Recalls, three: None, db: Connection) -> None:
+    """Both return the recall as it is then, also where it was so already; None where there is
+    none that lives."""
+    for id in ("r", "held"):
+        before = (await stand(db, id))["paused_at"]
+        paused = await recalls.pause(id)
+        assert paused is not None and paused.paused_at == (await stand(db, id))["paused_at"]
+        assert before in (None, paused.paused_at), "since when it was paused stays"
+        for _ in range(2):
+            resumed = await recalls.resume(id)
+            assert resumed is not None and resumed.paused_at is None
+            assert (await stand(db, id))["paused_at"] is None
+    for id in ("over", "nope"):
+        assert await recalls.pause(id) is None and await recalls.resume(id) is None
+
+
+async def test_fire(recalls: Recalls, three: None, db: Connection) -> None:
+    """A recurring recall has an extra run, a one-shot is due now; one that is due already stays as
+    it is. None where it is paused, in a run, over, or not there."""
+    fired = await recalls.fire("r")
+    assert fired is not None and fired.trigger_at == SOON
+    row = await stand(db, "r")
+    assert row["fired_at"] is not None and row["lease_until"] <= datetime.now(UTC)
+    again = await recalls.fire("r")
+    assert again is not None and (await stand(db, "r"))["fires"] == row["fires"]
+    assert await recalls.fire("held") is None
+    assert await recalls.resume("held") is not None
+    once = await recalls.fire("held")
+    assert once is not None and once.trigger_at <= await now(db)
+    await db.execute("update session_recalls set lease = gen_random_uuid(), leased_by = 'w'")
+    for id in ("r", "over", "nope"):
+        assert await recalls.fire(id) is None
+
+
+async def test_retry(recalls: Recalls, three: None, db: Connection) -> None:
+    """A failed or cancelled recall is due now, under a new key; not where it lives, and not while
+    the session has another."""
+    await recalls.schedule("c", "another", id="newer")
+    with pytest.raises(RecallExists, match="session c has a pending recall already") as caught:
+        await recalls.retry("over")
+    assert caught.value.session_id == "c"
+    assert await recalls.mark_cancelled("newer")
+    for status in ("cancelled", "failed"):
+        await db.execute("update session_recalls set status = %s where id = 'over'", [status])
+        before = await stand(db, "over")
+        retried = await recalls.retry("over")
+        assert retried is not None and retried.status == "pending"
+        assert retried.trigger_at <= await now(db)
+        assert (await stand(db, "over"))["rekey"] == before["rekey"] + 1
+    for id in ("r", "over", "nope"):
+        assert await recalls.retry(id) is None
+
+
+async def test_retry_leaves_the_transaction_usable(
+    recalls: Recalls, client: Asynchronous, three: None, app: Application, database: str
+) -> None:
+    """A refused retry is confined to a savepoint, as a refused schedule is."""
+    async with client.connect(database) as conn:
+        await recalls.schedule("c", "another", id="newer", conn=conn)
+        with pytest.raises(RecallExists):
+            await recalls.retry("over", conn=conn)
+        assert await recalls.mark_cancelled("r", conn=conn)
+    assert await app.sessions_with_pending(["a", "b", "c"]) == {"b", "c"}
 
 
 async def test_dates_that_python_does_not_hold(
@@ -525,16 +749,31 @@ async def test_inside_a_run(recalls: Recalls, app: Application, db: Connection) 
     assert await recalls.mark_cancelled("first")
 
 
+def test_several_threads_use_one(database: str) -> None:
+    """A SyncRecalls on a pool may be shared by threads: each call is a transaction of its own."""
+    sessions = [f"t{n}" for n in range(40)]
+    with ConnectionPool(database, open=True, min_size=1, max_size=4) as pool:
+        with pool.connection() as conn:
+            conn.execute("insert into sessions select unnest(%s::text[]), 'tom'", [sessions])
+        recalls = SyncRecalls(pool)
+        with ThreadPoolExecutor(8) as threads:
+            made = list(threads.map(lambda session: recalls.schedule(session, "m"), sessions))
+            cancelled = list(threads.map(recalls.cancel, sessions))
+        assert [recall.session_id for recall in made] == sessions
+        assert cancelled == [1] * len(sessions)
+        assert recalls.sessions_with_pending(sessions) == set()
+
+
 # --- types ----------------------------------------------------------------------------------------
 
 USE = """
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, Connection
 from psycopg.rows import DictRow
-from psycopg_pool import AsyncConnectionPool
-from recall_worker import Recall, RecallExists, Recalls
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from recall_worker import Recall, RecallExists, Recalls, SyncRecalls
 
 
 async def use(
@@ -560,7 +799,16 @@ async def use(
     marked = marked or await recalls.reschedule("x", datetime.now(UTC))
     sessions: set[str] = await recalls.sessions_with_pending(found[0].session_id)
     interval: int | None = recall.interval_seconds
+    now: Recall | None = await recalls.get("x") or await recalls.pause("x", conn=conn)
+    now = now or await recalls.resume("x") or await recalls.fire("x") or await recalls.retry("x")
     return recall
+
+
+def use_threads(pool: ConnectionPool, conn: Connection[Any]) -> Recall | None:
+    recalls, bare = SyncRecalls(pool, actor="ann"), SyncRecalls()
+    made: Recall = recalls.schedule("s", "m", after=timedelta(hours=1))
+    count: int = bare.cancel("s", conn=conn)
+    return recalls.update("x", times=3) or recalls.get(made.id)
 """
 MISUSE = [
     'await recalls.schedule("s")',
@@ -597,8 +845,10 @@ def test_the_package_is_typed(tmp_path: Path) -> None:
 
 
 def test_the_public_names() -> None:
-    """`from recall_worker import …` gives three names, late, and says so of any other."""
-    assert sorted(recall_worker.__all__) == ["Recall", "RecallExists", "Recalls"]
+    """`from recall_worker import …` gives four names, late, and says so of any other."""
+    names = ["Recall", "RecallExists", "Recalls", "SyncRecalls"]
+    assert sorted(recall_worker.__all__) == names
+    assert [getattr(recall_worker, name).__name__ for name in names] == names
     command = (
         "import sys, recall_worker; assert 'psycopg' not in sys.modules; recall_worker.Recalls; "
         "assert 'psycopg' in sys.modules"
@@ -700,3 +950,23 @@ async def test_what_was_previewed_can_be_scheduled(recalls: Recalls) -> None:
         "a", "m", cron="30 9 * * *", time_zone="Europe/Berlin", at=first, until=first
     )
     assert made.trigger_at == made.until_at == first
+
+
+async def test_what_is_no_id_is_refused(client: Asynchronous, database: str) -> None:
+    """None, a number with a fraction, a text where a list is meant, something else than a pool or a
+    connection: a TypeError that says what to write, and no recall of the session `None`."""
+    async with client.pool(database) as pool:
+        recalls = client.make(pool)
+        for id in (None, 1.5, True, b"s"):
+            with pytest.raises(TypeError, match="give a text, a UUID or a whole number"):
+                await recalls.schedule(id, "m")
+            with pytest.raises(TypeError, match="an id is"):
+                await recalls.cancel(id)
+        with pytest.raises(TypeError, match="give a list"):
+            await recalls.sessions_with_pending("s1")
+        with pytest.raises(TypeError, match="`conn` is 'x'"):
+            await recalls.list(conn="x")
+    with pytest.raises(TypeError, match="`pool` is 'dsn': give an open pool"):
+        client.make("dsn")
+    with pytest.raises(TypeError, match="`actor` is 5"):
+        client.make(None, actor=5)

@@ -84,6 +84,20 @@ async def test_values_come_back_as_they_went(lines: Lines) -> None:
         assert await line.ask(ASKED, VALUES, as_=tuple) == [tuple(VALUES.values())]
 
 
+async def test_the_reason_is_postgresqls_own(database: str) -> None:
+    """Ended by somebody just as the next question is sent, so that the farewell is read with the
+    question's own answer."""
+    line = QueryConnection(database, "recall-worker test", WITHIN, [])
+    for _ in range(3):
+        pid = await backend(line)
+        # Not awaited: if this loop turned, it would see the farewell before it asks.
+        with psycopg.connect(database, autocommit=True) as other:
+            other.execute("select pg_terminate_backend(%s, 5000)", [pid])
+        with pytest.raises(DatabaseUnavailable, match=r"^terminating connection due to admin"):
+            await line.ask("select 1", {})
+    await line.close()
+
+
 async def test_what_has_no_rows(lines: Lines) -> None:
     line = lines()
     assert await line.ask("select where false", {}) == []
@@ -276,6 +290,7 @@ def test_the_time_to_connect_is_shared_by_the_hosts(
     assert Deadlines(connect=within).connecting(dsn) == whole
 
 
+@pytest.mark.slow
 async def test_who_is_refused_with_everybody(database: str) -> None:
     """Nobody listening, on any of the hosts, is everybody's trouble; a wrong database, or a host
     that may be there for others, is not."""

@@ -145,6 +145,7 @@ def test_a_backward_range_is_given_forwards(
     assert {value % 7 if place == 4 else value for value in numbers} == meant
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40) | st.from_regex(r"([*\w]+[-/,#]?\w* ){4}[*\w]+", fullmatch=True))
 def test_any_text_is_refused_in_words_or_read(text: str) -> None:
     """Whatever is written: a first moment, or a CadenceError."""

@@ -59,3 +59,50 @@ def test_what_waits_for_the_return_is_told_once(clock: list[float]) -> None:
     seen.found()
     seen.found()
     assert returns == [1005.0]
+
+
+# --- locks and commits ----------------------------------------------------------------------------
+
+
+class Kept(Events):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, object]] = []
+
+    def tell(self, event: str, **facts: object) -> None:
+        self.all.append((event, facts.get("after_s")))
+
+
+def test_a_lock_is_no_outage_and_has_a_grace(clock: list[float]) -> None:
+    """However often it is met, it is told once, and once more when a write gets past it; what only
+    reads meanwhile ends nothing. Owners come first afterwards, as after an outage."""
+    told = Kept()
+    seen = DatabaseStatus(told, LEASE)
+    returns: list[float] = []
+    seen.on_return(lambda: returns.append(clock[0]))
+    for _ in range(3):
+        seen.locked("canceling statement due to lock timeout")
+        seen.found()
+        clock[0] += 10
+    assert seen.is_locked and not seen.is_lost and not seen.may_take_expired
+    assert returns == []
+    seen.unlocked()
+    seen.unlocked()
+    assert not seen.is_locked and not seen.may_take_expired
+    assert returns == [clock[0]]
+    clock[0] += LEASE / 3
+    assert seen.may_take_expired
+    assert told.all == [("table.locked", None), ("table.unlocked", 30.0)]
+
+
+def test_unconfirmed_commits_are_told_once(clock: list[float]) -> None:
+    told = Kept()
+    seen = DatabaseStatus(told, LEASE)
+    seen.committed(confirmed=True)
+    for _ in range(3):
+        seen.committed(confirmed=False)
+        clock[0] += 5
+    assert seen.may_take_expired and not seen.is_lost
+    seen.committed(confirmed=True)
+    seen.committed(confirmed=True)
+    assert told.all == [("commit.unconfirmed", None), ("commit.confirmed", 15.0)]

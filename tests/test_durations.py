@@ -27,6 +27,9 @@ from recall_worker.durations import DurationError, length, seconds
         ("2 hours", 7200),
         ("2hrs", 7200),
         ("1 hour 30 minutes", 5400),
+        ("1 h 30 min", 5400),
+        ("5MIN", 300),
+        ("1H30", 5400),
         ("1 day", 86_400),
         ("3 weeks", 1_814_400),
         ("0s", 0),
@@ -83,6 +86,27 @@ def test_a_bare_number(text: str) -> None:
     with pytest.raises(DurationError, match="has no unit") as error:
         seconds(text)
     assert f"{text.strip()}m" in error.value.instead
+
+
+@pytest.mark.parametrize(
+    ("text", "why", "instead"),
+    [
+        ("1M", "minutes or months", "1m for minutes"),
+        ("1.5 M", "minutes or months", "1.5m"),
+        ("1H30M", "minutes or months", "30m"),
+        ("1mo", "months", "30d"),
+        ("2 months", "months", "30d"),
+        ("1 Month", "months", "30d"),
+        ("1y", "years", "365d"),
+        ("1 year 2d", "years", "365d"),
+    ],
+)
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_month_is_never_a_minute(text: str, why: str, instead: str, bare: bool) -> None:
+    """A unit without a fixed length, or that may be read as one, is refused, with what to write."""
+    with pytest.raises(DurationError, match=why) as error:
+        seconds(text, bare=bare)
+    assert instead in error.value.instead
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_names_are_nouns_with_past_participles() -> None:
         assert loudness in ("debug", "info", "warning", "error")
 
 
+@pytest.mark.slow
 def test_every_event_is_told_and_every_telling_is_known() -> None:
     """The list of events has no entry that nobody tells, and nobody tells what is not on it."""
     modules = [file for file in HOUSE.rglob("*.py") if file.name != "events.py"]

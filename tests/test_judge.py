@@ -4,11 +4,11 @@ holds for all of them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, assert_never
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recall_worker.judge import (
@@ -18,8 +18,10 @@ from recall_worker.judge import (
     RETRY_AFTER_LEAST,
     RETRY_AFTER_MOST,
     Policy,
+    as_it_stands,
     backoff,
     before_call,
+    changed_by_hand,
     judge,
     resolve_move,
 )
@@ -86,10 +88,16 @@ def claimed(call_type: str = "once", move: str = "unmoved", **changes: Any) -> C
 
 
 def ended(
-    claim: Claim, outcome: Outcome, *, after: float = 1.0, breaker_closed: bool = True
+    claim: Claim,
+    outcome: Outcome,
+    *,
+    after: float = 1.0,
+    breaker_closed: bool = True,
+    called_after: float = 0.001,
+    others_answered: bool = False,
 ) -> Ending:
-    called_after = None if isinstance(outcome, Unsent | Malformed) else 0.001
-    return Ending(claim, outcome, called_after, after, 1000.0, breaker_closed)
+    called = None if isinstance(outcome, Unsent | Malformed) else called_after
+    return Ending(claim, outcome, called, after, 1000.0, breaker_closed, others_answered)
 
 
 def verdict_on(claim: Claim, outcome: Outcome, **more: Any) -> Verdict:
@@ -130,8 +138,8 @@ UNMOVED: list[tuple[Outcome, Verdict, Verdict]] = [
     ),
     (
         Misconfigured("a web page", 200),
-        Defer(BACKOFF_OF_FIRST, "a web page"),
-        Defer(BACKOFF_OF_FIRST, "a web page"),
+        Defer(BACKOFF_OF_FIRST, "a web page", 1),
+        Defer(BACKOFF_OF_FIRST, "a web page", 1),
     ),
     (
         Unavailable("refused"),
@@ -328,12 +336,103 @@ def test_give_up(
 
 
 @pytest.mark.parametrize("call_type", CALL_TYPES)
-def test_misconfigured_never_gives_up(call_type: str) -> None:
-    """What is our fault is waited out however long it takes."""
-    verdict = verdict_on(
-        claimed(call_type, begun_age=1e9, deferrals=10_000, attempt=3), Misconfigured("a web page")
+def test_misconfigured_gives_up_while_others_are_answered(call_type: str) -> None:
+    """What is our fault is waited out while nobody is answered; else until RECALL_GIVE_UP."""
+    late = claimed(call_type, begun_age=1e9, deferrals=10_000, attempt=3)
+    wrong = Misconfigured("a wrong token", 401)
+    assert verdict_on(late, wrong, breaker_closed=False) == Defer(After(150.0), "a wrong token")
+    verdict = verdict_on(late, wrong)
+    assert isinstance(verdict, Next if call_type == "recurring" else Finish)
+    assert verdict.reason is not None and verdict.reason.startswith("given up after 1000000")
+
+
+GATEWAY = Unknown("a gateway", 502, None, by_gateway=True)
+
+
+def test_a_gateways_answer_costs_no_attempt_while_nobody_is_answered() -> None:
+    """A restart behind a gateway: the same key again, with pauses that grow to an hour, and an end
+    after twenty calls."""
+    mosts = [5, 20, 80, 300, 600, 1200, 2400, *[3600] * 12]
+    for n, most in enumerate(mosts):
+        claim = claimed("once", begun_age=1.0, uncounted=n, attempt=3)
+        for closed in (True, False):
+            assert verdict_on(claim, GATEWAY, breaker_closed=closed) == Defer(
+                After(most / 2), "a gateway", n + 1
+            )
+    for closed in (True, False):
+        last = claimed("once", begun_age=1.0, uncounted=19, attempt=1)
+        assert verdict_on(last, GATEWAY, breaker_closed=closed) == Finish(
+            "failed", "given up after 20 calls that may have run: a gateway"
+        )
+    # Of an occurrence that was never called, the number is an earlier one's.
+    fresh = claimed("once", uncounted=19)
+    assert verdict_on(fresh, GATEWAY) == Defer(After(2.5), "a gateway", 1)
+    asked = Unknown("a gateway", 503, 7.0, by_gateway=True)
+    assert verdict_on(fresh, asked) == Defer(After(7.0), "a gateway", 1)
+
+
+def test_a_gateways_answer_costs_an_attempt_where_the_run_may_be_the_cause() -> None:
+    """Others are answered meanwhile, or the run had gone on for a while."""
+    for more in ({"others_answered": True}, {"called_after": 0.0, "after": 10.5}):
+        assert verdict_on(claimed("once", uncounted=3, begun_age=1.0), GATEWAY, **more) == Retry(
+            BACKOFF_OF_FIRST, False, "a gateway", 3
+        )
+        assert verdict_on(claimed("once", attempt=3), GATEWAY, **more) == Finish(
+            "failed", "a gateway"
+        )
+    quick = {"called_after": 100.0, "after": 109.0}
+    assert isinstance(verdict_on(claimed("once"), GATEWAY, **quick), Defer)
+
+
+def test_a_gateways_retry_after_never_shortens_the_pauses() -> None:
+    """Else the bound would be reached within a minute."""
+    asked = Unknown("a gateway", 502, 3.0, by_gateway=True)
+    assert verdict_on(claimed("once", begun_age=1.0, uncounted=10), asked) == Defer(
+        After(1800.0), "a gateway", 11
     )
-    assert verdict == Defer(After(150.0), "a web page")
+
+
+def test_an_answer_of_later_after_a_run_may_have_begun_is_bounded() -> None:
+    """Routers answer 503 for a run that took too long."""
+    late = {"called_after": 0.0, "after": 30.0}
+    assert verdict_on(claimed("once"), Unavailable("later", 503), **late) == Defer(
+        After(2.5), "later", 1
+    )
+    assert verdict_on(claimed("once"), Unavailable("refused"), **late) == Defer(
+        After(2.5), "refused"
+    )
+    last = claimed("once", begun_age=1.0, uncounted=19)
+    assert isinstance(verdict_on(last, Unavailable("later", 503), **late), Finish)
+
+
+def test_what_never_reached_the_server_costs_no_attempt_however_slow() -> None:
+    away = Unknown("a gateway", 522, None, by_gateway=True)
+    assert isinstance(verdict_on(claimed("once"), away, called_after=0.0, after=20.0), Defer)
+
+
+def test_a_web_page_is_not_repeated_without_end() -> None:
+    """A success that is a web page may mean that the agent ran."""
+    page = Misconfigured("a web page", 200)
+    assert verdict_on(claimed("once", begun_age=1.0, uncounted=18), page) == Defer(
+        After(1800.0), "a web page", 19
+    )
+    end = verdict_on(claimed("once", begun_age=1.0, uncounted=19), page)
+    assert isinstance(end, Finish) and end.status == "failed"
+
+
+@pytest.mark.parametrize("call_type", ["once", "immediate", "recurring"])
+def test_once_accepted_never_posted_again(call_type: str) -> None:
+    """A run that was accepted, and whose end is not known, is over; one that failed is not."""
+    accepted = claimed(call_type, reference="http://a/runs/1", attempt=1)
+    lost = verdict_on(accepted, Unknown("the API no longer knows it", 404))
+    if call_type == "recurring":
+        assert isinstance(lost, Next) and lost.failures == 1
+    else:
+        assert lost == Finish("failed", "the API no longer knows it")
+    unfollowed = Unknown("on another host", 202, accepted=True)
+    lost = verdict_on(claimed(call_type), unfollowed)
+    assert isinstance(lost, Next if call_type == "recurring" else Finish)
+    assert verdict_on(accepted, Failed("failed", 200)) == Retry(BACKOFF_OF_FIRST, True, "failed")
 
 
 @pytest.mark.parametrize("retry_after", [0.0, 1.0, 86_400.0, 86_401.0, 1e12])
@@ -642,6 +741,83 @@ def test_what_every_verdict_keeps(
             assert isinstance(outcome, Unsent | Accepted) and reason
         case never:
             assert_never(never)
+
+
+DATES = st.datetimes(datetime(1, 1, 2), datetime(9998, 1, 1), timezones=st.just(UTC)) | st.integers(
+    -9, 9
+).map(lambda n: NOON + n * timedelta(seconds=INTERVAL))
+EDITED: dict[str, st.SearchStrategy[Any]] = {
+    "call_type": st.sampled_from([*CALL_TYPES, "never"]),
+    "cadence": st.sampled_from(["interval", "grid", "cron", "lunar", ""]),
+    "cron": st.none() | st.sampled_from(["", "nonsense", "0 9 * * *", "*/5 * * * *", "0 0 30 2 *"]),
+    "time_zone": st.none() | st.sampled_from(["Europe/Berlin", "Mars/Olympus", ""]),
+    "interval": st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 90_000),
+    "until": st.none() | DATES,
+    "times": st.none() | st.integers(-(2**31), 2**31 - 1),
+    "failures_most": st.none() | st.integers(-(2**31), 2**31 - 1),
+    "grace": st.none() | st.integers(-(2**31), 2**31 - 1),
+    "jitter": st.none() | st.integers(-(2**31), 2**31 - 1),
+    "trigger_at": DATES,
+    "named_at": st.none() | DATES,
+    "edited_at": st.none() | DATES,
+    "skips": st.integers(0, 2**31 - 1),
+    "edit_of": st.none() | st.integers(1, 3),
+    "edits": st.integers(0, 2**31 - 1),
+}
+"""What anybody may write into a row in mid-run."""
+
+
+@pytest.mark.slow
+@given(
+    outcome=st.one_of(RUNS, st.sampled_from(OUTCOMES)),
+    edited=st.fixed_dictionaries({}, optional=EDITED),
+    extra=st.integers(0, 2),
+    begun_age=st.none() | st.floats(0, 1e9),
+)
+@example(OUTCOMES[0], {"cadence": "cron", "cron": "0 9 * * *", "interval": 86_400 * 10**9}, 0, None)
+@example(
+    OUTCOMES[0],
+    {
+        "cadence": "cron",
+        "cron": "0 9 * * *",
+        "interval": 2**31 - 1,
+        "trigger_at": NOON + 60 * timedelta(seconds=2**31 - 1),
+    },
+    0,
+    None,
+)
+@settings(deadline=None, max_examples=1500)
+def test_whatever_is_edited_in_mid_run_is_judged(
+    outcome: Outcome, edited: dict[str, Any], extra: int, begun_age: float | None
+) -> None:
+    """No edit of a row can raise in the settler, which settles all others too; and what goes on has
+    a time."""
+    before = ended(claimed("recurring", begun_age=begun_age, extra=extra), outcome)
+    ending = as_it_stands(before, edited)
+    changed_by_hand(ending.claim)
+    verdict = judge(ending, POLICY, lambda: 0.5)
+    assert isinstance(verdict, Finish | Next | Retry | Defer | Release)
+    if isinstance(verdict, Next):
+        assert ending.claim.occurrence <= verdict.occurrence <= LAST
+
+
+@pytest.mark.parametrize(
+    "outcome", [Answered(200), Refused("no", 422), Busy(409), Unknown("broke", 500)]
+)
+def test_a_zone_that_others_may_know_ends_nothing(outcome: Outcome) -> None:
+    """Edited in mid-run to a zone that this worker's tzdata lacks: what follows is planned by
+    another one. Where the rule itself makes no sense, the recall is over."""
+    cron = {"cadence": "cron", "cron": "0 9 * * *", "edits": 1}
+    elsewhere = as_it_stands(
+        ended(claimed("recurring"), outcome), {**cron, "time_zone": "Mars/Olympus"}
+    )
+    verdict = judge(elsewhere, POLICY, half)
+    over = isinstance(outcome, Answered | Refused)
+    assert over == isinstance(verdict, Next)
+    if isinstance(verdict, Next):
+        assert verdict.replan and verdict.occurrence == 6 and verdict.when == After(0.0)
+    broken = as_it_stands(ended(claimed("recurring"), outcome), {**cron, "cron": "nonsense"})
+    assert over == isinstance(judge(broken, POLICY, half), Finish)
 
 
 def test_dice_are_cast_only_where_they_decide() -> None:

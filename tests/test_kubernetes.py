@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +27,13 @@ from recall_worker.settings import ignored, read
 from recall_worker.worker.worker import SETTLE_PATIENCE
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "kubernetes").glob("*.yaml"))
+OVERLAY = ROOT / "examples" / "kubernetes"
+KUSTOMIZATIONS = [ROOT / "kubernetes" / "kustomization.yaml", OVERLAY / "kustomization.yaml"]
+FILES = [
+    path
+    for path in (*sorted((ROOT / "kubernetes").glob("*.yaml")), OVERLAY / "autoscaler.yaml")
+    if path not in KUSTOMIZATIONS
+]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 GOODBYE = 5.0
 """Seconds: what a worker may take beyond its last settles, to take leave and to send its last
@@ -62,12 +70,18 @@ def test_what_there_is() -> None:
     """One of each, by name; everything that makes pods is among those that the tests look at."""
     assert sorted(BY_KIND) == [
         "ConfigMap/recall-worker",
+        "ConfigMap/recall-worker-mail",
         "CronJob/recall-worker-prune",
         "Deployment/recall-worker",
+        "Deployment/recall-worker-console",
+        "Deployment/recall-worker-mail",
+        "HorizontalPodAutoscaler/recall-worker",
         "Job/recall-worker-migrate",
+        "NetworkPolicy/recall-worker",
         "PodDisruptionBudget/recall-worker",
+        "PodDisruptionBudget/recall-worker-mail",
     ]
-    assert len(PODS) == 3
+    assert len(PODS) == 5
 
 
 @pytest.mark.parametrize("release", ["1.27", "1.34", "1.37"])
@@ -107,7 +121,8 @@ def test_the_settings_exist(name: str, tmp_path: Path) -> None:
     assert {path.parent.as_posix() for path in secrets.values()} == {mount["mountPath"]}
     for n, path in secrets.items():
         (tmp_path / path.name).write_text(
-            "postgresql://recall@db/app" if "DSN" in n else "secret", encoding="utf-8"
+            "postgresql://recall@db/app" if "DSN" in n else "a-secret-of-16-and-more",
+            encoding="utf-8",
         )
     read(given | {n: str(tmp_path / path.name) for n, path in secrets.items()}, needed=["dsn"])
     # And a command makes that secret, with these files in it, beside the object that wants it.
@@ -172,11 +187,102 @@ def test_probes_ask_where_the_worker_answers() -> None:
     }
 
 
-def test_the_drain_fits() -> None:
-    """The pod is given longer than the drain, the last settles and the leave together."""
-    spec = PODS["Deployment/recall-worker"]
+@pytest.mark.parametrize(
+    "name",
+    [name for name in PODS if name.startswith("Deployment/") and "console" not in name],
+)
+def test_the_drain_fits(name: str) -> None:
+    """The pod is given longer than the drain, the last settles and the leave together; long enough
+    for runs of minutes, and no longer than a cluster waits that drains a node."""
+    spec = PODS[name]
     drain = float(environment(spec)["RECALL_DRAIN_TIMEOUT"])
-    assert spec["terminationGracePeriodSeconds"] > drain + SETTLE_PATIENCE + GOODBYE
+    assert drain >= 300
+    assert drain + SETTLE_PATIENCE + GOODBYE < spec["terminationGracePeriodSeconds"] <= 600
+
+
+def test_no_job_goes_on_for_ever() -> None:
+    """Each has a deadline, the nightly one ends long before the next night, and the command that
+    waits for the schema waits as long as its Job may take."""
+    migrate, prune = BY_KIND["Job/recall-worker-migrate"], BY_KIND["CronJob/recall-worker-prune"]
+    assert 3600 <= migrate["spec"]["activeDeadlineSeconds"] <= 86400
+    assert prune["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] <= 6 * 3600
+    assert prune["spec"]["startingDeadlineSeconds"] >= 200  # Less, and it may be missed for good.
+    assert prune["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_who_may_connect() -> None:
+    """The policy holds for every pod of ours, also those of another queue, and admits one sender,
+    to the port of the pages."""
+    spec = BY_KIND["NetworkPolicy/recall-worker"]["spec"]
+    assert set(selected(spec["podSelector"]["matchLabels"])) == set(PODS)
+    assert spec["policyTypes"] == ["Ingress"]
+    [rule] = spec["ingress"]
+    [sender] = rule["from"]
+    assert set(sender) == {"namespaceSelector", "podSelector"}
+    [port] = PODS["Deployment/recall-worker"]["containers"][0]["ports"]
+    assert rule["ports"] == [{"port": port["name"], "protocol": "TCP"}]
+
+
+def test_the_autoscaler_counts_what_is_exported() -> None:
+    """Its target is there, its metric is one of ours, and the workers that it allows are counted in
+    connections as docs/deployment.md does."""
+    spec = BY_KIND["HorizontalPodAutoscaler/recall-worker"]["spec"]
+    target = spec["scaleTargetRef"]
+    assert f"{target['kind']}/{target['name']}" in BY_KIND
+    [metric] = spec["metrics"]
+    monitoring = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert f"`{metric['external']['metric']['name']}`" in monitoring
+    assert 2 <= spec["minReplicas"] < spec["maxReplicas"]
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: path.parent.name)
+def test_a_kustomization_names_what_there_is(path: Path) -> None:
+    """Each resource is there, each patch has its target, and each image is one that is used."""
+    kustomization = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for resource in kustomization["resources"]:
+        found = (path.parent / resource).resolve()
+        assert found.is_file() or (found / "kustomization.yaml").is_file(), resource
+    for patch in kustomization.get("patches", ()):
+        target = BY_KIND[f"{patch['target']['kind']}/{patch['target']['name']}"]
+        change = yaml.safe_load(patch["patch"])
+        if isinstance(change, dict):
+            assert change["kind"] == target["kind"]
+            assert change["metadata"]["name"] == target["metadata"]["name"]
+            continue
+        for operation in change:
+            place: Any = target
+            for name in operation["path"].split("/")[1:]:
+                place = place[name]
+    images = {image["name"] for image in kustomization.get("images", ())}
+    for image in kustomization.get("images", ()):
+        assert image["newTag"] == version("recall-worker")
+    assert images <= {spec["containers"][0]["image"].partition(":")[0] for spec in PODS.values()}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_what_kustomize_makes() -> None:
+    """The overlay gives everything, in its namespace, with its image and settings, and Kubernetes
+    takes it; the number of workers is the autoscaler's alone."""
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(OVERLAY)], capture_output=True, text=True, check=False
+    )
+    if "unknown command" in done.stderr or "unknown field" in done.stderr:
+        pytest.skip("this kubectl's kustomize is too old")
+    assert done.returncode == 0, done.stderr
+    made = {f"{o['kind']}/{o['metadata']['name']}": o for o in yaml.safe_load_all(done.stdout)}
+    apart = ("mail", "console")
+    assert set(made) == {name for name in BY_KIND if not any(word in name for word in apart)}
+    for o in made.values():
+        kubernetes_validate.validate(o, "1.34", strict=True)
+        assert o["metadata"]["namespace"] == "agents"
+    assert "replicas" not in made["Deployment/recall-worker"]["spec"]
+    for name in PODS.keys() & made.keys():
+        [container] = pod(made[name])["containers"]
+        assert container["image"].startswith("registry.example/team/recall-worker:")
+    settings = made["ConfigMap/recall-worker"]["data"]
+    assert settings["RECALL_FLEET_CONCURRENCY"] == "20"
+    assert ignored(settings) == []
+    read(settings)
 
 
 def selected(by: dict[str, str]) -> Iterator[str]:
@@ -215,7 +321,17 @@ def test_one_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, ROOT / "docs" / "deployment.md"], ids=lambda path: path.name
+    "path",
+    [
+        ROOT / "kubernetes" / "console.yaml",
+        ROOT / "kubernetes" / "migrate.yaml",
+        ROOT / "kubernetes" / "queue.yaml",
+        ROOT / "kubernetes" / "recall-worker.yaml",
+        OVERLAY / "kustomization.yaml",
+        OVERLAY / "README.md",
+        ROOT / "docs" / "deployment.md",
+    ],
+    ids=lambda path: path.name,
 )
 def test_the_commands_name_what_there_is(path: Path) -> None:
     """Files, jobs and deployments in the commands for kubectl are there, by these names."""
@@ -223,7 +339,7 @@ def test_the_commands_name_what_there_is(path: Path) -> None:
     assert commands
     for command in commands:
         assert [
-            file for file in re.findall(r" -f (\S+)", command) if not (ROOT / file).exists()
+            file for file in re.findall(r" -[fk] (\S+)", command) if not (ROOT / file).exists()
         ] == []
         named = [
             f"{kind.capitalize()}/{name}"

@@ -25,6 +25,7 @@ from recall_worker.database.ledger import PASSED_MOST, Ledger
 from recall_worker.database.values import Dates
 from recall_worker.judge import before_call, resolve_move
 from recall_worker.recall import (
+    Accepted,
     After,
     Answered,
     AsMoved,
@@ -45,6 +46,7 @@ from recall_worker.recall import (
     Release,
     Retry,
     Settled,
+    Unavailable,
     Unknown,
     Unsent,
     Verdict,
@@ -362,6 +364,7 @@ async def leased_twice(db: Connection) -> list[dict[str, Any]]:
     return await rows.fetchall()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("racers", "rounds"), [(2, 60), (8, 40)], ids=["two", "eight"])
 async def test_racing_claimers_share_no_row_and_no_session(
     racers: int, rounds: int, db: Connection, ledgers: Ledgers
@@ -595,6 +598,7 @@ async def test_a_lease_that_ended_under_a_lock_is_left_to_its_owner(
     assert time.monotonic() - locked_last >= LEASE / 3
 
 
+@pytest.mark.slow
 async def test_what_a_lock_held_up_is_taken_where_its_owner_is_gone(
     db: Connection, database: str, ledgers: Ledgers, settled_in: None
 ) -> None:
@@ -691,6 +695,25 @@ async def test_an_attempt_is_counted_at_the_claim(
     assert row["lease"] is None and row["planned_at"] == row["trigger_at"]
 
 
+@pytest.mark.parametrize("how", ["accepted", "busy", "unavailable"])
+async def test_an_edit_between_the_claim_and_the_request_came_after_the_beginning(
+    how: str, db: Connection, ledgers: Ledgers
+) -> None:
+    """The claim counted what was missed, by the rule as it was then."""
+    id = await put(db, "s", -7200.0, call_type="recurring", interval_seconds=600, cadence="grid")
+    ledger = ledgers()
+    claimed = await claim_one(ledger)
+    await db.execute("update session_recalls set interval_seconds = 300 where id = %s", (id,))
+    if how == "accepted":
+        assert await ledger.accept(claimed, Accepted("run", 202), 0.0) is True
+    else:
+        outcome = Busy(409) if how == "busy" else Unavailable("no connection")
+        edits = claimed._replace(edits=claimed.edits + 1)
+        assert await settle(ledger, edits, Defer(After(9.0), how), outcome) == Settled("pending")
+    row = await recall(db, id)
+    assert row["begun_at"] < row["edited_at"]
+
+
 async def test_deferrals_fold_into_one_mark(db: Connection, ledgers: Ledgers) -> None:
     """Five busy answers to one occurrence, and the answer at last: two marks, of which one stands
     for five calls."""
@@ -732,7 +755,7 @@ async def test_one_bad_row_strands_nobody(
     assert answers["locked"] == Locked()
     assert answers["cancelled"] == Ended("cancelled")
     assert answers["deleted"] == Ended("deleted")
-    assert isinstance(answers["moved"], Moved) and answers["moved"].trigger_at == FAR
+    assert isinstance(answers["moved"], Moved) and answers["moved"].now["trigger_at"] == FAR
     assert answers["lost"] == LeaseLost()
     assert await settle(ledger, claims["locked"]) == Settled("fired")
     cancelled = await recall(db, "cancelled")
@@ -793,7 +816,7 @@ async def test_a_move_in_mid_run_is_answered_and_then_honoured(
     moved = await settle(ledger, claimed)
     assert isinstance(moved, Moved)
     assert (await recall(db, id))["lease"] == claimed.lease and await marks(db, id) == []
-    judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
+    judged = claimed._replace(**moved.now)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
     row = await recall(db, id)
     assert (row["occurrence"], row["trigger_at"], row["planned_at"], row["scheduled_for"]) == (
@@ -816,7 +839,7 @@ async def test_a_move_to_a_date_that_python_lacks(
     await db.execute("update session_recalls set trigger_at = %s where id = %s", (date, id))
     moved = await settle(ledger, claimed)
     assert isinstance(moved, Moved)
-    judged = claimed._replace(trigger=moved.trigger, trigger_at=moved.trigger_at)
+    judged = claimed._replace(**moved.now)
     assert await settle(ledger, judged, Next(2, AsMoved())) == Settled("pending")
     assert await one(
         db, "select trigger_at = %s::timestamptz as there from session_recalls", date
@@ -1021,6 +1044,25 @@ async def test_a_move_between_two_calls_begins_the_next_occurrence(
     (placed,) = await ledger.write_moves([(second, as_moved(2))])
     assert (first.key, placed.key) == (f"{id}:1", f"{id}:2")
     assert (placed.attempt, placed.deferrals, placed.begun_age) == (1, 0, None)
+
+
+async def test_a_move_of_a_run_that_was_taken_up_counts_its_attempts(
+    db: Connection, app: Application, ledgers: Ledgers
+) -> None:
+    """Its worker dies, it was rescheduled in mid-run, and who takes it up begins the next
+    occurrence; the worker after that can't know whether that call was made, and counts it."""
+    id = await put(db, "s")
+    first, second, third = ledgers("first"), ledgers("second"), ledgers("third")
+    await claim_one(first)
+    await app.reschedule(id, datetime.now(UTC) - timedelta(seconds=1))
+    await expire(db, id)
+    moved = await claim_one(second)
+    (placed,) = await second.write_moves([(moved, as_moved(2))])
+    assert (placed.key, placed.attempt, placed.taken_from) == (f"{id}:2", 1, None)
+    await expire(db, id)
+    again = await claim_one(third)
+    assert (again.key, again.attempt, again.takeovers) == (f"{id}:2", 2, 1)
+    assert await marks(db, id) == [(1, "unknown", 1, "taken"), (1, "unknown", 1, "taken")]
 
 
 async def test_a_move_before_the_first_call_keeps_the_number(

@@ -34,7 +34,7 @@ class Heard:
         self.told: list[str] = []
         self._changed = asyncio.Condition()
 
-    def notify(self) -> None:
+    def notify(self, _: str) -> None:
         self.rings += 1
         self.stir()
 
@@ -105,6 +105,7 @@ async def test_it_hears_itself(database: str, echo: Echo) -> None:
         assert heard.told == ["listener.listening"] and heard.rings == 1
 
 
+@pytest.mark.slow
 async def test_it_does_not_hear(database: str, echo: Echo) -> None:
     """What is notified elsewhere does not come: told once, however often it tries; and when it does
     come, that is told, too."""
@@ -143,6 +144,7 @@ async def test_nobody_can_ring(database: str) -> None:
         assert bell.state == "listening" and heard.told == ["listener.listening"]
 
 
+@pytest.mark.slow
 async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
     """A notify that comes in the same instant as the echo, before or behind it, is not lost: thirty
     of thirty."""
@@ -160,6 +162,7 @@ async def test_a_ring_beside_the_echo(database: str, db: Connection) -> None:
         assert heard.told == ["listener.listening"]
 
 
+@pytest.mark.slow
 async def test_a_process_that_stood_still(database: str) -> None:
     """Stopped while the echo came, and for longer than its deadline, it has not been deaf."""
     heard = Heard()

@@ -21,9 +21,9 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from recall_worker.protocols import Call
-from recall_worker.protocols.contract import FAILED_WORDS, FINAL_WORDS, read
 from recall_worker.protocols.http import Answer
 from recall_worker.protocols.native import Native, accepted, body
+from recall_worker.protocols.outcomes import FAILED_WORDS, FINAL_WORDS, read
 from recall_worker.recall import name_of
 from recall_worker.settings import Settings
 
@@ -235,6 +235,7 @@ async def _holds(options: list[str], ends: set[str], folder: Path, examples: int
     assert ends <= {run["status"] for run in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "ends"), CASES)
 async def test_the_reference_api_keeps_the_document(
     options: list[str], ends: set[str], tmp_path: Path
@@ -254,6 +255,7 @@ async def test_the_reference_api_keeps_the_document_at_length(
     await _holds(options, ends, tmp_path, 100)
 
 
+@pytest.mark.slow
 async def test_what_is_not_in_the_document_is_caught(
     document: dict[str, Any], tmp_path: Path
 ) -> None:

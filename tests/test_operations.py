@@ -9,7 +9,6 @@ connection per actor: what comes out is always what some order gives.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import random
 import re
@@ -24,7 +23,7 @@ import pytest_asyncio
 
 from recall_worker import Recalls, statements
 from recall_worker.database.ledger import Ledger
-from recall_worker.judge import Policy, judge, resolve_move
+from recall_worker.judge import Policy, as_it_stands, judge, resolve_move
 from recall_worker.recall import (
     Answered,
     Busy,
@@ -92,13 +91,13 @@ missing              | 1                    | 1                    | 1          
 HOLDING_AND_MOVING = """
                      | pause        | resume        | retry            | fire                 | reschedule
 waiting, once        | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, fired       | 0 pending → 1
-waiting, recurring   | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, pending → 2 | 0 pending → 1
-deferred, once       | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, fired       | 0 pending → 2
-deferred, recurring  | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, pending → 2 | 0 pending → 2
-in a run, once       | 0 fired      | 0 fired       | 1                | 1                    | 0 pending → 2
+waiting, recurring   | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1.f1, pending → 1 | 0 pending → 1
+deferred, once       | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, fired       | 0 pending → 1.1
+deferred, recurring  | 0 paused → 1 | 0 pending → 1 | 1                | 0 now 1, pending → 2 | 0 pending → 1.1
+in a run, once       | 0 fired      | 0 fired       | 1                | 1                    | 1
 in a run, recurring  | 0 paused → 2 | 0 pending → 2 | 1                | 1                    | 0 pending → 2
-in a run, outside    | 0 fired      | 0 fired       | 1                | 1                    | 0 running → 2
-deferred, outside    | 0 paused → 1 | 0 running → 1 | 1                | 0 now 1, fired       | 0 running → 2
+in a run, outside    | 0 fired      | 0 fired       | 1                | 1                    | 1
+deferred, outside    | 0 paused → 1 | 0 running → 1 | 1                | 0 now 1, fired       | 0 running → 1.1
 paused               | 0 paused → 1 | 0 pending → 1 | 1                | 1                    | 0 paused → 1
 paused in a run      | 0 paused → 2 | 0 pending → 2 | 1                | 1                    | 0 paused → 2
 fired                | 1            | 1             | 1                | 1                    | 1
@@ -180,11 +179,17 @@ QUIET = """
 select 1 where not exists (
     select from session_recalls
     where session_id = %s and status in ('pending', 'running')
-        and (lease is not null or (paused_at is null and trigger_at <= now()))
+        and (
+            lease is not null
+            or (paused_at is null and coalesce(lease_until, trigger_at) <= now())
+        )
 )
 """
 TIME_PASSES = """
-update session_recalls set planned_at = planned_at - (trigger_at - now()), trigger_at = now()
+update session_recalls
+set planned_at = planned_at - (trigger_at - now()), trigger_at = now(),
+    named_at = named_at - (trigger_at - now()), edits = edits + 1,
+    lease_until = case when lease_until is not null then now() end
 where session_id = %s and status in ('pending', 'running') and lease is null and trigger_at > now()
 """
 LEASED_ELSEWHERE = """
@@ -380,7 +385,11 @@ async def test_an_operation_in_a_state(
     was = await here.row()
     assert await answer(here, operation) == cell.answer
     if cell.row is None:
-        assert await here.row() == was
+        # A renewal of all runs may come between the two looks.
+        renewed = ("lease_until", "sent_at")
+        now = await here.row()
+        assert (was is None) is (now is None)
+        assert was is None or now is None or was == now | {name: was[name] for name in renewed}
     if here.gate is not None:
         if cell.aborted:
             async with asyncio.timeout(20):
@@ -434,24 +443,28 @@ async def test_all_calls_were_called_for(stage: Stage) -> None:
     asked = {key: stage.endpoint.keys.count(key) for key in set(stage.endpoint.keys)}
     assert asked == {
         f"{mark['recall_id']}:{mark['occurrence']}"
-        + (f".{mark['rekey']}" if mark["rekey"] else ""): mark["calls"]
+        + (
+            f".f{-mark['rekey']}"
+            if mark["rekey"] < 0
+            else f".{mark['rekey']}" * (mark["rekey"] > 0)
+        ): mark["calls"]
         for mark in marks
     }
     assert not stage.daemon.told("worker.error") and not stage.daemon.told("recall.stranded")
 
 
 SEQUENCES = [
-    ("waiting, recurring", ["skip", "fire"], ["2"]),
-    ("waiting, recurring", ["skip", "skip", "fire"], ["3"]),
+    ("waiting, recurring", ["skip", "fire"], ["1.f1"]),
+    ("waiting, recurring", ["skip", "skip", "fire"], ["1.f1"]),
     ("deferred, recurring", ["skip", "fire"], ["2"]),
-    ("deferred, once", ["reschedule", "fire"], ["2"]),
+    ("deferred, once", ["reschedule", "fire"], ["1.1"]),
     ("waiting, once", ["reschedule", "fire"], ["1"]),
     ("waiting, recurring", ["skip", "cancel", "retry"], ["2"]),
     ("deferred, recurring", ["skip", "cancel", "retry"], ["2"]),
     ("deferred, once", ["cancel", "retry"], ["1.1"]),
     ("deferred, once", ["reschedule", "cancel", "retry"], ["1.1"]),
     ("failed", ["retry"], ["1.1"]),
-    ("paused", ["skip", "resume", "fire"], ["2"]),
+    ("paused", ["skip", "resume", "fire"], ["1.f1"]),
     ("in a run, recurring", ["cancel", "retry"], ["1.1"]),
 ]
 
@@ -532,7 +545,8 @@ class Actor:
         """A statement of the command line; what it did."""
         statement = statements.load("client")[name]
         try:
-            rows = await (await self.db.execute(statement.encode(), values)).fetchall()
+            who = {"actor": "somebody", "via": "test"}
+            rows = await (await self.db.execute(statement.encode(), {**values, **who})).fetchall()
         except Exception as error:
             return type(error).__name__
         return f"{name} {len(rows)}"
@@ -554,7 +568,7 @@ class Actor:
                 )
                 for claim in claimed.claims:
                     claim = placed.get(claim.lease, claim)
-                    if claim.moved:
+                    if claim.moved and not claim.extra:
                         await self.settle(claim, Unsent("moved"))
                     else:
                         self.claims.append(claim)
@@ -574,10 +588,8 @@ class Actor:
                     [(ending, judge(ending, POLICY, lambda: 0.5))]
                 )
                 match settlement:
-                    case Moved(trigger, trigger_at):
-                        ending = dataclasses.replace(
-                            ending, claim=claim._replace(trigger=trigger, trigger_at=trigger_at)
-                        )
+                    case Moved(now):
+                        ending = as_it_stands(ending, now)
                     case Locked():
                         pass
                     case Settled() | Ended() | LeaseLost() | Stranded():
@@ -833,8 +845,8 @@ async def test_a_cancel_that_meets_the_next_insert(by: str, arena: Arena, databa
 @pytest.mark.full
 async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
     """Two workers run a recurring recall while two applications skip and an operator fires, pauses
-    and resumes: each run and each skip consumes exactly one number, no number is run twice, and no
-    two runs are in hand at once."""
+    and resumes: each run and each skip consumes exactly one number, an extra run none, no number is
+    run twice, and no two runs are in hand at once."""
     session = await arena.begin("due", arena.judge)
     id, skips, busy = f"{session}-r", [0, 0], [0]
     runs: list[int] = []
@@ -852,7 +864,7 @@ async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
                 await actor.db.execute("select pg_sleep(%s)", [random.random() * 0.004])
                 is_busy = random.random() < 0.3
                 busy[0] += is_busy
-                if not is_busy:
+                if not is_busy and not held.extra:
                     runs.append(held.occurrence)
                 in_hand.clear()
                 assert (
@@ -878,9 +890,14 @@ async def test_occurrences_are_counted_exactly(arena: Arena) -> None:
         await asyncio.wait(workers)
         done.set()
     await arena.judge.operate("resume", {"ids": [id]})
-    await arena.judge.db.execute(TIME_PASSES.encode(), [session])
-    await arena.judge.claim()
-    [last] = arena.judge.claims
+    last = None
+    while last is None or last.extra:
+        if last is not None:
+            await arena.judge.settle(last, Answered(200))
+        await arena.judge.db.execute(TIME_PASSES.encode(), [session])
+        await arena.judge.claim()
+        [last] = arena.judge.claims
+        arena.judge.claims.clear()
     assert sum(skips) > 5 and busy[0] > 5, "there was something to count"
     assert len(set(runs)) == len(runs)
     assert last.occurrence == 1 + len(runs) + sum(skips)

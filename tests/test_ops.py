@@ -9,16 +9,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from aiohttp import web
 
 from recall_worker.database.connection import DatabaseUnavailable, StatementRejected
 from recall_worker.ops.metrics import Metrics
 from recall_worker.ops.pages import Pages, Question, connections_most
+from recall_worker.protocols.server import Request
 from recall_worker.worker.process import STANDSTILL
 from recall_worker.worker.worker import Worker, WorkerStatus
 
 VITALS = WorkerStatus(3, 1, "closed", "listening", database_is_lost=False, is_draining=False)
-ASKED = cast(web.Request, None)
+ASKED = cast(Request, None)
 
 
 def counted(metrics: Metrics, name: str, **labels: str) -> float | None:

@@ -21,6 +21,7 @@ from recall_worker.worker.pruner import Pruner
 from .conftest import Connection, connected
 from .process.test_lease import eventually, rows
 from .support.pgbouncer import PgBouncer
+from .test_cli import operate
 from .test_ledger import put
 
 DAY = 86_400.0
@@ -112,6 +113,11 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
             [until, id],
         )
     await over(db, "before", "pending", 100, occurrence=2)
+    await db.execute(
+        "insert into recall_actions (at, actor, via, action, recall_id) "
+        "select now() - n * interval '1 day', 'ann', 'Recalls', 'pause', 'live' "
+        "from unnest('{1, 60, 89, 91, 100}'::integer[]) n"
+    )
     replica = replicas("fired=7d,failed=90d,calls=50d")
     wait = await replica.look()
     assert replica.pruned == [
@@ -120,10 +126,14 @@ async def test_what_goes_and_what_stays(db: Connection, replicas: Replicas) -> N
             "cancelled": 0,
             "failed": 1,
             "calls": 6,
+            "actions": 2,
+            "failures": 0,
             "took_s": replica.pruned[0]["took_s"],
             "whole": True,
         }
     ]
+    kept = "select extract(day from now() - at)::integer as days from recall_actions order by at"
+    assert [row["days"] for row in await rows(db, kept)] == [89, 60, 1]
     recalls, marks = await left(db)
     assert {"fired8", "fired100", "failed100"} == (
         {f"{s}{d}" for s in KEPT[:3] for d in (1, 8, 100)} - recalls
@@ -304,3 +314,32 @@ async def test_a_connection_only_while_pruning(
     replica.stopped.set()
     await running
     assert len(replica.pruned) == 1
+
+
+@pytest.mark.slow
+async def test_what_another_table_refers_to_stays_and_all_else_goes(
+    db: Connection, database: str, replicas: Replicas
+) -> None:
+    """By the pruner and by the command, which says which table it is; and where a trigger of the
+    application's lets no delete pass, the command says that."""
+    for number in range(12):
+        await over(db, f"r{number}", "fired", 40)
+    await db.execute("create table receipts (recall text references session_recalls (id))")
+    await db.execute("insert into receipts values ('r3'), ('r7')")
+    replica = replicas()
+    await replica.look()
+    assert {r["id"] for r in await rows(db, "select id from session_recalls")} == {"r3", "r7"}
+    assert [told["fired"] for told in replica.pruned] == [10]
+    await over(db, "r12", "fired", 40)
+    said = operate(database, "prune", "--older-than", "30d", "--yes")
+    assert said.status == 0 and "2 recalls stay: the table receipts refers to them" in said.err
+    assert "Deleted 1 recalls" in said.err
+    await db.execute("truncate receipts")
+    await db.execute(
+        "create function keep() returns trigger language plpgsql as 'begin return null; end'"
+    )
+    await db.execute(
+        "create trigger keep before delete on session_recalls for each row execute function keep()"
+    )
+    said = operate(database, "prune", "--older-than", "30d", "--yes")
+    assert said.status == 0 and "2 recalls stay: a trigger of session_recalls" in said.err

@@ -21,23 +21,33 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 from psycopg.conninfo import make_conninfo
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool
 
 from recall_worker import Recalls, schema, statements
+from recall_worker.agent import AgentTools
 from recall_worker.embedded import EmbeddedServer
-from recall_worker.schema import GRANTS
+from recall_worker.schema import GRANTS, catalog
+from recall_worker.schema.released import released
 
 from .conftest import connected
 from .process.test_corridor import row, soon
 from .process.test_lease import eventually, promise, rows
+from .schema import granted
 from .support import postgres
 from .support.application import CREATE_TABLES, AlreadyScheduled, Application
 from .support.daemon import Daemon, Daemons
 from .support.endpoint import Endpoint, Gate, Raw, Request, reply
+from .support.receiver import Receiver
 from .test_cli import Said, operate
+from .test_schema import VERSION_15
 from .test_statements import NAMED, PLACEHOLDER
 
-ROLES = {"worker": "recall_worker", "application": "recall_application", "reader": "recall_reader"}
+ROLES = {
+    "worker": "recall_worker",
+    "application": "recall_application",
+    "agent": "recall_agent",
+    "reader": "recall_reader",
+}
 OWN = {
     "id",
     "session_id",
@@ -60,9 +70,17 @@ CADENCE = {
     "failures_most",
     "grace_seconds",
     "jitter_seconds",
+    "queue",
 }
-FIRST = {"scheduled_for"}
-"""What is said of the first occurrence where jitter puts it off, and is the worker's afterwards."""
+ACTED = (CADENCE | {"trigger_at", "named_at", "edit_of"}) | {
+    *("interval_seconds", "status", "reason", "ended_at", "updated_at"),
+}
+"""What an agent's process writes of a recall that there is."""
+RESCHEDULED = {"named_at", "edit_of"}
+"""What rescheduling by `Recalls` writes besides the time."""
+FIRST = {"scheduled_for", "zone_data"}
+"""What is said of the first occurrence where jitter puts it off, and where cron computed it; the
+worker's afterwards."""
 FIXED = OWN - {"trigger_at", "interval_seconds", "status", "updated_at"}
 """What a recall is, and never becomes."""
 SETUP = """
@@ -78,8 +96,12 @@ OTHERS = """
 create role boss login createrole;
 create role worker login;
 create role application login;
+create role agent login;
 create role reader login;
 """
+
+
+FAIL = "update session_recalls set status = 'failed' where id = %s"
 
 
 def as_role(dsn: str, name: str, **more: Any) -> str:
@@ -208,6 +230,10 @@ NOBODY = [
     "insert into recall_schema values (99, 'x', 99)",
     "update recall_schema set oldest_code = 99",
     "delete from recall_schema",
+    "update recall_actions set actor = 'somebody else'",
+    "truncate recall_actions",
+    "truncate recall_outbox",
+    "delete from recall_subscriptions",
     "delete from recall_endpoints",
     "delete from recall_chores",
     "grant recall_worker to application",
@@ -256,12 +282,12 @@ SESSIONS = [
 
 
 @pytest.mark.parametrize("statement", SESSIONS)
-@pytest.mark.parametrize("account", ["worker", "reader"])
+@pytest.mark.parametrize("account", ["worker", "reader", "agent"])
 def test_sessions_are_not_the_workers(account: str, statement: str, tried: str) -> None:
     """Of sessions, worker and reader learn whose they are, and change nothing: the cascade of a
     deletion is the owner's."""
     assert refused(tried, account, statement)
-    assert not refused(tried, account, "select id, user_id from sessions")
+    assert refused(tried, account, "select id, user_id from sessions") == (account == "agent")
 
 
 def columns(dsn: str, table: str = "session_recalls") -> set[str]:
@@ -282,6 +308,7 @@ def writable(dsn: str, account: str, how: str) -> set[str]:
     return {c for c in columns(dsn) if not refused(dsn, account, statement.format(c=c))}
 
 
+@pytest.mark.slow
 def test_columns(tried: str) -> None:
     """The application writes its own columns and no lease; the worker all but what a recall is; the
     reader none."""
@@ -297,14 +324,41 @@ def test_columns(tried: str) -> None:
         "run_reference",
     } <= there
     own = OWN | CADENCE & there
-    assert writable(tried, "application", "update") == own
+    assert writable(tried, "application", "update") == own | RESCHEDULED
     assert (
         writable(tried, "application", "insert")
         == writable(tried, "worker", "insert")
         == own | FIRST
     )
     assert writable(tried, "worker", "update") == there - FIXED
+    assert writable(tried, "agent", "insert") == own | FIRST
+    assert writable(tried, "agent", "update") == ACTED
     assert writable(tried, "reader", "update") == writable(tried, "reader", "insert") == set()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "delete from session_recalls",
+        "select * from recall_actions",
+        "delete from recall_actions",
+        "select * from recall_attempts",
+        "select * from recall_workers",
+        "select * from recall_endpoints",
+        "select * from recall_queues",
+        "select * from recall_outbox",
+        "select * from recall_identity",
+        "select * from recall_schema",
+        "update session_recalls set lease = null",
+        "update session_recalls set additional_context_message = 'x'",
+        "update session_recalls set internal_comment = 'x'",
+        "update session_recalls set session_id = 'x'",
+    ],
+)
+def test_what_an_agents_process_may_not(statement: str, tried: str) -> None:
+    """It schedules and acts on recalls; calls, workers, what others did, and what a recall says are
+    none of its business."""
+    assert refused(tried, "agent", statement)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +371,7 @@ def test_columns(tried: str) -> None:
         "select * from recall_chores",
         "delete from recall_attempts",
         "insert into recall_attempts select * from recall_attempts where false",
+        "delete from recall_actions",
         "update recall_workers set breaker = 'open'",
     ],
 )
@@ -326,21 +381,104 @@ def test_what_the_application_may_not(statement: str, tried: str) -> None:
     assert refused(tried, "application", statement)
 
 
+async def test_an_agent_under_its_role(database: str, app: Application) -> None:
+    """All that an agent's tools do, also from inside a run: PostgreSQL forbids nothing."""
+    await app.create_session("a", "ann")
+    dsn = as_role(database, "agent")
+    leased = (
+        "update session_recalls set lease = gen_random_uuid(), leased_at = now(), leased_by = 'w', "
+        "lease_until = now() + interval '1 hour' where status = 'pending'"
+    )
+    async with (
+        AsyncNullConnectionPool(dsn, max_size=1, open=False) as pool,
+        connected(database) as db,
+    ):
+        tools = AgentTools(Recalls(pool, via="mcp"), "a")
+        await tools.schedule("m", cron="0 9 * * *", time_zone="Europe/Berlin", times=5)
+        await tools.skip()
+        await tools.reschedule(after="2h")
+        await db.execute(leased.encode())
+        await tools.cancel()  # Its run goes on: it ends with that.
+        assert await rows(db, "select from session_recalls where times = occurrence")
+        await db.execute("update session_recalls set status = 'fired', lease = null")
+        await tools.schedule("m", after="1h")
+        await db.execute(leased.encode())
+        await tools.schedule("the next one, from inside the run", after="1h")
+        assert len((await tools.list(ended=True)).data["recalls"]) == 3
+        await tools.cancel()
+        done = await rows(db, "select actor, via, action from recall_actions order by id")
+        assert {(row["actor"], row["via"]) for row in done} == {("agent of a", "mcp")}
+        assert [row["action"] for row in done] == [
+            *("schedule", "skip", "reschedule", "edit", "schedule", "schedule", "cancel"),
+        ]
+
+
+TAKING_BACK = (
+    "update recall_actions set actor = 'somebody else'",
+    "update recall_actions set at = at - interval '1 year'",
+    "delete from recall_actions where action = 'cancel'",
+    "with a as (delete from recall_actions where action = 'cancel' returning 1) select from a",
+    "merge into recall_actions a using (values ('cancel')) as v (action) on a.action = v.action "
+    "when matched then delete",
+    "truncate recall_actions",
+)
+
+
+@pytest.mark.parametrize("account", ["worker", "application", "by_hand"])
+@pytest.mark.parametrize("statement", TAKING_BACK)
+def test_nobody_takes_back_what_is_on_record(account: str, statement: str, database: str) -> None:
+    """Whoever did something can't change or delete the record of it, with all rights on the table
+    even; what is older than a day is deleted by who may delete. The owner can do all of it."""
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("drop role if exists by_hand; create role by_hand login")
+        conn.execute("grant all on recall_actions to by_hand")
+        conn.execute(
+            "insert into recall_actions (at, actor, via, action, recall_id) values "
+            "(now() - interval '23 hours', 'ann', 'cli', 'cancel', 'x'), "
+            "(now() - interval '25 hours', 'ann', 'cli', 'schedule', 'x')"
+        )
+    try:
+        with (
+            psycopg.connect(as_role(database, account), autocommit=True) as conn,
+            pytest.raises(errors.InsufficientPrivilege) as said,
+        ):
+            conn.execute(statement.encode())
+        if account == "by_hand":
+            assert "on record can't be changed" in str(said.value)
+        with psycopg.connect(database, autocommit=True) as conn:
+            left = "select string_agg(actor || ' ' || action, ', ' order by at) from recall_actions"
+            assert conn.execute(left.encode()).fetchone() == ("ann schedule, ann cancel",)
+        if account != "application":
+            with psycopg.connect(as_role(database, account), autocommit=True) as conn:
+                conn.execute("delete from recall_actions where action = 'schedule'")
+        with psycopg.connect(as_role(database, "boss"), autocommit=True) as conn:
+            conn.execute(statement.encode())
+    finally:
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute("drop owned by by_hand; drop role by_hand")
+
+
 # --- the worker -----------------------------------------------------------------------------------
 
 
 def is_a_read(statement: str) -> bool:
-    return not re.search(r"\b(update|insert into|delete from|for share)\b", statement)
+    # Without texts: the names of rights are words of statements, too.
+    words = re.sub(r"'[^']*'", "''", statement)
+    return not re.search(r"\b(update|insert into|delete from|for share)\b", words)
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[f"{file}-{name}" for file, name in NAMED])
 def test_every_statement(file: str, name: str, tried: str) -> None:
     """PostgreSQL, which looks at the rights when it plans to run: the worker's role may run every
-    statement there is, the reader's all reads."""
+    statement there is, but those that are the application's; the reader's all reads."""
     statement = statements.load(file)[name]
     explain = sql.SQL("explain " + statement)
     nothing = dict.fromkeys(PLACEHOLDER.findall(statement))
-    with psycopg.connect(as_role(tried, "worker"), autocommit=True) as conn:
+    # What a recall says is its owner's: the worker's role may not change it.
+    may = {"edit_content": "application", "record_identity": "boss"}.get(name, "worker")
+    # The endpoint kit runs in the application; no worker has to do with its tables.
+    may = "application" if file == "endpoint" else may
+    with psycopg.connect(as_role(tried, may), autocommit=True) as conn:
         assert conn.execute(explain, nothing).fetchall()
     with psycopg.connect(as_role(tried, "reader"), autocommit=True) as conn:
         if is_a_read(statement):
@@ -364,6 +502,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.slow
 async def test_a_daemon_under_the_role(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -439,6 +578,7 @@ async def test_a_daemon_under_the_role(
     nothing_was_forbidden(daemon)
 
 
+@pytest.mark.slow
 async def test_a_daemon_prunes_under_the_role(database: str, daemons: Daemons) -> None:
     """Deleting what is over, and taking turns at it, asks for no more rights than these."""
     async with connected(database) as db:
@@ -456,6 +596,52 @@ async def test_a_daemon_prunes_under_the_role(database: str, daemons: Daemons) -
     nothing_was_forbidden(daemon)
 
 
+@pytest.mark.slow
+async def test_a_daemon_tells_failures_under_the_role(
+    database: str, app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """What the worker and the application make failed is told under their roles; of what is told
+    the application reads nothing, and deletes nothing."""
+    endpoint.script("s1", reply(400))
+    async with Receiver() as receiver, connected(database) as db:
+        daemon = await daemons.start(failure_url=receiver.url, prune="failures=1s")
+        await promise(app, "s1")
+        await daemon.hears("failure.delivered")
+        late = await promise(app, "s2", "once", 3600)
+        async with connected(as_role(database, "application")) as other:
+            await other.execute(
+                "update session_recalls set status = 'failed' where id = %s", [late]
+            )
+        assert len(await rows(db, "select from recall_outbox")) == 2
+        for tried in ("select * from recall_outbox", "delete from recall_outbox"):
+            assert refused(database, "application", tried)
+        assert await daemon.stop() == 0
+        said = await asyncio.to_thread(operate, as_role(database, "reader"), "stats", "--json")
+        assert said.document["failures_told"]["waiting"] == 1
+    nothing_was_forbidden(daemon)
+
+
+async def test_an_account_that_may_not_write_entries(database: str) -> None:
+    """It makes recalls failed all the same, and `doctor` says that nobody is told of those."""
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("insert into recall_subscriptions values ('default', 'infinity')")
+        conn.execute("revoke insert on recall_outbox from recall_worker")
+        conn.execute("insert into sessions values ('s', 'ann')")
+        recall = conn.execute(
+            "insert into session_recalls (id, session_id, call_type, trigger_at, "
+            "additional_context_message, created_at, updated_at) "
+            "values ('r', 's', 'once', now(), 'm', now(), now()) returning id"
+        ).fetchone()
+        assert not refused(database, "worker", FAIL.replace("%s", "'r'"))
+        assert recall is not None
+        with psycopg.connect(as_role(database, "worker"), autocommit=True) as other:
+            other.execute(FAIL, recall)
+        assert conn.execute("select count(*) from recall_outbox").fetchone() == (0,)
+    environ = {"RECALL_FAILURE_URL": "http://127.0.0.1:1/"}
+    said = await asyncio.to_thread(operate, as_role(database, "worker"), "doctor", environ=environ)
+    assert "what worker makes failed is told to nobody" in said.out
+
+
 async def test_a_table_that_an_upgrade_brings(database: str) -> None:
     """Roles from before a table was there lack the right to it: `migrate --check` says so, and
     `migrate` gives it."""
@@ -467,6 +653,111 @@ async def test_a_table_that_an_upgrade_brings(database: str) -> None:
     assert not refused(database, "worker", "update recall_chores set rests = true")
 
 
+def test_the_rights_are_on_record(prepared: str) -> None:
+    """`sql/released.json` has what roles.sql gives, on any PostgreSQL."""
+    assert granted(prepared) == released().privileges
+
+
+@pytest.mark.slow
+def test_each_right_that_was_revoked_is_missed(database: str) -> None:
+    """One by one, of each role, table and column: and all are given back."""
+    boss = as_role(database, "boss")
+    rights = [
+        (role, table, right, columns)
+        for role, tables in released().privileges.items()
+        for table, of in tables.items()
+        for right, columns in of.items()
+    ]
+    with psycopg.connect(boss, autocommit=True) as conn:
+        for role, table, right, columns in rights:
+            for column in columns or ("",):
+                of_it = f" ({column})" if column else ""
+                with conn.transaction(force_rollback=True):
+                    conn.execute(f"revoke {right}{of_it} on {table} from {role}".encode())
+                    [lacking] = catalog.rights_lacking(conn)
+                    assert lacking == f"{role} lacks {right} on {table}{of_it}"
+        for role, table, right, columns in rights[1:]:
+            of_it = "" if columns is None else f" ({', '.join(columns)})"
+            conn.execute(f"revoke {right}{of_it} on {table} from {role}".encode())
+        conn.execute("revoke usage on schema public from public")
+        conn.execute("revoke execute on function recall_id(text) from recall_reader, public")
+    assert schema.pending(boss) == [GRANTS]
+    assert schema.migrate(boss) == [GRANTS] and schema.pending(boss) == []
+    assert granted(database) == released().privileges
+
+
+def test_the_outbox_of_an_upgrade_is_given_to_those_who_need_it(cluster: EmbeddedServer) -> None:
+    """Accounts that were given rights by hand, before there was an outbox: who changes recalls can
+    make one failed, who records calls can tell it, who reads them can read what was told."""
+    with postgres.database(cluster.dsn()) as dsn:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute(VERSION_15.encode())
+            conn.execute(
+                "create role changes; create role tells; create role reads; "
+                "grant update (status), select on session_recalls to changes; "
+                "grant insert, update, delete on recall_attempts to tells; "
+                "grant select on recall_attempts to reads"
+            )
+        try:
+            schema.migrate(dsn)
+            with psycopg.connect(dsn, autocommit=True) as conn:
+                held = conn.execute(
+                    "select grantee::text, right(table_name, 6), "
+                    "string_agg(lower(privilege_type), ' ' order by privilege_type) "
+                    "from information_schema.table_privileges where grantee in "
+                    "('changes', 'tells', 'reads') and table_name in "
+                    "('recall_outbox', 'recall_subscriptions') group by 1, 2 order by 1, 2"
+                ).fetchall()
+            assert held == [
+                ("changes", "outbox", "insert"),
+                ("changes", "ptions", "select"),
+                ("reads", "outbox", "select"),
+                ("reads", "ptions", "select"),
+                ("tells", "outbox", "delete insert select update"),
+                ("tells", "ptions", "insert select update"),
+            ]
+        finally:
+            with psycopg.connect(dsn, autocommit=True) as conn:
+                conn.execute("drop owned by changes, tells, reads")
+                conn.execute("drop role changes; drop role tells; drop role reads")
+
+
+def test_a_table_that_was_lost_is_given_to_those_who_work_with_it(
+    database: str, cluster: EmbeddedServer
+) -> None:
+    """Accounts that were given rights by hand, without a role, have them on the new table, too."""
+    boss = as_role(database, "boss")
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("drop role if exists by_hand; create role by_hand login")
+    try:
+        with psycopg.connect(boss, autocommit=True) as conn:
+            conn.execute(
+                "grant select, insert, update, delete on recall_attempts, recall_workers, "
+                "recall_endpoints, recall_actions to by_hand"
+            )
+            conn.execute("drop table recall_endpoints, recall_actions")
+        done = schema.migrate(boss)
+        assert {"table recall_actions is missing", "table recall_endpoints is missing"} < set(done)
+        assert done[-1] == GRANTS
+        with psycopg.connect(database, autocommit=True) as conn:
+            held = conn.execute(
+                "select table_name, privilege_type from information_schema.table_privileges "
+                "where grantee = 'by_hand' order by 1, 2"
+            ).fetchall()
+        assert [(t, p) for t, p in held if t in ("recall_endpoints", "recall_actions")] == [
+            ("recall_actions", "DELETE"),
+            ("recall_actions", "INSERT"),
+            ("recall_actions", "SELECT"),
+            ("recall_endpoints", "INSERT"),
+            ("recall_endpoints", "SELECT"),
+            ("recall_endpoints", "UPDATE"),
+        ]
+    finally:
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute("drop owned by by_hand; drop role by_hand")
+
+
+@pytest.mark.slow
 async def test_two_daemons_under_the_role(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -512,6 +803,7 @@ def nothing_was_forbidden(daemon: Daemon) -> None:
     assert "permission denied" not in str(daemon.events)
 
 
+@pytest.mark.slow
 async def test_a_daemon_under_a_role_that_may_not(
     app: Application, database: str, endpoint: Endpoint
 ) -> None:
@@ -522,8 +814,8 @@ async def test_a_daemon_under_a_role_that_may_not(
         {"RECALL_DSN": as_role(database, "reader"), "RECALL_RUN_URL": endpoint.url}
     ) as started:
         daemon = await started.start()
-        [said] = (await daemon.hears("worker.error", doing="claim"))[:1]
-        assert "permission denied" in said["reason"]
+        [said] = (await daemon.hears("schema.broken", doing="claim"))[:1]
+        assert "permission denied" in said["reason"] and "docs/roles.md" in said["hint"]
         assert endpoint.requests == []
         async with connected(database) as db:
             await db.execute("grant recall_worker to reader")
@@ -535,6 +827,7 @@ async def test_a_daemon_under_a_role_that_may_not(
         assert await daemon.exit() == 0
 
 
+@pytest.mark.slow
 def test_the_commands_under_the_workers_role(database: str) -> None:
     """Whatever an operator does, the account that the daemon has can do it, but migrate."""
     with psycopg.connect(database, autocommit=True) as conn:
@@ -563,6 +856,9 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
     done("pause", again)
     done("resume", again)
     done("reschedule", once, "--in", "2h")
+    done("edit", again, "--every", "2h", "--times", "9")
+    said = operate(dsn, "edit", again, "--message", "another")
+    assert said.status == 1 and "permission denied" in said.err and "recall_application" in said.err
     done("fire", once)
     done("cancel", once)
     done("retry", once)
@@ -578,7 +874,12 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
             "ended_at, settled) values ('x', 1, 0, 1, 'answered', 'c', 'w', gen_random_uuid(), "
             "now(), '2020-01-01', 'fired')"
         )
-    assert done("prune", "--older-than", "30d", "--yes", "--json") == '{"recalls": 1, "calls": 1}'
+        conn.execute(
+            "update recall_actions set at = '2020-01-01' "
+            "where id = (select min(id) from recall_actions)"
+        )
+    pruned = done("prune", "--older-than", "30d", "--yes", "--json")
+    assert pruned == '{"recalls": 1, "calls": 1, "actions": 1, "failures": 0}'
     said = operate(dsn, "migrate")
     assert (
         said.status == 1
@@ -590,6 +891,7 @@ def test_the_commands_under_the_workers_role(database: str) -> None:
 # --- the reader -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands_that_look(tried: str) -> None:
     """The reader's account answers what a person on call asks."""
     dsn = as_role(tried, "reader")
@@ -620,6 +922,8 @@ def test_the_commands_that_look(tried: str) -> None:
         ["retry", "r"],
         ["fire", "r"],
         ["reschedule", "r", "--in", "1h"],
+        ["edit", "r", "--times", "9"],
+        ["edit", "r", "--message", "x"],
         ["schedule", "s", "m"],
         ["prune", "--older-than", "0s", "--yes"],
         ["migrate"],
@@ -632,7 +936,7 @@ def test_the_commands_that_act_are_refused(words: list[str], tried: str) -> None
     has changed."""
     everything = (
         "select r::text from session_recalls r union all select a::text from recall_attempts a "
-        "order by 1"
+        "union all select a::text from recall_actions a order by 1"
     )
     with psycopg.connect(tried) as conn:
         before = conn.execute(everything.encode()).fetchall()
@@ -641,6 +945,9 @@ def test_the_commands_that_act_are_refused(words: list[str], tried: str) -> None
         assert conn.execute(everything.encode()).fetchall() == before
     assert (said.status, said.out) == (1, "")
     error, hint = said.err.splitlines()[-2:]
+    if words == ["migrate", "--roles"]:
+        assert "may not alter it" in error + said.err and hint.startswith("Try: ")
+        return
     assert error.startswith("Error: PostgreSQL forbids it: permission denied")
     assert hint.startswith("Try: ") and "docs/roles.md" in hint
 
@@ -682,6 +989,8 @@ async def test_the_application_in_python(app: Application, database: str) -> Non
         made = await recalls.schedule("a", "m")
         assert [r.id for r in await recalls.due()] == [made.id]
         assert await recalls.reschedule(made.id, soon(60))
+        edited = await recalls.update(made.id, message="another", times=None, cron="0 9 * * *")
+        assert edited is not None and edited.call_type == "recurring"
         assert await recalls.next_trigger_at() is not None
         assert await recalls.sessions_with_pending(["a", "b"]) == {"a"}
         assert (
@@ -734,6 +1043,7 @@ def owned(cluster: EmbeddedServer, prepared: str) -> Iterator[str]:
         yield dsn
 
 
+@pytest.mark.slow
 async def test_where_the_application_owns(owned: str, endpoint: Endpoint) -> None:
     """Its start and its statements are unchanged, worker and reader are held back as elsewhere; it
     is held back from nothing, as before."""
@@ -857,24 +1167,20 @@ async def _four(cluster: EmbeddedServer, dsn: str) -> list[subprocess.CompletedP
     return await asyncio.gather(*(asyncio.to_thread(psql, cluster, dsn) for _ in range(4)))
 
 
-def test_columns_that_come_later(database: str) -> None:
-    """A migration adds columns: `migrate --check` says that the grants lack, `migrate` renews them;
-    a cadence is the application's."""
-    there = columns(database)
-    with psycopg.connect(as_role(database, "boss"), autocommit=True) as conn:
-        conn.execute("alter table session_recalls add column of_the_worker integer")
-        for name in CADENCE - there:
-            conn.execute(
-                sql.SQL("alter table session_recalls add column {} text").format(
-                    sql.Identifier(name)
-                )
-            )
+@pytest.mark.slow
+def test_rights_that_were_taken_away(database: str) -> None:
+    """`migrate --check` says that grants lack, `migrate` renews them; a cadence is the
+    application's, and a column of the application's own is nobody else's."""
     boss = as_role(database, "boss")
+    with psycopg.connect(boss, autocommit=True) as conn:
+        conn.execute("alter table session_recalls add column of_the_application integer")
+        assert schema.pending(boss) == []
+        conn.execute("revoke update (reason) on session_recalls from recall_worker")
     check = operate(boss, "migrate", "--check")
     assert check.status == 1 and GRANTS in check.err
     assert schema.migrate(boss) == [GRANTS]
     assert operate(boss, "migrate", "--check").status == 0 and schema.migrate(boss) == []
-    assert writable(database, "application", "update") == OWN | CADENCE
+    assert writable(database, "application", "update") == OWN | CADENCE | RESCHEDULED
     assert writable(database, "worker", "update") == columns(database) - FIXED
     assert (
         writable(database, "application", "insert")
@@ -1000,3 +1306,28 @@ async def test_a_hostile_search_path_at_insert(database: str, app: Application) 
             for r in await rows(db, "select id, status from public.session_recalls")
         }
         assert found == {first: "running", "next": "pending"}
+
+
+@pytest.mark.full
+def test_an_owner_who_may_create_no_roles() -> None:
+    """Who had three roles created by somebody else goes on renewing their grants: that the fourth
+    is missing is said, and stops nothing."""
+    with postgres.embedded() as server, postgres.database(server.dsn()) as dsn:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("create role boss login")
+            conn.execute("grant create on schema public to boss")
+            for role in ROLES.values():
+                if role != "recall_agent":
+                    conn.execute(sql.SQL("create role {}").format(sql.Identifier(role)))
+        with psycopg.connect(as_role(dsn, "boss"), autocommit=True) as conn:
+            conn.execute(CREATE_TABLES.encode())
+        said: list[str] = []
+        schema.migrate(as_role(dsn, "boss"), said.append, roles=True)
+        assert [line for line in said if "recall_agent, and this account" in line]
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("revoke insert on recall_actions from recall_application")
+        assert GRANTS in schema.migrate(as_role(dsn, "boss"))
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("create role recall_agent")
+        schema.migrate(as_role(dsn, "boss"), roles=True)
+        assert granted(dsn) == released().privileges

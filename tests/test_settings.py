@@ -16,8 +16,24 @@ from recall_worker import settings
 from recall_worker.recall import FINAL
 from recall_worker.settings import Settings, SettingsError
 
-SECRETS = ("dsn", "listen_dsn", "run_token", "signing_secret")
-HUSH = "correct-horse-battery-staple"
+SECRETS = (
+    *("dsn", "listen_dsn", "run_token", "run_headers", "signing_secret", "proxy"),
+    "token_key",
+    "console_token",
+)
+TEXTS = tuple(name for name in SECRETS if name != "run_headers")
+"""Those whose values are any text."""
+HUSH = "password=correct-horse-battery-staple"
+
+
+def secret(name: str, word: str = HUSH) -> str:
+    """A value of a secret setting with this word in it."""
+    if name == "console_token":  # It has a least length.
+        return f"of-some-length-{word}"
+    return f"http://me:{word}@proxy:3128" if name == "proxy" else word
+
+
+KEY = "0123456789abcdefghijklmnopqrstuv"
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 
 
@@ -55,9 +71,13 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "dsn": ("postgresql:///a", "postgresql:///b"),
         "listen_dsn": ("postgresql:///a", "postgresql:///b"),
         "run_url": ("http://a/{session_id}", "https://b:8080/run"),
+        "failure_url": ("http://a/failures", "https://b:8080/"),
         "run_token": ("t1", "t2"),
+        "run_headers": ("x-api-key: 1", "x-api-key: 2"),
         "signing_secret": ("s1", "s2"),
         "ca_file": (file, str(Path(file).parent / "__init__.py")),
+        "client_cert_file": (file, str(Path(file).parent / "__init__.py")),
+        "proxy": ("http://a:3128", "http://u:p@b"),
         "protocol": ("native", "native"),
         "concurrency": ("7", "8"),
         "max_attempts": ("4", "5"),
@@ -65,12 +85,36 @@ def test_every_setting_has_its_variable(name: str) -> None:
         "fleet_concurrency": ("7", "8"),
         "langgraph_assistant": ("a", "b"),
         "agno_agent": ("a", "b"),
+        "responses_model": ("a", "b"),
+        "token_key": (KEY, f"{KEY} {KEY[::-1]}"),
+        "token_audience": ("a", "b"),
+        "mcp_session": ("a", "b"),
+        "mcp_hosts": ("mcp.example.com", "[::1]:9466, a.example"),
+        "agent_horizon": ("60", "90.5"),
+        "agent_message": ("1000", "2000"),
+        "agent_limit": ("5/h", "20/h,100/d"),
         "log_level": ("debug", "error"),
         "log_format": ("json", "console"),
         "ops_listen": ("9464", "[::1]:9465"),
+        "console_listen": ("9464", "[::1]:9466"),
+        "console_base_path": ("/a", "/b/c"),
+        "console_hosts": ("a", "b.example, c.example"),
+        "console_token": ("a-token-of-16-and-more", "another-token-of-16-and-more"),
+        "console_operators": ("ann", "ann, bob"),
+        "console_messages": ("shown", "hidden"),
         "prune": ("30d", "fired=7d,failed=90d"),
         "message_limit": ("1000", "2000"),
+        "allow_copy": ("1", "yes"),
+        "paused": ("on", "TRUE"),
     }
+    if name == "client_key_file":  # It means nothing without the other.
+        pair = {"RECALL_CLIENT_CERT_FILE": file, "RECALL_CLIENT_KEY_FILE": file}
+        assert settings.read(pair).client_key_file == file
+        return
+    if name in ("console_user_header", "console_trusted"):
+        pair = {"RECALL_CONSOLE_USER_HEADER": "X-User", "RECALL_CONSOLE_TRUSTED": "10.0.0.0/8"}
+        assert getattr(settings.read(pair), name) == pair[settings.variable(name)]
+        return
     first, second = samples.get(name, ("2.5", "3.5"))
     default: Any = FIELDS[name].default
     kind: Any = int if name == "fleet_concurrency" else str if default is None else type(default)
@@ -105,29 +149,40 @@ HOUR, DAY = 3600.0, 86_400.0
     ("given", "means"),
     [
         ("", {}),
-        ("30d", {"fired": 30 * DAY, "cancelled": 30 * DAY, "failed": 30 * DAY, "calls": 30 * DAY}),
+        ("30d", dict.fromkeys(settings.KEPT, 30 * DAY)),
         (
             "1.5h, failed=90d",
-            {"fired": 1.5 * HOUR, "cancelled": 1.5 * HOUR, "failed": 90 * DAY, "calls": 90 * DAY},
-        ),
-        ("fired=7d,failed=90d", {"fired": 7 * DAY, "failed": 90 * DAY, "calls": 90 * DAY}),
-        ("fired=90m,calls=1s", {"fired": 1.5 * HOUR, "calls": 1.0}),
-        ("calls=1d", {"calls": DAY}),
-        (
-            "1h30m",
             {
                 "fired": 1.5 * HOUR,
                 "cancelled": 1.5 * HOUR,
-                "failed": 1.5 * HOUR,
-                "calls": 1.5 * HOUR,
+                "failed": 90 * DAY,
+                "calls": 90 * DAY,
+                "actions": 90 * DAY,
+                "failures": 90 * DAY,
             },
         ),
-        ("fired=2 weeks", {"fired": 14 * DAY, "calls": 14 * DAY}),
+        (
+            "fired=7d,failed=90d",
+            {"fired": 7 * DAY, "failed": 90 * DAY} | dict.fromkeys(settings.KEPT[3:], 90 * DAY),
+        ),
+        (
+            "fired=90m,calls=1s",
+            {"fired": 1.5 * HOUR, "calls": 1.0, "actions": 1.5 * HOUR, "failures": 1.5 * HOUR},
+        ),
+        (
+            "fired=7d,actions=365d",
+            {"fired": 7 * DAY, "calls": 7 * DAY, "actions": 365 * DAY, "failures": 7 * DAY},
+        ),
+        ("calls=1d", {"calls": DAY}),
+        ("actions=1d", {"actions": DAY}),
+        ("failures=1d", {"failures": DAY}),
+        ("1h30m", dict.fromkeys(settings.KEPT, 1.5 * HOUR)),
+        ("fired=2 weeks", {"fired": 14 * DAY} | dict.fromkeys(settings.KEPT[3:], 14 * DAY)),
     ],
 )
 def test_how_long_what_is_over_is_kept(given: str, means: dict[str, float]) -> None:
-    """A duration alone is for all statuses that are not named; marks of calls outlast their recalls
-    unless they are named."""
+    """A duration alone is for all statuses that are not named; marks of calls, actions
+    and failures outlast their recalls unless they are named."""
     assert settings.read({"RECALL_PRUNE": given}).keep == means
 
 
@@ -142,8 +197,8 @@ def test_a_duration(given: str, means: float) -> None:
 
 
 def test_what_can_be_kept() -> None:
-    """Every status in which a recall is over, and the marks of calls."""
-    assert (*FINAL, "calls") == settings.KEPT
+    """Every status in which a recall is over, and the marks of calls, actions and failures told."""
+    assert (*FINAL, "calls", "actions", "failures") == settings.KEPT
 
 
 def test_several_things_wrong_with_a_retention() -> None:
@@ -186,11 +241,16 @@ def test_an_empty_variable_is_none() -> None:
 
 
 WRONG = [
+    ({"RECALL_ALLOW_COPY": "perhaps"}, "RECALL_ALLOW_COPY is 'perhaps': give 1 or 0"),
+    ({"RECALL_PAUSED": "2"}, "RECALL_PAUSED is '2': give 1 or 0"),
     ({"RECALL_CONCURRENCY": "many"}, "RECALL_CONCURRENCY is 'many': give a whole number"),
     ({"RECALL_CONCURRENCY": "3.5"}, "RECALL_CONCURRENCY is '3.5': give a whole number"),
     ({"RECALL_CONCURRENCY": "0"}, "RECALL_CONCURRENCY is 0: give a number between 1 and 100000"),
     ({"RECALL_MAX_ATTEMPTS": "-1"}, "RECALL_MAX_ATTEMPTS is -1: give a number between 1 and 1000"),
-    ({"RECALL_LEASE": "a minute"}, "RECALL_LEASE is 'a minute': give a number of seconds"),
+    (
+        {"RECALL_LEASE": "a minute"},
+        "RECALL_LEASE is 'a minute', which is not a duration: give seconds",
+    ),
     ({"RECALL_LEASE": "2 days"}, "RECALL_LEASE is 2 days: give a number between 1 and 86400"),
     ({"RECALL_LEASE": "0.5"}, "RECALL_LEASE is 0.5: give a number between 1 and 86400"),
     ({"RECALL_LEASE": "nan"}, "RECALL_LEASE is nan: give a number between 1 and 86400"),
@@ -226,6 +286,17 @@ WRONG = [
     ),
     ({"RECALL_RUN_URL": "http://{session_id}.a/"}, "RECALL_RUN_URL names the session in the host"),
     ({"RECALL_RUN_URL": "http://a/\nb"}, "RECALL_RUN_URL holds a control character"),
+    ({"RECALL_FAILURE_URL": "localhost:8000"}, "RECALL_FAILURE_URL is no address"),
+    ({"RECALL_FAILURE_URL": "ftp://a/b"}, "RECALL_FAILURE_URL is no address"),
+    ({"RECALL_FAILURE_URL": "http://a/b c"}, "RECALL_FAILURE_URL holds a blank"),
+    (
+        {"RECALL_FAILURE_URL": "http://me:pw@a/"},
+        "RECALL_FAILURE_URL holds a user name or password: leave it out",
+    ),
+    (
+        {"RECALL_FAILURE_URL": "http://a/{session_id}"},
+        "RECALL_FAILURE_URL holds { or }: nothing is replaced in it",
+    ),
     (
         {"RECALL_RUN_TOKEN": "tökén"},
         "RECALL_RUN_TOKEN holds characters that no HTTP header can carry",
@@ -266,6 +337,35 @@ WRONG = [
         {"RECALL_CA_FILE": "/nowhere/ca.pem"},
         "RECALL_CA_FILE is '/nowhere/ca.pem', which can't be read",
     ),
+    (
+        {"RECALL_CLIENT_CERT_FILE": "/nowhere/me.pem"},
+        "RECALL_CLIENT_CERT_FILE is '/nowhere/me.pem', which can't be read",
+    ),
+    ({"RECALL_TOKEN_KEY": "short"}, "RECALL_TOKEN_KEY holds a key of 5 octets: give 32 at least"),
+    (
+        {"RECALL_TOKEN_KEY": f"{KEY} short"},
+        "RECALL_TOKEN_KEY holds a key (2 of 2) of 5 octets: give 32 at least",
+    ),
+    ({"RECALL_TOKEN_KEY": "a" * 40}, "RECALL_TOKEN_KEY holds a key that can be guessed"),
+    ({"RECALL_TOKEN_KEY": f"{KEY} {KEY}"}, "RECALL_TOKEN_KEY holds a key twice"),
+    (
+        {"RECALL_TOKEN_KEY": " ".join(f"{KEY}{n}" for n in range(11))},
+        "RECALL_TOKEN_KEY holds 11 keys: keep 10 at most",
+    ),
+    ({"RECALL_TOKEN_AUDIENCE": "  "}, "RECALL_TOKEN_AUDIENCE is blank"),
+    ({"RECALL_MCP_SESSION": ".."}, "RECALL_MCP_SESSION is '..', which can't be a session's id"),
+    ({"RECALL_MCP_HOSTS": "https://a/"}, "RECALL_MCP_HOSTS names 'https://a/': give a host"),
+    ({"RECALL_MCP_HOSTS": "a,,b"}, "RECALL_MCP_HOSTS names '': give a host"),
+    ({"RECALL_AGENT_LIMIT": "many"}, "RECALL_AGENT_LIMIT is 'many': give recalls an hour"),
+    ({"RECALL_AGENT_INTERVAL": "0"}, "RECALL_AGENT_INTERVAL is 0: give a number at least 1"),
+    ({"RECALL_PROXY": "proxy:3128"}, "RECALL_PROXY is no address: give http://host:port"),
+    ({"RECALL_PROXY": "http://"}, "RECALL_PROXY is no address"),
+    ({"RECALL_PROXY": "http://proxy:0"}, "RECALL_PROXY is no address"),
+    ({"RECALL_PROXY": "socks5://proxy:1080"}, "RECALL_PROXY is no address"),
+    ({"RECALL_PROXY": "https://proxy"}, "RECALL_PROXY begins with https://"),
+    ({"RECALL_PROXY": "http://proxy/path"}, "RECALL_PROXY holds more than an address"),
+    ({"RECALL_PROXY": "http://me:pass@word@proxy"}, "RECALL_PROXY holds more than an address"),
+    ({"RECALL_PROXY": "http://me:a b@proxy"}, "RECALL_PROXY holds a blank"),
 ]
 
 
@@ -276,6 +376,12 @@ def test_a_problem_names_its_variable_and_what_to_do(environ: dict[str, str], sa
     """One wrong setting is one problem: a sentence that begins with the variable."""
     [problem] = problems(environ)
     assert problem.startswith(says)
+
+
+def test_a_key_without_a_certificate() -> None:
+    """The key alone shows nobody who the worker is."""
+    [problem] = problems({"RECALL_CLIENT_KEY_FILE": __file__})
+    assert problem.startswith("RECALL_CLIENT_KEY_FILE is set without RECALL_CLIENT_CERT_FILE")
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -292,9 +398,9 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     named = sorted(problem.split()[0] for problem in found)
     assert named == [
+        "--poll-interval",  # What an option gave is told by the option's name.
         "RECALL_CONCURRENCY",
         "RECALL_LEASE",
-        "RECALL_POLL_INTERVAL",
         "RECALL_PROTOCOL",
         "RECALL_RUN_TOKEN_FILE",
         "RECALL_RUN_URL",
@@ -361,15 +467,16 @@ def test_addresses_that_will_do(url: str) -> None:
 
 
 def test_which_settings_are_secret() -> None:
-    """DSNs, the token and the signing secret are; nothing else is."""
+    """DSNs, the token, the keys that sign, and the proxy, which may hold a password, are; nothing
+    else is."""
     assert tuple(name for name, f in FIELDS.items() if f.metadata["secret"]) == SECRETS
 
 
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_secrets_are_shown_to_nobody(name: str) -> None:
     """Neither repr, nor str, nor what is shown to people holds a secret; that it is set is told."""
-    found = settings.read({settings.variable(name): HUSH})
-    assert getattr(found, name) == HUSH
+    found = settings.read({settings.variable(name): secret(name)})
+    assert getattr(found, name) == secret(name)
     assert HUSH not in repr(found) and HUSH not in str(found)
     assert HUSH not in str(found.shown()) and found.shown()[name] == "set"
     assert settings.read({}).shown()[name] is None
@@ -378,7 +485,7 @@ def test_secrets_are_shown_to_nobody(name: str) -> None:
 def test_problems_keep_secrets() -> None:
     """A secret that is wrong is called wrong without being quoted, as is a password in an
     address."""
-    wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in SECRETS}
+    wrong = {settings.variable(name): f"{HUSH}\n{HUSH}" for name in TEXTS}
     urls = [
         f"http://me:{HUSH}@a/",
         f"http://me:{HUSH}/",
@@ -397,34 +504,80 @@ def test_problems_keep_secrets() -> None:
     for url in urls:
         found = problems({"RECALL_RUN_URL": url})
         assert found and HUSH not in str(found)
+    for url in (*urls[1:], f"https://me:{HUSH}@a", f"http://me:{HUSH}@a/b", f"http://m:{HUSH}@@a"):
+        found = problems({"RECALL_PROXY": url})
+        assert found and HUSH not in str(found)
 
 
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("x-api-key", "no header in line 1"),
+        ("# ours\n\nx api: " + HUSH, "no header in line 3"),
+        (f": {HUSH}", "no header in line 1"),
+        ("x-api-key:", "no value for x-api-key"),
+        (f"x-api-key: {HUSH}é", "plain ASCII"),
+        (f"x-api-key: {HUSH}\x07", "control character"),
+        (f"x-api-key: {HUSH}\nX-Api-Key: 2", "names X-Api-Key twice, again in line 2"),
+        (f"authorization: Basic {HUSH}", "RECALL_RUN_TOKEN sets it, too"),
+        *(
+            (f"{name}: {HUSH}", "which the worker sets itself")
+            for name in (
+                *("Host", "Content-Length", "transfer-encoding", "Connection", "Idempotency-Key"),
+                *("Recall-Attempt", "recall-lateness", "traceparent", "webhook-signature"),
+                *("Content-Type", "Proxy-Authorization", "Cookie", "Expect"),
+            )
+        ),
+    ],
+)
+def test_headers_that_are_refused(lines: str, problem: str, tmp_path: Path) -> None:
+    """At the start, in words, from the environment and from a file, and never with a value."""
+    file = tmp_path / "headers"
+    file.write_text(lines, encoding="utf-8")
+    for environ in ({"RECALL_RUN_HEADERS": lines}, {"RECALL_RUN_HEADERS_FILE": str(file)}):
+        found = problems(environ | {"RECALL_RUN_TOKEN": "t"})
+        assert len(found) == 1 and problem in found[0] and "RECALL_RUN_HEADERS" in found[0]
+        assert HUSH not in found[0]
+
+
+def test_headers() -> None:
+    """Their lines, without comments; Authorization where there is no token."""
+    text = (
+        "# for the gateway\r\nX-Api-Key:  a:b \n\nCF-Access-Client-Id: c\nAuthorization: Basic x\n"
+    )
+    assert settings.read({"RECALL_RUN_HEADERS": text}).run_headers is not None
+    assert settings.header_lines(text) == (
+        [("X-Api-Key", "a:b"), ("CF-Access-Client-Id", "c"), ("Authorization", "Basic x")],
+        [],
+    )
+    found = settings.read({"RECALL_RUN_HEADERS": text})
+    assert "a:b" not in repr(found) and found.shown()["run_headers"] == "set"
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_secret_from_a_file(name: str, tmp_path: Path) -> None:
     """`…_FILE` names a file with the secret; the line break at its end is not part of it."""
     file = tmp_path / "secret"
-    file.write_text(HUSH + "\n", encoding="utf-8")
-    assert getattr(settings.read({settings.variable(name) + "_FILE": str(file)}), name) == HUSH
+    file.write_text(secret(name) + "\n", encoding="utf-8")
+    found = settings.read({settings.variable(name) + "_FILE": str(file)})
+    assert getattr(found, name) == secret(name)
 
 
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_secret_from_a_systemd_credential(name: str, tmp_path: Path) -> None:
     """A credential of the variable's name is the secret, where neither the variable nor the file is
     set."""
-    (tmp_path / settings.variable(name)).write_text(HUSH + "\n", encoding="utf-8")
+    (tmp_path / settings.variable(name)).write_text(secret(name) + "\n", encoding="utf-8")
     credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert getattr(settings.read(credentials), name) == HUSH
-    assert getattr(settings.read(credentials | {settings.variable(name): "other"}), name) == "other"
-    (tmp_path / "file").write_text("another", encoding="utf-8")
-    assert (
-        getattr(
-            settings.read(
-                credentials | {settings.variable(name) + "_FILE": str(tmp_path / "file")}
-            ),
-            name,
-        )
-        == "another"
+    assert getattr(settings.read(credentials), name) == secret(name)
+    other, another = (
+        secret(name, f"dbname={word}-and-thirty-two-octets-of-it") for word in ("other", "another")
     )
+    found = settings.read(credentials | {settings.variable(name): other})
+    assert getattr(found, name) == other
+    (tmp_path / "file").write_text(another, encoding="utf-8")
+    in_file = {settings.variable(name) + "_FILE": str(tmp_path / "file")}
+    assert getattr(settings.read(credentials | in_file), name) == another
 
 
 def test_a_directory_of_other_credentials(tmp_path: Path) -> None:

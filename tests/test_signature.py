@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from recall_worker import statements
-
 from .conftest import Connection
 from .process.test_corridor import row, soon
+from .process.test_edits import command
 from .process.test_lease import eventually
 from .support.application import Application
 from .support.daemon import Daemon, Daemons
 from .support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
+
+pytestmark = pytest.mark.full
 
 WHSEC = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret").decode()
@@ -208,9 +209,11 @@ def api(endpoint: Endpoint) -> Fingerprints:
 
 
 async def now(db: Connection) -> None:
-    """What waits is due now, as `recall-worker fire` has it."""
-    ids = [r["id"] for r in await (await db.execute("select id from session_recalls")).fetchall()]
-    await db.execute(statements.load("client")["fire"].encode(), {"ids": ids})
+    """What waits is due now, as if time had passed."""
+    await db.execute(
+        b"update session_recalls set planned_at = planned_at - (trigger_at - now()), "
+        b"trigger_at = now() where status in ('pending', 'running') and trigger_at > now()"
+    )
 
 
 BUSY = reply(409, {"code": "session_busy"}, {"retry-after": "60"})
@@ -437,10 +440,15 @@ async def test_changed_after_a_move_and_a_death(
 
 
 async def test_changed_while_a_run_was_polled_that_is_lost(
-    app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons, api: Fingerprints
+    app: Application,
+    db: Connection,
+    database: str,
+    endpoint: Endpoint,
+    daemons: Daemons,
+    api: Fingerprints,
 ) -> None:
-    """An accepted run that the API forgets is called again: under a new key, where its message was
-    changed meanwhile."""
+    """An accepted run that the API forgets is not called again, whatever was changed meanwhile; a
+    person's `retry` calls it under a new key, with the new message."""
     api.then(reply(202, {}, {"location": "/runs/r1"}))
     endpoint.scripts["GET r1"] = [reply(200, {"status": "running"}, {"retry-after": "0"})]
     first = await daemons.start(lease=1)
@@ -452,10 +460,12 @@ async def test_changed_while_a_run_was_polled_that_is_lost(
     second = await daemons.start(lease=1)
     await second.hears("lease.taken")
     endpoint.scripts["GET r1"] = [reply(404)]
-    await second.hears("recall.settled", outcome="unknown")
-    await now(db)
+    await second.hears("recall.settled", outcome="unknown", status="failed")
+    assert [r.key for r in endpoint.of("s")] == [f"{id}:1"]
+    assert (await command(database, "retry", id)).status == 0
     await second.hears("recall.settled", outcome="answered")
-    assert [r.key for r in endpoint.of("s")] == [f"{id}:1", f"{id}:1.1"]
+    first_key, second_key = (r.key for r in endpoint.of("s"))
+    assert first_key == f"{id}:1" != second_key
     assert api.refused == []
 
 

@@ -21,13 +21,18 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from psycopg import ClientCursor
+from psycopg import ClientCursor, sql
+from psycopg_pool import AsyncNullConnectionPool
 
-from recall_worker import Recalls, statements
+from recall_worker import RecallExists, Recalls, schema, statements
+from recall_worker.agent import AgentTools
 from recall_worker.database import connection as connection_module
 from recall_worker.database import ledger as ledger_module
-from recall_worker.database.ledger import Ledger
+from recall_worker.database.ledger import Ledger, Stale
+from recall_worker.database.outbox import Outbox
 from recall_worker.database.pipeline import numbered
+from recall_worker.endpoint.postgres import PostgresStore
+from recall_worker.endpoint.store import GoesOn, Start, Started
 from recall_worker.recall import (
     Accepted,
     After,
@@ -43,11 +48,14 @@ from recall_worker.settings import KEPT
 from recall_worker.sweep import Sweep
 
 from .conftest import connected
+from .process.test_lease import eventually
 from .support import postgres
 from .support.endpoint import Endpoint
 from .support.pgbouncer import PgBouncer
 from .support.recorder import Recorder
 from .test_cli import operate
+from .test_completion import completed
+from .test_console import news, served
 from .test_ledger import put
 from .test_recall import claim_with
 
@@ -188,6 +196,7 @@ NAMES = [
     "sent",
     "message",
     "next_due",
+    "stale",
     "write_moves",
     "renew",
     "check_leases",
@@ -237,6 +246,8 @@ class Table:
                     await ledger.message(self.claims[0])
                 case "next_due":
                     await ledger.next_due(claimed_at=now)
+                case "stale":
+                    await ledger.stale([])
                 case "write_moves":
                     await ledger.write_moves(
                         [
@@ -319,21 +330,20 @@ def buffers(plan: dict[str, Any]) -> int:
 
 def touched(node: dict[str, Any]) -> float:
     """Rows that passed through a node of a plan, those that it threw away included."""
-    return float(
-        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
-    )
+    thrown_away = (node.get(f"Rows Removed by {by}", 0) for by in ("Filter", "Join Filter"))
+    return float((node["Actual Rows"] + sum(thrown_away)) * node["Actual Loops"])
 
 
 @contextmanager
 def crowd(
-    server: str, template: str, half: int, statistics: str, due: int = 2 * FEW
+    server: str, template: str, half: int, statistics: str, due: int = 2 * FEW, held: int = FEW
 ) -> Iterator[Table]:
-    """A table filled in a database of its own; a few of its due rows are claimed."""
+    """A table filled in a database of its own; `held` of its due rows are claimed."""
     with postgres.database(server, template) as dsn:
         filled(dsn, half, statistics, due)
         # In a thread of its own, as a test's loop may be running here.
         with ThreadPoolExecutor() as threads:
-            claimed = threads.submit(asyncio.run, _claimed(dsn, min(FEW, due))).result()
+            claimed = threads.submit(asyncio.run, _claimed(dsn, min(held, due))).result()
         yield Table(dsn, claimed)
 
 
@@ -367,6 +377,7 @@ async def test_only_indexes_are_used(
     assert buffers(plan) <= 80 * FEW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     name: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
@@ -401,6 +412,7 @@ async def test_a_plan_that_was_made_of_empty_tables_serves_full_ones(
     assert buffers(plan) <= 80 * FEW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["claim", "ended_leases", "next_due"])
 @pytest.mark.parametrize("due", [0, 5_000], ids=["nothing due", "thousands due"])
 async def test_a_look_costs_the_same_at_any_size(
@@ -429,7 +441,10 @@ async def test_a_backlog_is_counted_to_a_bound(
     with crowd(server, template, 500, "fresh", due=20_000) as table:
         plan = table.plan(*await table.asked("backlog", monkeypatch), mode)
     assert max(n["Actual Rows"] * n["Actual Loops"] for n in nodes(plan)) <= 1000
-    assert not [n for n in nodes(plan) if n["Node Type"] in ("Seq Scan", "Sort")]
+    # The tables of workers and of paused queues have a few rows, and a few queues are sorted.
+    read_through = [n["Relation Name"] for n in nodes(plan) if n["Node Type"] == "Seq Scan"]
+    assert set(read_through) <= {"recall_workers", "recall_queues"}
+    assert max((n["Actual Rows"] for n in nodes(plan) if n["Node Type"] == "Sort"), default=0) <= 5
     assert buffers(plan) <= 5000
 
 
@@ -451,6 +466,72 @@ async def test_a_large_batch_looks_up_one_by_one(
     assert max(map(touched, looked_up)) <= 500
 
 
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+@pytest.mark.parametrize("name", ["claim", "settle"])
+async def test_a_large_batch_costs_no_more_for_each_row(
+    name: str, mode: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three hundred rows of a table of two thousand, which the planner knows to be as small: no row
+    is compared with all that are due, nor with all others of its batch, and no list of their ids is
+    sorted anew for each of them."""
+    with crowd(server, template, 10, "fresh", due=2_000, held=300) as table:
+        assert len(table.claims) == 300
+        statement, values = await table.asked(name, monkeypatch)
+        plan = table.plan(statement, {**values, "slots": 300} if name == "claim" else values, mode)
+    assert plan["Actual Rows"] == 300
+    assert max(map(touched, nodes(plan))) <= 2 * 300
+    repeated = [n for n in nodes(plan) if n["Actual Loops"] > 10]
+    assert not [n for n in repeated if "InitPlan" in n.get("Index Cond", "")]
+
+
+@pytest.mark.parametrize("statistics", ["none", "of the others"])
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+@pytest.mark.parametrize("name", ["claim", "next_due"])
+async def test_what_is_due_in_another_queue_is_not_read(
+    name: str,
+    mode: str,
+    statistics: str,
+    server: str,
+    template: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ten rows of this worker's queue behind ten thousand that have long been due in another one,
+    also where these are all that the planner knows of."""
+    with postgres.database(server, template) as dsn:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("set session_replication_role = replica")
+            conn.execute(FILL.format(half=10, due=2 * FEW, first="pending").encode())
+            conn.execute(
+                "insert into session_recalls (id, session_id, call_type, trigger_at, "
+                "additional_context_message, status, created_at, updated_at, queue) "
+                "select 'other' || n, 'o' || n, 'once', now() - interval '1 day', 'now', "
+                "'pending', now(), now(), 'others' from generate_series(1, 10000) n"
+            )
+            if statistics != "none":
+                conn.execute("analyze")
+            conn.execute(DUE.format(half=10, due=2 * FEW).encode())
+        table = Table(dsn, [])
+        plan = table.plan(*await table.asked(name, monkeypatch), mode)
+    assert max(map(touched, nodes(plan))) <= 10 * FEW
+    assert buffers(plan) <= 80 * FEW
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", ["none", "fresh"])
+async def test_the_runs_of_thousands_are_renewed_each_by_itself(
+    statistics: str, server: str, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thousand runs are renewed by a plan that looks each of them up once: by an id and a list
+    of all ids it sorted the list for each, and the leases of thousands ended meanwhile."""
+    with crowd(server, template, 10, statistics, due=2_000, held=2_000) as table:
+        asked = await table.asked("renew", monkeypatch)
+        plan = table.plan(*asked, "generic")
+    assert plan["Actual Rows"] == 2_000
+    assert max(map(touched, nodes(plan))) <= 2 * 2_000
+    repeated = [n for n in nodes(plan) if n["Actual Loops"] > 10]
+    assert not [n for n in repeated if "InitPlan" in n.get("Index Cond", "")]
+
+
 # --- what is executed -----------------------------------------------------------------------------
 
 WHOLE = {
@@ -460,7 +541,8 @@ WHOLE = {
 }
 """The statements as PostgreSQL must receive them, and their names. Equal texts count as one."""
 OUR_ROWS = re.compile(
-    r"\b(from|join|into|update) (session_recalls|recall_(attempts|workers|endpoints|chores))\b"
+    r"\b(from|join|into|update) "
+    r"(session_recalls|recall_(attempts|actions|workers|endpoints|chores|queues))\b"
 )
 """What only statements of sql/ read and write. (recall_schema is the migrations' own.)"""
 REFUSING = """
@@ -471,10 +553,27 @@ create trigger refuse before update on session_recalls
 """
 
 
+async def give_one_up(ledger: Ledger, dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """A connection is given up in the middle of a query: the next one ends it first. (Asked for on
+    a connection without a transaction, in which pg_stat_activity would not change.)"""
+    async with connected(dsn) as holder, holder.transaction():
+        await holder.execute("lock table recall_schema in access exclusive mode")
+        asking = asyncio.create_task(ledger.schema())
+        await eventually(
+            db,
+            "select 1 from pg_stat_activity "
+            "where wait_event_type = 'Lock' and datname = current_database()",
+        )
+        asking.cancel()
+        await asyncio.wait((asking,))
+
+
 async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
     """Every method of a ledger, on recalls of its own."""
     ledger = Ledger(dsn, WORKER, LEASE, fleet=100)
     try:
+        await ledger.schema()
+        await give_one_up(ledger, dsn, db)
         await ledger.schema()
         for id in ("called", "accepted", "refused"):
             await put(db, f"s-{id}", id=id)
@@ -490,6 +589,11 @@ async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
         await ledger.sent(called)
         await ledger.write_moves([(called, Placement(called.occurrence, AsMoved(), 0))])
         await ledger.moved()
+        await ledger.known_elsewhere({"Mars/Olympus"})
+        await ledger.stale(())
+        await ledger.replan(
+            [(Stale("called", None, "UTC", datetime.now(UTC), "now", 0, True), None, False)]
+        )
         await ledger.settle_moved([(called, Finish("fired", None))])
         await ledger.accept(accepted, Accepted("run-1", 202), 0.1)
         await ledger.count_session_runs("s-called", [(3600.0, 1)])
@@ -497,7 +601,7 @@ async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
         await ledger.check_leases(leases)
         ending = Ending(called, Busy(409), 0.1, 0.2, time.monotonic())
         await ledger.settle_waiting(ending, Defer(After(60.0), "the session is busy"))
-        await ledger.probe("endpoint", 1.0, wanted=True)
+        await ledger.probe("endpoint", 1.0, wanted=True, fresh=False, pause_most=30.0)
         await ledger.endpoint_answers("endpoint")
         facts = {
             "host": "h",
@@ -510,7 +614,9 @@ async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
         }
         await ledger.heartbeat(facts, {})
         await ledger.notify("somebody")
-        await ledger.backlog()
+        await ledger.backlog(failures=True)
+        await ledger.next_failure()
+        await use_the_outbox(dsn, db)
         assert await ledger.take_turn(60.0) is None
         sweep = Sweep(dict.fromkeys(KEPT, 3600.0))
         while (batch := sweep.next()) is not None:
@@ -522,6 +628,19 @@ async def use_the_ledger(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
         await ledger.close()
 
 
+async def use_the_outbox(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """A recall that fails, as it is told; the trigger's own statements are not of sql/."""
+    outbox = Outbox(dsn, WORKER)
+    try:
+        await outbox.subscribe()
+        await put(db, "s-failed", id="failed")
+        await db.execute("update session_recalls set status = 'failed' where id = 'failed'")
+        [entry] = await outbox.take(1, 60.0)
+        await outbox.record(entry, http_status=204, delivered=True)
+    finally:
+        await outbox.close()
+
+
 async def use_recalls(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
     """The application's side."""
     await db.execute("insert into sessions values ('s', 'ann')")
@@ -531,12 +650,60 @@ async def use_recalls(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
         await recalls.preview(made.id, conn=conn)
         await recalls.skip_next("s", conn=conn)
         await recalls.reschedule(made.id, datetime.now(UTC) + timedelta(days=1), conn=conn)
+        await recalls.update(made.id, times=3, conn=conn)
+        await recalls.update(made.id, message="another", conn=conn)
         await recalls.list(conn=conn)
+        await recalls.list(session_id="s", conn=conn)
+        await recalls.list(user_id="ann", conn=conn)
         await recalls.due(conn=conn)
         await recalls.next_trigger_at(conn=conn)
         await recalls.sessions_with_pending(["s"], conn=conn)
         await recalls.cancel("s", conn=conn)
         await recalls.mark_fired(made.id, conn=conn)
+        async with conn.transaction():
+            await Recalls(schema="public").list(conn=conn)
+        # An id that is too short for ours comes from its column's default.
+        await db.execute(
+            b"delete from session_recalls; alter table session_recalls "
+            b"alter column id type varchar(20), "
+            b"alter column id set default left(gen_random_uuid()::text, 20)"
+        )
+        await recalls.schedule("s", "m", conn=conn)
+        with pytest.raises(RecallExists):
+            await recalls.schedule("s", "another", conn=conn)
+        await recalls.cancel("s", conn=conn)
+        await db.execute(
+            b"alter table session_recalls alter column id type text, alter column id drop default"
+        )
+
+
+async def use_an_agent(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """The agent's side."""
+    await db.execute("insert into sessions values ('agents', 'ann')")
+    async with AsyncNullConnectionPool(dsn, max_size=1, open=False) as pool:
+        tools = AgentTools(Recalls(pool), "agents")
+        await tools.schedule("m", every="1h")
+        await tools.skip()
+        await tools.reschedule(after="1h")
+        await tools.cancel()
+        await tools.list(ended=True)
+
+
+async def use_the_repairs(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """What `migrate` asks for where something is missing, or rows have to change."""
+    # Twice the same slot, as in a table that never had the index over one pending recall.
+    await asyncio.to_thread(schema.migrate, dsn, pending_most=2)
+    await db.execute("drop index idx_recalls_active_pending")
+    await db.execute("alter table session_recalls disable trigger user")
+    for _ in range(2):
+        await put(db, "crowded")
+    await db.execute("alter table session_recalls enable trigger user")
+    await asyncio.to_thread(schema.migrate, dsn, pending_most=4)
+    await db.execute("drop table recall_endpoints")
+    await db.execute("drop index idx_recalls_due")
+    await asyncio.to_thread(schema.migrate, dsn)
+    await db.execute("drop table session_recalls")
+    await asyncio.to_thread(schema.migrate, dsn)
 
 
 def use_the_commands(dsn: str) -> None:
@@ -546,15 +713,29 @@ def use_the_commands(dsn: str) -> None:
         "list",
         "list --session s",
         "list --user ann",
+        "list --state due --user ann --limit 1",
         f"show {id}",
+        f"show {id[:8]}",
         f"why {id}",
+        "actions",
+        "events",
+        "pause --state live --yes",
+        "resume --state paused --dry-run",
+        "prune --older-than 30d --dry-run",
         "workers",
         "stats",
+        "top",
+        "queues",
+        "queues pause default",
+        "queues resume default",
+        f"edit {id} --queue mail",
         f"skip {id}",
         f"pause {id}",
         f"resume {id}",
         f"fire {id}",
         f"reschedule {id} --in 1h",
+        f"edit {id} --every 2h --comment note",
+        f"edit {id} --times 9",
         f"cancel {id} --yes",
         f"retry {id}",
         "cancel --session s --yes",
@@ -562,9 +743,78 @@ def use_the_commands(dsn: str) -> None:
     ):
         done = operate(dsn, *words.split())
         assert done.status == 0, (words, done)
+    for words in ("show ", "list --queue "):
+        assert completed(f"recall-worker {words}", RECALL_DSN=dsn)
+    assert operate(dsn, "list", columns=20).status == 0
     assert operate(dsn, "pause", id).status == 1, "it is over, and is said to be"
+    assert operate(dsn, "list", environ={"RECALL_SCHEMA": "nowhere"}).status == 1
 
 
+async def use_the_endpoint(dsn: str) -> None:
+    """What the endpoint kit asks of its own tables."""
+    store = PostgresStore(dsn, schema=None, lease=LEASE)
+    await store.open()
+    try:
+        run = Start("k:1", "s", "x", uuid4())
+        assert await store.begin(run, 3) == Started(1, False)
+        assert await store.look(run.key, run.session_id) == GoesOn()
+        await store.stored(run)
+        await store.accepted(run)
+        assert await store.renew([(run.session_id, run.lease)]) == {run.lease}
+        assert await store.ended([run.key]) == set()
+        await store.undo(run)
+        await store.begin(run, 3)
+        await store.cancel(run.key, run.session_id, "{}")
+        assert not await store.finish(run, "completed", "{}")
+        lock = uuid4()
+        assert await store.take("s", lock)
+        await store.free("s", lock)
+        await store.give_up(run.key, run.session_id, "{}")
+        await store.prune(0.0)
+    finally:
+        await store.close()
+
+
+async def use_the_console(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """What its pages ask besides."""
+    await put(db, "s-shown", 3600.0, id="shown")
+    async with served(dsn) as site:
+        await site.page("/recalls?queue=mail")
+        for path in ("/", "/agenda", "/recalls?state=live", "/recalls/shown", "/failures"):
+            await site.page(path)
+        assert (await site.post("/recalls/shown/fire", seen="as it was"))[0] == 409
+        async with site.session.get(f"{site.root}/live?part=recall&id=shown"):
+            async with site.session.get(f"{site.root}/live?part=now") as page:
+                await news(page)
+
+
+async def use_migrate(dsn: str, db: psycopg.AsyncConnection[Any]) -> None:
+    """What is asked where the record of the migrations, or of the database, is lost."""
+    await db.execute("truncate recall_identity")
+    await asyncio.to_thread(schema.migrate, dsn)
+    await db.execute("alter table recall_identity rename to elsewhere")
+    assert not await asyncio.to_thread(schema.is_copy, dsn)
+    await db.execute("alter table elsewhere rename to recall_identity")
+    cursor = await db.execute("select obj_description('recall_schema'::regclass) as comment")
+    [row] = await cursor.fetchall()
+    comment = sql.SQL("comment on table recall_schema is {}")
+    await db.execute("delete from recall_schema")
+    await db.execute(comment.format(sql.NULL))
+    assert schema.RECORD in await asyncio.to_thread(schema.pending, dsn)
+    await db.execute(comment.format(sql.Literal(row["comment"])))
+    assert await asyncio.to_thread(schema.migrate, dsn) == [schema.RECORD]
+    # A table that was never adopted, and a key that is asked for.
+    await db.execute("create schema app")
+    await db.execute("create table app.session_recalls (id text)")
+    with pytest.raises(schema.Refused):
+        await asyncio.to_thread(schema.pending, dsn, schema="app")
+    await db.execute("drop schema app cascade")
+    await db.execute("create table conversations (id text primary key)")
+    await asyncio.to_thread(schema.migrate, dsn, foreign_key="conversations")
+    await db.execute("drop table conversations cascade")
+
+
+@pytest.mark.slow
 async def test_what_is_executed_stands_in_the_files_and_each_statement_is(
     database: str, bouncer: PgBouncer, endpoint: Endpoint
 ) -> None:
@@ -574,12 +824,17 @@ async def test_what_is_executed_stands_in_the_files_and_each_statement_is(
         await use_the_ledger(pooled.dsn, db)
         await use_the_ledger(recorder.dsn, db)
         await use_recalls(recorder.dsn, db)
+        await use_an_agent(recorder.dsn, db)
+        await use_the_endpoint(recorder.dsn)
         await asyncio.to_thread(use_the_commands, recorder.dsn)
+        await use_the_console(recorder.dsn, db)
+        await use_migrate(recorder.dsn, db)
         await put(db, "overdue", -3600.0)
         environ = {
             "RECALL_RUN_URL": endpoint.url,
             "RECALL_RUN_TOKEN": "token",
             "RECALL_PRUNE": "fired=1d",
+            "RECALL_FAILURE_URL": endpoint.url.replace("{session_id}", "failures"),
         }
         # Without a running worker `doctor` asks other questions than with one.
         await asyncio.to_thread(operate, recorder.dsn, "doctor", environ=environ)
@@ -588,6 +843,7 @@ async def test_what_is_executed_stands_in_the_files_and_each_statement_is(
             " values ('w', 'h', 1, '1', 3, '{}')"
         )
         await asyncio.to_thread(operate, recorder.dsn, "doctor", environ=environ)
+        await use_the_repairs(recorder.dsn, db)
     received = recorder.statements | pooled.statements
     assert not [name for text, name in WHOLE.items() if text not in received]
     # `doctor` puts a word before a statement, to ask for its rights.

@@ -10,13 +10,15 @@ import pytest
 from recall_worker.settings import KEPT
 from recall_worker.sweep import PAGES, ROWS, SMALLEST, Batch, Sweep
 
+TABLES = ("recalls", "calls", "actions", "failures")
+
 
 class Heap:
-    """Two tables of pages, each with so many rows that may go; what is over is of one kind a
+    """Four tables of pages, each with so many rows that may go; what is over is of one kind a
     table."""
 
-    def __init__(self, recalls: list[int], calls: list[int]) -> None:
-        self.pages = {"recalls": list(recalls), "calls": list(calls)}
+    def __init__(self, *pages: list[int]) -> None:
+        self.pages = dict(zip(TABLES, pages, strict=True))
         self.asked: list[Batch] = []
 
     def delete(self, batch: Batch) -> dict[str, int]:
@@ -29,7 +31,7 @@ class Heap:
             taken = min(most, pages[n])
             pages[n] -= taken
             most -= taken
-        kind = "fired" if batch.statement == "recalls" else "calls"
+        kind = "fired" if batch.statement == "recalls" else batch.statement
         return dict.fromkeys(KEPT, 0) | {kind: batch.values["most"] - most, "pages": len(pages)}
 
     def swept(self, keep: Mapping[str, float], took: float = 0.04) -> Sweep:
@@ -48,16 +50,30 @@ ALL = dict.fromkeys(KEPT, 60.0)
 def test_everything_is_reached(rows: int, took: float) -> None:
     """However many rows lie on a page, and however long a batch takes, what may go is gone in the
     end, and counted."""
-    heap = Heap([rows] * 300, [1] * 7)
+    heap = Heap([rows] * 300, [1] * 7, [2] * 3, [4] * 2)
     swept = heap.swept(ALL, took)
-    assert heap.pages == {"recalls": [0] * 300, "calls": [0] * 7}
-    assert swept.deleted == {"fired": 300 * rows, "cancelled": 0, "failed": 0, "calls": 7}
+    assert heap.pages == {
+        "recalls": [0] * 300,
+        "calls": [0] * 7,
+        "actions": [0] * 3,
+        "failures": [0] * 2,
+    }
+    assert swept.deleted == {
+        "fired": 300 * rows,
+        "cancelled": 0,
+        "failed": 0,
+        "calls": 7,
+        "actions": 6,
+        "failures": 8,
+    }
 
 
 @pytest.mark.parametrize(
     ("keep", "asked"),
     [
-        (ALL, ["recalls", "calls"]),
+        (ALL, [*TABLES]),
+        ({"actions": 60.0}, ["actions"]),
+        ({"failures": 60.0}, ["failures"]),
         ({"fired": 60.0}, ["recalls"]),
         ({"calls": 60.0}, ["calls"]),
         ({"failed": 1.0, "calls": 2.0}, ["recalls", "calls"]),
@@ -66,7 +82,7 @@ def test_everything_is_reached(rows: int, took: float) -> None:
 )
 def test_only_what_is_not_kept_for_ever(keep: dict[str, float], asked: list[str]) -> None:
     """A table of which everything is kept is not looked at; null stands for ever."""
-    heap = Heap([], [])
+    heap = Heap([], [], [], [])
     heap.swept(keep)
     assert [batch.statement for batch in heap.asked] == asked
     for batch in heap.asked:
@@ -95,3 +111,24 @@ def test_a_table_that_grows_meanwhile() -> None:
         grown, walked = grown + 10_000, walked + 1
         sweep.note(batch, dict.fromkeys(KEPT, 0) | {"pages": grown}, 0.0)
         assert walked < 100
+
+
+@pytest.mark.parametrize("referenced", [{0}, {5, 6, 7}, {499}, set(range(500)), {1, 100, 101}])
+def test_rows_that_another_table_refers_to(referenced: set[int]) -> None:
+    """They stay, and are counted; all others go, whichever page they are on."""
+    rows = set(range(500))
+    sweep, asked = Sweep({"fired": 1.0}), 0
+    while (batch := sweep.next()) is not None:
+        asked += 1
+        assert asked < 5000
+        first, pages = batch.values["first"], batch.values["pages"]
+        # Ten rows a page.
+        found = sorted(n for n in rows if first <= n // 10 < first + pages)
+        chosen = found[batch.values["skip"] :][: batch.values["most"]]
+        if referenced & set(chosen):
+            sweep.refused(batch)
+            continue
+        rows -= set(chosen)
+        sweep.note(batch, dict.fromkeys(KEPT, 0) | {"fired": len(chosen), "pages": 50}, 0.04)
+    assert rows == referenced and sweep.referenced == len(referenced)
+    assert sweep.deleted["fired"] == 500 - len(referenced)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recall_worker.events import LOUDNESS, escape_controls
+from recall_worker.terminal import print_table, span
 
 from .conftest import Connection
 from .process.test_corridor import soon
@@ -50,6 +51,8 @@ STEERING = [
     "\u200e\u200f\u061c",
     "\u200b\u2060\ufeff\u00ad",
     "\U000e0001\U000e0041",
+    "\u034f\u115f\u1160\u17b4\u180b\u2800\u3164\uffa0",
+    "\ufe00\ufe0d\U000e0100\U000e01ef",
     "\ud800",
     "\udfff\ud800",
 ]
@@ -79,6 +82,33 @@ def test_nothing_steers(text: str) -> None:
     assert escape_controls(shown) == shown
     assert len(shown) <= 10 * len(text)
     shown.encode()
+
+
+def test_what_nobody_can_see_is_shown() -> None:
+    """Characters without width or ink are escaped, as they could hide something, or make two ids
+    look alike; those of emoji are left, as they are in everybody's texts."""
+    for text in STEERING[-4:-2]:
+        assert escape_controls(text).isascii()
+    assert escape_controls("\u2764\ufe0f a\u0308 \U0001f600") == "\u2764\ufe0f a\u0308 \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        ("abc", 3),
+        ("日本", 4),
+        ("a\u0308", 1),
+        ("\u1112\u1161\u11ab", 2),
+        ("\U0001f600", 2),
+        ("é", 1),
+    ],
+    ids=ascii,
+)
+def test_cells(text: str, cells: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table's columns begin where they should, whatever is beside them."""
+    print_table(["A", "B"], [[text, "x"], ["y" * cells, "x"]])
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{text}  x" and second == f"{'y' * cells}  x"
 
 
 @given(TEXTS)
@@ -235,7 +265,7 @@ def test_a_line_for_machines(machine: Teller, name: str, facts: dict[str, Any]) 
     """Whatever the facts are, an event is one line of ASCII, which any JSON reader takes, and the
     facts come out as they went in."""
     out = machine.tell(name, **facts)
-    assert out.isascii() and out.count("\n") == 1 and out.endswith("\n")
+    assert out.isascii() and out.count("\n") == 1 and out.endswith("\n") and "\x7f" not in out
     document = strict(out)
     assert (document["event"], document["worker"], document["level"]) == (name, "w", LOUDNESS[name])
     for key, fact in facts.items():
@@ -338,3 +368,22 @@ async def test_a_daemon_in_a_pipe(
     assert {event["recall"] for event in daemon.told("recall.settled")} == {
         f"{n}{text}" for n, text in enumerate(STORABLE)
     }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (None, ""),
+        (0.0123, "12.3 ms"),
+        (9.04, "9.0 s"),
+        (599.9, "599.9 s"),
+        (600, "10 min 00 s"),
+        (1603.4, "26 min 43 s"),
+        (3600, "1 h 00 min"),
+        (90_061, "1 d 01 h"),
+        (-1603.4, "-26 min 43 s"),
+    ],
+)
+def test_a_length_of_time(seconds: float | None, said: str) -> None:
+    """Exact as long as that says something; with its units then."""
+    assert span(seconds) == said

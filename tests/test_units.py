@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recall_worker.mcp.http import LAST_CALL
 from recall_worker.settings import Settings, ignored
 from recall_worker.terminal import OUTDATED, REFUSED, UNREACHABLE, USAGE
 from recall_worker.worker.process import STANDSTILL
@@ -37,6 +38,12 @@ def value(unit: str, name: str) -> str:
     return found
 
 
+@pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])
+def test_a_reload_is_a_hangup(unit: str) -> None:
+    """What `systemctl reload` sends has the secrets read again (tests/process/test_rotation.py)."""
+    assert value(unit, "ExecReload") == "kill -HUP $MAINPID"
+
+
 def installed(folder: Path) -> Path:
     """The units as they would be on a host where the program is there."""
     for path in UNITS.iterdir():
@@ -44,7 +51,8 @@ def installed(folder: Path) -> Path:
             "/opt/recall-worker/bin/recall-worker", "/bin/true"
         )
         (folder / path.name).write_text(text, encoding="utf-8")
-    shutil.copy(folder / "recall-worker@.service", folder / "recall-worker@1.service")
+    for template in ("recall-worker", "recall-worker-queue"):
+        shutil.copy(folder / f"{template}@.service", folder / f"{template}@1.service")
     return folder
 
 
@@ -89,13 +97,41 @@ def test_one_and_many_are_the_same() -> None:
     ]
 
 
+def test_a_queues_worker_is_as_any_other() -> None:
+    """Its template names its queue, its own settings and its own secrets; the rest is the same."""
+    many, queue = lines("recall-worker@.service"), lines("recall-worker-queue@.service")
+    own = [
+        "Environment=RECALL_QUEUE=%i",
+        "EnvironmentFile=-/etc/recall-worker/queue-%i.env",
+        "LoadCredential=RECALL:/etc/recall-worker/queue-%i",
+    ]
+    assert [line for line in queue if line not in many and not line.startswith("Desc")] == own
+    assert [line for line in many if line not in queue and not line.startswith("Desc")] == [
+        "LoadCredential=RECALL:/etc/recall-worker/credentials"
+    ]
+
+
 def test_jobs_are_as_bounded_as_the_worker() -> None:
     hardening = [
         line
         for line in lines("recall-worker.service")
         if line in lines("recall-worker-migrate.service")
     ]
-    assert len(hardening) > 30 and set(hardening) <= set(lines("recall-worker-prune.service"))
+    assert len(hardening) > 30
+    for unit in ("recall-worker-prune.service", "recall-worker-mcp.service"):
+        bounds = [line for line in hardening if not line.startswith(("LoadC", "Type", "Environ"))]
+        assert set(bounds) <= set(lines(unit)), unit
+
+
+def test_the_mcp_servers_unit() -> None:
+    """It has secrets of its own, and not the workers'; its calls have the time that they get."""
+    unit = "recall-worker-mcp.service"
+    assert value(unit, "LoadCredential") == "RECALL:/etc/recall-worker/mcp-credentials"
+    assert float(value(unit, "TimeoutStopSec")) > LAST_CALL + 2
+    assert value(unit, "RestartPreventExitStatus") == str(USAGE)
+    assert value(unit, "ExecStart").endswith("/recall-worker mcp --http ${MCP_LISTEN}")
+    for name in ("MemoryMax", "OOMScoreAdjust", "ExecReload"):
+        assert value(unit, name) == value("recall-worker.service", name)
 
 
 @pytest.mark.parametrize("unit", ["recall-worker.service", "recall-worker@.service"])

@@ -56,6 +56,7 @@ def quiet(found: DispatchResult, now: float = START) -> tuple[Wake, float]:
     return wake, dispatched(wake, now, found)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(FOUND, LOOK_TAKES), min_size=1, max_size=300))
 @settings(deadline=None, max_examples=300)
 def test_nothing_makes_it_spin(story: list[tuple[DispatchResult, float]]) -> None:
@@ -77,6 +78,7 @@ def test_nothing_makes_it_spin(story: list[tuple[DispatchResult, float]]) -> Non
         assert sum(at <= other < at + FLOOR_MOST for other in began) <= most
 
 
+@pytest.mark.slow
 @given(FOUND.filter(lambda found: not (found.fell_due or found.ended or found.due_at is not None)))
 def test_a_look_at_once_needs_a_change(found: DispatchResult) -> None:
     """Where a look changed nothing, and nothing has changed since it began, the next one is no
@@ -85,6 +87,7 @@ def test_a_look_at_once_needs_a_change(found: DispatchResult) -> None:
     assert wait >= FLOOR_FIRST - 1e-9
 
 
+@pytest.mark.slow
 @given(FOUND)
 @settings(max_examples=300)
 def test_what_stands_still_is_looked_at_ever_more_rarely(found: DispatchResult) -> None:
@@ -119,6 +122,7 @@ def tell(wake: Wake, event: str, now: float) -> None:
             wake.run_ended(now, is_over=event != "run not over", awaited=event == "awaited")
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(EVENTS | st.none(), EVENTS | st.none(), EVENTS | st.none(), FOUND), max_size=40

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recall_worker.cadence import CadenceError, check, spread, ticks
+from recall_worker.cadence import CadenceError, check, replanned, spread, ticks
 from recall_worker.cadence import zone as zone_of
 
 TABLE = [
@@ -385,6 +385,7 @@ def worked_out(fields: Fields, zone: str, after: datetime, until: datetime) -> l
         return []
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(fields=expressions(), zone=st.sampled_from(ODD) | st.sampled_from(ALL_ZONES), data=st.data())
 def test_any_expression_in_any_zone_agrees_with_the_oracle(
@@ -422,6 +423,7 @@ def test_every_occurrence_of_twenty_years(zone: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_every_occurrence_of_twenty_years_in_every_zone() -> None:
     """The same, in all zones there are; of those whose clocks agree throughout, in one."""
     for zone in {tuple(stretches(zone)): zone for zone in ALL_ZONES}.values():
@@ -459,3 +461,34 @@ def test_wildcards_follow_elapsed_time(
     assert all(b - a <= timedelta(minutes=step) for a, b in pairwise(found))
     assert all(f.astimezone(zone_of(zone)).minute % step == 0 for f in found)
     assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("expression", "shift", "to"),
+    [
+        # By how many minutes the moment that waits is off, and where it then falls.
+        ("0 9 * * *", 0, 0),
+        ("0 9 * * *", 60, -60),
+        ("0 9 * * *", -60, 60),
+        ("0 9 * * *", 45, -45),
+        ("0 9 * * *", 24 * 60, 0),
+        ("0 9 1 * *", -24 * 60, 24 * 60),
+        # Of two as near the later.
+        ("0 * * * *", 30, 30),
+        ("*/30 * * * *", 15, 15),
+        ("* * * * *", 60, 0),
+        # Chosen by somebody: no zone ever moves so.
+        ("0 9 * * *", 7, 0),
+        # Nothing is near.
+        ("0 9 1 1 *", 0, 0),
+    ],
+)
+def test_planned_anew(expression: str, shift: int, to: int) -> None:
+    """A moment that is still a tick stays; another goes to the nearest, and each has the distance
+    from there."""
+    tick = datetime(2027, 7, 1, 7, tzinfo=UTC)
+    nominal = tick + timedelta(minutes=shift)
+    found = replanned(expression, "Europe/Berlin", nominal)
+    assert found.when == nominal + timedelta(minutes=to)
+    following = next(ticks(expression, "Europe/Berlin", found.when))
+    assert found.distance == (following - found.when).total_seconds()

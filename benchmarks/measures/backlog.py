@@ -26,7 +26,7 @@ def measure(contest: Contest) -> dict[str, Any]:
             *(
                 name
                 for name in peers
-                if slots in (50, 200) and (name != "procrastinate" or slots == 50)
+                if slots in (10, 50, 200) and (name != "procrastinate" or slots <= 50)
             ),
         ]
         found[str(slots)] = {name: [] for name in names}
@@ -52,14 +52,12 @@ def run(
             raise RuntimeError(f"{name} does not call: {field.log()[-2000:]}")
         time.sleep(RAMP + (1.5 if workers > 1 else 0.0))
         since = time.monotonic_ns()
-        before = field.cpu(), ground.postgres_cpu(), _idle()
+        before = field.cpu(), field.server_cpu(), _idle()
         time.sleep(seconds)
         until = time.monotonic_ns()
         worker, postgres, idle = (
             after - then
-            for after, then in zip(
-                (field.cpu(), ground.postgres_cpu(), _idle()), before, strict=True
-            )
+            for after, then in zip((field.cpu(), field.server_cpu(), _idle()), before, strict=True)
         )
         runs = ground.sink.between(since, until)
         took = (until - since) / 1e9

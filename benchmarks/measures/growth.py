@@ -15,7 +15,7 @@ SLOTS = 50
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
     contest.present(OURS)
-    numbers = ["1", "2"] if quick else ["1", "2", "4"]
+    numbers = ["1", "2"] if quick else ["1", "2", "4", "8"]
     found: dict[str, Any] = {workers: [] for workers in numbers}
     for round in range(1 if quick else 3):
         for workers in rotated(numbers, round):

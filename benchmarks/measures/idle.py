@@ -6,11 +6,9 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import psycopg
-
 from ..contenders import OURS, PEERS, Contest
 from ..figures import judged, number, table
-from ..ground import Ground, memory
+from ..ground import Ground, memory, tree
 from .wake import STATISTICS_LAG
 
 TITLE = "Idle"
@@ -28,34 +26,30 @@ def measure(contest: Contest) -> dict[str, Any]:
         for field in fields.values():
             field.start(SLOTS)
             field.settle_down()
-            field.connection.close()
+            field.end_writing()
         # Its transactions belong to no contender, and it runs the more often the more was written.
         stack.callback(_autovacuum, ground, "on")
         _autovacuum(ground, "off")
         time.sleep(STATISTICS_LAG + 1)
         # What PostgreSQL itself does in a database that nobody uses.
         nobody = stack.enter_context(ground.database())
-        before = {
-            name: (ground.transactions(field.dsn), field.cpu()) for name, field in fields.items()
-        }
+        before = {name: (field.transactions(), field.cpu()) for name, field in fields.items()}
         alone = ground.transactions(nobody)
         time.sleep(seconds)
         for name, field in fields.items():
-            database = psycopg.conninfo.conninfo_to_dict(field.dsn)["dbname"]
-            open_now = ground.maintenance.execute(
-                "select count(*) from pg_stat_activity where datname = %s", [database]
-            ).fetchall()
             found[name] = {
                 "cpu_ms": (field.cpu() - before[name][1]) * 1000 * 60 / seconds,
-                "mib": memory(field.processes[0].pid),
-                "connections": open_now[0][0],
+                "mib": sum(memory(pid) for pid in tree(field.processes[0].pid)),
+                "connections": field.connections(),
             }
             field.stop()
         time.sleep(0.5)
         alone = ground.transactions(nobody) - alone
         for name, field in fields.items():
             found[name]["transactions"] = (
-                (ground.transactions(field.dsn) - before[name][0] - alone) * 60 / seconds
+                (field.transactions() - before[name][0] - (0 if field.redis else alone))
+                * 60
+                / seconds
             )
     return found
 

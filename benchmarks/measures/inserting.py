@@ -1,5 +1,5 @@
 """The cost of the table's triggers for the application that inserts: pgbench with 32 clients, while
-no worker runs.
+no worker runs. And what a table costs that is full already.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..contenders import CONTENDERS, OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, ratio, shown, spread, table
+from .timers import load
 
 TITLE = "Inserting: pgbench, 32 clients"
 PLAIN, LATER, NEAR = (
@@ -18,28 +19,41 @@ PLAIN, LATER, NEAR = (
     "recall-worker, due now",
 )
 IDLE = "recall-worker, a trigger that does nothing"
+FULL = "recall-worker, due in two hours, table filled"
 
 
 def measure(contest: Contest) -> dict[str, Any]:
     quick = contest.ground.quick
-    peers = [] if quick else contest.present(*PEERS)
+    # Those that write a row by one statement: pgbench can send it.
+    written = [name for name in PEERS if CONTENDERS[name].one]
+    peers = [] if quick else contest.present(*written)
     contest.present(OURS)
     names = [PLAIN, IDLE, LATER, NEAR, *peers]
-    found: dict[str, Any] = {name: [] for name in names}
-    for round in range(1 if quick else 3):
-        for name in rotated(names, round):
-            with contest.field(OURS if name in (PLAIN, IDLE, LATER, NEAR) else name) as field:
-                if name == PLAIN:
-                    field.connection.execute("alter table session_recalls disable trigger user")
-                elif name == IDLE:
-                    field.connection.execute(
-                        "create or replace function recall_before_insert() returns trigger "
-                        "language plpgsql as"
-                        " 'begin return new; end'"
-                    )
-                due = "now() + interval '2 hours'" if name in (PLAIN, IDLE, LATER) else "now()"
-                found[name].append(_pgbench(field, due, 2 if quick else 5))
+    found: dict[str, Any] = {name: [] for name in (*names[:3], FULL, *names[3:])}
+    with contest.field(OURS) as full:
+        # Pending for another day, and as many settled.
+        load(full, 1, 20_000 if quick else 1_000_000)
+        for round in range(1 if quick else 3):
+            _round(contest, rotated(names, round), found, 2 if quick else 5)
+            full.connection.execute("checkpoint")
+            found[FULL].append(_pgbench(full, "now() + interval '2 hours'", 2 if quick else 5))
     return found
+
+
+def _round(contest: Contest, names: list[str], found: dict[str, Any], seconds: int) -> None:
+    for name in names:
+        ours = name in (PLAIN, IDLE, LATER, NEAR)
+        with contest.field(OURS if ours else name) as field:
+            if name == PLAIN:
+                field.connection.execute("alter table session_recalls disable trigger user")
+            elif name == IDLE:
+                field.connection.execute(
+                    "create or replace function recall_before_insert() returns trigger "
+                    "language plpgsql as"
+                    " 'begin return new; end'"
+                )
+            due = "now() + interval '2 hours'" if name in (PLAIN, IDLE, LATER) else "now()"
+            found[name].append(_pgbench(field, due, seconds))
 
 
 def _pgbench(field: Field, due: str, seconds: int) -> float:
@@ -84,6 +98,14 @@ def report(found: dict[str, Any]) -> str:
     section += judged(
         "recalls due later", ratio(found[LATER], plain)["median"], 0.95, at_least=True, unit=" ×"
     )
+    if FULL in found:
+        section += judged(
+            "recalls due later, table filled, against those in an empty table",
+            ratio(found[FULL], found[LATER])["median"],
+            0.95,
+            at_least=True,
+            unit=" ×",
+        )
     near = spread(found[NEAR])["median"]
     return section + (
         "\nA recall due within a minute sends a notification, which takes a lock of the whole "

@@ -4,6 +4,7 @@ cost of a claim then.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ import psycopg
 
 from recall_worker import statements
 from recall_worker.database.connection import STATEMENT_DEADLINE, transaction_setup
+from recall_worker.database.ledger import Ledger
 
 from ..contenders import OURS, PEERS, Contest, Field, rotated
 from ..figures import judged, number, percentile, shown, spread, table
@@ -26,6 +28,12 @@ insert into session_recalls (id, session_id, call_type, trigger_at, additional_c
 select '{prefix}' || n, '{prefix}' || n, 'once', now() + {due}, 'Look at the build again.',
     '{status}', now(), now(), now() + {due}{values}
 from generate_series({first}, {last}) n"""
+DUE = """
+insert into session_recalls (id, session_id, call_type, trigger_at, additional_context_message,
+    status, created_at, updated_at, queue)
+select 'c-' || n, 'c-' || n, 'once', now(), 'Look at the build again.', 'pending', now(), now(),
+    %(queue)s
+from generate_series(1, %(n)s) n"""
 MARKS = """
 insert into recall_attempts (recall_id, occurrence, rekey, attempt, outcome, session_id, worker,
     lease, scheduled_for, called_at, last_called_at, ended_at, http_status, settled)
@@ -47,9 +55,9 @@ def measure(contest: Contest) -> dict[str, Any]:
     with contest.field(OURS) as field:
         so_far = 0
         for size in sizes:
-            _load(field, so_far + 1, size)
+            load(field, so_far + 1, size)
             so_far = size
-            claims[str(size)] = _claim_time(field)
+            claims[str(size)] = claim_time(field)
         late[LOADED] = [_lateness(field, 60 if quick else 200) for _ in range(1 if quick else 3)]
     return {"late": late, "claims": claims, "rows": sizes[-1]}
 
@@ -71,6 +79,8 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
     late = [
         (arrived[s] + offset - at.timestamp() * 1e9) / 1e6 for s, at in due.items() if s in arrived
     ]
+    if not late:
+        raise RuntimeError(f"{field.contender.name} does not call: {field.log()[-2000:]}")
     return {
         "least": min(late),
         "p50": percentile(late, 0.5),
@@ -80,7 +90,7 @@ def _lateness(field: Field, instants: int) -> dict[str, Any]:
     }
 
 
-def _load(field: Field, first: int, last: int) -> None:
+def load(field: Field, first: int, last: int) -> None:
     """Write recalls that wait for another day, and as many settled ones with their calls. Without
     triggers, which are for what applications write.
     """
@@ -104,40 +114,41 @@ def _load(field: Field, first: int, last: int) -> None:
     field.connection.execute("vacuum analyze session_recalls, recall_attempts")
 
 
-def _claim_time(field: Field) -> dict[str, Any]:
-    """Milliseconds of a claim of ten rows as the worker makes it: prepared, and committed."""
-    sql = statements.load("ledger")
-    values = {
-        "slots": CLAIMED,
-        "lease": 60.0,
-        "worker": "bench",
-        "take_expired": True,
-        "fleet": None,
-        "aside": [],
-        "in_hand": [],
-        "left": [],
-    }
-    with psycopg.connect(field.dsn, autocommit=True) as connection:
-        given = {"pid": connection.pgconn.backend_pid} | transaction_setup(STATEMENT_DEADLINE)
-        connection.execute(sql["session_setup"].encode(), given, prepare=False)
-
-        def claim(before: str = "") -> tuple[float, list[Any]]:
-            field.fill("c", CLAIMED)
-            began = time.perf_counter()
-            rows = connection.execute(
-                (before + sql["claim"]).encode(), values, prepare=not before
-            ).fetchall()
-            took = (time.perf_counter() - began) * 1000
-            field.connection.execute("delete from session_recalls where id like 'c%'")
-            return took, rows
-
-        took = []
-        for _ in range(60):
-            took.append((found := claim())[0])
-            assert len(found[1]) == CLAIMED, len(found[1])
-        plan = [str(row[0]) for row in claim("explain (analyze, buffers, costs off) ")[1]]
+def claim_time(field: Field, queue: str = "default") -> dict[str, Any]:
+    """Milliseconds of a claim of ten rows of one queue as the worker makes it: prepared, and
+    committed. And its plan.
+    """
+    took, plan = asyncio.run(_claims(field, queue))
     field.connection.execute("vacuum session_recalls")
-    return {"ms": spread(took[10:]), "plan": plan}
+    return {"ms": spread(took), "plan": plan}
+
+
+async def _claims(field: Field, queue: str) -> tuple[list[float], list[str]]:
+    ledger, took = Ledger(field.dsn, "bench", 60.0, queues=[queue]), []
+    values = {"n": CLAIMED, "queue": queue}
+    try:
+        for n in range(60):
+            field.connection.execute(DUE.encode(), values)
+            began = time.perf_counter()
+            claimed = await ledger.claim(CLAIMED)
+            if n >= 10:
+                took.append((time.perf_counter() - began) * 1000)
+            assert len(claimed.claims) == CLAIMED, claimed
+            field.connection.execute("delete from session_recalls where id like 'c-%'")
+    finally:
+        await ledger.close()
+    field.connection.execute(DUE.encode(), values)
+    with psycopg.connect(field.dsn, autocommit=True) as connection:
+        setup = {"pid": connection.pgconn.backend_pid} | transaction_setup(STATEMENT_DEADLINE)
+        sql = statements.load("ledger")
+        connection.execute(sql["session_setup"].encode(), setup, prepare=False)
+        explained = connection.execute(
+            b"explain (analyze, buffers, costs off) " + sql["claim"].encode(),
+            ledger._claim_values(CLAIMED, 0.0) | {"aside": []},
+            prepare=False,
+        ).fetchall()
+    field.connection.execute("delete from session_recalls where id like 'c-%'")
+    return took, [str(row[0]) for row in explained]
 
 
 def report(found: dict[str, Any]) -> str:

@@ -45,18 +45,20 @@ def _one(
         field.settle_down()
         if counting:
             time.sleep(STATISTICS_LAG)
-        before = ground.transactions(field.dsn), ground.postgres_cpu(), field.cpu()
+        before = field.transactions(), field.server_cpu(), field.cpu()
         committed = {}
         for n in range(inserts):
             session = f"p{n}"
             committed[session] = field.insert(session)
             time.sleep(random.uniform(0.012, 0.03))
         ground.sink.wait(10, probes=inserts)
-        used = ground.postgres_cpu() - before[1], field.cpu() - before[2]
+        used = field.server_cpu() - before[1], field.cpu() - before[2]
         arrived = ground.sink.probes()
         late = [
             (arrived[session] - at) / 1e6 for session, at in committed.items() if session in arrived
         ]
+        if not late:
+            raise RuntimeError(f"{name} does not call: {field.log()[-2000:]}")
         figures: dict[str, Any] = {
             "p50": percentile(late, 0.5),
             "p99": percentile(late, 0.99),
@@ -71,7 +73,7 @@ def _one(
             field.stop()
             field.connection.close()
             time.sleep(0.5)
-            figures["transactions"] = (ground.transactions(field.dsn) - before[0]) / inserts - 1
+            figures["transactions"] = (field.transactions() - before[0]) / inserts - 1
         return figures
 
 

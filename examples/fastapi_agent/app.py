@@ -1,35 +1,34 @@
 """A small agent application: it owns the sessions, a person chats with its agent, the agent
 schedules recalls, recall-worker calls them in.
 
-    pip install fastapi uvicorn[standard] asyncpg
+    pip install fastapi uvicorn[standard] asyncpg recall-worker
     DATABASE_URL=postgresql://… uvicorn app:app                      # the application
     RECALL_DSN=… RECALL_RUN_URL='http://127.0.0.1:8000/sessions/{session_id}/run' recall-worker run
 
-What to copy from here is the order of things in `run`: the key is looked up and the session taken
-in one transaction, so that two calls at once, or a call and a chat, can never both have the
-session; the session is given back however the run ends. The agent is a stand-in for a language
-model: it understands `remind me in 5s: <what>` and `stop reminding me`.
+The run endpoint is recall-worker's own kit, mounted: it keeps keys, answers and who is in which
+session, in the same database, for as many processes as run. What is the application's is given to
+it as three functions (`run_recall`, `session_exists`, `store_message`), and the chat takes its
+session by `endpoint.session`, so that a recall and a person never meet. The agent is a stand-in for
+a language model: it understands `remind me in 5s: <what>` and `stop reminding me`.
 """
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import os
 import re
 from collections.abc import AsyncIterator
 
 import asyncpg
-from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
-TOKEN = os.environ.get("RUN_TOKEN")
-# Seconds for which a session stays busy without a renewal, in case this process dies.
-BUSY_FOR = 30
+from recall_worker.endpoint import Endpoint, RunRequest, SessionBusy
+
+# Seconds that a person waits while the agent is at work in the session.
+PATIENCE = 60.0
 
 TABLES = """
 create table if not exists sessions (
-    id text primary key, user_id text not null, busy_until timestamptz
+    id text primary key, user_id text not null
 );
 create table if not exists messages (
     id bigint generated always as identity primary key,
@@ -39,7 +38,6 @@ create table if not exists messages (
     -- a recall's messages are stored once, however often it is called under one key
     unique (recall_key, role)
 );
-create table if not exists runs (key text primary key, body_hash text not null, answer jsonb);
 create table if not exists session_recalls (
     id text primary key, session_id text not null references sessions (id) on delete cascade,
     call_type text not null check (call_type in ('once', 'recurring', 'immediate')),
@@ -57,7 +55,7 @@ create unique index if not exists idx_recalls_active_pending on session_recalls 
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with asyncpg.create_pool(os.environ["DATABASE_URL"], max_size=10) as pool:
+    async with asyncpg.create_pool(os.environ["DATABASE_URL"], max_size=10) as pool, endpoint:
         await pool.execute(TABLES)
         app.state.pool = pool
         yield
@@ -103,29 +101,41 @@ async def schedule_recall(pool: asyncpg.Pool, session_id: str, seconds: int, mes
     return f"I will come back in {seconds} s."
 
 
-async def keep_busy(pool: asyncpg.Pool, session_id: str) -> None:
-    """Renew the busy mark while a session is in use."""
-    while True:
-        await asyncio.sleep(BUSY_FOR / 3)
-        await pool.execute(
-            "update sessions set busy_until = now() + $2 * interval '1 second' where id = $1",
-            session_id,
-            BUSY_FOR,
-        )
-
-
-async def take(conn: asyncpg.Connection, session_id: str) -> bool:
-    """Take the session if it is free: one atomic statement, so that only one caller gets it."""
-    return await conn.fetchval(
-        """update sessions set busy_until = now() + $2 * interval '1 second'
-           where id = $1 and (busy_until is null or busy_until < now()) returning true""",
-        session_id,
-        BUSY_FOR,
+async def say(session_id: str, role: str, text: str, key: str | None = None) -> None:
+    """Store a message; those of a recall once, by its key."""
+    await app.state.pool.execute(
+        "insert into messages (session_id, role, text, recall_key) values ($1, $2, $3, $4) "
+        "on conflict do nothing",
+        *(session_id, role, text, key),
     )
 
 
-async def give_back(pool: asyncpg.Pool, session_id: str) -> None:
-    await pool.execute("update sessions set busy_until = null where id = $1", session_id)
+# --- recall-worker calls --------------------------------------------------------------------------
+
+
+async def run_recall(session_id: str, message: str, recall: RunRequest) -> str:
+    answer = await agent(app.state.pool, session_id, message)
+    await say(session_id, "agent", answer, recall.key)
+    return answer
+
+
+async def session_exists(session_id: str) -> bool:
+    return await app.state.pool.fetchval(
+        "select exists (select from sessions where id = $1)", session_id
+    )
+
+
+async def store_message(session_id: str, system_message: str, key: str) -> None:
+    await say(session_id, "system", system_message, key)
+
+
+endpoint = Endpoint(
+    run=run_recall,
+    sessions=session_exists,
+    store=store_message,
+    dsn=os.environ["DATABASE_URL"],
+    token=os.environ.get("RUN_TOKEN"),
+)
 
 
 # --- a person chats -------------------------------------------------------------------------------
@@ -136,112 +146,22 @@ async def chat(socket: WebSocket, session_id: str, user: str = "ann") -> None:
     """While a person is connected the session is theirs: due recalls wait."""
     pool = app.state.pool
     await socket.accept()
-    async with pool.acquire() as conn:
-        await conn.execute(
-            "insert into sessions (id, user_id) values ($1, $2) on conflict do nothing",
-            session_id,
-            user,
-        )
-        while not await take(conn, session_id):
-            await asyncio.sleep(0.1)  # The agent is at work; the person waits a moment.
-    alive = asyncio.create_task(keep_busy(pool, session_id))
+    await pool.execute(
+        "insert into sessions (id, user_id) values ($1, $2) on conflict do nothing",
+        *(session_id, user),
+    )
     try:
-        while True:
-            text = await socket.receive_text()
-            await pool.execute(
-                "insert into messages (session_id, role, text) values ($1, 'user', $2)",
-                session_id,
-                text,
-            )
-            answer = await agent(pool, session_id, text)
-            await pool.execute(
-                "insert into messages (session_id, role, text) values ($1, 'agent', $2)",
-                session_id,
-                answer,
-            )
-            await socket.send_text(answer)
+        async with endpoint.session(session_id, wait=PATIENCE):
+            while True:
+                text = await socket.receive_text()
+                await say(session_id, "user", text)
+                answer = await agent(pool, session_id, text)
+                await say(session_id, "agent", answer)
+                await socket.send_text(answer)
     except WebSocketDisconnect:
         pass
-    finally:
-        alive.cancel()
-        await give_back(pool, session_id)
-
-
-# --- recall-worker calls --------------------------------------------------------------------------
-
-
-@app.post("/sessions/{session_id}/run")
-async def run(session_id: str, request: Request) -> Response:
-    pool = app.state.pool
-    if TOKEN and request.headers.get("authorization") != f"Bearer {TOKEN}":
-        return JSONResponse({"code": "unauthorized"}, 401)
-    key, body = request.headers.get("idempotency-key"), await request.body()
-    try:
-        document = json.loads(body)
-        user_message, system_message = (
-            str(document["user_message"]),
-            str(document["system_message"]),
-        )
-    except (ValueError, KeyError, TypeError):
-        return JSONResponse({"code": "invalid_body"}, 400)
-    if not key:
-        return JSONResponse({"code": "missing_idempotency_key"}, 400)
-    body_hash = hashlib.sha256(body).hexdigest()
-
-    async with pool.acquire() as conn, conn.transaction():
-        # A second call with this key waits here for the first one's transaction, and then sees its
-        # row.
-        new = await conn.fetchval(
-            (
-                "insert into runs (key, body_hash) values ($1, $2) on conflict do nothing "
-                "returning true"
-            ),
-            key,
-            body_hash,
-        )
-        known = await conn.fetchrow("select body_hash, answer from runs where key = $1", key)
-        if known["body_hash"] != body_hash:
-            return JSONResponse(
-                {"code": "key_reused", "message": "this key was used with another body"}, 422
-            )
-        if known["answer"] is not None:
-            return JSONResponse(json.loads(known["answer"]))
-        if not await take(conn, session_id):
-            if new:
-                await conn.execute("delete from runs where key = $1", key)
-            if await conn.fetchval("select true from sessions where id = $1", session_id) is None:
-                return JSONResponse({"code": "session_not_found"}, 404)
-            return JSONResponse({"code": "session_busy"}, 409, {"Retry-After": "1"})
-        await conn.execute(
-            (
-                "insert into messages (session_id, role, text, recall_key) values ($1, 'system', "
-                "$2, $3) on conflict do nothing"
-            ),
-            session_id,
-            system_message,
-            key,
-        )
-
-    alive = asyncio.create_task(keep_busy(pool, session_id))
-    try:
-        answer = {"status": "completed", "reply": await agent(pool, session_id, user_message)}
-        async with pool.acquire() as conn, conn.transaction():
-            await conn.execute(
-                (
-                    "insert into messages (session_id, role, text, recall_key) values ($1, "
-                    "'agent', $2, $3) on conflict do nothing"
-                ),
-                session_id,
-                answer["reply"],
-                key,
-            )
-            await conn.execute(
-                "update runs set answer = $2 where key = $1", key, json.dumps(answer)
-            )
-    finally:
-        alive.cancel()
-        await give_back(pool, session_id)
-    return JSONResponse(answer)
+    except SessionBusy:
+        await socket.close(1013, "The agent is at work. Try again later.")
 
 
 @app.get("/sessions/{session_id}/messages")
@@ -250,3 +170,7 @@ async def messages(session_id: str) -> list[dict[str, str]]:
         "select role, text from messages where session_id = $1 order by id", session_id
     )
     return [dict(row) for row in rows]
+
+
+# Last: below /sessions, all that is not one of the routes above.
+app.mount("/sessions", endpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from uuid import UUID, uuid4
@@ -21,7 +22,14 @@ def check_endpoint(
     url: str | None, session: str, missing_session: str | None, *, timeout: float, as_json: bool
 ) -> None:
     """The command. Exit status 1 where a row failed."""
-    settings = setting.read(needed=["run_url"], run_url=url)
+    try:
+        settings = setting.read(needed=["run_url"], run_url=url)
+    except setting.SettingsError as error:
+        # Here it is no option, but the command's argument.
+        name = setting.option("run_url")
+        raise setting.SettingsError(
+            [re.sub(f"^{name} ", "URL ", problem) for problem in error.problems]
+        ) from None
     if settings.protocol != "native":
         raise Trouble(
             f"this checks the native protocol, and RECALL_PROTOCOL is {settings.protocol}",

@@ -1,10 +1,8 @@
-"""`cancel`, `skip`, `pause`, `resume`, `retry`, `fire`, `reschedule`: what an operator does to
-recalls.
+"""`cancel`, `skip`, `pause`, `resume`, `retry`, `fire`, `reschedule`, `edit`: what an operator does
+to recalls.
 
-Each is one guarded statement on the rows that it can apply to. The other rows are read afterwards,
-and the error says why it did not apply and what to do instead. Races with claim, settle, cancel and
-deletion are decided by the row's lock: an operation acts on the row as it finds it.
-docs/operations.md says what each does in every state.
+What each does, and why it does not apply, is in operations.actions. Without ids they act on all
+that the filters of `list` find, in batches: see bulk.
 """
 
 from __future__ import annotations
@@ -13,52 +11,100 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from psycopg import Connection, errors
+from psycopg import Connection
 
-from .. import statements
+from .. import cadence
+from ..cadence import KEEP, Keep
 from ..events import escape_controls
-from ..terminal import USAGE, Trouble, command, confirmed, local, print_json, seconds, tell
-from .recalls import connect, instant
+from ..operations import actions
+from ..operations.actions import (
+    CANCELLED,
+    Action,
+    Refusal,
+    act,
+    cancelled,
+    edited,
+    refusals,
+    skipped,
+    why_not_edited,
+)
+from ..operations.arguments import (
+    NONE,
+    delta,
+    explained,
+    given,
+    instant,
+    is_past,
+    known_queue,
+    number,
+)
+from ..operations.connection import clock
+from ..selection import Selection, choose, whole_ids
+from ..terminal import USAGE, Trouble, ask, command, print_json, seconds, tell
+from .bulk import act_on_all, show_meant
+from .listing import Given
+from .recalls import acting, connect, warn_of_queue, whole_id
 
 Row = Mapping[str, Any]
-WhyNot = Callable[[Row], tuple[str, str]]
+WhyNot = Callable[[Row], Refusal]
 """From the row as it is now: why the operation did not apply, and what to do instead."""
 
 
 def cancel(
-    dsn: str | None, ids: list[str], *, session: str | None, yes: bool, as_json: bool
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
-    _one_of(ids, session, "cancel")
+    # A session alone is that session, also where its name has a `*`: scripts name sessions so.
+    only_session = _only_session(given) and not ids
+    if only_session and not dry_run:
+        _cancel_session(dsn, str(given["session"]), yes=yes, as_json=as_json)
+        return
+
+    action = actions.cancel(acting(), literal=only_session)
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def _cancel_session(dsn: str | None, session: str, *, yes: bool, as_json: bool) -> None:
+    """What the session has at the moment of the statement."""
     with connect(dsn) as conn:
-        values = {"ids": ids, "session_id": session, "reason": "cancelled on the command line"}
-        if session is not None:
-            _ask(f"Cancel every live recall of session {session}?", yes)
-        rows = _act(conn, "cancel" if session is None else "cancel_session", values)
-        _show(
-            rows, as_json, lambda row: f"cancelled{', its call is aborted' if row['lease'] else ''}"
+        if not yes:
+            live = Selection(states=("live",), session=session, literal=True, limit=None)
+            if ids := choose(conn, live).ids:
+                show_meant(conn, actions.cancel(acting()), ids)
+                ask(f"Cancel every live recall of session {session}?")
+        values = {"session_id": session, "reason": CANCELLED}
+        rows = act(conn, "cancel_session", values, acting())
+        _show(rows, as_json, cancelled)
+        if rows:
+            return
+        pattern = command("cancel", "--session", session, "--state", "live")
+        raise Trouble(
+            f"session {session} has no live recall",
+            command("list", "--session", session),
+            *([f"{pattern} (a pattern)"] if "*" in session else []),
         )
-        if session is None:
-            _account(conn, rows, ids, _why_not_live)
-        elif not rows:
-            raise Trouble(
-                f"session {session} has no live recall", command("list", "--session", session)
-            )
 
 
 def skip(dsn: str | None, ids: list[str], *, session: str | None, as_json: bool) -> None:
-    _one_of(ids, session, "skip")
-    with connect(dsn) as conn:
-        values = {"ids": ids, "session_id": session}
-        rows = _act(conn, "skip" if session is None else "skip_pending", values)
-        _show(
-            rows,
-            as_json,
-            lambda row: (
-                "the occurrence after this run is left out" if row["lease"] else f"next {_due(row)}"
-            ),
+    if (session is None) == (not ids):
+        raise Trouble(
+            "name recalls, or a session",
+            "recall-worker skip ID…",
+            "recall-worker skip --session ID",
+            status=USAGE,
         )
+    with connect(dsn) as conn:
+        ids = whole_ids(conn, ids)
+        values = {"ids": ids, "session_id": session}
+        rows = act(conn, "skip" if session is None else "skip_pending", values, acting())
+        _show(rows, as_json, skipped)
         if session is None:
-            _account(conn, rows, ids, _why_not_skipped)
+            _account(conn, rows, ids, actions.skip(acting()).why_not)
         elif not rows:
             raise Trouble(
                 f"session {session} has no recurring recall that waits",
@@ -66,90 +112,147 @@ def skip(dsn: str | None, ids: list[str], *, session: str | None, as_json: bool)
             )
 
 
-def pause(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
-    with connect(dsn) as conn:
-        rows = _act(conn, "pause", {"ids": ids})
-
-        def done(row: Row) -> str:
-            run = "; the current run is not interrupted" if row["lease"] else ""
-            return f"paused since {local(row['paused_at'])}{run}"
-
-        _show(rows, as_json, done)
-        _account(conn, rows, ids, _why_not_live)
-
-
-def resume(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
-    with connect(dsn) as conn:
-        rows = _act(conn, "resume", {"ids": ids})
-
-        def done(row: Row) -> str:
-            what = "resumed" if row["resumed"] else "was not paused"
-            return f"{what}; {'it is in a run' if row['lease'] else _due(row)}"
-
-        _show(rows, as_json, done)
-        _account(conn, rows, ids, _why_not_live)
+def pause(
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    action = actions.pause(acting())
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
-def retry(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
-    rows: list[dict[str, Any]] = []
-    taken: list[str] = []
-    with connect(dsn) as conn:
-        for id in ids:
-            try:
-                rows += _act(conn, "retry", {"ids": [id]})
-            except errors.UniqueViolation:
-                taken.append(id)
-
-        def done(row: Row) -> str:
-            # The key of a recall that was moved is decided by the claim, which resolves the move.
-            moved = row["planned_at"] not in (None, row["trigger_at"])
-            return (
-                "due now, under a new key"
-                if moved
-                else f"due now, under the key {row['id']}:{row['occurrence']}.{row['rekey']}"
-            )
-
-        def why_not(row: Row) -> tuple[str, str]:
-            if row["id"] in taken:
-                what = (
-                    f"{row['id']}: its session {row['session_id']} has another pending "
-                    "recall, and can have only one"
-                )
-                found = command("list", "--status", "pending", "--session", row["session_id"])
-                return what, f"{found}, and cancel that one first"
-            return _why_not_retried(row)
-
-        _show(rows, as_json, done)
-        _account(conn, rows, ids, why_not)
+def resume(
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    action = actions.resume(acting())
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
-def fire(dsn: str | None, ids: list[str], *, as_json: bool) -> None:
-    with connect(dsn) as conn:
-        rows = _act(conn, "fire", {"ids": ids})
-        _show(rows, as_json, lambda row: "due now")
-        _account(conn, rows, ids, _why_not_fired)
+def retry(
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    action = actions.retry(acting())
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def fire(
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    action = actions.fire(acting())
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
 def reschedule(
-    dsn: str | None, id: str, *, after: str | None, at: str | None, as_json: bool
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    *,
+    after: str | None,
+    at: str | None,
+    time_zone: str | None,
+    now_if_past: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     if (after is None) == (at is None):
-        raise Trouble("say when", "--in 90s, or --at 2027-01-31T09:00", status=USAGE)
-    values = {
-        "ids": [id],
-        "at": None if at is None else instant(at, "--at"),
+        what = "no time is given" if at is None else "--in and --at exclude each other"
+        raise Trouble(what, "--in 90s, or --at 2027-01-31T09:00", status=USAGE)
+    if at is None and (time_zone is not None or now_if_past):
+        raise Trouble(
+            "--tz and --now-if-past go with --at", "the same command without them", status=USAGE
+        )
+    with explained("--tz with an IANA name, such as Europe/Berlin"):
+        where = None if time_zone is None else cadence.zone(time_zone)
+    when: dict[str, Any] = {
+        "at": None if at is None else instant(at, "--at", where),
         "after": None if after is None else seconds(after, "--in"),
     }
+
+    def begin(conn: Connection[dict[str, Any]]) -> None:
+        if is_past(when["at"], clock(conn), now_if_past=now_if_past):
+            when.update({"at": None, "after": 0.0})
+
+    action = actions.reschedule(acting(), when, begin)
+    _each_or_all(dsn, ids, given, action, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def edit(
+    dsn: str | None,
+    id: str,
+    *,
+    every: str | None,
+    grid: str | None,
+    cron: str | None,
+    time_zone: str | None,
+    until: str | None,
+    times: str | None,
+    failures: str | None,
+    grace: str | None,
+    jitter: str | None,
+    message: str | None,
+    comment: str | None,
+    queue: str | None,
+    as_json: bool,
+) -> None:
+    rules = (every, grid, cron, time_zone, until, times, failures, grace, jitter)
+    if all(option is None for option in (*rules, message, comment, queue)):
+        raise Trouble("nothing to change is given", "recall-worker edit --help", status=USAGE)
+    with explained("--tz with an IANA name, such as Europe/Berlin"):
+        where = None if time_zone in (None, NONE) else cadence.zone(time_zone)
+    rule: dict[str, Any] = {
+        "every": KEEP if every is None else delta(every, "--every"),
+        "grid": KEEP if grid is None else delta(grid, "--grid"),
+        "cron": KEEP if cron is None else cron,
+        # With --until and without --cron it is only the zone of that time.
+        "time_zone": KEEP
+        if cron is None and until is not None and time_zone != NONE
+        else given(time_zone, lambda text: text),
+        "until": given(until, lambda text: instant(text, "--until", where)),
+        "times": given(times, lambda text: number(text, "--times")),
+        "failures": given(failures, lambda text: number(text, "--failures")),
+        "grace": given(grace, lambda text: delta(text, "--grace")),
+        "jitter": given(jitter, lambda text: delta(text, "--jitter")),
+    }
+    if message == NONE:
+        raise Trouble(
+            "a message can be replaced, and not taken away: 'none' would be sent to the agent",
+            command("cancel", id),
+            "--message with the text that the agent is to be told",
+            status=USAGE,
+        )
+    said: str | Keep = KEEP if message is None else message
+    note = given(comment, lambda text: text)
+    into: str | Keep = KEEP if queue is None else known_queue(queue)
     with connect(dsn) as conn:
-        rows = _act(conn, "reschedule", values)
-        _show(rows, as_json, lambda row: f"{'after this run, ' if row['lease'] else ''}{_due(row)}")
-        _account(conn, rows, [id], _why_not_live)
-
-
-def _act(
-    conn: Connection[dict[str, Any]], name: str, values: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    return conn.execute(statements.load("client")[name].encode(), values).fetchall()
+        id = whole_id(conn, id)
+        rows, changes = actions.edit(conn, id, rule, (said, note, into), acting())
+        if rows and "queue" in changes:
+            warn_of_queue(conn, rows[0]["queue"])
+        _show(rows, as_json, lambda row: edited(row, changes))
+        _account(conn, rows, [id], why_not_edited)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, done: Callable[[Row], str]) -> None:
@@ -169,68 +272,47 @@ def _account(
     conn: Connection[dict[str, Any]], rows: list[dict[str, Any]], ids: list[str], why_not: WhyNot
 ) -> None:
     """Raise Trouble that says why, for each recall that was named and is not among the rows."""
-    done = {row["id"] for row in rows}
-    left = [id for id in dict.fromkeys(ids) if id not in done]
-    if left:
-        states = {row["id"]: row for row in _act(conn, "states", {"ids": left})}
-        found = [
-            why_not(states[id]) if id in states else (f"there is no recall {id}", command("list"))
-            for id in left
-        ]
+    if found := refusals(conn, rows, ids, why_not):
         raise Trouble(
-            "; ".join(what for what, _ in found), *dict.fromkeys(hint for _, hint in found)
+            "; ".join(refusal.what for refusal in found),
+            *dict.fromkeys(refusal.hint for refusal in found),
         )
 
 
-def _due(row: Row) -> str:
-    return f"due {local(row['trigger_at'])}{', but paused' if row['paused_at'] is not None else ''}"
+def _each_or_all(
+    dsn: str | None,
+    ids: list[str],
+    given: Given,
+    action: Action,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Act on the recalls that were named, or on all that the filters find."""
+    if not ids:
+        act_on_all(dsn, action, given, dry_run=dry_run, yes=yes, as_json=as_json)
+        return
+    _ids_alone(ids, given, dry_run)
+    with connect(dsn) as conn:
+        ids = whole_ids(conn, ids)
+        action.begin(conn)
+        rows = action.act(conn, ids)
+        _show(rows, as_json, action.says)
+        _account(conn, rows, ids, action.why_not)
 
 
-def _why_not_live(row: Row) -> tuple[str, str]:
-    return f"{row['id']} is {row['status']} already", command("show", row["id"])
-
-
-def _why_not_skipped(row: Row) -> tuple[str, str]:
-    if row["status"] in ("pending", "running") and row["call_type"] != "recurring":
-        return f"{row['id']} is {row['call_type']}: it has no next occurrence", command(
-            "cancel", row["id"]
-        )
-    if row["status"] in ("pending", "running"):
-        return f"{row['id']} has no positive interval_seconds", command("show", row["id"])
-    return _why_not_live(row)
-
-
-def _why_not_fired(row: Row) -> tuple[str, str]:
-    if row["status"] not in ("pending", "running"):
-        return f"{row['id']} is {row['status']}", command(
-            "retry" if row["status"] in ("failed", "cancelled") else "show", row["id"]
-        )
-    if row["leased"]:
-        return f"{row['id']} is in a run, by {row['leased_by']}", command("why", row["id"])
-    return f"{row['id']} is paused", command("resume", row["id"])
-
-
-def _why_not_retried(row: Row) -> tuple[str, str]:
-    if row["status"] in ("failed", "cancelled"):
-        return f"{row['id']}: its aborted call is still open", "the same command in a moment"
-    if row["status"] == "fired":
-        return (
-            f"{row['id']} has fired: there is nothing to retry",
-            "recall-worker schedule SESSION MESSAGE",
-        )
-    return f"{row['id']} is {row['status']}: it waits or runs already", command("why", row["id"])
-
-
-def _one_of(ids: list[str], session: str | None, name: str) -> None:
-    if (session is None) == (not ids):
+def _ids_alone(ids: list[str], given: Given, dry_run: bool) -> None:
+    """Ids and filters exclude each other. Raises Trouble."""
+    options = [f"--{name}" for name, value in given.items() if value is not None]
+    options += ["--dry-run"] if dry_run else []
+    if ids and options:
         raise Trouble(
-            "name recalls, or a session",
-            f"recall-worker {name} ID…",
-            f"recall-worker {name} --session ID",
+            f"recalls are named, and {options[0]} finds others",
+            f"the recalls without {' and '.join(options)}, or the filters without a recall",
             status=USAGE,
         )
 
 
-def _ask(question: str, yes: bool) -> None:
-    if not yes and not confirmed(question):
-        raise Trouble("nothing was done", "the same with --yes")
+def _only_session(given: Given) -> bool:
+    return [name for name, value in given.items() if value is not None] == ["session"]

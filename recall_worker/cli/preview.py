@@ -4,18 +4,20 @@ so that a change of clocks is seen before it comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
 
 import psycopg
 
 from .. import cadence, settings, statements
-from ..durations import length
 from ..events import escape_controls
+from ..operations.arguments import explained, instant
+from ..operations.connection import clock
+from ..operations.moments import notes, offset, remarks
+from ..operations.words import nature
 from ..recall import FINAL, Recall
 from ..terminal import USAGE, Trouble, command, print_json, print_table, relative, rfc3339, tell
-from .recalls import clock, connect, explained, instant, nature
+from .recalls import connect, whole_id
 
 
 def preview(
@@ -29,9 +31,9 @@ def preview(
 ) -> None:
     row, now = _row(dsn, what)
     if row is None and len(what.split()) > 1:
-        with explained("recall-worker preview --help"):
+        with explained("--tz with an IANA name, such as Europe/Berlin"):
             where = cadence.zone(time_zone)
-            now = datetime.now(UTC)
+        with explained("recall-worker preview --help"):
             # A moment given with --from counts itself, as with `schedule`; now does not.
             after = (
                 now
@@ -44,7 +46,7 @@ def preview(
         return
     if time_zone is not None or start is not None:
         raise Trouble(
-            f"--tz and --from go with a cron expression, and {what!r} is none",
+            f"--tz and --from go with a cron expression of five fields, and {what!r} is none",
             "recall-worker preview '30 9 * * mon-fri' --tz Europe/Berlin",
             status=USAGE,
         )
@@ -66,7 +68,7 @@ def preview(
         moments = list(islice(cadence.upcoming(recall, now), count))
     zone: tzinfo | None = where if recall.cadence == "cron" else None
     if not as_json:
-        tell(escape_controls(f"{recall.id}: {nature(row)}{_remarks(row, recall)}"))
+        tell(escape_controls(f"{recall.id}: {nature(row)}{remarks(row, recall)}"))
     _show(
         moments,
         zone,
@@ -95,21 +97,9 @@ def _row(dsn: str | None, what: str) -> tuple[dict[str, object] | None, datetime
 def _shown(
     conn: psycopg.Connection[dict[str, object]], id: str
 ) -> tuple[dict[str, object] | None, datetime]:
-    found = conn.execute(statements.load("reads")["show"].encode(), {"id": id}).fetchone()
+    whole = {"id": whole_id(conn, id)}
+    found = conn.execute(statements.load("reads")["show"].encode(), whole).fetchone()
     return found, clock(conn)
-
-
-def _remarks(row: dict[str, object], recall: Recall) -> str:
-    remarks = []
-    if recall.call_type == "recurring" and recall.cadence == "interval":
-        remarks.append("counted from each run's end: these are the earliest possible times")
-    if row["lease"] is not None:
-        remarks.append("the first one runs now")
-    if recall.paused_at is not None:
-        remarks.append("paused: nothing is called until it is resumed")
-    if recall.jitter_seconds:
-        remarks.append(f"each due up to {length(recall.jitter_seconds)} later")
-    return "".join(f"; {remark}" for remark in remarks) + "."
 
 
 def _show(
@@ -134,30 +124,14 @@ def _show(
             [
                 f"{wall:%a %Y-%m-%d %H:%M:%S}",
                 wall.tzname() or "",
-                _offset(wall),
+                offset(wall),
                 f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}",
                 relative(moment, now),
                 note,
             ]
-            for moment, wall, note in zip(moments, walls, _notes(walls), strict=True)
+            for moment, wall, note in zip(moments, walls, notes(walls), strict=True)
         ],
         yields=[("UTC", 0), ("WHEN", 0), ("", 12)],
     )
     if not moments:
         tell("No next occurrence.")
-
-
-def _offset(wall: datetime) -> str:
-    return wall.isoformat()[-6:]
-
-
-def _notes(walls: Iterable[datetime]) -> list[str]:
-    """For each time, whether the clocks changed since the one before."""
-    notes, before = [], None
-    for wall in walls:
-        changed = before is not None and wall.utcoffset() != before.utcoffset()
-        notes.append(
-            f"clocks changed from {_offset(before)}" if changed and before is not None else ""
-        )
-        before = wall
-    return notes

@@ -1,55 +1,79 @@
-"""`schedule`, `list`, `show`: how an operator creates and reads recalls."""
+"""`schedule`: how an operator creates recalls; and what all commands share."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import pwd
 import random
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta, tzinfo
+import socket
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 from psycopg import errors
-from psycopg.rows import dict_row
 
-from .. import cadence, settings, statements
-from ..cadence import CadenceError
-from ..database.connection import connection_info
-from ..database.values import load_whatever_stands_there
-from ..durations import length
+from .. import cadence, keys, settings, statements
+from ..database import identity
+from ..database.connection import error_text
 from ..events import escape_controls
-from ..recall import STATUSES
+from ..keys import UnfitKey
+from ..operations import queues
+from ..operations.arguments import (
+    delta,
+    explained,
+    instant,
+    is_past,
+    known_queue,
+    refused_queue,
+)
+from ..operations.connection import clock, opened
+from ..operations.words import ends, nature
+from ..selection import whole_ids
+from ..settings import DEFAULT_QUEUE
 from ..terminal import (
     USAGE,
     Trouble,
     command,
     local,
-    print_facts,
     print_json,
-    print_table,
-    relative,
-    seconds,
-    span,
     tell,
     warn_of_password,
 )
 
 
 def connect(dsn: str | None) -> psycopg.Connection[dict[str, Any]]:
-    """A connection for one command."""
+    """A connection for one command. Raises Trouble where the table is elsewhere."""
     warn_of_password(dsn)
-    address = settings.read(needed=["dsn"], dsn=dsn).dsn or ""
-    conn = psycopg.connect(
-        **connection_info(address, "recall-worker cli"),
-        row_factory=dict_row,
-        # A transaction pooler may stand in between, and pass the next statement to another
-        # connection.
-        prepare_threshold=None,
-    )
-    load_whatever_stands_there(conn)
+    chosen = settings.read(needed=["dsn"], dsn=dsn)
+    conn = opened(chosen.dsn or "", "recall-worker cli", chosen.schema)
+    try:
+        if identity.ask_once(conn).copy:
+            # What is written on a copy is written; who reads the answer must know that nobody
+            # calls it.
+            tell(f"Note: {identity.IS_A_COPY}. Try: {identity.COPY_HINT}")
+    except BaseException:
+        conn.close()
+        raise
     return conn
+
+
+def whole_id(conn: psycopg.Connection[dict[str, Any]], id: str) -> str:
+    """The id that is meant by an id or its beginning. Raises AmbiguousId."""
+    return whole_ids(conn, [id])[0]
+
+
+def acting() -> dict[str, str | None]:
+    """Who acts, for the record: RECALL_ACTOR, else the login name and the host; where the host
+    does not know the account's name, None: the role of the database session. Raises SettingsError.
+    """
+    actor = settings.actor()
+    if actor is None:
+        with contextlib.suppress(KeyError):
+            name = f"{pwd.getpwuid(os.getuid()).pw_name}@{socket.gethostname()}"
+            actor = name.encode(errors="replace").decode()
+    return {"actor": actor, "via": "cli"}
 
 
 def schedule(
@@ -59,6 +83,7 @@ def schedule(
     *,
     after: str | None,
     at: str | None,
+    now_if_past: bool,
     every: str | None,
     grid: str | None,
     cron: str | None,
@@ -69,338 +94,126 @@ def schedule(
     grace: str | None,
     jitter: str | None,
     comment: str | None,
+    queue: str,
     as_json: bool,
 ) -> None:
+    known_queue(queue)
     if session in ("", ".", ".."):
         raise Trouble(
             f"{session!r} can't be a session's id",
             "the id that the application gave the session",
             status=USAGE,
         )
-    with explained():
+    if time_zone is not None and cron is None and at is None and until is None:
+        raise Trouble(
+            "--tz goes with --cron, --at or --until: --in, --every and --grid are elapsed time",
+            "the same command without --tz",
+            status=USAGE,
+        )
+    with explained("--tz with an IANA name, such as Europe/Berlin"):
         where = None if time_zone is None else cadence.zone(time_zone)
     rule: dict[str, Any] = {
         "at": None if at is None else instant(at, "--at", where),
-        "after": _span(after, "--in"),
-        "every": _span(every, "--every"),
-        "grid": _span(grid, "--grid"),
+        "after": delta(after, "--in"),
+        "every": delta(every, "--every"),
+        "grid": delta(grid, "--grid"),
         "cron": cron,
         # Without cron it is only the zone of --at and --until.
-        "time_zone": time_zone if cron is not None or (at is None and until is None) else None,
+        "time_zone": time_zone if cron is not None else None,
         "until": None if until is None else instant(until, "--until", where),
         "times": times,
         "failures": failures,
-        "grace": _span(grace, "--grace"),
-        "jitter": _span(jitter, "--jitter"),
+        "grace": delta(grace, "--grace"),
+        "jitter": delta(jitter, "--jitter"),
     }
+    if now_if_past and at is None:
+        raise Trouble(
+            "--now-if-past goes with --at", "the same command without --now-if-past", status=USAGE
+        )
     with explained():
-        # Mistakes are reported before a connection is opened; then PostgreSQL's clock decides.
-        cadence.plan(datetime.now(UTC), 0.0, **rule)
+        # Mistakes are reported before a connection is opened. What depends on the time is not
+        # judged here: then PostgreSQL's clock decides.
+        endless = {"until": None if until is None else cadence.FAR}
+        cadence.plan(datetime.now(UTC), 0.0, **rule | endless)
     client = statements.load("client")
     with connect(dsn) as conn:
+        now = clock(conn)
+        if is_past(rule["at"], now, now_if_past=now_if_past):
+            rule |= {"at": None, "after": timedelta(0)}
         with explained():
-            plan = cadence.plan(clock(conn), random.random(), **rule)
+            plan = cadence.plan(now, random.random(), **rule)
         values = dataclasses.asdict(plan) | {
-            "id": str(uuid4()),
             "session_id": session,
             "message": message,
             "comment": comment,
+            "queue": queue,
+            **acting(),
         }
         try:
-            row = conn.execute(client["schedule"].encode(), values).fetchone()
-        except errors.UniqueViolation:
+            row = _insert(conn, session, values)
+        except UnfitKey as error:
+            raise Trouble(str(error), error.hint) from None
+        except errors.ObjectNotInPrerequisiteState as error:
+            raise refused_queue(error) from None
+        except errors.UniqueViolation as error:
+            violated = {"schema": error.diag.schema_name, "name": error.diag.constraint_name}
+            found = conn.execute(client["violated"].encode(), violated).fetchone()
+            most = keys.pending_most(found)
+            if most is None:
+                raise Trouble(
+                    f"PostgreSQL refuses the recall: {error_text(error)}",
+                    "where the id comes from a sequence: is that behind the table's ids?",
+                ) from None
             raise Trouble(
-                f"session {session} already has a pending recall, and can have only one",
+                f"session {session} already has a pending recall, and can have only one"
+                if most == 1
+                else f"session {session} already has {most} pending recalls, and can have no more",
                 command("list", "--session", session),
-                command("cancel", "--session", session),
+                command("cancel", "--session", session)
+                if most == 1
+                else "recall-worker cancel ID, of one of them",
             ) from None
         except errors.ForeignKeyViolation:
             raise Trouble(
                 f"there is no session {session}", "the id that the application gave the session"
             ) from None
-    assert row is not None
+        warn_of_queue(conn, queue)
     if as_json:
         print_json(row)
     else:
-        print(row["id"])
+        print(escape_controls(row["id"]))
         tell(
-            f"Scheduled {escape_controls(nature(row))}, due {local(row['trigger_at'])}{_ends(row)}."
+            f"Scheduled {escape_controls(nature(row))}, due {local(row['trigger_at'])}{ends(row)}."
         )
 
 
-@contextlib.contextmanager
-def explained(hint: str = "recall-worker schedule --help") -> Iterator[None]:
-    """A rule that can't be kept is a usage error."""
-    try:
-        yield
-    except CadenceError as error:
-        raise Trouble(str(error), hint, status=USAGE) from None
+def warn_of_queue(conn: psycopg.Connection[dict[str, Any]], queue: str) -> None:
+    """Say where nobody would claim from this queue, which may be a typing error."""
+    if queue == DEFAULT_QUEUE:
+        return
+    state = queues.state(conn, queue, identity.ask_once(conn))
+    if (note := queues.unserved(state, queue)) is not None:
+        tell(f"Note: {escape_controls(note)}: recall-worker queues")
 
 
-def _span(text: str | None, option: str) -> timedelta | None:
-    if text is None:
-        return None
+def _insert(
+    conn: psycopg.Connection[dict[str, Any]], session: str, values: dict[str, Any]
+) -> dict[str, Any]:
+    """Insert a recall under an id as its column takes it. Raises UnfitKey."""
+    client = statements.load("client")
+    found = conn.execute(client["keys"].encode()).fetchone()
+    columns = keys.TEXT if found is None else keys.Columns.of(found)
+    id = columns.new_id(None)
+    name = "schedule_by_default" if id is None else "schedule"
     try:
-        return timedelta(seconds=seconds(text, option))
-    except OverflowError:
+        row = conn.execute(client[name].encode(), values | {"id": id}).fetchone()
+    except errors.NotNullViolation as error:
+        if (unfit := columns.refusal(error.diag.column_name, id, session)) is not None:
+            raise unfit from None
         raise Trouble(
-            f"{option} {text} is longer than any calendar", f"{option} 2d", status=USAGE
+            f"column {error.diag.column_name} of session_recalls must be given, "
+            "and this command has nothing to give",
+            "set a default for that column, or let the application insert this recall",
         ) from None
-
-
-def instant(text: str, option: str, where: tzinfo | None = None) -> datetime:
-    """A time as people write it. Without an offset it is the wall clock's there (None: here).
-    Raises Trouble.
-    """
-    try:
-        when = datetime.fromisoformat(text)
-        if when.tzinfo is None:
-            when = when.astimezone() if where is None else when.replace(tzinfo=where)
-        when.astimezone(UTC) - timedelta(days=1)  # Within the calendar, wherever it is looked at.
-        return when
-    except (ValueError, OverflowError):
-        raise Trouble(
-            f"{option} {text!r} is not a time",
-            f"{option} 2027-01-31T09:00 or 2027-01-31T09:00:00+01:00",
-            status=USAGE,
-        ) from None
-
-
-def list_recalls(
-    dsn: str | None,
-    *,
-    session: str | None,
-    user: str | None,
-    statuses: list[str] | None,
-    limit: int,
-    offset: int,
-    as_json: bool,
-) -> None:
-    unknown = sorted(set(statuses or []) - set(STATUSES))
-    if unknown:
-        raise Trouble(
-            f"there is no status {', '.join(unknown)}",
-            f"--status with one of {', '.join(STATUSES)}",
-            status=USAGE,
-        )
-    name = "list_user" if user is not None else "list_session" if session is not None else "list"
-    values = {
-        "session_id": session,
-        "user_id": user,
-        "statuses": statuses or None,
-        "limit": limit,
-        "offset": offset,
-    }
-    with connect(dsn) as conn:
-        try:
-            rows = conn.execute(statements.load("reads")[name].encode(), values).fetchall()
-        except errors.UndefinedTable:
-            if user is None:
-                raise
-            raise Trouble(
-                "this database has no table sessions, so a user's sessions are not known",
-                "--session ID",
-            ) from None
-        now = clock(conn)
-    if as_json:
-        print_json(rows)
-        return
-    if not rows:
-        tell("No recalls.")
-        return
-    print_table(
-        ["ID", "SESSION", "TYPE", "STATUS", "WHEN", "DUE", ">OCC", "MESSAGE"],
-        [
-            [
-                row["id"],
-                row["session_id"],
-                nature(row),
-                row["status"],
-                _when(row, now),
-                local(row["trigger_at"]),
-                str(row["occurrence"]),
-                _line(row["additional_context_message"], 200),
-            ]
-            for row in rows
-        ],
-        yields=[
-            ("MESSAGE", 16),
-            ("OCC", 0),
-            ("DUE", 0),
-            ("TYPE", 0),
-            ("SESSION", 36),
-            ("MESSAGE", 0),
-            ("SESSION", 8),
-        ],
-    )
-    if len(rows) == limit:
-        tell(f"More may follow: --offset {offset + limit}")
-
-
-def show(dsn: str | None, id: str, *, as_json: bool) -> None:
-    reads = statements.load("reads")
-    with connect(dsn) as conn:
-        row = conn.execute(reads["show"].encode(), {"id": id}).fetchone()
-        calls = conn.execute(reads["calls"].encode(), {"id": id}).fetchall()
-        now = clock(conn)
-    if row is None and not calls:
-        raise Trouble(f"there is no recall {id}", command("list"))
-    if as_json:
-        print_json({"recall": row, "calls": calls})
-        return
-    if row is None:
-        tell("The recall is gone (it or its session was deleted); its calls are on record:")
-    else:
-        message = row["additional_context_message"]
-        facts = [
-            ("recall", row["id"]),
-            ("session", row["session_id"]),
-            ("type", nature(row) + _ends(row)),
-            ("status", row["status"]),
-            ("reason", row["reason"]),
-            ("due", f"{local(row['trigger_at'])} ({relative(row['trigger_at'], now)})"),
-            ("occurrence", f"{row['occurrence']}{_so_far(row)}"),
-            ("stands for", _stands_for(row)),
-            ("grace", length(row["grace_seconds"]) if row["grace_seconds"] is not None else None),
-            ("jitter", f"up to {length(row['jitter_seconds'])}" if row["jitter_seconds"] else None),
-            ("failed", _in_a_row(row)),
-            ("last outcome", row["last_outcome"]),
-            (
-                "in a run",
-                f"by worker {row['leased_by']} since {local(row['leased_at'])}"
-                if row["lease"]
-                else None,
-            ),
-            ("paused", local(row["paused_at"]) or None),
-            ("ended", local(row["ended_at"]) or None),
-            ("created", local(row["created_at"])),
-            ("comment", row["internal_comment"]),
-            ("message", _line(message, 2000)),
-        ]
-        print_facts([(name, str(value)) for name, value in facts if value is not None])
-    if calls:
-        print()
-        print_table(
-            [
-                ">OCC",
-                ">ATT",
-                "OUTCOME",
-                ">CALLS",
-                "CALLED",
-                ">LATE",
-                ">MISSED",
-                ">TOOK",
-                ">HTTP",
-                "REASON",
-                "WORKER",
-            ],
-            [
-                [
-                    str(c["occurrence"]) + (f".{c['rekey']}" if c["rekey"] else ""),
-                    str(c["attempt"]),
-                    c["outcome"],
-                    str(c["calls"]),
-                    local(c["called_at"]),
-                    _between(c["called_at"], c["scheduled_for"]),
-                    str(c["missed"] or ""),
-                    _between(c["ended_at"], c["last_called_at"]),
-                    str(c["http_status"] or ""),
-                    c["reason"] or "",
-                    c["worker"],
-                ]
-                for c in calls
-            ],
-            yields=[
-                ("REASON", 24),
-                ("WORKER", 0),
-                ("REASON", 0),
-                ("TOOK", 0),
-                ("MISSED", 0),
-                ("CALLED", 19),
-            ],
-        )
-
-
-def clock(conn: psycopg.Connection[dict[str, Any]]) -> datetime:
-    row = conn.execute("select now() as now").fetchone()
     assert row is not None
-    now: datetime = row["now"]
-    return now
-
-
-def nature(row: Mapping[str, Any]) -> str:
-    """How a recall recurs, in a few words."""
-    if row["call_type"] != "recurring":
-        return str(row["call_type"])
-    if row["cadence"] == "cron":
-        return f"cron '{row['cron']}' {row['time_zone'] or 'UTC'}"
-    if row["interval_seconds"] is None:
-        return "recurring"
-    return f"{'grid' if row['cadence'] == 'grid' else 'every'} {length(row['interval_seconds'])}"
-
-
-def _ends(row: Mapping[str, Any]) -> str:
-    ends = []
-    if row["until_at"] is not None:
-        ends.append(f"until {local(row['until_at'])}")
-    if row["times"] is not None:
-        ends.append("once" if row["times"] == 1 else f"{row['times']} times")
-    if row["failures_most"] is not None:
-        ends.append(
-            f"until {row['failures_most']} in a row failed"
-            if row["failures_most"] > 1
-            else "until one fails"
-        )
-    return "".join(f", {end}" for end in ends)
-
-
-def _stands_for(row: Mapping[str, Any]) -> str | None:
-    """The nominal time of the current occurrence, if it differs from the due time; and how many
-    more were missed.
-    """
-    if row["status"] not in ("pending", "running") or row["scheduled_for"] in (
-        None,
-        row["trigger_at"],
-    ):
-        return None
-    if row["lease"] is None and row["planned_at"] not in (None, row["trigger_at"]):
-        return None  # It was moved: the claim will set another nominal time.
-    missed = f", and {row['missed']} missed after it" if row["missed"] else ""
-    return f"{local(row['scheduled_for'])}{missed}"
-
-
-def _in_a_row(row: Mapping[str, Any]) -> str | None:
-    if not row["failures"]:
-        return None
-    return f"the last {row['failures']} in a row" if row["failures"] > 1 else "the last one"
-
-
-def _so_far(row: dict[str, Any]) -> str:
-    parts = [f"attempt {row['attempt']}"] if row["attempt"] else []
-    if row["deferrals"]:
-        parts.append(
-            f"deferred {'once' if row['deferrals'] == 1 else str(row['deferrals']) + ' times'}"
-        )
-    return f" ({', '.join(parts)})" if parts else ""
-
-
-def _line(text: str, most: int) -> str:
-    """A message in one line; if it is long, its beginning and its length."""
-    line = " ".join(text[:most].split())
-    return line if len(text) <= most else f"{line} … ({len(text):,} characters)"
-
-
-def _when(row: dict[str, Any], now: datetime) -> str:
-    if row["status"] not in ("pending", "running"):
-        return relative(row["ended_at"] or row["updated_at"], now)
-    return (
-        "in a run"
-        if row["lease"] is not None
-        else "paused"
-        if row["paused_at"] is not None
-        else relative(row["trigger_at"], now)
-    )
-
-
-def _between(end: datetime | None, start: datetime | None) -> str:
-    return "" if end is None or start is None else span((end - start).total_seconds())
+    return row

@@ -7,12 +7,14 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import events, settings
-from ..terminal import OUTDATED, REFUSED, UNREACHABLE, Trouble, tell, warn_of_password
+from ..dsn import EXAMPLE
+from ..secret_files import Secrets
+from ..terminal import OUTDATED, REFUSED, UNREACHABLE, USAGE, Trouble, tell, warn_of_password
 
 if TYPE_CHECKING:
     from ..worker.worker import Worker
@@ -30,12 +32,10 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         warn_of_password(given)
     with contextlib.ExitStack() as stack:
         if embedded:
-            found = settings.read(needed=["run_url"], **flags)
-            if found.dsn is not None:
-                raise Trouble(
-                    "--embedded and RECALL_DSN are both given", "keep one of them", status=2
-                )
-            flags = flags | {"dsn": stack.enter_context(_embedded(data))}
+            flags = flags | _without_dsn(flags)
+            settings.read(needed=["run_url"], **flags)  # Problems are reported before the start.
+            dsn = stack.enter_context(_embedded(data))
+            flags |= {name: dsn for name in DSNS if flags[name] is not None}
         chosen = settings.read(needed=["dsn", "run_url"], **flags)
         for dsn in filter(None, (chosen.dsn, chosen.listen_dsn)):
             conninfo_to_dict(dsn)  # An unreadable DSN is reported before anything is started.
@@ -49,10 +49,35 @@ def run(flags: dict[str, Any], *, embedded: bool, data: str | None) -> None:
         # 700 objects, a tenth of the time would go into searching for them.
         gc.set_threshold(GARBAGE, 20, 20)
         try:
-            asyncio.run(serve(chosen, functools.partial(_watched, chosen)))
+            given = [name for name, value in flags.items() if value is not None]
+            secrets = Secrets(chosen, os.environ, given)
+            asyncio.run(serve(chosen, functools.partial(_watched, chosen), secrets))
         except SchemaRefused as refused:
             status = OUTDATED if refused.excludes_code else REFUSED
             raise Trouble(str(refused), refused.hint, status=status) from None
+
+
+DSNS = ("dsn", "listen_dsn")
+
+
+def _without_dsn(flags: Mapping[str, Any]) -> dict[str, str | None]:
+    """Flags that win over what the environment has for another PostgreSQL, and stand for the
+    embedded one until its address is known. Says what is not used. Raises Trouble for an option
+    that names another PostgreSQL."""
+    for name in DSNS:
+        if flags.get(name) is not None:
+            raise Trouble(
+                f"--embedded and {settings.option(name)} name two PostgreSQL servers",
+                "the same command with one of the two",
+                status=USAGE,
+            )
+    there = [name for name in DSNS if settings.origin(name, os.environ) != "default"]
+    for name in there:
+        tell(
+            f"Note: {settings.variable(name)} is set, but not used: with --embedded the worker "
+            "uses the embedded PostgreSQL."
+        )
+    return {name: EXAMPLE if name == "dsn" or name in there else None for name in DSNS}
 
 
 @contextlib.asynccontextmanager
@@ -68,8 +93,8 @@ async def _watched(
                 from ..ops.traces import traced
             except ImportError:
                 tell(
-                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are an extra that "
-                    "is not installed: recall-worker[otel]."
+                    "Note: OTEL_EXPORTER_OTLP_ENDPOINT is set, but no traces are sent: "
+                    "pip install 'recall-worker[otel]'"
                 )
             else:
                 await stack.enter_async_context(traced(worker, log))
@@ -97,7 +122,12 @@ def _embedded(data: str | None) -> Any:
     try:
         dsn = server.dsn("postgres")
         tell(f"To use this PostgreSQL elsewhere: RECALL_DSN='{dsn}'")
-        schema.migrate(dsn, tell)
+        # The database of this directory, upgraded in place, is no copy: see schema/identity.py.
+        kept = directory / "identity"
+        was = kept.read_text(encoding="ascii").strip() if kept.is_file() else None
+        schema.migrate(dsn, tell, was=was)
+        if (now := schema.identity_text(dsn)) not in (None, was):
+            kept.write_text(f"{now}\n", encoding="ascii")
         yield dsn
     finally:
         server.stop()

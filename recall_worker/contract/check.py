@@ -5,6 +5,10 @@ What an API does inside can't be seen from outside, so the rows about runs reaso
 length of a run is measured first, on calls that have the session to themselves. If runs are too
 short to overlap, or a measurement is doubtful, the verdict is "not shown", never "pass".
 
+A row passes only if nothing that is seen later contradicts it: what all answers say together
+(addresses, words, streams, gateways, redirects) is judged at the end, the first key is called once
+more then, and a row that others disprove is taken back.
+
 Never here: how a probe is made (probes), how rows are shown (cli/check_endpoint), the database, a
 session that was not named (except one that does not exist).
 """
@@ -13,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,11 +24,30 @@ from statistics import median
 from typing import Any
 
 from ..events import escape_controls
-from ..protocols.contract import FINAL_WORDS
-from ..recall import Accepted, Answered, Busy, Gone, Refused, Unavailable, Unknown, name_of
+from ..protocols.native import LOCATIONS, goes_on
+from ..protocols.outcomes import (
+    Word,
+    is_stream,
+    meaning,
+    members,
+    reason_in,
+    retry_after,
+)
+from ..recall import (
+    Accepted,
+    Answered,
+    Busy,
+    Failed,
+    Gone,
+    Misconfigured,
+    Refused,
+    Unavailable,
+    Unknown,
+    name_of,
+)
 from ..settings import Settings
 from ..terminal import UNREACHABLE, Trouble, span
-from .probes import MESSAGE, REQUESTS, Probes, Reply, Run, Spent
+from .probes import MESSAGE, REQUESTS, Probes, Reply, Run, Secrets, Spent
 
 TOGETHER, ROUNDS = 3, 3
 """Calls at once in one session, and how often."""
@@ -35,7 +57,8 @@ PASS, FAIL, NOT_SHOWN = "pass", "fail", "not shown"
 TIMED = ("key_during", "slow", "hang_up")
 """Rows that a slow machine can spoil: if one is not shown, it is tried a second time."""
 PROPERTIES = {
-    "answers": "answers a call with 2xx and JSON",
+    "answers": "answers a call with 2xx",
+    "gateway": "answers itself, and no gateway for it",
     "redirect": "does not redirect",
     "token": "requires its token",
     "missing": "says that a session is missing",
@@ -47,6 +70,9 @@ PROPERTIES = {
     "hang_up": "runs once, also if its caller disconnects",
     "accepted": "accepted runs can be polled to their end",
     "cancel": "ends an accepted run when asked to",
+    "words": "says how a run stands in words that are known (advice)",
+    "stream": "ends a streamed answer whole",
+    "large": "keeps an answer within 1 MiB (advice)",
     "retry_after": "says when to call again (advice)",
 }
 
@@ -84,8 +110,13 @@ class Check:
         """`timeout`: seconds that a request, and a run, may take."""
         self._probes = Probes(settings, session, timeout)
         self._has_token = settings.run_token is not None
+        self._has_headers = settings.run_headers is not None
         self._missing_session = missing_session
         self._first: Run | None = None
+        self._first_reply: Reply | None = None
+        """The answer to the first call, whether it was one or not."""
+        self._refused_again = False
+        """Whether the same request under a known key was refused."""
 
     @property
     def requests(self) -> int:
@@ -97,6 +128,7 @@ class Check:
         endpoint can be made.
         """
         found: dict[str, Finding] = {}
+        no_run = Finding(NOT_SHOWN, "no call was answered as a run")
         async with self._probes:
             found["answers"] = await self._found(self._answers)
             for name, find in (
@@ -107,10 +139,7 @@ class Check:
                 ("slow", self._slow),
                 ("hang_up", self._hang_up),
                 ("cancel", self._cancel),
-                ("accepted", self._accepted),
-                ("retry_after", self._retry_after),
             ):
-                no_run = Finding(NOT_SHOWN, "no call was answered as a run")
                 found[name] = no_run if self._first is None else await self._found(find)
                 if (
                     name in TIMED
@@ -118,13 +147,39 @@ class Check:
                     and self._probes.shortest >= SHORT
                 ):
                     found[name] = await self._found(find)
-            for name, find in (
-                ("token", self._token),
-                ("missing", self._missing),
-                ("redirect", self._redirect),
-            ):
+            for name, find in (("token", self._token), ("missing", self._missing)):
                 found[name] = await self._found(find)
-        return [Row(name, property, _escaped(found[name])) for name, property in PROPERTIES.items()]
+            ended = self._first is not None and self._first.ended_at is not None
+            if ended and found["key_after"].verdict != FAIL:
+                found["key_after"] = await self._found(
+                    functools.partial(self._key_at_the_end, found["key_after"])
+                )
+        # What all answers say together.
+        found |= {
+            "gateway": self._gateway(),
+            "redirect": self._redirect(),
+            "stream": self._stream(),
+        }
+        for name, judge in (
+            ("accepted", self._accepted),
+            ("words", self._words),
+            ("large", self._large),
+            ("retry_after", self._retry_after),
+        ):
+            found[name] = no_run if self._first is None else judge()
+        if found["answers"].verdict == PASS:
+            found["answers"] = self._answers_all(found["answers"])
+        return [
+            Row(name, property, self._shown(found[name])) for name, property in PROPERTIES.items()
+        ]
+
+    def _shown(self, found: Finding) -> Finding:
+        """A server's text may repeat a secret, and contain control characters for a terminal."""
+        return Finding(
+            found.verdict,
+            escape_controls(self._probes.hide(found.seen))[:500],
+            None if found.todo is None else escape_controls(found.todo),
+        )
 
     @staticmethod
     async def _found(find: Callable[[], Awaitable[Finding]]) -> Finding:
@@ -153,6 +208,7 @@ class Check:
     async def _answers(self) -> Finding:
         key = self._probes.new_key()
         reply = await self._probes.when_free(lambda: self._probes.call(key))
+        self._first_reply = reply
         if isinstance(reply.outcome, Unavailable) and reply.answer is None:
             raise Trouble(
                 f"the endpoint can't be reached: {reply.outcome.reason}",
@@ -170,18 +226,22 @@ class Check:
                 "--session with one that exists",
             )
         if reply.answer is None:
-            return Finding(
-                FAIL, str(reply), "--timeout with more seconds, if the agent takes longer"
-            )
-        if not reply.got_in or (isinstance(reply.outcome, Unknown) and reply.status != 202):
-            return Finding(
-                FAIL,
-                f"{reply}: {getattr(reply.outcome, 'reason', '')}",
-                "200 and JSON when the run has ended",
-            )
+            todo = "--timeout with more seconds, if the agent takes longer"
+            if reply.cut is not None:
+                todo = "answer to the end: with Content-Length, or the last chunk" + (
+                    f"; {todo}" if "did not end" in str(reply) else ""
+                )
+            return Finding(FAIL, str(reply), todo)
+        if not reply.got_in or (isinstance(reply.outcome, Unknown) and reply.lost is None):
+            return Finding(FAIL, f"{reply}: {_reason(reply)}", self._todo_of(reply))
         self._first = run = await self._probes.to_its_end(reply)
         if run.length is None:
-            return Finding(PASS, f"{reply}; its run was not seen to end")
+            why = f": {run.lost}" if run.lost else ""
+            return Finding(
+                NOT_SHOWN,
+                f"{reply}; how its run ended could not be read{why}",
+                "see the row of accepted runs",
+            )
         # A first run may be longer than others, as things are loaded for it: so a second one is
         # measured, too.
         another = self._probes.new_key()
@@ -196,6 +256,41 @@ class Check:
         )
         return Finding(PASS, f"HTTP {reply.status}, after a run of {span(run.length)}{how}")
 
+    def _todo_of(self, reply: Reply) -> str:
+        """What to do where the first call was answered, and not as a run."""
+        status = reply.status
+        if status in (401, 403):
+            given = [
+                name
+                for name, is_set in (
+                    ("RECALL_RUN_TOKEN", self._has_token),
+                    ("RECALL_RUN_HEADERS_FILE", self._has_headers),
+                )
+                if is_set
+            ]
+            if given:
+                return f"the value that the API wants, in {' or '.join(given)}"
+            return "set RECALL_RUN_TOKEN, or RECALL_RUN_HEADERS_FILE for headers such as x-api-key"
+        if reply.by_gateway:
+            return GATEWAYS
+        if status in (404, 410):
+            return f"check RECALL_RUN_URL; if the session is what is missing: {NAME_IT}"
+        if isinstance(reply.outcome, Misconfigured):
+            return "check RECALL_RUN_URL"
+        return "200 when the run has ended"
+
+    def _answers_all(self, first: Finding) -> Finding:
+        """The finding of the first row, if later calls were answered, too."""
+        odd = [r for r in self._probes.replies if r.ours and _is_trouble(r)]
+        if not odd:
+            return first
+        return Finding(
+            NOT_SHOWN,
+            f"{first.seen}; but {len(odd)} of {len(self._probes.replies)} calls were not answered "
+            f"so: {odd[0]}",
+            "see the rows below",
+        )
+
     async def _key_after(self) -> Finding:
         first = self._first
         assert first is not None
@@ -204,9 +299,18 @@ class Check:
             return Finding(FAIL, f"the same request, after its run had ended: {again}", REMEMBER)
         if isinstance(first.reply.outcome, Accepted) and isinstance(again.outcome, Accepted):
             if first.reply.outcome.reference == again.outcome.reference:
+                if first.ended_at is None:
+                    return Finding(
+                        NOT_SHOWN,
+                        "the same request was given the same run, which was not seen to end",
+                        "see the row of accepted runs",
+                    )
                 return Finding(PASS, "the same request was given the same run")
             await self._probes.to_its_end(again)
             return Finding(FAIL, "the same request was given another run", REMEMBER)
+        self._refused_again = isinstance(again.outcome, Refused)
+        if again.by_gateway:
+            return Finding(NOT_SHOWN, f"the same request was answered by a gateway: {again}")
         if isinstance(again.outcome, Accepted):
             await self._probes.to_its_end(again)
         if not again.got_in or (
@@ -215,21 +319,26 @@ class Check:
             return Finding(
                 FAIL, f"the same request was answered {first.reply} first, then {again}", REMEMBER
             )
-        took, length = again.ended_at - again.sent_at, self._probes.shortest
-        if again.is_replay:
+        if first.ended_at is None:
             return Finding(
-                PASS,
-                (
-                    f"the same request was answered after {span(took)}, as a replay "
-                    "(Idempotent-Replayed)"
-                ),
+                NOT_SHOWN,
+                f"the first run was not seen to end; the same request: {again}",
+                "see the row of accepted runs",
             )
+        took, length = again.ended_at - again.sent_at, self._probes.shortest
+        for _ in range(2):
+            if not again.is_replay or length < SHORT or took < length / 2:
+                break
+            # It says that nothing ran: the machine, or the way, may have been slow.
+            once_more = await self._probes.call(first.reply.key)
+            took = min(took, once_more.ended_at - once_more.sent_at)
+        says = ", though it is called a replay (Idempotent-Replayed)" if again.is_replay else ""
         if length >= SHORT and took >= length / 2:
             return Finding(
                 FAIL,
                 (
                     f"the same request took {span(took)}, as long as a run ({span(length)}): it "
-                    "ran again"
+                    f"ran again{says}"
                 ),
                 REMEMBER,
             )
@@ -238,9 +347,17 @@ class Check:
                 FAIL,
                 (
                     "the same request got another answer than the first time: it seems to have "
-                    "run again"
+                    f"run again{says}"
                 ),
                 REMEMBER,
+            )
+        if again.is_replay:
+            return Finding(
+                PASS,
+                (
+                    f"the same request was answered after {span(took)}, as a replay "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if length < SHORT:
             return Finding(
@@ -253,6 +370,33 @@ class Check:
             f"the same request was answered after {span(took)}, where a run takes {span(length)}",
         )
 
+    async def _key_at_the_end(self, before: Finding) -> Finding:
+        """The finding about a key after its run, if the first key is still known at the end."""
+        first = self._first
+        assert first is not None
+        try:
+            again = await self._probes.when_free(lambda: self._probes.call(first.reply.key))
+        except Spent:
+            return before
+        took, length = again.ended_at - again.sent_at, self._probes.shortest
+        if length >= SHORT and took >= length / 2:
+            same = False
+        elif isinstance(first.reply.outcome, Accepted) and isinstance(again.outcome, Accepted):
+            same = first.reply.outcome.reference == again.outcome.reference
+        else:
+            same = again.got_in and (
+                isinstance(first.reply.outcome, Accepted) or again.document == first.reply.document
+            )
+        if same or again.by_gateway:
+            return before
+        await self._probes.to_its_end(again)
+        return Finding(
+            FAIL,
+            f"at first: {before.seen}; but {len(self._probes.replies)} calls later the same one "
+            f"took {span(took)}: {again}",
+            REMEMBER,
+        )
+
     async def _body(self) -> Finding:
         assert self._first is not None
         key = self._first.reply.key
@@ -260,47 +404,74 @@ class Check:
             lambda: self._probes.call(key, message=f"{MESSAGE} (another body)")
         )
         if isinstance(reply.outcome, Refused):
+            if self._refused_again:
+                return Finding(
+                    NOT_SHOWN, f"refused, but so is the same body under a known key: {reply}"
+                )
             return Finding(PASS, f"another body under a known key: {reply}")
         if reply.got_in:
             await self._probes.to_its_end(reply)
         return Finding(FAIL, f"another body under a known key: {reply}", PIN)
 
     async def _token(self) -> Finding:
-        if not self._has_token:
+        if not self._has_token and not self._has_headers:
             return Finding(
                 NOT_SHOWN,
                 "no token is set",
                 "set RECALL_RUN_TOKEN, so that nobody else can run your agent",
             )
-        for token, which in (("wrong-" + secrets.token_hex(8), "a wrong token"), ("", "no token")):
+        what = "token" if self._has_token else "header"
+        statuses = set()
+        tries: tuple[tuple[Secrets, str], ...] = (("wrong", f"a wrong {what}"), ("none", "none"))
+        for kind, which in tries:
             key = self._probes.new_key()
             reply = await self._probes.when_free(
-                functools.partial(self._probes.call, key, token=token)
+                functools.partial(self._probes.call, key, secrets=kind)
             )
             if reply.got_in:
                 await self._probes.to_its_end(reply)
-            if reply.status not in (401, 403):
+            if (always := self._like_every_call(reply)) is not None:
+                return always
+            # A gateway that wants a pass sends those without one to its login page.
+            at_the_gate = self._has_headers and 300 <= (reply.status or 0) < 400
+            if reply.status not in (401, 403) and not at_the_gate:
                 return Finding(
                     FAIL,
-                    f"a call with {which}: {reply}",
-                    "401 to every call without the right token, before anything else",
+                    f"a call with {which if which != 'none' else f'no {what}'}: {reply}",
+                    f"401 to every call without the right {what}, before anything else",
                 )
-        return Finding(PASS, f"a wrong token and none: HTTP {reply.status}")
+            statuses.add(str(reply.status))
+        return Finding(PASS, f"a wrong {what}, and none: HTTP {', '.join(sorted(statuses))}")
+
+    def _like_every_call(self, reply: Reply) -> Finding | None:
+        """The finding where an answer shows nothing, as the first call had the same one."""
+        first = self._first_reply
+        if first is None or self._first is not None or reply.status != first.status:
+            return None
+        if isinstance(first.outcome, Misconfigured | Unknown | Unavailable | Gone):
+            return Finding(NOT_SHOWN, f"answered as every call is: {reply}", SEE_FIRST)
+        return None
 
     async def _missing(self) -> Finding:
         key = self._probes.new_key()
         reply = await self._probes.when_free(
             lambda: self._probes.call(key, session=self._missing_session)
         )
+        seen = f"session {self._missing_session}: {reply}"
+        if (always := self._like_every_call(reply)) is not None:
+            return always
         if isinstance(reply.outcome, Gone):
-            return Finding(PASS, f"session {self._missing_session}: {reply}")
+            return Finding(PASS, seen)
         if reply.got_in:
-            return Finding(
-                FAIL,
-                f"session {self._missing_session}: {reply}; it was created, or run without one",
-                NAME_IT,
-            )
-        return Finding(FAIL, f"session {self._missing_session}: {reply}", NAME_IT)
+            await self._probes.to_its_end(reply)
+            return Finding(FAIL, f"{seen}; it was created, or run without one", NAME_IT)
+        if reply.status in (404, 410):
+            said = _detail(reply)
+            if said is not None:
+                seen += f', with {{"detail": "{said[:100]}"}}: no code names the session'
+                return Finding(FAIL, seen, NAME_IT_FASTAPI)
+            return Finding(FAIL, f"{seen}: no code names the session", NAME_IT)
+        return Finding(FAIL, seen, NAME_IT)
 
     async def _busy(self) -> Finding:
         shown = unclear = 0
@@ -423,15 +594,6 @@ class Check:
                 f"the same request while its run was on was answered as if it had ended: {again}",
                 ONCE,
             )
-        if again.is_replay:
-            self._probes.measured(run)
-            return Finding(
-                PASS,
-                (
-                    "the same request while its run was on waited for its end and got its answer "
-                    "(Idempotent-Replayed)"
-                ),
-            )
         if run.ended_at is None or run.ended_at < again.sent_at + self._probes.shortest / 8:
             return Finding(
                 NOT_SHOWN, "the run ended before the same request could be made again", LONGER
@@ -442,6 +604,15 @@ class Check:
                 FAIL,
                 f"the same request while its run was on ended {span(apart)} after it: a second run",
                 ONCE,
+            )
+        if again.is_replay:
+            self._probes.measured(run)
+            return Finding(
+                PASS,
+                (
+                    "the same request while its run was on waited for its end and got its answer "
+                    "(Idempotent-Replayed)"
+                ),
             )
         if again.document == first.document:
             return Finding(
@@ -543,17 +714,17 @@ class Check:
                 ),
                 OUTLIVE,
             )
-        if again.is_replay and not isinstance(again.outcome, Accepted):
-            return Finding(
-                PASS,
-                (
-                    "a caller who disconnected and called again got the answer of the first run "
-                    "(Idempotent-Replayed)"
-                ),
-            )
         if run.ended_at is None or run.length is None:
             return Finding(NOT_SHOWN, "the run that was called again was not seen to end")
         if run.length < self._probes.shortest * 0.75:
+            if again.is_replay and not isinstance(again.outcome, Accepted):
+                return Finding(
+                    PASS,
+                    (
+                        "a caller who disconnected and called again got the answer of the first "
+                        "run (Idempotent-Replayed)"
+                    ),
+                )
             return Finding(
                 PASS,
                 (
@@ -615,6 +786,10 @@ class Check:
         reply = await self._probes.when_free(lambda: self._probes.call(self._probes.new_key()))
         if not isinstance(reply.outcome, Accepted):
             return Finding(NOT_SHOWN, f"this time, no run was accepted: {reply}")
+        if not await self._probes.is_deletable(reply):
+            return Finding(
+                NOT_SHOWN, "the run had ended before it could be ended at the address of its id"
+            )
         asked = await self._probes.of_run("DELETE", reply)
         run = await self._probes.polled(reply, at_once=True)
         if asked.status in (404, 405, 501):
@@ -646,77 +821,216 @@ class Check:
             PASS, f"DELETE of a run: HTTP {asked.status}; it ended, and the session was free"
         )
 
-    async def _accepted(self) -> Finding:
-        for reply in self._probes.replies:
-            if reply.status == 202 and isinstance(reply.outcome, Unknown):
-                return Finding(
-                    FAIL,
-                    reply.outcome.reason,
-                    "Location on the API's own origin: the token is sent there",
-                )
-            if (
-                reply.status == 202
-                and isinstance(reply.outcome, Answered)
-                and _word(reply) not in FINAL_WORDS
-            ):
-                return Finding(
-                    FAIL,
-                    "202 without Location or run_id: read as the run's end",
-                    "Location, or run_id and status, with each 202",
-                )
+    # --- what all answers say together ------------------------------------------------------------
+
+    def _accepted(self) -> Finding:
+        lost = [(r.lost, r.outcome) for r in self._probes.replies if r.lost is not None]
+        lost += [(r.lost, r.outcome) for r in self._probes.followed if r.lost is not None]
+        if lost:
+            why, outcome = lost[0]
+            so = (
+                "the occurrence fails, and is not posted again"
+                if isinstance(outcome, Unknown)
+                else "the worker takes the answer for the run's end"
+            )
+            return Finding(
+                FAIL,
+                f"{_times(len(lost), 'run')} can't be followed: {why}; so {so}",
+                OWN_HOST if "another host" in why else ADDRESS,
+            )
         if not self._probes.followed:
             return Finding(NOT_SHOWN, "not offered: every call was answered when its run had ended")
-        lost = [run for run in self._probes.followed if run.ended_at is None]
-        if lost:
-            why = getattr(lost[0].outcome, "reason", "")
+        unended = [run for run in self._probes.followed if run.ended_at is None]
+        if unended:
+            why = getattr(unended[0].outcome, "reason", "")
+            others = sorted({str(s) for s, word in self._spoken() if word is Word.OTHER})
+            unknown = f" (its status: {', '.join(others)[:100]})" if others else ""
             return Finding(
                 FAIL,
                 (
-                    f"{len(lost)} of {len(self._probes.followed)} accepted runs were not seen to "
-                    f"end: {why}"
+                    f"{len(unended)} of {len(self._probes.followed)} accepted runs were not seen "
+                    f"to end: {why}{unknown}"
                 ),
                 POLL,
             )
+        ways = ", ".join(sorted({_way(run.reply) for run in self._probes.followed}))
         words = ", ".join(sorted({name_of(run.outcome) for run in self._probes.followed}))
-        return Finding(
-            PASS, f"{len(self._probes.followed)} accepted runs were polled to their end ({words})"
-        )
+        seen = f"{_times(len(self._probes.followed), 'accepted run')} polled to the end ({words})"
+        notes = [
+            run.reply.outcome.note
+            for run in self._probes.followed
+            if isinstance(run.reply.outcome, Accepted) and run.reply.outcome.note
+        ]
+        if notes:
+            return Finding(PASS, f"{seen}, by {ways}; noted: {notes[0]}", OWN_SCHEME)
+        return Finding(PASS, f"{seen}, by {ways}")
 
-    async def _redirect(self) -> Finding:
-        for reply in self._probes.replies:
-            if reply.answer is not None and 300 <= reply.answer.status < 400:
-                to = reply.answer.headers.get("Location", "nowhere")[:200]
-                return Finding(
-                    FAIL,
-                    f"HTTP {reply.answer.status} to {to}",
-                    "give the final address as RECALL_RUN_URL: redirects aren't followed",
-                )
-        return Finding(
-            PASS,
-            (
-                f"none of {sum(reply.answer is not None for reply in self._probes.replies)} "
-                "answers was a redirect"
-            ),
-        )
+    def _spoken(self) -> list[tuple[object, Word]]:
+        """Every `status` of an answer about a run, and what it means to the worker."""
+        found = []
+        for reply in [*self._probes.replies, *self._probes.polls]:
+            if reply.answer is None or not 200 <= reply.answer.status < 300:
+                continue
+            status = (members(reply.answer) or {}).get("status")
+            if status is not None:
+                found.append((status, meaning(status)))
+        return found
 
-    async def _retry_after(self) -> Finding:
-        busy = [reply for reply in self._probes.replies if isinstance(reply.outcome, Busy)]
-        if not busy:
-            return Finding(NOT_SHOWN, "no session was busy")
-        pauses = [reply.outcome.retry_after for reply in busy if isinstance(reply.outcome, Busy)]
-        if None in pauses:
+    def _words(self) -> Finding:
+        spoken = self._spoken()
+        if not spoken:
+            return Finding(NOT_SHOWN, "no answer has a status: each 2xx is taken for a good end")
+        others = sorted({str(status)[:40] for status, word in spoken if word is Word.OTHER})
+        if others:
             return Finding(
                 NOT_SHOWN,
-                f"{pauses.count(None)} of {len(pauses)} busy answers had no Retry-After",
-                "send it: without it a worker waits 60 s",
+                f"status {', '.join(others)[:200]}: not known; in a 202 and in a poll it means "
+                "that the run goes on, else that it ended well",
+                KNOWN_WORDS,
             )
+        said = {str(status).strip().lower(): word for status, word in spoken}
         return Finding(
             PASS,
-            (
-                f"{len(pauses)} busy answers had Retry-After "
-                f"({', '.join(f'{s:g}' for s in sorted({p or 0.0 for p in pauses}))} s)"
-            ),
+            "; ".join(
+                f"{', '.join(sorted(s for s, w in said.items() if w is word))} ({word.value})"
+                for word in Word
+                if word in said.values()
+            )[:400],
         )
+
+    def _stream(self) -> Finding:
+        all_of_them = [
+            (reply, answer)
+            for reply in self._probes.replies
+            if (answer := reply.answer or reply.cut) is not None
+            and answer.status < 300
+            and is_stream(answer)
+        ]
+        if not all_of_them:
+            return Finding(NOT_SHOWN, "not offered: no answer was a stream")
+        broken = [reply for reply, _ in all_of_them if reply.answer is None]
+        if broken:
+            return Finding(
+                FAIL,
+                f"{len(broken)} of {len(all_of_them)} streams did not end whole: {broken[0]}",
+                WHOLE,
+            )
+        failed = [r for r, _ in all_of_them if isinstance(r.outcome, Failed)]
+        ends = (
+            f"{len(failed)} ended with an error: {_reason(failed[0])}"
+            if failed
+            else ("none ended with an error")
+        )
+        return Finding(PASS, f"{_times(len(all_of_them), 'stream')} read to the end; {ends}")
+
+    def _large(self) -> Finding:
+        asked = [*self._probes.replies, *self._probes.polls]
+        longest = max(asked, key=lambda reply: reply.length, default=None)
+        if longest is None or longest.length == 0:
+            return Finding(NOT_SHOWN, "no answer has a body")
+        size = (
+            f"{longest.length / (1 << 20):.1f} MiB"
+            if longest.length >= 1 << 20
+            else (f"{longest.length} octets")
+        )
+        answer = longest.answer or longest.cut
+        if answer is None or not answer.truncated:
+            return Finding(PASS, f"the longest answer has {size}")
+        if is_stream(answer):
+            return Finding(PASS, f"the longest answer is a stream of {size}: its end is read")
+        if (members(answer) or {}).get("status") is not None:
+            return Finding(PASS, f"the longest answer has {size}; its status is read")
+        return Finding(
+            NOT_SHOWN,
+            f"the longest answer has {size}: read to its end, but a status between its first MiB "
+            "and its last 64 KiB is not seen, and a run that failed counts as ended well",
+            "a short answer, or `status` as the first member of it",
+        )
+
+    def _gateway(self) -> Finding:
+        asked = [*self._probes.replies, *self._probes.polls]
+        by_gateway = [reply for reply in asked if reply.by_gateway]
+        answered = sum(reply.answer is not None for reply in asked)
+        if by_gateway:
+            assert by_gateway[0].answer is not None
+            said = reason_in(by_gateway[0].answer)
+            return Finding(
+                FAIL,
+                f"{len(by_gateway)} of {answered} answers were a gateway's, for an application "
+                f"that it could not reach or that was too slow{said}",
+                GATEWAYS,
+            )
+        if not answered:
+            return Finding(NOT_SHOWN, "there was no answer")
+        return Finding(PASS, f"none of {answered} answers was a gateway's (502, 504, 52x)")
+
+    def _redirect(self) -> Finding:
+        # A gateway that wants a pass sends those without one to its login page.
+        asked = [r for r in self._probes.replies if r.ours]
+        moved = [r for r in asked if r.answer is not None and 300 <= r.answer.status < 400]
+        moved += [
+            poll
+            for poll in self._probes.polls
+            if poll.answer is not None and 300 <= poll.answer.status < 400 and poll.status != 303
+        ]
+        if moved:
+            assert moved[0].answer is not None
+            to = moved[0].answer.headers.get("Location", "nowhere")[:200]
+            return Finding(
+                FAIL,
+                f"HTTP {moved[0].status} to {to}",
+                "give the final address as RECALL_RUN_URL: redirects aren't followed"
+                if moved[0] in asked
+                else "the final address in Location: redirects aren't followed",
+            )
+        answered = sum(reply.answer is not None for reply in asked)
+        if not answered:
+            return Finding(NOT_SHOWN, "there was no answer")
+        return Finding(PASS, f"none of {answered} answers was a redirect")
+
+    def _retry_after(self) -> Finding:
+        """Advice: never a failure. Also what the answers of accepted runs say of polls."""
+        busy = [r for r in self._probes.replies if isinstance(r.outcome, Busy)]
+        accepted = [r for r in self._probes.replies if isinstance(r.outcome, Accepted)]
+        going_on = [
+            r
+            for r in self._probes.polls
+            if r.answer is not None and 200 <= r.answer.status < 300 and goes_on(r.answer)
+        ]
+        parts, missing = [], []
+        for replies, what, without in (
+            (busy, "busy answer", "a worker waits 60 s"),
+            (accepted, "accepted run", "the first poll comes at once"),
+            (going_on, "poll", "pauses grow from 0.5 s to 10 s"),
+        ):
+            if not replies:
+                continue
+            raw = [r.answer.headers.get("Retry-After") for r in replies if r.answer is not None]
+            pauses = {p for r in replies if r.answer and (p := retry_after(r.answer.headers))}
+            bad = {
+                text
+                for r, text in zip(replies, raw, strict=True)
+                if text is not None and r.answer and retry_after(r.answer.headers) is None
+            }
+            if bad:
+                missing.append(f"{what}s with a Retry-After that can't be read: {min(bad)[:40]!r}")
+            elif None in raw:
+                if what == "busy answer":
+                    missing.append(
+                        f"{raw.count(None)} of {_times(len(raw), what)} had no "
+                        f"Retry-After: {without}"
+                    )
+                else:
+                    parts.append(f"{_times(len(raw), what)} without ({without})")
+            else:
+                most = 300.0 if what != "busy answer" else 86_400.0
+                seconds = ", ".join(f"{min(p, most):g}" for p in sorted(pauses))
+                parts.append(f"{_times(len(raw), what)} with Retry-After ({seconds} s)")
+        if missing:
+            return Finding(NOT_SHOWN, "; ".join(missing + parts), "Retry-After in whole seconds")
+        if not busy:
+            return Finding(NOT_SHOWN, "; ".join(["no session was busy", *parts]))
+        return Finding(PASS, "; ".join(parts))
 
 
 LONGER = "let the agent take half a second for this message, and check again"
@@ -726,6 +1040,31 @@ REMEMBER = (
 REPLAYED = "send Idempotent-Replayed: true with a repeated answer"
 PIN = "422 if the body's hash differs from the one kept with the key"
 NAME_IT = '404 with {"code": "session_not_found"}; --missing-session gives another id to try'
+NAME_IT_FASTAPI = (
+    'raise HTTPException(404, detail={"code": "session_not_found", "message": "…"}), or '
+    'return JSONResponse({"code": "session_not_found"}, status_code=404)'
+)
+SEE_FIRST = "see the first row"
+GATEWAYS = (
+    "see what the gateway logs: the application is away, or its run takes longer than the gateway "
+    "waits (then raise that, or answer 202 and be polled)"
+)
+OWN_HOST = "a Location on the API's own host: the token is sent there, and to no other host"
+OWN_SCHEME = (
+    "a Location without scheme and host (/runs/…), or let the API trust X-Forwarded-Proto and -Host"
+)
+ADDRESS = (
+    "202 with a Location that GET answers with the run's status; if the run has ended, 200 with "
+    "status completed"
+)
+KNOWN_WORDS = (
+    "queued or running while it goes on; then completed, failed, or requires_action where a "
+    "person is waited for (docs/endpoint.md has all words)"
+)
+WHOLE = (
+    "end the stream as HTTP ends it (the last chunk), with an event of its own (data: [DONE]; "
+    "event: error where the run failed)"
+)
 ATOMIC = (
     "take the session in one atomic step (a unique row, a conditional update); answer the second "
     "call 409"
@@ -737,14 +1076,31 @@ POLL = "GET at the Location: a status, in the end one of completed, failed, canc
 END_IT = "DELETE at the Location ends the run, and frees the session"
 
 
-def _word(reply: Reply) -> str:
-    return str(reply.document.get("status")).lower() if isinstance(reply.document, dict) else ""
+def _reason(reply: Reply) -> str:
+    return str(getattr(reply.outcome, "reason", ""))
 
 
-def _escaped(found: Finding) -> Finding:
-    """A server's text may contain control characters for a terminal."""
-    return Finding(
-        found.verdict,
-        escape_controls(found.seen)[:500],
-        None if found.todo is None else escape_controls(found.todo),
+def _is_trouble(reply: Reply) -> bool:
+    """Whether a call was answered neither as a run, nor refused, nor as busy."""
+    if reply.answer is None or reply.lost is not None:
+        return True
+    return isinstance(reply.outcome, Unknown | Unavailable) or (
+        isinstance(reply.outcome, Misconfigured) and reply.status not in (404, 410)
     )
+
+
+def _detail(reply: Reply) -> str | None:
+    """What FastAPI says of its own accord, and Starlette and others likewise."""
+    document = reply.document
+    detail = document.get("detail") if isinstance(document, dict) else None
+    return detail if isinstance(detail, str) else None
+
+
+def _way(reply: Reply) -> str:
+    """Which part of the answer named the run's address."""
+    headers = {} if reply.answer is None else reply.answer.headers
+    return next((name for name in LOCATIONS if headers.get(name, "").strip()), "its id")
+
+
+def _times(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"

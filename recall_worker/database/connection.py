@@ -6,8 +6,11 @@ time, each a transaction of its own and one round trip (`pipeline`). Deadlines f
 both ends: silence is noticed, and a new connection tried, while the lease lasts. The first query
 finds out whether the connection is the server's own or pooled (lent by a pooler for one
 transaction at a time): on a pooled one nothing is prepared, and every transaction sets its own
-settings. Any failure of a connection is DatabaseUnavailable. A statement that PostgreSQL answers
-but refuses, because of its values, is StatementRejected.
+settings (`setup`). A query that is late is cancelled at the server: one that is only hung up on
+would go on there, and its connection with it (`budget`). A commit that waited for a synchronous
+standby answers a cancel by committing on this server alone: `unreplicated` says so. Any failure of
+a connection is DatabaseUnavailable. A statement that PostgreSQL answers but refuses, because of its
+values, is StatementRejected.
 
 Never here: the statements (ledger), and when they are run.
 """
@@ -21,18 +24,22 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import errors, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq.abc import PGresult
 from psycopg.rows import tuple_row
 
 from .. import statements
-from .pipeline import PipelineConnection, Step, given_in_order, numbered
+from . import identity, setup
+from .budget import ConnectionBudget, NoPlace, Place
+from .identity import UNKNOWN, Identity
+from .pipeline import PendingQuery, PipelineConnection, Step, given_in_order, numbered
 
 STATEMENT_DEADLINE = 15.0
 """Seconds, at most, after which an unanswered statement means that the connection is gone."""
@@ -45,9 +52,26 @@ DEADLINE_AT = 1 / 4
 connection and a second try."""
 SERVER_GIVES_UP_AT = 15 / 16
 """Part of our deadline: PostgreSQL, where it is alive, gives a statement up a little before us."""
+CANCEL_AT, CANCEL_MOST = 1 / 4, 2.0
+"""Part of our deadline, and seconds at most, in which a late query is cancelled and answers that;
+then we hang up."""
+IDENTITY_FOR = 30.0
+"""Seconds for which it is believed that the database is no copy. Asked on each new connection, and
+before each claim while it is one, or while nothing is recorded in it."""
+OF_THE_SCHEMA = "42"
+"""The class of errors of a statement that names what is not there, or not so, or forbidden."""
 LOCK_PATIENCE = 1.0
 """Seconds, at most, a statement may wait for the application to end a transaction. Locked rows are
 skipped, not waited for."""
+
+
+Dsn: TypeAlias = str | Callable[[], str]
+"""A DSN, or what returns the one of now: its password may change while we run."""
+
+
+def current(dsn: Dsn) -> str:
+    """The DSN for a connection that is opened now."""
+    return dsn if isinstance(dsn, str) else dsn()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +88,11 @@ class Deadlines:
             min(STATEMENT_DEADLINE, max(1.0, lease * DEADLINE_AT)),
             min(CONNECT_DEADLINE, max(CONNECT_LEAST, lease * DEADLINE_AT)),
         )
+
+    @property
+    def cancel(self) -> float:
+        """Seconds in which a late query is cancelled."""
+        return min(CANCEL_MOST, self.statement * CANCEL_AT)
 
     def connecting(self, dsn: str) -> float:
         """Seconds in which each of a DSN's hosts can be tried."""
@@ -96,10 +125,12 @@ class StatementRejected(Exception):
     """PostgreSQL answered that it will not run this statement with these values, or at all. Trying
     again changes nothing."""
 
-    def __init__(self, reason: str, sqlstate: str | None) -> None:
+    def __init__(self, reason: str, sqlstate: str | None, context: str | None = None) -> None:
+        """`context`: what PostgreSQL did within the statement, such as a write to an index."""
         super().__init__(reason)
         self.reason = reason
         self.sqlstate = sqlstate
+        self._context = context
 
     @property
     def is_lock(self) -> bool:
@@ -107,10 +138,30 @@ class StatementRejected(Exception):
         return self.sqlstate == errors.LockNotAvailable.sqlstate
 
     @property
+    def is_table_lock(self) -> bool:
+        """Whether it is the table for certain. An entry of an index that another transaction keeps
+        open may also be waited for."""
+        return self.is_lock and not self._context
+
+    @property
+    def of_the_schema(self) -> bool:
+        """Whether the statement and the schema don't fit: something is missing, or of another type,
+        or the account may not use it. Every statement of its kind is refused until that is
+        changed."""
+        return (self.sqlstate or "")[:2] == OF_THE_SCHEMA
+
+    @property
     def of_a_row(self) -> bool:
         """Whether a row's values are the cause (data, constraints, limits, an exception of a
         trigger), and not the statement."""
         return self.sqlstate is not None and self.sqlstate[:2] in ("22", "23", "44", "54", "P0")
+
+
+class ClaimsHeld(StatementRejected):
+    """The database is a copy, and this statement was not sent: claims are held back there."""
+
+    def __init__(self) -> None:
+        super().__init__(identity.IS_A_COPY, None)
 
 
 def connection_info(
@@ -149,7 +200,8 @@ class Connection(psycopg.AsyncConnection[Any]):
 
     psycopg would first ask the server to cancel, over a new connection, and then wait for the old
     one to confirm: five seconds each, and a deadline is meant for a server that says nothing.
-    PostgreSQL gives up by itself: see `session_setup`.
+    PostgreSQL gives up by itself: see `session_setup`. Where it can't, as in a commit that waits,
+    `QueryConnection` cancels the query first.
     """
 
     async def cancel_safe(self, *, timeout: float = 0.0) -> None:
@@ -173,27 +225,55 @@ def transaction_setup(seconds: float) -> dict[str, str]:
 
 
 async def session_setup(
-    conn: psycopg.AsyncConnection[Any], seconds: float = STATEMENT_DEADLINE
+    conn: psycopg.AsyncConnection[Any],
+    seconds: float = STATEMENT_DEADLINE,
+    schema: str | None = None,
 ) -> bool:
-    """Run the first query on a connection. Returns whether the connection is the server's own: then
-    it has our settings from now on.
+    """Run the first queries on a connection. Returns whether the connection is the server's own:
+    then it has our settings from now on.
 
     `seconds`: the deadline of a statement; after twice that PostgreSQL, too, closes a connection
-    whose peer has vanished, and releases its locks. False: a pooler stands in between, and what we
-    set would stay behind for others.
+    whose peer has vanished, and releases its locks. `schema`: RECALL_SCHEMA. False: a pooler stands
+    in between, and what we set would stay behind for others.
     """
-    cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-    values = {"pid": conn.pgconn.backend_pid} | transaction_setup(seconds)
-    setup = statements.load("ledger")["session_setup"].encode()
+    pid = conn.pgconn.backend_pid
     try:
-        await cursor.execute(setup, values, prepare=False)
+        return await _first_queries(conn, pid, seconds, schema)
     except errors.QueryCanceled:
         # The account's own deadline holds until ours is set, even if it is one millisecond. The
         # second try is faster: PostgreSQL has everything in its caches.
-        await cursor.execute(setup, values, prepare=False)
-    row = await cursor.fetchone()
+        return await _first_queries(conn, pid, seconds, schema)
+
+
+async def _first_queries(
+    conn: psycopg.AsyncConnection[Any], pid: int, seconds: float, schema: str | None
+) -> bool:
+    """In one round trip: a distant PostgreSQL leaves no time for more within a short lease."""
+    first, second = (psycopg.AsyncCursor(conn, row_factory=tuple_row) for _ in range(2))
+    direct = statements.load("ledger")["session_setup"].encode()
+    terms = setup.values(schema, local=None, pid=pid)
+    async with conn.pipeline():
+        await first.execute(direct, {"pid": pid} | transaction_setup(seconds), prepare=False)
+        await second.execute(setup.settings(), terms, prepare=False)
+    row = await first.fetchone()
     assert row is not None
     return bool(row[0])
+
+
+async def end_given_up(
+    conn: psycopg.AsyncConnection[Any], place: Place, budget: ConnectionBudget
+) -> None:
+    """On a new connection: end those that this worker gave up before, and count them as gone that
+    are. Raises NoPlace where too many of them are still there."""
+    pids, names = budget.given_up
+    if pids:
+        cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
+        ending = statements.load("ledger")["end_given_up"].encode()
+        await cursor.execute(ending, {"pids": pids, "names": names}, prepare=False)
+        there = {row[0] for row in await cursor.fetchall()}
+        budget.ended([pid for pid in pids if pid not in there])
+    if budget.is_full:
+        raise NoPlace("connections that were given up have not ended at PostgreSQL")
 
 
 def error_text(error: BaseException) -> str:
@@ -261,19 +341,32 @@ class QueryConnection:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: Dsn,
         name: str,
         deadlines: Deadlines,
         siblings: list[QueryConnection],
         *,
         prepare: bool = True,
+        schema: str | None = None,
+        budget: ConnectionBudget | None = None,
+        identify: bool = False,
+        allow_copy: bool = True,
     ) -> None:
-        """`prepare`: have PostgreSQL keep the plans of the statements."""
+        """`dsn` is read anew for each connection that is opened. `prepare`: have PostgreSQL keep
+        the plans of the statements. `schema`: RECALL_SCHEMA. `budget`: of all connections of this
+        worker. `identify`: find out before any statement which database this is. `allow_copy`: else
+        on a copy nothing is sent, except what is asked `on_a_copy`."""
         self._dsn = dsn
-        self._info = connection_info(dsn, name, deadlines.connect)
+        self._schema = schema
+        self._name = name
+        self._deadlines = deadlines
         self._within = deadlines.statement
-        self._connect_within = deadlines.connecting(dsn)
         self._prepare = prepare
+        self._budget = budget or ConnectionBudget()
+        self._place: Place | None = None
+        self.unreplicated = False
+        """Whether the last answer is of a transaction that was committed on this server, and that
+        its synchronous standby has not confirmed. To be read before anything else is awaited."""
         self._siblings = siblings
         self._siblings.append(self)
         self._suspect = False
@@ -281,61 +374,70 @@ class QueryConnection:
         self._pooled = False
         """Whether a pooler lends us a server connection for one transaction at a time."""
         self._turn = asyncio.Lock()
+        self._identify, self._allow_copy = identify, allow_copy
+        self._identity_until = 0.0
+        """Monotonic instant until which `identity` is believed on this connection."""
+        self.identity: Identity = UNKNOWN
+        """Of the database, as last asked."""
 
     async def ask(
         self,
         statement: str,
-        values: Mapping[str, Any],
+        values: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         after: str | tuple[str, Mapping[str, Any]] | None = None,
         *,
         as_: type[dict[str, Any]] | type[tuple[Any, ...]] = dict,
+        on_a_copy: bool = False,
     ) -> list[Any]:
         """Run a statement and return its rows, each `as_` a dict or a tuple.
 
         `after`: a statement (with its values) to run before it in the same transaction, still in
-        one round trip. Raises DatabaseUnavailable, StatementRejected.
+        one round trip. `values()` is called when `identity` is that of this connection.
+        `on_a_copy`: send it there, too. Raises DatabaseUnavailable, StatementRejected (ClaimsHeld).
         """
-        text, names = numbered(statement)
         async with self._turn:
             asked_at = time.monotonic()
+            query: PendingQuery | None = None
+            dsn = "" if self._is_open else current(self._dsn)
+            self.unreplicated = False
             try:
                 within = self._within / SERVER_GIVES_UP_AT
                 async with asyncio.timeout(
-                    within + (0.0 if self._is_open else self._connect_within)
+                    within + (0.0 if self._is_open else self._deadlines.connecting(dsn))
                 ) as deadline:
                     if not self._is_open:
-                        await self._connect()
+                        await self._connect(dsn)
                         deadline.reschedule(asyncio.get_running_loop().time() + within)
-                    pipe = self._pipe
-                    assert pipe is not None
-                    wanted = (text, given_in_order(names, values))
-                    before: list[Step] = self._pooled_setup if self._pooled else []
-                    if after is not None:
-                        first, its = (after, {}) if isinstance(after, str) else after
-                        first_text, first_names = numbered(first)
-                        before = [*before, (first_text, given_in_order(first_names, its))]
-                    query = pipe.ask(
-                        before,
-                        wanted,
-                        [(b"commit", ())] if self._pooled else [],
-                        self._prepare and not self._pooled,
-                    )
-                    try:
-                        answer = await query.answer
-                    except psycopg.Error:
-                        await self._roll_back(pipe)
-                        raise
-                    return pipe.load(answer, as_)
+                    if self._identify and time.monotonic() >= self._identity_until:
+                        await self._find_identity()
+                        # Its answer takes no time from the statement's own.
+                        deadline.reschedule(asyncio.get_running_loop().time() + within)
+                    if self.identity.copy and not (self._allow_copy or on_a_copy):
+                        raise ClaimsHeld
+                    given = values() if callable(values) else values
+                    pipe, query = self._send(statement, given, after)
+                    return await self._answer(pipe, query, as_)
             except TimeoutError:
-                was_open = self._pipe is not None
-                self._break()
+                late, was_open = self._pipe, self._pipe is not None
+                if late is None or query is None or not late.waits_for(query):
+                    self._break()
+                elif (done := await self._cancel(late, query)) is not None:
+                    return late.load(done, as_)
                 raise DatabaseUnavailable(
                     "no answer within the deadline", asked_at, timed_out=was_open
                 ) from None
+            except NoPlace as full:
+                # The connections that are open are needed, and not suspect.
+                raise DatabaseUnavailable(error_text(full), asked_at) from full
             except psycopg.Error as error:
                 if _is_refusal(error):
-                    raise StatementRejected(error_text(error), error.sqlstate) from error
-                for_all = self._pipe is None and takes_nobody(error, self._dsn)
+                    if isinstance(error, errors.UndefinedTable):
+                        # Restored, renamed or moved meanwhile: the next query looks for it anew.
+                        self._drop()
+                    raise StatementRejected(
+                        error_text(error), error.sqlstate, error.diag.context
+                    ) from error
+                for_all = self._pipe is None and takes_nobody(error, dsn)
                 timed_out = isinstance(error, errors.QueryCanceled)
                 self._break()
                 raise DatabaseUnavailable(
@@ -355,14 +457,60 @@ class QueryConnection:
                 self._drop()
                 raise
 
+    def _send(
+        self,
+        statement: str,
+        values: Mapping[str, Any],
+        after: str | tuple[str, Mapping[str, Any]] | None = None,
+    ) -> tuple[PipelineConnection, PendingQuery]:
+        """Send a statement on the open connection. Raises psycopg.Error."""
+        pipe = self._pipe
+        assert pipe is not None
+        text, names = numbered(statement)
+        wanted = (text, given_in_order(names, values))
+        before: list[Step] = self._pooled_setup if self._pooled else []
+        if after is not None:
+            first, its = (after, {}) if isinstance(after, str) else after
+            first_text, first_names = numbered(first)
+            before = [*before, (first_text, given_in_order(first_names, its))]
+        return pipe, pipe.ask(
+            before,
+            wanted,
+            [(b"commit", ())] if self._pooled else [],
+            self._prepare and not self._pooled,
+        )
+
+    async def _answer(
+        self,
+        pipe: PipelineConnection,
+        query: PendingQuery,
+        as_: type[dict[str, Any]] | type[tuple[Any, ...]] = dict,
+    ) -> list[Any]:
+        """The rows of what was sent. Raises psycopg.Error."""
+        try:
+            answer = await query.answer
+        except psycopg.Error:
+            await self._roll_back(pipe)
+            raise
+        return pipe.load(answer, as_)
+
+    async def _find_identity(self) -> None:
+        """Ask which database this is: on a new connection, after IDENTITY_FOR, and each time as
+        long as it is a copy, or nothing is recorded: a dump may be about to be restored."""
+        self.identity = found = await identity.ask(lambda text: self._answer(*self._send(text, {})))
+        sure = found.recorded and not found.copy
+        self._identity_until = time.monotonic() + IDENTITY_FOR if sure else 0.0
+
     @property
     def _pooled_setup(self) -> list[Step]:
         """The start of a transaction on a pooled connection, where no setting may stay behind."""
         text, names = numbered(statements.load("ledger")["transaction_setup"])
         given = transaction_setup(self._within)
+        terms, its = numbered(statements.load("setup")["settings"])
         return [
             (b"begin isolation level read committed", ()),
             (text, [given[name] for name in names]),
+            (terms, given_in_order(its, setup.values(self._schema, local=True))),
         ]
 
     async def _roll_back(self, pipe: PipelineConnection) -> None:
@@ -374,16 +522,58 @@ class QueryConnection:
     def _is_open(self) -> bool:
         return self._pipe is not None and not self._suspect
 
-    async def _connect(self) -> None:
+    async def _connect(self, dsn: str) -> None:
         self._drop()
         self._suspect = False
-        conn = await Connection.connect(**self._info)
+        self._identity_until = 0.0
+        place = self._budget.take()
         try:
-            self._pooled = not await session_setup(conn, self._within)
+            conn = await Connection.connect(
+                **connection_info(dsn, self._name, self._deadlines.connect)
+            )
+        except BaseException:
+            place.free()
+            raise
+        try:
+            place.opened(conn.pgconn.backend_pid, self._name)
+            self._pooled = not await session_setup(conn, self._within, self._schema)
+            if self._pooled:
+                place.pooled()
+            await end_given_up(conn, place, self._budget)
+        except NoPlace:
+            conn.pgconn.finish()
+            place.free()
+            raise
         except BaseException:
             conn.pgconn.finish()
+            place.give_up()
             raise
-        self._pipe = PipelineConnection(conn)
+        self._pipe, self._place = PipelineConnection(conn), place
+
+    async def _cancel(self, pipe: PipelineConnection, query: PendingQuery) -> PGresult | None:
+        """Have PostgreSQL cancel a query that is late. Returns its answer where it was done all the
+        same: in time, or because it waited for a standby and is committed on this server now. Where
+        PostgreSQL does not answer, hang up."""
+        within = self._deadlines.cancel
+        query.wait_on()
+        try:
+            async with asyncio.timeout(within):
+                await pipe.cancel(within)
+                answer = await query.answer
+            self.unreplicated = pipe.committed_here
+            return answer
+        except errors.QueryCanceled:
+            try:
+                async with asyncio.timeout(within):
+                    await self._roll_back(pipe)
+            except (TimeoutError, psycopg.Error):
+                self._break()
+        except (TimeoutError, psycopg.Error, OSError):
+            self._break()
+        except BaseException:
+            self._drop()
+            raise
+        return None
 
     def _break(self) -> None:
         for sibling in self._siblings:
@@ -391,10 +581,24 @@ class QueryConnection:
         self._drop()
 
     def _drop(self) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        """Hang up. PostgreSQL may not notice, so the place is taken until it says that it did."""
+        pipe, self._pipe = self._pipe, None
+        if pipe is None:
+            return
+        assert self._place is not None
+        if pipe.is_lost:
+            self._place.free()
+        else:
+            self._place.give_up()
+        if pipe.is_asked and not pipe.is_lost:
+            self._budget.see_off(pipe.see_off(self._deadlines.cancel))
+        else:
+            pipe.close()
 
     async def close(self) -> None:
+        """Close the connection in good order: PostgreSQL notices at once."""
         async with self._turn:
+            if self._pipe is not None and self._place is not None and not self._pipe.is_asked:
+                self._place.free()
             self._drop()
+        await self._budget.close()

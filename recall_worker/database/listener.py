@@ -1,8 +1,9 @@
 """The listener: one dedicated LISTEN connection that wakes the worker.
 
-A notification only says that something changed: its payload is empty, and the row is the truth. The
-worker must also query once after every (re)connection, as notifications sent meanwhile are lost;
-the listener calls `notify()` for that.
+A notification only says that something changed, and the row is the truth: its payload is empty, or
+the queue of a new row, so that workers of other queues need not query. The worker must also query
+once after every (re)connection, as notifications sent meanwhile are lost; the listener calls
+`notify("")` for that.
 
 The connection is used for nothing else, and is read as soon as data arrives; psycopg's `notifies()`
 would do that two turns of the event loop later. A half-open connection raises nothing. A LISTEN
@@ -26,15 +27,20 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
+from psycopg import pq
 
 from ..events import Events
+from .budget import ConnectionBudget
 from .connection import (
     STATEMENT_DEADLINE,
     Connection,
     DatabaseUnavailable,
     Deadlines,
+    Dsn,
     StatementRejected,
     connection_info,
+    current,
+    end_given_up,
     error_text,
     session_setup,
 )
@@ -64,27 +70,33 @@ ELSEWHERE_HINT = f"name the same database on the same server in RECALL_LISTEN_DS
 
 
 class Listener:
-    """Calls `notify()` at each notification and after each connection, until cancelled."""
+    """Calls `notify(payload)` at each notification, and `notify("")` after each connection, until
+    cancelled."""
 
     def __init__(
         self,
-        dsn: str,
+        dsn: Dsn,
         worker: str,
-        notify: Callable[[], None],
+        notify: Callable[[str], None],
         self_test: Callable[[str], Awaitable[None]],
         events: Events,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 frozen
+        schema: str | None = None,
+        budget: ConnectionBudget | None = None,
     ) -> None:
-        """`self_test(channel)`: notify that channel from another connection. It raises
-        DatabaseUnavailable or StatementRejected where that can't be done."""
+        """`dsn` is read anew for each connection. `schema`: RECALL_SCHEMA. `budget`: of all
+        connections of this worker. `self_test(channel)`: notify that channel from another
+        connection. It raises DatabaseUnavailable or StatementRejected where that can't be done."""
+        self._schema = schema
         self._deadlines = deadlines
-        self._connect_within = deadlines.connecting(dsn)
+        self._dsn = dsn
+        self._budget = budget or ConnectionBudget()
         self._probe_every = (
             PROBE_EVERY
             if deadlines.statement >= STATEMENT_DEADLINE
             else min(PROBE_EVERY, 2 * deadlines.statement)
         )
-        self._info = connection_info(dsn, f"recall-worker listener {worker}", deadlines.connect)
+        self._name = f"recall-worker listener {worker}"
         self._notify = notify
         self._self_test = self_test
         self._events = events
@@ -147,20 +159,34 @@ class Listener:
 
     async def _listen(self) -> None:
         """Listen on a new connection. Returns when notifications do not arrive on it."""
-        async with asyncio.timeout(self._connect_within):
-            conn = await Connection.connect(**self._info)
+        dsn = current(self._dsn)
+        place = self._budget.take()
+        try:
+            async with asyncio.timeout(self._deadlines.connecting(dsn)):
+                conn = await Connection.connect(
+                    **connection_info(dsn, self._name, self._deadlines.connect)
+                )
+        except BaseException:
+            place.free()
+            raise
+        place.opened(conn.pgconn.backend_pid, self._name)
         farewell = Farewell(conn)
         # For notifications that arrive while a statement runs.
-        conn.add_notify_handler(lambda notification: self._receive(notification.channel))
+        conn.add_notify_handler(
+            lambda notification: self._receive(notification.channel, notification.payload)
+        )
         try:
             async with asyncio.timeout(PROBE_DEADLINE):
-                self._direct = await session_setup(conn, self._deadlines.statement)
+                self._direct = await session_setup(conn, self._deadlines.statement, self._schema)
+                if not self._direct:
+                    place.pooled()
+                await end_given_up(conn, place, self._budget)
                 for channel in (CHANNEL, self._own):
                     await conn.execute(f"listen {channel}".encode(), prepare=False)
             self.listening, self._tested = True, False
             if not self.deaf:
                 self._events.tell("listener.listening", channel=CHANNEL)
-            self._notify()
+            self._notify("")
             while await self._passes_self_test(conn):
                 await self._wait(conn, self._probe_every, while_trusted=True)
             if self.deaf:
@@ -173,6 +199,11 @@ class Listener:
         except psycopg.Error as error:
             raise farewell.instead_of(error) from None
         finally:
+            # PostgreSQL notices the end of a connection that carries nothing, unless the network
+            # has cut it off.
+            if conn.pgconn.status == pq.ConnStatus.BAD:
+                place.free()
+            place.give_up()
             # Never close(): it could wait for a peer that is gone.
             conn.pgconn.finish()
 
@@ -187,7 +218,10 @@ class Listener:
             try:
                 conn.pgconn.consume_input()
                 while (notification := conn.pgconn.notifies()) is not None:
-                    self._receive(notification.relname.decode())
+                    self._receive(
+                        notification.relname.decode(),
+                        notification.extra.decode("utf-8", "replace"),
+                    )
             except psycopg.Error as error:
                 broken.append(error)
                 self._stirred.set()
@@ -211,12 +245,12 @@ class Listener:
         echoed, self._tested = self._tested, False
         return echoed
 
-    def _receive(self, channel: str) -> None:
+    def _receive(self, channel: str, payload: str) -> None:
         if channel == self._own:
             self._tested = True
             self._stirred.set()
         else:
-            self._notify()
+            self._notify(payload)
 
     async def _passes_self_test(self, conn: psycopg.AsyncConnection[Any]) -> bool:
         """Whether notifications arrive on this connection; also True where none can be sent now.

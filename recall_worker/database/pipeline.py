@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from typing import Any, TypeAlias
@@ -37,16 +38,23 @@ _Prepared: TypeAlias = tuple[_Plan, bytes]
 class PendingQuery:
     """The statements of one transaction whose answer is not complete yet."""
 
-    def __init__(self, place: int, prepared: _Prepared | None) -> None:
+    def __init__(self, place: int, prepared: _Prepared | None, farewell: Farewell) -> None:
         """`place`: which of the results is wanted, counted from 0. `prepared`: the plan that the
-        first result confirms, if one is being prepared."""
+        first result confirms, if one is being prepared. `farewell`: of its connection."""
         self.answer: asyncio.Future[PGresult] = asyncio.get_running_loop().create_future()
         """Done when the transaction has ended. Raises psycopg.Error."""
         self.prepared = prepared
         self._place = place
+        self._farewell = farewell
         self._results = 0
         self._wanted: PGresult | None = None
         self._error: psycopg.Error | None = None
+
+    def wait_on(self) -> None:
+        """Take the answer although a deadline has cancelled those who waited for it: they wait
+        again."""
+        if self.answer.cancelled():
+            self.answer = asyncio.get_running_loop().create_future()
 
     def take(self, result: PGresult) -> bool:
         """Add one result. Returns whether it was the last one."""
@@ -63,7 +71,9 @@ class PendingQuery:
                 error = (
                     errors.error_from_result(result)
                     if coded
-                    else psycopg.OperationalError(result.get_error_message())
+                    else self._farewell.instead_of(
+                        psycopg.OperationalError(result.get_error_message())
+                    )
                 )
                 self._error = self._error or error
             case pq.ExecStatus.PIPELINE_ABORTED:
@@ -115,10 +125,17 @@ class PipelineConnection:
         self._conn = conn
         self._pg = conn.pgconn
         self._farewell = Farewell(conn)
-        self._adapt = Transformer(conn)
+        # The connection's adapters without the connection: psycopg would ask that for DateStyle and
+        # TimeZone. They are always the same (`setup`), but a pooled connection reports its own
+        # again once the transaction has ended.
+        self._adapt = Transformer(conn.adapters)
         self._prepared: dict[_Plan, bytes] = {}
         self._asked: PendingQuery | None = None
         self._lost: psycopg.Error | None = None
+        self.committed_here = False
+        """Whether the last transaction was cancelled while its commit waited for a synchronous
+        standby: then it is committed on this server, and perhaps on no other."""
+        conn.add_notice_handler(self._note)
         self._loop = asyncio.get_running_loop()
         self._socket = self._pg.socket
         """Remembered, as libpq closes it when the server does."""
@@ -130,6 +147,36 @@ class PipelineConnection:
         """Whether a transaction waits to be rolled back."""
         return self._pg.transaction_status == pq.TransactionStatus.INERROR
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether PostgreSQL has closed it."""
+        return self._lost is not None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the answer of any query is not complete yet."""
+        return self._asked is not None
+
+    def waits_for(self, query: PendingQuery | None) -> bool:
+        """Whether this query's answer is not complete yet."""
+        return query is not None and self._asked is query
+
+    async def cancel(self, within: float) -> None:
+        """Have PostgreSQL cancel what it does for us: by a request on a connection of its own, as
+        this one is busy. Returns when PostgreSQL has it. Raises psycopg.Error."""
+        await psycopg.AsyncConnection.cancel_safe(self._conn, timeout=within)
+
+    async def see_off(self, within: float) -> None:
+        """Have the query cancelled whose answer nobody waits for, and close."""
+        with suppress(psycopg.Error, OSError):
+            await self.cancel(within)
+        self.close()
+
+    def _note(self, notice: errors.Diagnostic) -> None:
+        # By the name of PostgreSQL's function, as the text may be in any language.
+        if notice.source_function == "SyncRepWaitForLSN":
+            self.committed_here = True
+
     def ask(
         self, before: Sequence[Step], wanted: Step, behind: Sequence[Step], prepare: bool
     ) -> PendingQuery:
@@ -137,7 +184,7 @@ class PipelineConnection:
         psycopg.Error where they can't be sent."""
         if self._lost is not None:
             raise self._lost
-        pg, text = self._pg, wanted[0]
+        pg, text, self.committed_here = self._pg, wanted[0], False
         # A value that can't be adapted is found before anything is sent.
         adapted = [(step, *self._adapted(values)) for step, values in (*before, wanted, *behind)]
         plan = text, adapted[len(before)][2]
@@ -147,7 +194,9 @@ class PipelineConnection:
             name = b"recall_worker_%d" % len(self._prepared)
             pg.send_prepare(name, text, plan[1])
         self._asked = query = PendingQuery(
-            len(before) + fresh, (plan, name) if fresh and name is not None else None
+            len(before) + fresh,
+            (plan, name) if fresh and name is not None else None,
+            self._farewell,
         )
         for place, (step, given, types, formats) in enumerate(adapted):
             if place == len(before) and name is not None:
@@ -175,7 +224,7 @@ class PipelineConnection:
             # A date that psycopg can't load. Most tables have none, so the slower loader is used
             # only from the first one on.
             self._conn.adapters.register_loader("timestamptz", Dates)
-            self._adapt = Transformer(self._conn)
+            self._adapt = Transformer(self._conn.adapters)
             return self._rows(result, as_)
 
     def _rows(
@@ -199,11 +248,11 @@ class PipelineConnection:
             self._loop.remove_writer(self._socket)
 
     def _read(self) -> None:
-        lost: psycopg.Error | None = None
+        broken: psycopg.Error | None = None
         try:
             self._pg.consume_input()
         except psycopg.Error as error:
-            lost = self._farewell.instead_of(error)
+            broken = error
         if self._asked is None:
             self._pg.is_busy()  # Has libpq parse what came: a farewell is lost with the connection.
         # None ends the results of each statement; two in a row mean that there is no more for now.
@@ -222,7 +271,9 @@ class PipelineConnection:
                     self._prepared[plan] = name
             if query.take(result):
                 self._asked = None
-        if lost is not None:
+        if broken is not None:
+            # Not before what came with it was parsed: a farewell may be in it.
+            lost = self._farewell.instead_of(broken)
             self._stop_watching()
             self._lost = lost
             if self._asked is not None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import psycopg
 from psycopg import errors
-from psycopg.abc import Buffer
-from psycopg.adapt import Loader
+from psycopg.abc import AdaptContext, Buffer
+from psycopg.adapt import AdaptersMap, Loader
 from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.string import TextLoader
 
 LEVELS_MOST = 100
 """Levels of nesting that are read from a JSON document: Python's own reader and writer stop at some
@@ -32,8 +33,12 @@ class Dates(TimestamptzLoader):
     """Dates as Python can hold them. Those that it can't hold (infinite, before Christ, beyond the
     year 9998) become the nearest that it can.
 
-    In UTC, as Python subtracts two dates of one zone by local time, ignoring clock changes.
+    In UTC, as Python subtracts two dates of one zone by local time, ignoring clock changes. Read as
+    ISO, which is what we set (`setup`), whatever the connection was set to before.
     """
+
+    def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
+        super().__init__(oid, None)
 
     def load(self, data: Buffer) -> datetime:
         text = bytes(data)
@@ -49,9 +54,40 @@ def load_whatever_stands_there(
     conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any],
 ) -> None:
     """Have a connection also load values that somebody wrote by hand and Python has no type for."""
-    conn.adapters.register_loader("timestamptz", Dates)
+    register_loaders(conn.adapters)
     for name in ("json", "jsonb"):
         conn.adapters.register_loader(name, Documents)
+    if is_unencoded(conn):
+        conn.adapters.register_loader(0, Bytes)
+        for name in _TEXTS:
+            conn.adapters.register_loader(name, Bytes)
+
+
+def is_unencoded(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the database's texts are bytes of any encoding, as PostgreSQL does not know which.
+    Sent as UTF-8 (client_encoding), one odd byte makes a whole statement fail."""
+    return conn.info.parameter_status("server_encoding") == "SQL_ASCII"
+
+
+_TEXTS = (
+    *("text", "varchar", "bpchar", "name"),
+    *("date", "timestamp", "time", "timetz", "interval"),
+)
+
+
+class Bytes(Loader):
+    """A text that may be in any encoding: UTF-8, and `\\xe9` for each byte that is none."""
+
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode("utf-8", "backslashreplace")
+
+
+def register_loaders(adapters: AdaptersMap) -> None:
+    """Load all dates: ours, and those of columns that the application has besides, which we only
+    show, as PostgreSQL writes them."""
+    adapters.register_loader("timestamptz", Dates)
+    for name in ("date", "timestamp", "time", "timetz", "interval"):
+        adapters.register_loader(name, TextLoader)
 
 
 class Documents(Loader):

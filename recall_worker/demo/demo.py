@@ -85,6 +85,13 @@ real; all of it is temporary, and nothing else on this machine is touched.
 
 Each line: seconds since the start, the chat session, what happens in it."""
 
+NEXT = """\
+Next, by hand: docs/first-recall.md, in ten minutes, or
+  recall-worker reference-api             an agent to call, which only answers
+  recall-worker run --embedded            a worker, with a PostgreSQL of its own
+  recall-worker check-endpoint URL        which promises your agent's API keeps
+  recall-worker migrate, doctor, run      in earnest, on your PostgreSQL"""
+
 
 class Play:
     """One run of the demo, from the tables to the evidence."""
@@ -159,7 +166,7 @@ class Play:
 
     async def _busy(self) -> None:
         self._screen.heading("2. A person is chatting in the session: the agent must not burst in")
-        self._playground.api.enter("meeting")
+        await self._playground.api.enter("meeting")
         self._say("meeting", "a person comes in and chats")
         await self._insert(
             "meeting", "immediate", 0, "sum up the meeting", "application: insert ..., at once"
@@ -170,7 +177,7 @@ class Play:
         )
         await asyncio.sleep(0.4)
         self._person_left = datetime.now(UTC)
-        self._playground.api.leave("meeting")
+        await self._playground.api.leave("meeting")
         self._say("meeting", "the person leaves")
         await self._answers("meeting")
 
@@ -397,3 +404,4 @@ def _sum_up(screen: Screen, evidence: Evidence, first_fired: float | None) -> No
             "recall-worker demo --keep, and read daemon.log",
         )
     screen.print(f"All {len(made)} promises were kept.", BOLD, GREEN)
+    screen.print(f"\n{NEXT}")

@@ -2,5 +2,6 @@
 
 `doctor.examine` makes the checks. `examination` holds the findings and queries the database. The
 other files are the checks by subject: `server`, `schema`, `listener`, `workers`, `backlog`,
-`endpoint`. A finding is ok, a note or a problem, with what was seen and what to do.
+`endpoint`, `failures`, `secrets`. A finding is ok, a note or a problem, with what was seen and what
+to do.
 """

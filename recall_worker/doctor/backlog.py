@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .. import statements
-from ..fleet import FLEET, fleet_cap
+from ..fleet import FLEET, fleet_cap, serves
+from ..settings import DEFAULT_QUEUE
 from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
 
@@ -27,16 +28,16 @@ async def backlog(exam: Examination) -> None:
     )
     if row["leased"]:
         seen += f"; {row['leased']:,} of them have an expired lease"
-    full = exam.alive and sum(r["leases"] for r in exam.alive) >= sum(
-        r["slots"] for r in exam.alive
-    )
+    serving = [worker for worker in exam.alive if serves(worker, row["queue"] or DEFAULT_QUEUE)]
+    full = serving and sum(r["leases"] for r in serving) >= sum(r["slots"] for r in serving)
     todo = (
         "more RECALL_CONCURRENCY or more workers: all slots are taken"
         if full
         else command("why", row["oldest"])
     )
     text = statements.load("reads")["fleet"].encode()
-    [fleet] = await (await exam.conn.execute(text, FLEET)).fetchall()
+    values = FLEET | exam.identity.known | {"queue": row["queue"]}
+    [fleet] = await (await exam.conn.execute(text, values)).fetchall()
     if (cap := fleet_cap(fleet)) is not None:
         seen += f"; {cap}"
         todo = (

@@ -11,7 +11,18 @@ Never here: a change of anything, a call to a session.
 from __future__ import annotations
 
 from ..settings import Settings
-from . import backlog, endpoint, listener, schema, server, workers
+from . import (
+    backlog,
+    endpoint,
+    failures,
+    identity,
+    listener,
+    queues,
+    schema,
+    secrets,
+    server,
+    workers,
+)
 from .examination import Examination
 
 
@@ -25,11 +36,15 @@ async def examine(settings: Settings) -> Examination:
             await exam.check("listener", listener.listens)
             await exam.check("clock", server.clock)
         if exam.adopted:
+            await exam.check("identity", identity.identity)
             await exam.check("rights", schema.rights)
             await exam.check("trigger", schema.triggers)
             await exam.check("workers", workers.workers)
+            await exam.check("queues", queues.queues)
             await exam.check("server", server.server)
             await exam.check("backlog", backlog.backlog)
             await exam.check("held", backlog.held)
         await exam.check("endpoint", endpoint.endpoint)
+        await exam.check("failures", failures.failures)
+        await exam.check("secrets", secrets.secrets)
     return exam

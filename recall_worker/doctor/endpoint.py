@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from urllib.parse import urlsplit
 from uuid import uuid4
 
-from ..protocols import contract, langgraph
+from ..protocols import contract, langgraph, responses
+from ..protocols.credentials import Credentials, bearer
 from ..protocols.http import Answer, HttpClient
 from ..settings import Settings, SettingsError
 from ..terminal import command, relative, span
@@ -30,16 +30,23 @@ async def endpoint(exam: Examination) -> None:
     try:
         url = _safe_address(settings)
         began = time.monotonic()
-        answer = await http.ask("GET", url, _credentials(settings))
+        answer = await http.ask("GET", url, _headers(settings))
         took = time.monotonic() - began
         if not isinstance(answer, Answer):
             exam.find(
                 PROBLEM,
-                answer.reason.replace(settings.run_token or "\0", "…"),
+                _credentials(settings).hide(answer.reason),
                 _unreachable_hint(answer.reason),
             )
             return
         if _refused(exam, answer):
+            return
+        if settings.protocol == "responses" and not responses.speaks(answer):
+            exam.find(
+                PROBLEM,
+                f"HTTP {answer.status}, but not as the Responses API answers",
+                "the server's base in RECALL_RUN_URL: /v1/responses is added to it",
+            )
             return
         exam.find(OK, f"answers a GET with HTTP {answer.status}, after {span(took)}")
         if settings.run_token is None:
@@ -85,12 +92,6 @@ def _refused(exam: Examination, answer: Answer) -> bool:
 
 
 async def _token(exam: Examination, wanted: bool) -> None:
-    if exam.settings.run_url is not None:
-        parts = urlsplit(exam.settings.run_url)
-        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            exam.find(
-                NOTE, "the token goes over the network unencrypted", "https:// in RECALL_RUN_URL"
-            )
     last = await exam.ask("last_call") if exam.adopted else []
     if wanted:
         exam.find(OK, "accepts the token, and refuses requests without one")
@@ -124,17 +125,31 @@ def _safe_address(settings: Settings) -> str:
             return f"{base}/threads/{uuid4()}/runs?limit=1"
         case "agno":
             return f"{base}/config"
+        case "responses":
+            made = uuid4().hex
+            return f"{responses.address(base)}/caresp_{made[:16]}00{made}"
         case _:
             return contract.address(settings.run_url, f"missing-{uuid4()}")
 
 
-def _credentials(settings: Settings) -> dict[str, str]:
-    if settings.protocol == "langgraph":
-        return langgraph.credentials(settings.run_token)
-    return contract.bearer(settings.run_token)
+def _credentials(settings: Settings) -> Credentials:
+    return Credentials(settings)
+
+
+def _headers(settings: Settings) -> dict[str, str]:
+    carries = langgraph.api_key if settings.protocol == "langgraph" else bearer
+    return _credentials(settings).headers(carries)
 
 
 def _unreachable_hint(reason: str) -> str:
-    if "certificate" in reason:
-        return "RECALL_CA_FILE with the authority that signed its certificate"
+    """What to change; the reason says what is wrong (protocols.http, protocols.connection)."""
+    for words, hint in (
+        ("certificate is not trusted", "RECALL_CA_FILE with the authority that signed it"),
+        ("client certificate", "RECALL_CLIENT_CERT_FILE and RECALL_CLIENT_KEY_FILE, PEM files"),
+        ("proxy", "the proxy's address and login in RECALL_PROXY, and what it allows"),
+        ("write https://", "https:// in RECALL_RUN_URL"),
+        ("write http://", "http:// in RECALL_RUN_URL, or the port that speaks TLS"),
+    ):
+        if words in reason:
+            return hint
     return "check RECALL_RUN_URL, and that the API runs and accepts connections from this host"

@@ -20,7 +20,10 @@ from psycopg.rows import dict_row
 
 from .. import statements
 from ..database.connection import CONNECT_DEADLINE, connection_info, error_text
+from ..database.identity import UNKNOWN
+from ..database.setup import AsyncCommandConnection
 from ..database.values import load_whatever_stands_there
+from ..schema import Difference
 from ..settings import Settings
 from ..terminal import explain
 
@@ -29,6 +32,9 @@ PATIENCE = 15.0
 """Seconds that one check may take."""
 DIRECT, SESSION, TRANSACTION, STATEMENT = "direct", "session", "transaction", "statement"
 """How connections by a DSN are pooled: not at all, or for a session, transaction or statement."""
+
+POOLING_ROUNDS = 5
+"""How many other connections are opened to see whether a backend is shared."""
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -55,11 +61,15 @@ class Examination:
         """Whether the schema is there."""
         self.conn: Connection
         """Opened by the check `database`, if PostgreSQL answers."""
+        self.differences: list[Difference] = []
+        """What differs from the schema as released, as the check `schema` found it."""
         self.server: dict[str, Any] = {}
         """The row of the statement `server`: its version, settings and limits."""
         self.role = "its role"
         self.pooling = self.listen_pooling = DIRECT
         """How connections by RECALL_DSN, and those for LISTEN, are pooled."""
+        self.identity = UNKNOWN
+        """Which database this is, as the check `identity` finds it."""
         self.alive: list[dict[str, Any]] = []
         """The rows of workers with a recent heartbeat."""
         self._sql = statements.load("doctor")
@@ -98,9 +108,16 @@ class Examination:
     def find(self, state: str, seen: str, todo: str | None = None) -> None:
         self.findings.append(Finding(self._check, state, seen, todo))
 
-    async def connect(self, dsn: str) -> Connection:
-        """A connection that lasts as long as the examination."""
-        return await self._stack.enter_async_context(connected(dsn))
+    async def connect(self, dsn: str, *, set_up: bool = True) -> Connection:
+        """A connection that lasts as long as the examination. `set_up`: as with `connected`."""
+        return await self._stack.enter_async_context(
+            connected(dsn, self.settings.schema, set_up=set_up)
+        )
+
+    @property
+    def transactions_dsn(self) -> str:
+        """The DSN for what needs transactions, which a pooler in statement mode does not take."""
+        return (self.settings.listen_dsn if self.pooling == STATEMENT else None) or self.dsn
 
     async def ask(
         self, name: str, conn: Connection | None = None, **values: Any
@@ -116,17 +133,51 @@ class Examination:
 
 
 @asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator[Connection]:
+async def connected(
+    dsn: str, schema: str | None = None, *, set_up: bool = True
+) -> AsyncIterator[Connection]:
+    """`schema`: RECALL_SCHEMA. `set_up`: with our settings; through a pooler that takes no
+    transactions that is not possible."""
     async with asyncio.timeout(CONNECT_DEADLINE + 1):
-        conn = await psycopg.AsyncConnection.connect(
+        conn = await AsyncCommandConnection[dict[str, Any]].connect(
             **connection_info(dsn, "recall-worker doctor"), row_factory=dict_row
         )
     try:
         conn.prepare_threshold = None
+        if set_up:
+            await conn.set_up(schema)
         load_whatever_stands_there(conn)
         yield conn
     finally:
         conn.pgconn.finish()
+
+
+async def pooling_of(dsn: str) -> str:
+    """How connections by this DSN are pooled.
+
+    A pooler announces a process id of its own; a query returns that of the real backend. If the
+    backend changes while the connection is open, or also serves another connection, pooling is by
+    transaction.
+    """
+    async with connected(dsn, set_up=False) as one:
+        mine = await _backend(one)
+        if mine == one.pgconn.backend_pid:
+            return DIRECT
+        try:
+            async with one.transaction():
+                await one.execute(b"select 1")
+        except psycopg.Error:
+            return STATEMENT
+        for _ in range(POOLING_ROUNDS):
+            async with connected(dsn, set_up=False) as another:
+                if await _backend(another) == mine or await _backend(one) != mine:
+                    return TRANSACTION
+    return SESSION
+
+
+async def _backend(conn: Connection) -> int:
+    [row] = await (await conn.execute(b"select pg_backend_pid() as pid")).fetchall()
+    return int(row["pid"])
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -19,12 +19,10 @@ from .examination import (
     DIRECT,
     OK,
     PROBLEM,
-    SESSION,
     STATEMENT,
     TRANSACTION,
-    Connection,
     Examination,
-    connected,
+    pooling_of,
 )
 from .server import FAILOVER_HINT, QUEUE_FULL
 
@@ -32,14 +30,11 @@ NOTIFY_DEADLINE = 5.0
 """Seconds within which a notification must arrive."""
 NOTIFICATIONS = 5
 """How many are sent; their median time is shown."""
-POOLING_ROUNDS = 5
-"""How many other connections are opened to see whether a backend is shared."""
 
 POOLER_HINT = "the server's own address in RECALL_LISTEN_DSN: it must be direct"
 
 
 async def pooler(exam: Examination) -> None:
-    exam.pooling = await pooling_of(exam.dsn)
     listens = exam.settings.listen_dsn is not None
     match exam.pooling:
         case "direct":
@@ -80,34 +75,6 @@ async def pooler(exam: Examination) -> None:
                 ),
                 POOLER_HINT,
             )
-
-
-async def pooling_of(dsn: str) -> str:
-    """How connections by this DSN are pooled.
-
-    A pooler announces a process id of its own; a query returns that of the real backend. If the
-    backend changes while the connection is open, or also serves another connection, pooling is by
-    transaction.
-    """
-    async with connected(dsn) as one:
-        mine = await _backend(one)
-        if mine == one.pgconn.backend_pid:
-            return DIRECT
-        try:
-            async with one.transaction():
-                await one.execute(b"select 1")
-        except psycopg.Error:
-            return STATEMENT
-        for _ in range(POOLING_ROUNDS):
-            async with connected(dsn) as another:
-                if await _backend(another) == mine or await _backend(one) != mine:
-                    return TRANSACTION
-    return SESSION
-
-
-async def _backend(conn: Connection) -> int:
-    [row] = await (await conn.execute(b"select pg_backend_pid() as pid")).fetchall()
-    return int(row["pid"])
 
 
 async def listens(exam: Examination) -> None:

@@ -8,16 +8,14 @@ from datetime import UTC, datetime
 from psycopg.conninfo import conninfo_to_dict
 
 from ..terminal import span
-from .examination import DIRECT, NOTE, OK, PROBLEM, Examination
+from .examination import DIRECT, NOTE, OK, PROBLEM, STATEMENT, Examination, pooling_of
 
 OLDEST = 140000
 """The oldest PostgreSQL that the statements are written for."""
 CONNECTIONS = 5
-"""What a worker has open at most: claims, settles, renewals, LISTEN, and one for a locked row."""
+"""What a worker has open every day: claims, settles, renewals, LISTEN, and one for a locked row."""
 LONG_TRANSACTION = 300.0
 """Seconds after which an open transaction is noted: its locks and dead rows begin to cost."""
-SHORT_TIMEOUT = 5.0
-"""Seconds: a statement_timeout below this may cut off commands."""
 QUEUE_FULL = 0.5
 """Share of PostgreSQL's notification queue in use from which on a problem is reported."""
 CLOCK_OFF, CLOCK_FAR_OFF = 2.0, 240.0
@@ -31,8 +29,9 @@ FAILOVER_HINT = (
 
 
 async def database(exam: Examination) -> None:
+    exam.pooling = await pooling_of(exam.dsn)
     began = time.monotonic()
-    exam.conn = await exam.connect(exam.dsn)
+    exam.conn = await exam.connect(exam.dsn, set_up=exam.pooling != STATEMENT)
     took = time.monotonic() - began
     exam.reached = True
     exam.server = row = await exam.one("server")
@@ -126,12 +125,6 @@ async def server(exam: Examination) -> None:
         exam.find(
             NOTE, "autovacuum is off: every settle leaves a dead row behind", "autovacuum = on"
         )
-    if 0 < row["statement_timeout"] < SHORT_TIMEOUT:
-        seen = (
-            f"statement_timeout is {span(row['statement_timeout'])} for {exam.role}: "
-            "commands may be cut off (the worker sets its own)"
-        )
-        exam.find(NOTE, seen, f"alter role {exam.role} set statement_timeout = '30s'")
     replicas = max(1, len(exam.alive))
     needed, limit = replicas * CONNECTIONS, row["places"]
     which = next(

@@ -1,16 +1,19 @@
-"""The workers: are any alive, do their settings agree, does another scheduler settle recalls?"""
+"""The workers: are any alive, do their settings agree, does another scheduler settle recalls; and
+did PostgreSQL's clock go back since they wrote?"""
 
 from __future__ import annotations
 
 from .. import settings, statements
-from ..fleet import SILENT_AFTER, differences
+from ..database.identity import COPY, COPY_HINT, PAUSED_HINT
+from ..fleet import CLOCK_TOLERANCE, SILENCE, clock_back, differences
 from ..terminal import command, relative
 from .examination import NOTE, OK, PROBLEM, Examination
 
 
 async def workers(exam: Examination) -> None:
     cursor = await exam.conn.execute(
-        statements.load("reads")["workers"].encode(), {"silence": SILENT_AFTER}
+        statements.load("reads")["workers"].encode(),
+        {**SILENCE, **exam.identity.known},
     )
     rows = await cursor.fetchall()
     exam.alive = alive = [row for row in rows if row["alive"]]
@@ -23,6 +26,10 @@ async def workers(exam: Examination) -> None:
         exam.find(OK, f"{len(alive)} alive, {runs:,} of {slots:,} slots in a run")
     for row in rows:
         name = row["worker"]
+        if row["elsewhere"]:
+            seen = f"{name} runs on another database: its row came here with a copy of that one"
+            exam.find(NOTE, seen, "nothing: such a row is deleted after a day")
+            continue
         if not row["alive"]:
             seen = (
                 f"{name} sent its last heartbeat {relative(row['seen_at'], row['now'])}, and "
@@ -32,6 +39,22 @@ async def workers(exam: Examination) -> None:
                 NOTE, seen, "see its log if you don't know why; other workers take over its runs"
             )
             continue
+        if row["held"] is not None:
+            why = (
+                "the database is a copy" if row["held"] == COPY else "it was started with --paused"
+            )
+            exam.find(
+                PROBLEM,
+                f"{name} claims nothing: {why}",
+                COPY_HINT if row["held"] == COPY else PAUSED_HINT,
+            )
+        if row["queues"] is None:
+            exam.find(
+                NOTE,
+                f"{name} is of a version without queues: it claims from all of them, so recalls in "
+                "other queues than default are refused while it runs",
+                "upgrade it before you use queues",
+            )
         if row["breaker"] != "closed":
             exam.find(
                 PROBLEM,
@@ -53,6 +76,16 @@ async def workers(exam: Examination) -> None:
                     "to the server itself"
                 ),
             )
+    text = statements.load("reads")["clock_back"].encode()
+    cursor = await exam.conn.execute(text, {"id": None, "tolerance": CLOCK_TOLERANCE})
+    [clock] = await cursor.fetchall()
+    if (back := clock_back(clock)) is not None:
+        exam.find(
+            PROBLEM,
+            back,
+            "the database server's clock, if it is wrong now; if it was wrong before, "
+            "recall-worker reschedule ID for what must not wait",
+        )
     if alive:
         others = await exam.one("settled_by_others", since=min(row["started_at"] for row in alive))
         if others["recalls"]:
@@ -70,7 +103,9 @@ async def workers(exam: Examination) -> None:
         exam.find(
             NOTE,
             f"live workers differ in {what}: {', '.join(values)}",
-            f"the same {settings.variable(what)} for all",
+            "upgrade the package tzdata of the others, too"
+            if what == "tzdata"
+            else f"the same {settings.variable(what)} for all",
         )
     if len(versions := {row["version"] for row in alive}) > 1:
         exam.find(

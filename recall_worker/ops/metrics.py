@@ -1,9 +1,10 @@
 """The content of /metrics: counted from the events that the log is written from, and read from the
 worker at each scrape.
 
-Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, never ids or
-sessions. A series whose labels are known beforehand exists from the start, at zero, as otherwise a
-rate would miss its first increase. Names and units follow Prometheus's rules.
+Owns names, labels and buckets. Labels are bounded: outcomes, verdicts, states, and queues up to
+QUEUES_MOST (database/ledger); never ids or sessions. A series whose labels are known beforehand
+exists from the start, at zero, as otherwise a rate would miss its first increase. Names and units
+follow Prometheus's rules.
 
 Never here: HTTP (pages), queries to PostgreSQL (pages brings the answer).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from ..database.ledger import Backlog
+from ..database.ledger import Backlog, QueueBacklog
 from ..recall import FINAL, Outcome, Unsent
 from ..settings import KEPT
 from ..statements import generation
@@ -157,7 +158,8 @@ class Metrics:
         self._database_lost = self._counter("database_lost", "Times that PostgreSQL was lost.")
         self._pruned = self._counter(
             "rows_pruned",
-            "Rows deleted by RECALL_PRUNE: recalls by status, and records of calls.",
+            "Rows deleted by RECALL_PRUNE: recalls by status, records of calls, of actions and of "
+            "failures told.",
             ["kind"],
             [(kind,) for kind in KEPT],
         )
@@ -166,11 +168,20 @@ class Metrics:
             "Sweeps through the tables to prune them, pauses included.",
             RUNS,
         )
+        self._told = self._counter(
+            "failures_delivered", "Failed recalls that RECALL_FAILURE_URL was told of."
+        )
+        self._untold = self._counter(
+            "failures_deferred", "Tries to tell RECALL_FAILURE_URL that did not deliver."
+        )
+        self._given_up = self._counter(
+            "failures_given_up", "Failed recalls that it could not be told of for a week."
+        )
         self._stumbles = self._counter(
             "stumbles",
             "Defects, and statements that PostgreSQL refused.",
             ["doing"],
-            [("claim",), ("call",), ("accept",), ("prune",)],
+            [("claim",), ("call",), ("accept",), ("prune",), ("tell",)],
         )
         build = Info(
             "recall_worker_build",
@@ -234,7 +245,13 @@ class Metrics:
                 for kind in KEPT:
                     self._pruned.labels(kind).inc(facts[kind])
                 self._prune.observe(facts["took_s"])
-            case "worker.error":
+            case "failure.delivered":
+                self._told.inc()
+            case "failure.deferred" | "failure.unsubscribed":
+                self._untold.inc()
+            case "failure.abandoned":
+                self._given_up.inc()
+            case "worker.error" | "schema.broken":
                 self._stumbles.labels(facts["doing"]).inc()
             case _:
                 pass  # Read from the worker's state, or only for people.
@@ -257,6 +274,11 @@ class Metrics:
         yield self._gauge(
             "draining", "1 after the first signal: nothing more is claimed.", status.is_draining
         )
+        yield self._gauge(
+            "claims_held",
+            "1 while nothing is claimed: the database is a copy, or the worker was started paused.",
+            status.held is not None,
+        )
         listener = GaugeMetricFamily(
             "recall_worker_listener_state", "1 for the listener's state now.", labels=["state"]
         )
@@ -267,8 +289,9 @@ class Metrics:
             yield self._gauge(
                 "recalls_overdue",
                 (
-                    "Recalls that are due and not claimed, at most 10000; absent while PostgreSQL "
-                    "does not answer."
+                    "Recalls that are due and not claimed in the queues that this worker serves, "
+                    "at most 10000; none of a paused queue. Absent while PostgreSQL does not "
+                    "answer."
                 ),
                 self.backlog.overdue,
             )
@@ -277,6 +300,50 @@ class Metrics:
                 "Seconds that the oldest of them has been due.",
                 self.backlog.oldest,
             )
+            if self.backlog.untold is not None:
+                yield self._gauge(
+                    "failures_waiting",
+                    (
+                        "Failed recalls that RECALL_FAILURE_URL is still to be told of, at most "
+                        "10000; absent where it is unset, and while PostgreSQL does not answer."
+                    ),
+                    self.backlog.untold,
+                )
+                yield self._gauge(
+                    "oldest_failure_seconds",
+                    "Seconds since the oldest of them.",
+                    self.backlog.oldest_untold,
+                )
+            yield from self._queues(self.backlog.queues)
+
+    def _queues(self, queues: Sequence[QueueBacklog]) -> Iterator[Metric]:
+        """Of all queues of the table, whoever serves them: one that nobody serves has no worker to
+        tell of it."""
+        for name, says, values in (
+            (
+                "queue_overdue",
+                "Recalls that are due and not claimed, by queue: 10000 at most in all.",
+                [queue.overdue for queue in queues],
+            ),
+            (
+                "queue_oldest_due_seconds",
+                "Seconds that the oldest of them has been due.",
+                [queue.oldest for queue in queues],
+            ),
+            (
+                "queue_workers",
+                (
+                    "Live workers that claim from the queue. The same in all workers, as the other "
+                    "series by queue are: take the maximum."
+                ),
+                [queue.workers for queue in queues],
+            ),
+            ("queue_paused", "1 while the queue is paused.", [queue.paused for queue in queues]),
+        ):
+            family = GaugeMetricFamily(f"recall_worker_{name}", says, labels=["queue"])
+            for queue, value in zip(queues, values, strict=True):
+                family.add_metric([queue.queue], float(value))
+            yield family
 
     def _call(self, facts: Mapping[str, Any]) -> None:
         if facts.get("outcome") is not None:

@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Generic, TypeVar, cast
 
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-
+from ..database import identity
 from ..database.connection import DatabaseUnavailable, StatementRejected
 from ..database.ledger import Backlog
 from ..events import Events
+from ..protocols.server import Reply, Request, ServerConnection
 from ..terminal import Trouble
 from ..worker.process import misfit, spare_descriptors, standing_still
 from ..worker.worker import Worker
@@ -99,7 +97,19 @@ class Pages:
         self._schema = Question(worker.schema, SCHEMA_EVERY)
         self._backlog: Question[Backlog] = Question(worker.backlog, BACKLOG_EVERY)
 
-    async def livez(self, _: web.Request) -> web.Response:
+    async def answer(self, request: Request) -> Reply:
+        """The answer to any request."""
+        page = {"/livez": self.livez, "/readyz": self.readyz, "/metrics": self.metrics}.get(
+            request.path
+        )
+        if page is None:
+            return plain_text("not found", 404)
+        if request.method not in ("GET", "HEAD"):
+            refused = plain_text("only to be read", 405)
+            return Reply(405, refused.body, {**refused.headers, "Allow": "GET,HEAD"})
+        return await page(request)
+
+    async def livez(self, _: Request) -> Reply:
         if standing_still(self._worker):
             return plain_text(
                 (
@@ -110,7 +120,7 @@ class Pages:
             )
         return plain_text("alive")
 
-    async def readyz(self, _: web.Request) -> web.Response:
+    async def readyz(self, _: Request) -> Reply:
         if self._worker.refused is not None:
             hint = getattr(self._worker.refused, "hint", "")
             return plain_text(f"{self._worker.refused}: {hint}", 503)
@@ -120,23 +130,32 @@ class Pages:
         if isinstance(schema, str):
             return plain_text(f"PostgreSQL: {schema}", 503)
         unfit = misfit(*schema)
-        return plain_text("ready") if unfit is None else plain_text(f"{unfit}: {unfit.hint}", 503)
+        if unfit is not None:
+            return plain_text(f"{unfit}: {unfit.hint}", 503)
+        if (refused := self._worker.schema_refuses) is not None:
+            return plain_text(refused, 503)
+        match self._worker.status.held:
+            case identity.COPY:
+                return plain_text(f"{identity.IS_A_COPY}: {identity.COPY_HINT}", 503)
+            case identity.PAUSED:
+                return plain_text(f"{identity.IS_PAUSED}: {identity.PAUSED_HINT}", 503)
+            case _:
+                return plain_text("ready")
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: Request) -> Reply:
         backlog = await self._backlog.answer()
         self._metrics.backlog = None if isinstance(backlog, str) else backlog
         page, content_type = self._metrics.page(request.headers.get("Accept", ""))
-        return web.Response(
-            body=page, headers={"Content-Type": content_type, "Cache-Control": "no-store"}
-        )
+        return Reply(200, page, {"Content-Type": content_type, "Cache-Control": "no-store"})
 
     async def close(self) -> None:
         for question in (self._schema, self._backlog):
             await question.close()
 
 
-def plain_text(text: str, status: int = 200) -> web.Response:
-    return web.Response(text=text + "\n", status=status, headers={"Cache-Control": "no-store"})
+def plain_text(text: str, status: int = 200) -> Reply:
+    fields = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+    return Reply(status, f"{text}\n".encode(), fields)
 
 
 class Port:
@@ -146,8 +165,8 @@ class Port:
     whether there is room for them or not, and logs a traceback for each that fails.
     """
 
-    def __init__(self, server: web.Server, events: Events, most: int) -> None:
-        self._server = server
+    def __init__(self, pages: Pages, events: Events, most: int) -> None:
+        self._pages = pages
         self._events = events
         self._most = most
         self._open: dict[Connection, None] = {}
@@ -179,9 +198,7 @@ class Port:
                     self._give_way()
                     self._tell("ops.crowded", connections=self._most)
                     await self._closed.wait()
-                await loop.connect_accepted_socket(
-                    lambda: Connection(self, self._server()), accepted
-                )
+                await loop.connect_accepted_socket(lambda: Connection(self, self._pages), accepted)
             except OSError:
                 accepted.close()
             except asyncio.CancelledError:
@@ -214,49 +231,30 @@ class Port:
             self._events.tell(event, times=self._untold.pop(event), **facts)
 
 
-class Connection(asyncio.Protocol):
-    """One connection, between the transport and aiohttp's own protocol, which has no deadline for a
-    request's head.
-    """
+class Connection(ServerConnection):
+    """One connection, with its two deadlines."""
 
-    def __init__(self, port: Port, inner: asyncio.Protocol) -> None:
+    def __init__(self, port: Port, pages: Pages) -> None:
+        super().__init__(pages.answer)
         self.is_answered = False
         """Whether the whole head has been read."""
         self._port = port
-        self._inner = inner
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._deadline = asyncio.get_running_loop().call_later(HEAD_DEADLINE, self.abort)
         self._port.opened(self)
-        self._inner.connection_made(transport)
 
-    def answer(self) -> None:
-        """The head has been read: from now on the deadline is that of the answer."""
-        if not self.is_answered:
-            self.is_answered = True
-            self._deadline.cancel()
-            self._deadline = asyncio.get_running_loop().call_later(ANSWER_DEADLINE, self.abort)
-
-    def abort(self) -> None:
-        self._transport.abort()
+    def head_was_read(self) -> None:
+        """From now on the deadline is that of the answer."""
+        self.is_answered = True
+        self._deadline.cancel()
+        self._deadline = asyncio.get_running_loop().call_later(ANSWER_DEADLINE, self.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
-        self._inner.connection_lost(exc)
+        super().connection_lost(exc)
         self._port.closed(self)
-
-    def data_received(self, data: bytes) -> None:
-        self._inner.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        return self._inner.eof_received()
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
 
 
 @contextlib.asynccontextmanager
@@ -265,23 +263,9 @@ async def pages(worker: Worker, events: Events, host: str, port: int) -> AsyncIt
     metrics = Metrics(lambda: worker.status)
     events.listen(metrics.hear)
     answers = Pages(worker, metrics)
-    app = web.Application(middlewares=[_head_was_read])
-    app.on_response_prepare.append(_last_and_without_a_name)
-    app.add_routes(
-        [
-            web.get(f"/{page.__name__}", page)
-            for page in (answers.livez, answers.readyz, answers.metrics)
-        ]
-    )
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, logger=_logger())
-    await runner.setup()
-    assert runner.server is not None
-    connections = Port(
-        runner.server, events, connections_most(spare_descriptors(worker.status.slots))
-    )
+    connections = Port(answers, events, connections_most(spare_descriptors(worker.status.slots)))
     async with contextlib.AsyncExitStack() as around:
         around.push_async_callback(answers.close)
-        around.push_async_callback(runner.cleanup)
         around.callback(connections.abort)
         try:
             listeners = await _listeners(host, port)
@@ -341,30 +325,3 @@ async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-
-
-def _logger() -> logging.Logger:
-    """For aiohttp: logs our own errors, and not every request that is not HTTP."""
-    logger = logging.getLogger("recall_worker.ops")
-    logger.addFilter(
-        lambda record: (
-            record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
-        )
-    )
-    return logger
-
-
-@web.middleware
-async def _head_was_read(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    if request.transport is not None:
-        cast(Connection, request.transport.get_protocol()).answer()
-    return await handler(request)
-
-
-async def _last_and_without_a_name(_: web.Request, response: web.StreamResponse) -> None:
-    # An idle connection would hold a descriptor for nothing.
-    response.force_close()
-    response.headers["Connection"] = "close"
-    response.headers["Server"] = "recall-worker"  # And not which versions of what.

@@ -5,14 +5,15 @@ A protocol turns a claim into requests, and answers into an `Outcome`. It never 
 cancellation, which aborts a call), never decides what an outcome means for the row, and never
 touches the database.
 
-`http` owns connections, `contract` what all protocols share (headers, signature, what a status
-means), `polling` how an accepted run is followed. `native`, `langgraph` and `agno` say in their
+`http` owns which connection a request gets, `connection` its bytes, `answer` what is read of them;
+`server` is a small server for pages. `contract` owns how a call is made, `credentials` its secret
+headers, `outcomes` what an answer means, `polling` how an accepted run is followed, `webhook` how a
+failure is told to the operator. `native`, `langgraph`, `agno` and `responses` say in their
 docstrings what their servers can and cannot do.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ from typing import Protocol as Interface
 
 from ..recall import Claim, Outcome
 from ..settings import Settings
+from .credentials import Credentials
 
 
 def traceparent() -> str:
@@ -79,8 +81,11 @@ class Protocol(Interface):
         """
         ...
 
-    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
-        """Poll an accepted run until it ends, at most `within` seconds. Never Accepted."""
+    async def follow(
+        self, claim: Claim, reference: str, within: float, first_in: float | None = None
+    ) -> Outcome:
+        """Poll an accepted run until it ends, at most `within` seconds. `first_in`: seconds until
+        the first poll, as the API wants it (None: at once). Never Accepted."""
         ...
 
     async def abort(self, claim: Claim, reference: str) -> None:
@@ -101,30 +106,24 @@ class Protocol(Interface):
         ...
 
 
-def redact(outcome: Outcome, secret: str | None) -> Outcome:
-    """The outcome without the secret: an API may repeat the token, which must not get into a row or
-    a log.
-    """
-    reason = getattr(outcome, "reason", None)
-    if reason is None or not secret or secret not in reason:
-        return outcome
-    return dataclasses.replace(outcome, reason=reason.replace(secret, "…"))
-
-
-def create(settings: Settings) -> Protocol:
+def create(settings: Settings, credentials: Credentials | None = None) -> Protocol:
     """The protocol that RECALL_PROTOCOL names, ready to call. Needs a running event loop."""
     match settings.protocol:
         case "native":
             from .native import Native
 
-            return Native(settings)
+            return Native(settings, credentials)
         case "langgraph":
             from .langgraph import LangGraph
 
-            return LangGraph(settings)
+            return LangGraph(settings, credentials)
         case "agno":
             from .agno import Agno
 
-            return Agno(settings)
+            return Agno(settings, credentials)
+        case "responses":
+            from .responses import Responses
+
+            return Responses(settings, credentials)
         case other:
             raise ValueError(other)

@@ -36,7 +36,9 @@ What it cannot do, and what this module cannot make up for:
 A run is followed by its ticket. Its own address is polled only if tickets can't be read (403: with
 JWTs they are the admin's) or the ticket was deleted: the run's address says ERROR while the queue
 is about to retry (`max_attempts` above 1), and contains all messages in each poll. A paused run
-counts as Answered: it has returned, asked a person, and continues when they answer.
+counts as Answered, and is noted as waiting for a person: it continues when they answer, and is
+neither cancelled nor posted again. A server in between that streams the run all the same is read to
+the stream's end, whose last event says how it ended.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ from ..recall import (
     Unknown,
 )
 from ..settings import Settings
-from . import Call, contract
+from . import Call, contract, outcomes
+from .credentials import Credentials
 from .http import Answer, HttpClient, NoAnswer
 from .polling import StillOn, follow
 
@@ -74,24 +77,23 @@ keys for a day, as it does by default.
 """
 
 QUEUED = frozenset({"PENDING", "QUEUED"})
-FINE = frozenset({"COMPLETED", "PAUSED", "REGENERATED"})
+FINE = frozenset({"COMPLETED", "REGENERATED"})
+PAUSED = "PAUSED"
 BROKEN = frozenset({"ERROR", "FAILED", "CANCELLED"})
 _REFERENCE = re.compile(r"/agents/(?!\.\.?/)[\w.~%-]+/runs/(?!\.\.?$)([\w.~%-]{1,300})", re.ASCII)
-_BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class Agno:
     """Posts background runs to one AgentOS, and follows them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, credentials: Credentials | None = None) -> None:
         assert settings.run_url is not None
         assert settings.agno_agent is not None
         self._base = settings.run_url.rstrip("/")
         self._agent = settings.agno_agent
         self._timeout = min(settings.run_timeout, POST_DEADLINE)
-        self._secret = settings.signing_secret
+        self._credentials = credentials or Credentials(settings)
         self._http = HttpClient(settings)
-        self._always = contract.bearer(settings.run_token)
 
     async def call(self, call: Call) -> Outcome:
         unsafe = await self._unsafe(_query(call.claim))
@@ -110,13 +112,15 @@ class Agno:
             else answer
         )
 
-    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+    async def follow(
+        self, claim: Claim, reference: str, within: float, first_in: float | None = None
+    ) -> Outcome:
         known = _REFERENCE.fullmatch(reference)
         if known is None:
             return Unknown("the reference of the accepted run is none of Agno's")
         session = _query(claim)
 
-        async def ask() -> Outcome | StillOn:
+        async def poll() -> Outcome | StillOn:
             answer = await self._ask("GET", f"/queue/jobs/{known[1]}")
             if isinstance(answer, Answer) and answer.status in (403, 404):
                 answer = await self._ask("GET", f"{reference}?{session}")
@@ -124,7 +128,7 @@ class Agno:
                 StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
             )
 
-        return await follow(ask, within)
+        return await follow(poll, within, first_in)
 
     async def abort(self, claim: Claim, reference: str) -> None:
         if _REFERENCE.fullmatch(reference):
@@ -153,7 +157,7 @@ class Agno:
         found = listed(runs, claim.key)
         if found is not None:
             return Accepted(place(*found), runs.status)
-        whole = runs.status == 404 or (runs.status == 200 and contract.json_of(runs) is not None)
+        whole = runs.status == 404 or (runs.status == 200 and outcomes.json_of(runs) is not None)
         if not whole and (claim.begun_age or 0.0) > KEYS_KEPT:
             return Unknown(
                 "an earlier call may have run, and the session's runs can't be listed", runs.status
@@ -218,27 +222,31 @@ class Agno:
         answer = await self._ask("GET", f"/sessions/{quote(session_id, safe='')}?type=agent")
         if isinstance(answer, NoAnswer):
             return Unavailable(answer.reason)
-        if answer.status >= 500 or answer.status in contract.UNAVAILABLE:
+        if answer.status >= 500 or answer.status in outcomes.UNAVAILABLE:
             return _untold(answer, "whose the session is")
         owner = members(answer).get("user_id") if answer.status == 200 else None
         return owner if _is_name(owner) else _no_agent(self._agent, 404)
 
     async def _post(
         self, call: Call, claim: Claim, owner: str | None
-    ) -> Answer | Unavailable | Unknown:
-        url, headers = (
-            self._base + place(self._agent),
-            self._always | {"Content-Type": "application/x-www-form-urlencoded"},
-        )
+    ) -> Answer | Misconfigured | Unavailable | Unknown:
         content: list[bytes | memoryview] = [body(claim, owner)]
         return await contract.post(
-            self._http, url, call, content, headers, self._secret, self._timeout
+            self._http,
+            self._base + place(self._agent),
+            call,
+            content,
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            self._credentials,
+            self._timeout,
         )
 
     async def _ask(
         self, method: str, path: str, deadline: float = ASK_DEADLINE
     ) -> Answer | NoAnswer:
-        return await self._http.ask(method, self._base + path, self._always, deadline)
+        return await contract.ask(
+            self._http, method, self._base + path, self._credentials, deadline
+        )
 
 
 def place(agent: str, run_id: str | None = None) -> str:
@@ -281,11 +289,13 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
             status,
         )
     if not 200 <= status < 300:
-        return contract.read(answer)
+        return outcomes.read(answer)
+    if outcomes.is_stream(answer):
+        return _streamed(answer)
     fields = members(answer)
     run_id, word = fields.get("run_id"), fields.get("status")
     if not _is_name(run_id) or not isinstance(word, str):
-        outcome = contract.read(answer)
+        outcome = outcomes.read(answer)
         return (
             outcome
             if isinstance(outcome, Misconfigured)
@@ -302,12 +312,12 @@ def read(answer: Answer, agent: str, session_id: str) -> Outcome:
     if status != 202 and (ended := _ended(word, fields.get("content"), status)) is not None:
         return ended
     # Also if it has ended already: the ticket says how.
-    return Accepted(place(agent, run_id), status)
+    return Accepted(place(agent, run_id), status, outcomes.retry_after(answer.headers))
 
 
 def polled(answer: Answer) -> Outcome | StillOn:
     """The state of a run, from its ticket or its own address."""
-    status, later = answer.status, contract.retry_after(answer.headers)
+    status, later = answer.status, outcomes.retry_after(answer.headers)
     if status == 404:
         return Unknown("Agno no longer knows the run that it accepted (HTTP 404)", status)
     if status != 200:
@@ -329,7 +339,7 @@ def polled(answer: Answer) -> Outcome | StillOn:
 
 def listed(answer: Answer, key: str) -> tuple[str, str] | None:
     """The agent and the id of the run under this key, in a list of tickets or of runs."""
-    document = contract.json_of(answer) if answer.status == 200 else None
+    document = outcomes.json_of(answer) if answer.status == 200 else None
     entries = document.get("data") if isinstance(document, dict) else document
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
@@ -350,42 +360,31 @@ def members(answer: Answer) -> dict[str, Any]:
     """The members of the JSON object in an answer; of one that was cut off at its limit, those that
     came whole.
     """
-    document = contract.json_of(answer)
-    if document is not None:
-        return document if isinstance(document, dict) else {}
-    found: dict[str, Any] = {}
-    if not answer.truncated:
-        return found
-    text, decoder = answer.body.decode("utf-8", "replace"), json.JSONDecoder()
-
-    def past(character: str, at: int) -> int:
-        at = _skip(text, at)
-        if text[at] != character:
-            raise ValueError(character)
-        return _skip(text, at + 1)
-
-    try:
-        at = past("{", 0)
-        while True:
-            name, at = decoder.raw_decode(text, at)
-            found[name], at = decoder.raw_decode(text, past(":", at))
-            at = past(",", at)
-    except (ValueError, IndexError, RecursionError, TypeError):
-        return found
-
-
-def _skip(text: str, at: int) -> int:
-    blank = _BLANK.match(text, at)
-    return at if blank is None else blank.end()
+    return outcomes.members(answer) or {}
 
 
 def _ended(word: str, why: object, status: int) -> Outcome | None:
+    if word.upper() == PAUSED:
+        return Answered(status, outcomes.WAITS_FOR_A_PERSON)
     if word.upper() in FINE:
         return Answered(status)
     if word.upper() in BROKEN:
         detail = ": " + " ".join(why.split())[:200] if isinstance(why, str) and why.strip() else ""
         return Failed(f"Agno says that the run ended as {word.lower()}{detail}", status)
     return None
+
+
+def _streamed(answer: Answer) -> Outcome:
+    """The outcome of a run that came as a stream of Agno's events, read to its end."""
+    outcome = outcomes.read(answer)
+    if isinstance(outcome, Answered):
+        text = answer.tail if answer.truncated else answer.body
+        match outcomes.last_event(text)[0].removeprefix("Team"):
+            case "RunError" | "RunCancelled" as word:
+                return Failed(f"Agno's stream ended with {word}", answer.status)
+            case "RunPaused":
+                return Answered(answer.status, outcomes.WAITS_FOR_A_PERSON)
+    return outcome
 
 
 def _no_agent(agent: str, status: int) -> Outcome:
@@ -401,11 +400,11 @@ def _no_agent(agent: str, status: int) -> Outcome:
 def _untold(answer: Answer, what: str) -> Outcome:
     """The outcome if the server does not say what we must know before we post."""
     status = answer.status
-    if status >= 500 or status in contract.UNAVAILABLE:
+    if status >= 500 or status in outcomes.UNAVAILABLE:
         return Unavailable(
             f"the server does not say {what} (HTTP {status})",
             status,
-            contract.retry_after(answer.headers),
+            outcomes.retry_after(answer.headers),
         )
     hint = "RECALL_RUN_TOKEN" if status in (401, 403) else "RECALL_RUN_URL"
     return Misconfigured(f"the server does not say {what}: see {hint} (HTTP {status})", status)

@@ -1,14 +1,13 @@
-"""What all protocols share of the run endpoint's contract: how a call is made, and how an answer is
-read.
+"""What all protocols share of the run endpoint's contract: how a call is made.
 
-Owns the headers and the key in them, the signature, the address template, the token, the table of
-statuses (which outcome an answer is), Retry-After, and the reasons that an API gives. Protocols
-differ in bodies and addresses. `contract/probes.py` makes its calls with this module, too.
+Owns the headers and the key in them, the signature, and the address template. Protocols differ in
+bodies and addresses. `contract/probes.py` makes its calls with this module, too.
 
-Sources of rules that are not ours: Retry-After, RFC 9110 10.2.3; traceparent, W3C Trace Context
-level 1; webhook-* headers and whsec_ secrets, Standard Webhooks 1.0.
+Sources of rules that are not ours: traceparent, W3C Trace Context level 1; webhook-* headers and
+whsec_ secrets, Standard Webhooks 1.0; how a reference is resolved, RFC 9110 10.2.2.
 
-Never here: how an accepted run is recognised and followed (native, langgraph, agno, polling).
+Never here: what an answer means (outcomes), the token and other secret headers (credentials), and
+how an accepted run is recognised and followed (native, langgraph, agno, responses, polling).
 """
 
 from __future__ import annotations
@@ -16,37 +15,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import json
 import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from ..recall import (
-    Answered,
-    Busy,
-    Claim,
-    Failed,
-    Gone,
-    Misconfigured,
-    Outcome,
-    Refused,
-    Unavailable,
-    Unknown,
-)
+from ..recall import Claim, Misconfigured, Unavailable, Unknown
 from . import Call
+from .credentials import Bearer, Credentials, bearer
 from .http import Answer, HttpClient, NoAnswer
 
-FAILED_WORDS = frozenset({"failed", "error", "cancelled", "canceled", "timeout", "expired"})
-FINAL_WORDS = FAILED_WORDS | {"succeeded", "completed", "success"}
+KEPT_MOST = 1 << 16
+"""Octets of a body that is kept until it is answered."""
 ABORT_DEADLINE = 5.0
 """Seconds that a server has to end a run."""
-UNAVAILABLE = frozenset({408, 425, 429, 503})
-MISCONFIGURED = frozenset({401, 403, 404, 405, 407})
-RETRY_AFTER_MOST = 86_400.0
 PROMPT = "[Scheduled recall] "
 """The prefix of the message that the agent reads."""
 _PLAIN = re.compile(r"[!-~]+")
@@ -63,21 +46,63 @@ async def post(
     call: Call,
     content: list[bytes | memoryview],
     always: Mapping[str, str],
-    secret: str | None,
+    credentials: Credentials,
     timeout: float,
-) -> Answer | Unavailable | Unknown:
+    carries: Bearer = bearer,
+) -> Answer | Misconfigured | Unavailable | Unknown:
     """Make a call: POST `content` (in pieces; the list is emptied) once, with the headers of the
-    contract besides `always`.
+    contract besides `always` and the credentials (`carries`: the token, as the server wants it).
 
-    Returns its answer, or the outcome if there is none.
+    A call that is refused for its token (401), which has been replaced meanwhile, is made once
+    more: nothing has run. Returns its answer, or the outcome if there is none.
     """
+    # Of a long message no copy is held while the run goes on: it is called again later.
+    kept = list(content) if sum(map(len, content)) <= KEPT_MOST else None
+    answer = await _post(http, url, call, content, always, credentials, timeout, carries)
+    if isinstance(answer, Answer) and answer.status == 401 and credentials.changed() and kept:
+        return await _post(http, url, call, kept, always, credentials, timeout, carries)
+    return answer
+
+
+async def ask(
+    http: HttpClient,
+    method: str,
+    url: str,
+    credentials: Credentials,
+    timeout: float,
+    carries: Bearer = bearer,
+) -> Answer | NoAnswer:
+    """A request about a run, which may be repeated: a query, a poll, or the wish that a run ends.
+    Made once more where it is refused for its token (401), which has been replaced meanwhile."""
+    answer = await http.ask(method, url, credentials.headers(carries), timeout)
+    if isinstance(answer, Answer) and answer.status == 401 and credentials.changed():
+        return await http.ask(method, url, credentials.headers(carries), timeout)
+    return answer
+
+
+async def _post(
+    http: HttpClient,
+    url: str,
+    call: Call,
+    content: list[bytes | memoryview],
+    always: Mapping[str, str],
+    credentials: Credentials,
+    timeout: float,
+    carries: Bearer,
+) -> Answer | Misconfigured | Unavailable | Unknown:
     claim = call.claim
 
     def made() -> dict[str, str]:
         # An occurrence that an operator fired early is not late.
         lateness = max(0.0, claim.lateness + time.monotonic() - call.asked_at)
         return headers(
-            claim.key, claim.attempt, lateness, call.traceparent, content, always, secret
+            claim.key,
+            claim.attempt,
+            lateness,
+            call.traceparent,
+            content,
+            credentials.headers(carries) | dict(always),
+            credentials.signing_secret,
         )
 
     answer = await http.post(
@@ -90,6 +115,8 @@ async def post(
         on_written=call.written,
     )
     if isinstance(answer, NoAnswer):
+        if answer.is_misconfigured:
+            return Misconfigured(answer.reason)
         return Unknown(answer.reason) if answer.sent else Unavailable(answer.reason)
     return answer
 
@@ -145,11 +172,6 @@ def signature(secret: str, key: str, timestamp: int, *content: bytes | memoryvie
     return "v1," + base64.b64encode(signed.digest()).decode()
 
 
-def bearer(token: str | None) -> dict[str, str]:
-    """The header that carries RECALL_RUN_TOKEN, if it is set."""
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
 def address(template: str, session_id: str) -> str:
     """The endpoint's address for one session. The id is untrusted: it is encoded so that it stays
     one part of the address.
@@ -170,7 +192,7 @@ def same_origin(base: str, location: str) -> str | None:
     try:
         url = urljoin(base, location)
         here, there = urlsplit(base), urlsplit(url)
-        ports = [p.port or {"http": 80, "https": 443}.get(p.scheme) for p in (here, there)]
+        ports = [p.port or _PORTS.get(p.scheme) for p in (here, there)]
     except ValueError:
         return None
     stays = (here.scheme, here.hostname, ports[0]) == (there.scheme, there.hostname, ports[1])
@@ -179,6 +201,29 @@ def same_origin(base: str, location: str) -> str | None:
         if stays and there.username is None and PRINTABLE.fullmatch(url)
         else None
     )
+
+
+_PORTS = {"http": 80, "https": 443}
+_SENDABLE = "".join(map(chr, range(33, 127)))
+
+
+def own_origin(base: str, location: str) -> tuple[str, bool] | None:
+    """`location` at the origin of `base`, and whether its scheme or port was another one: an API
+    behind a gateway does not know how it is reached. None where it is on another host, or no
+    address."""
+    location = quote(location, safe=_SENDABLE)
+    where = same_origin(base, location)
+    if where is not None:
+        return where, False
+    try:
+        here, there = urlsplit(base), urlsplit(urljoin(base, location))
+        hosts = [(part.hostname or "").rstrip(".") for part in (here, there)]
+        if there.scheme not in _PORTS or hosts[0] != hosts[1]:
+            return None
+    except ValueError:
+        return None
+    where = same_origin(base, urlunsplit((here.scheme, here.netloc, there.path, there.query, "")))
+    return None if where is None or there.username is not None else (where, True)
 
 
 def nameable(name: str) -> bool:
@@ -205,143 +250,3 @@ def metadata(claim: Claim) -> dict[str, str | int]:
         "recall_scheduled_for": nominal(claim.scheduled_for),
         "recall_missed": claim.missed,
     }
-
-
-# --- an answer ------------------------------------------------------------------------------------
-
-
-def read(answer: Answer) -> Outcome:
-    """The outcome of an answer, by DESIGN's table."""
-    status = answer.status
-    if 200 <= status < 300:
-        return _success(answer)
-    if status in (409, 423):
-        return Busy(status, retry_after(answer.headers))
-    if status in UNAVAILABLE:
-        return Unavailable(
-            f"the API says later (HTTP {status})", status, retry_after(answer.headers)
-        )
-    if status in (404, 410) and _names_the_session(answer.body):
-        return Gone(status)
-    if status in MISCONFIGURED:
-        return Misconfigured(_WHY_MISCONFIGURED.get(status, f"HTTP {status}"), status)
-    if 300 <= status < 400:
-        to = answer.headers.get("Location", "nowhere")
-        return Misconfigured(
-            f"a redirect to {to[:200]}: set RECALL_RUN_URL to the final address (HTTP {status})",
-            status,
-        )
-    if 400 <= status < 500:
-        return Refused(f"the API refuses the request (HTTP {status}){_detail(answer.body)}", status)
-    if 500 <= status < 600:
-        return Unknown(f"the API broke (HTTP {status}){_detail(answer.body)}", status)
-    return Unknown(f"an answer that HTTP does not know (status {status})", status)
-
-
-_WHY_MISCONFIGURED = {
-    401: "the API wants another token: see RECALL_RUN_TOKEN (HTTP 401)",
-    403: "the API forbids this token the endpoint: see RECALL_RUN_TOKEN (HTTP 403)",
-    404: (
-        "nothing is at this address: see RECALL_RUN_URL (HTTP 404, and no code "
-        "session_not_found in the answer)"
-    ),
-    405: "what is at this address takes no POST: see RECALL_RUN_URL (HTTP 405)",
-    407: "a proxy wants a login (HTTP 407)",
-}
-
-
-def _success(answer: Answer) -> Outcome:
-    text = answer.body.strip()
-    if not text:
-        return Answered(answer.status)
-    said_json = "json" in answer.headers.get("Content-Type", "").lower()
-    if answer.truncated:
-        if said_json or text[:1] in (b"{", b"["):
-            return Answered(answer.status)
-        return Misconfigured(
-            f"something larger than 1 MiB that is no JSON (HTTP {answer.status})", answer.status
-        )
-    document = read_json(text)
-    if document is NO_JSON:
-        if said_json:
-            return Unknown(
-                f"an answer that calls itself JSON and is none (HTTP {answer.status})",
-                answer.status,
-            )
-        return Misconfigured(
-            f"no JSON but {_kind(answer)}: see RECALL_RUN_URL (HTTP {answer.status})", answer.status
-        )
-    word = document.get("status") if isinstance(document, dict) else None
-    if isinstance(word, str) and word.lower() in FAILED_WORDS:
-        return Failed(
-            f"the API says that the run ended as {word.lower()}{_detail(text)}", answer.status
-        )
-    return Answered(answer.status)
-
-
-def _kind(answer: Answer) -> str:
-    return answer.headers.get("Content-Type", "").split(";")[0].strip()[:60] or "something else"
-
-
-def json_of(answer: Answer) -> Any:
-    """The JSON in an answer; None if it is not JSON, or not whole."""
-    try:
-        return None if answer.truncated else json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
-
-
-NO_JSON = object()
-_READER = json.JSONDecoder(parse_int=str)
-
-
-def read_json(text: bytes) -> Any:
-    """The JSON in a text, with whole numbers as texts, as they may be of any length; NO_JSON if it
-    is not JSON.
-    """
-    try:
-        return _READER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
-    except (ValueError, RecursionError):
-        return NO_JSON
-
-
-def _names_the_session(text: bytes) -> bool:
-    document = read_json(text)
-    if not isinstance(document, dict):
-        return False
-    detail = document.get("detail")
-    words = [
-        document.get("code"),
-        document.get("type"),
-        detail.get("code") if isinstance(detail, dict) else None,
-    ]
-    return "session_not_found" in [w for w in words if isinstance(w, str)]
-
-
-def _detail(text: bytes) -> str:
-    """The API's own reason, at most a line, if it is in one of the usual fields."""
-    document = read_json(text)
-    if isinstance(document, dict):
-        for name in ("error", "message", "detail", "title"):
-            reason = document.get(name)
-            if isinstance(reason, dict):
-                reason = reason.get("message") or reason.get("detail")
-            if isinstance(reason, str) and reason.strip():
-                return ": " + " ".join(reason.split())[:200]
-    return ""
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from a Retry-After header (a number or a date), at most a day; None without a valid
-    one.
-    """
-    raw = headers.get("Retry-After", "").strip()
-    if raw.isascii() and raw.isdigit():
-        return min(float(raw[:12]), RETRY_AFTER_MOST)
-    try:
-        then = parsedate_to_datetime(raw)
-        # By the server's own clock if it sends one, as the host's may be wrong.
-        since = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
-        return min(max(0.0, (then - since).total_seconds()), RETRY_AFTER_MOST)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

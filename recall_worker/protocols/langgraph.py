@@ -13,11 +13,13 @@ cannot do:
 - 404 has the same text for a missing thread, a missing assistant, and a wrong address. The thread
   counts as gone if its list of runs is 404 too and the thread search answers; if the thread exists,
   the assistant is wrong. A thread that the token may not see counts as gone, too.
-- A run's status `interrupted` means that somebody cancelled it, or that another run displaced it:
-  Failed, as at any API that says `cancelled`. A graph that stops to ask a person (`interrupt()`)
-  ends as `success`: Answered, and the question is in the thread.
-- A run that another one rolled back is deleted: its poll is 404, Unknown, and it is posted again,
-  as the server does not have it.
+- A graph that stops to ask a person (`interrupt()`) ends as `success`, and a run that somebody
+  cancelled, or that another run displaced, as `interrupted`. The thread tells a question: its
+  `interrupts` are not empty then. With a question a run counts as Answered, whatever its status,
+  and is noted as waiting for a person; `interrupted` without one is Failed, as at any API that says
+  `cancelled`.
+- A run that another one rolled back is deleted: its poll is 404, and what became of it is Unknown.
+  As it was accepted, it is not posted again. One that was deleted with its thread is Gone.
 
 The thread gets one message of a user, `[Scheduled recall] <message>`, and no system message: that
 would stay in the thread for good, and several models refuse conversations with a system message in
@@ -36,6 +38,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -53,8 +56,10 @@ from ..recall import (
 )
 from ..settings import Settings
 from . import Call
-from .contract import ABORT_DEADLINE, PROMPT, bearer, json_of, metadata, post, read, retry_after
+from .contract import ABORT_DEADLINE, PROMPT, ask, metadata, post
+from .credentials import Credentials, bearer
 from .http import Answer, HttpClient, NoAnswer
+from .outcomes import WAITS_FOR_A_PERSON, is_stream, json_of, members, read, retry_after
 from .polling import StillOn, follow
 
 POST_DEADLINE = 60.0
@@ -71,20 +76,19 @@ _ENDED_BADLY = {
     "timeout": "the server ended the run at its own time limit",
     "interrupted": "the run was cancelled at the server, or displaced by another run of its thread",
 }
+_DISPLACED = Failed(_ENDED_BADLY["interrupted"], 200)
 
 
 class LangGraph:
     """Runs the assistant on the session's thread, in the background, and polls it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, credentials: Credentials | None = None) -> None:
         assert settings.run_url is not None
         self._base = settings.run_url.rstrip("/")
         self._assistant = settings.langgraph_assistant
         self._timeout = settings.run_timeout
-        self._secret = settings.signing_secret
+        self._credentials = credentials or Credentials(settings)
         self._http = HttpClient(settings)
-        self._credentials = credentials(settings.run_token)
-        self._always = self._credentials | {"Content-Type": "application/json"}
 
     async def call(self, call: Call) -> Outcome:
         claim = call.claim
@@ -97,7 +101,14 @@ class LangGraph:
         deadline = min(self._timeout, POST_DEADLINE)
         content: list[bytes | memoryview] = [body(call.whole(), self._assistant)]
         answer = await post(
-            self._http, self._runs(thread), call, content, self._always, self._secret, deadline
+            self._http,
+            self._runs(thread),
+            call,
+            content,
+            JSON,
+            self._credentials,
+            deadline,
+            api_key,
         )
         if not isinstance(answer, Answer):
             return answer
@@ -109,29 +120,37 @@ class LangGraph:
             return await self._refused(answer)
         return read(answer)
 
-    async def follow(self, claim: Claim, reference: str, within: float) -> Outcome:
+    async def follow(
+        self, claim: Claim, reference: str, within: float, first_in: float | None = None
+    ) -> Outcome:
         url, thread = self._run(claim, reference), thread_of(claim)
         if url is None or thread is None:
             return Unknown(
                 "the reference of the accepted run is none that LangGraph could have given"
             )
 
-        async def ask() -> Outcome | StillOn:
-            answer = await self._http.ask("GET", url, self._credentials)
-            if isinstance(answer, Answer) and answer.truncated:
+        async def poll() -> Outcome | StillOn:
+            answer = await self._ask("GET", url)
+            if isinstance(answer, Answer) and answer.truncated and _word(answer) is None:
                 # A run's answer includes its whole input; the list can leave that out.
                 answer = one_of(await self._listed(thread, PAGE, 0, "run_id", "status"), reference)
             outcome = (
                 StillOn(trouble=answer.reason) if isinstance(answer, NoAnswer) else polled(answer)
             )
+            if isinstance(outcome, Unknown):
+                # Deleted, with its thread, or by a run that rolled it back.
+                missing = await self._missing(thread)
+                return missing if isinstance(missing, Gone) else outcome
+            if isinstance(outcome, Answered) or outcome == _DISPLACED:
+                return await self._asked(thread) or outcome
             return await self._explained(url, outcome) if isinstance(outcome, Failed) else outcome
 
-        return await follow(ask, within)
+        return await follow(poll, within, first_in)
 
     async def abort(self, claim: Claim, reference: str) -> None:
         url = self._run(claim, reference)
         if url is not None:
-            await self._http.ask("POST", f"{url}/cancel", self._credentials, ABORT_DEADLINE)
+            await self._ask("POST", f"{url}/cancel", ABORT_DEADLINE)
 
     async def find(self, claim: Claim) -> Outcome | None:
         thread = thread_of(claim)
@@ -182,15 +201,29 @@ class LangGraph:
         query = "&".join(
             [f"limit={limit}", f"offset={offset}", *(f"select={field}" for field in fields)]
         )
-        return await self._http.ask(
-            "GET", f"{self._runs(thread)}?{query}", self._credentials, ASK_DEADLINE
-        )
+        return await self._ask("GET", f"{self._runs(thread)}?{query}")
 
     async def _search(self, what: str, wanted: dict[str, Any]) -> Answer | NoAnswer:
         content = json.dumps(wanted | {"limit": 1}).encode()
-        return await self._http.post(
-            f"{self._base}/{what}/search", lambda: self._always, content, ASK_DEADLINE, lambda: None
-        )
+
+        async def once() -> Answer | NoAnswer:
+            return await self._http.post(
+                f"{self._base}/{what}/search",
+                lambda: self._credentials.headers(api_key) | dict(JSON),
+                content,
+                ASK_DEADLINE,
+                lambda: None,
+            )
+
+        answer = await once()
+        if isinstance(answer, Answer) and answer.status == 401 and self._credentials.changed():
+            return await once()
+        return answer
+
+    async def _ask(
+        self, method: str, url: str, deadline: float = ASK_DEADLINE
+    ) -> Answer | NoAnswer:
+        return await ask(self._http, method, url, self._credentials, deadline, api_key)
 
     async def _missing(self, thread: UUID) -> Outcome:
         """What is missing when a post is answered 404."""
@@ -239,11 +272,22 @@ class LangGraph:
         )
         return Misconfigured(reason, status)
 
+    async def _asked(self, thread: UUID) -> Answered | None:
+        """Answered, with a note, where a run that has just ended left a question to a person; None
+        where it left none, or the server does not say."""
+        wanted = {"ids": [str(thread)], "select": ["thread_id", "interrupts"]}
+        answer = await self._search("threads", wanted)
+        found = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
+        one = found[0] if isinstance(found, list) and found else None
+        if isinstance(one, dict) and one.get("thread_id") == str(thread) and one.get("interrupts"):
+            return Answered(200, WAITS_FOR_A_PERSON)
+        return None
+
     async def _explained(self, url: str, failed: Failed) -> Failed:
         """The failure with the graph's own error text, if the server still has it."""
         if failed.reason != _ENDED_BADLY["error"]:
             return failed
-        answer = await self._http.ask("GET", f"{url}/join", self._credentials, ASK_DEADLINE)
+        answer = await self._ask("GET", f"{url}/join")
         document = json_of(answer) if isinstance(answer, Answer) and answer.status == 200 else None
         error = document.get("__error__") if isinstance(document, dict) else None
         words = (
@@ -255,10 +299,11 @@ class LangGraph:
         return Failed(f"{failed.reason}: {detail}", failed.http_status) if detail else failed
 
 
-def credentials(token: str | None) -> dict[str, str]:
-    """The headers that carry the token."""
-    if token is None:
-        return {}
+JSON: Mapping[str, str] = {"Content-Type": "application/json"}
+
+
+def api_key(token: str) -> dict[str, str]:
+    """The headers that carry a token: LangSmith's keys in one of their own, others in both."""
     key = {"X-Api-Key": token}
     return key if token.startswith(LANGSMITH_KEY) else key | bearer(token)
 
@@ -295,18 +340,16 @@ def body(claim: Claim, assistant: str) -> bytes:
 
 def taken(answer: Answer) -> Outcome:
     """The outcome of a 2xx to a post: Accepted, if it is LangGraph's."""
-    document = json_of(answer)
-    if (
-        isinstance(document, dict)
-        and _is_run_id(document.get("run_id"))
-        and isinstance(document.get("status"), str)
-    ):
-        return Accepted(document["run_id"], answer.status)
+    if is_stream(answer):
+        return read(answer)
+    document, later = members(answer) or {}, retry_after(answer.headers)
+    if _is_run_id(document.get("run_id")) and isinstance(document.get("status"), str):
+        return Accepted(document["run_id"], answer.status, later)
     if answer.truncated:
         # The answer repeats a long message. A header names the run, too.
         run = answer.headers.get("Content-Location", "").rpartition("/")[2]
         if _is_run_id(run):
-            return Accepted(run, answer.status)
+            return Accepted(run, answer.status, later)
         return Unknown(
             f"an answer larger than 1 MiB, which does not show its run (HTTP {answer.status})",
             answer.status,
@@ -331,14 +374,18 @@ def polled(answer: Answer) -> Outcome | StillOn:
         return Unknown(
             f"the server no longer knows the run that it took (HTTP {answer.status})", answer.status
         )
-    document = json_of(answer) if answer.status == 200 else None
-    word = document.get("status") if isinstance(document, dict) else None
+    word = _word(answer)
     if word == "success":
         return Answered(answer.status)
     if isinstance(word, str) and word in _ENDED_BADLY:
         return Failed(_ENDED_BADLY[word], answer.status)
     trouble = None if isinstance(word, str) else f"HTTP {answer.status}, and no status of the run"
     return StillOn(retry_after(answer.headers), trouble)
+
+
+def _word(answer: Answer) -> object:
+    """The status of the run in a poll's answer."""
+    return (members(answer) or {}).get("status") if answer.status == 200 else None
 
 
 def listed(answer: Answer | NoAnswer, otherwise: str) -> list[Any] | Outcome:

@@ -17,21 +17,26 @@ import random
 import time
 from collections.abc import Callable
 
+from .. import cadence
 from .. import judge as judging
-from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.connection import ClaimsHeld, DatabaseUnavailable, StatementRejected
+from ..database.identity import COPY_HINT, IS_A_COPY, IS_PAUSED, PAUSED_HINT
 from ..database.ledger import Claimed, Ledger, NextDue
 from ..events import Events
 from ..protocols import Call
 from ..recall import Claim, Placement
 from ..settings import Settings
 from .database_status import DatabaseStatus
-from .endpoint_status import EndpointStatus
+from .endpoint_status import Allowance, EndpointStatus
 from .executor import Executor
 from .run import RENEW_AT, Run, Runs
+from .schema_status import SchemaStatus
 from .wake import DispatchResult, Wake
 
 OUTAGE_PAUSE = (0.1, 0.5)
 """Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
+LOCKED_PAUSE = (0.1, 0.5)
+"""The same while the whole table is locked: each try waits a second for the lock."""
 REFUSED_PAUSE = (1.0, 5.0)
 """The same after PostgreSQL refused a statement."""
 TICK = 0.001
@@ -44,6 +49,8 @@ CALLS_FIRST = 0.001
 """Seconds in which calls may be sent before the query for what is due next."""
 UNSEEN_MOST = 1.0
 """Seconds after which that query is sent even during a backlog."""
+HELD_TOLD_EVERY = 3600.0
+"""Seconds between two log lines that say that nothing is claimed."""
 PROBED_AGAIN = 1.0
 """Seconds until a worker whose breaker is open checks its probe."""
 
@@ -57,6 +64,7 @@ class Dispatcher:
         executor: Executor,
         endpoint: EndpointStatus,
         database: DatabaseStatus,
+        schema: SchemaStatus,
         events: Events,
         wake: Wake,
         traceparent: Callable[[], str],
@@ -67,6 +75,7 @@ class Dispatcher:
         self._executor = executor
         self._endpoint = endpoint
         self._database = database
+        self._schema = schema
         self._events = events
         self._traceparent = traceparent
         self._wake = wake
@@ -77,6 +86,11 @@ class Dispatcher:
         """Monotonic instant of the first claim since the last query for what is due next."""
         self._full = False
         """Whether the last claim took as much as it might: more may be due."""
+        self._held_told_at: float | None = None
+        """Monotonic instant of the last log line that says that nothing is claimed; None while
+        claims are made."""
+        self._paused: frozenset[str] = frozenset()
+        """Those of our queues that were paused at the last query for what is due next."""
         self._stopped = False
         self.turned_at = time.monotonic()
         """Monotonic instant of the loop's last turn: for a watchdog."""
@@ -122,7 +136,8 @@ class Dispatcher:
             # Let all other tasks run, however often this loop turns.
             await asyncio.sleep(0)
             claims = self._wake.begin(time.monotonic())
-            found = await self.dispatch_once(claims=claims)
+            # What was refused is tried again, whether anything is due or not.
+            found = await self.dispatch_once(claims=claims or self._schema.reason is not None)
             self._wake.dispatched(found, time.monotonic())
 
     async def _sleep(self, until: float) -> None:
@@ -139,37 +154,73 @@ class Dispatcher:
     async def dispatch_once(self, *, claims: bool) -> DispatchResult:
         """Claim what is due and start it. `claims`: claim at once; else first ask whether anything
         is due."""
-        slots, changes_in = await self._endpoint.allowance(self._runs.free_slots)
-        if slots <= 0:
-            return DispatchResult(blocked=True, again_in=changes_in)
+        if self._settings.paused:
+            return self._held(IS_PAUSED, PAUSED_HINT)
         try:
-            return await self._dispatch(slots, claims=claims)
+            allowance = await self._endpoint.allowance(self._runs.free_slots)
+            if allowance.slots <= 0:
+                return DispatchResult(blocked=True, again_in=allowance.changes_in)
+            found = await self._dispatch(allowance, claims=claims)
+            if self._held_told_at is not None:
+                self._held_told_at = None
+                self._events.tell("claims.resumed")
+            return found
+        except ClaimsHeld:
+            self._database.found()
+            return self._held(IS_A_COPY, COPY_HINT)
         except DatabaseUnavailable as outage:
             self._database.lost(outage.reason, outage.asked_at)
             return DispatchResult(blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
         except StatementRejected as refusal:
-            self._events.tell("worker.error", doing="claim", reason=refusal.reason)
+            if refusal.is_table_lock:
+                self._database.locked(refusal.reason)
+                return DispatchResult(blocked=True, again_in=random.uniform(*LOCKED_PAUSE))
+            if refusal.of_the_schema:
+                self._schema.refused("claim", refusal)
+            else:
+                self._events.tell("worker.error", doing="claim", reason=refusal.reason)
             return DispatchResult(blocked=True, again_in=random.uniform(*REFUSED_PAUSE))
 
-    async def _dispatch(self, slots: int, *, claims: bool) -> DispatchResult:
+    def _held(self, reason: str, hint: str) -> DispatchResult:
+        """Nothing is claimed: on a copy until `migrate --here`, which the next poll notices."""
+        now = time.monotonic()
+        if self._held_told_at is None or now >= self._held_told_at + HELD_TOLD_EVERY:
+            self._held_told_at = now
+            self._events.tell("claims.held", reason=reason, hint=hint)
+        return DispatchResult(blocked=True)
+
+    async def _dispatch(self, allowance: Allowance, *, claims: bool) -> DispatchResult:
         probing = self._endpoint.is_open
-        slots = min(slots, max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)))
+        slots = min(
+            allowance.slots,
+            max(TOGETHER_LEAST, min(TOGETHER_MOST, self._settings.concurrency // 2)),
+        )
         tried = self._leases_ended and self._database.may_take_expired
         taken = await self._take_up(slots, probing=probing) if tried else 0
         if taken >= slots:
             return self._filled(taken)
         next_due = None
-        if not claims and taken == 0:
+        if not claims and taken == 0 and allowance.probe is None:
             next_due = await self._ask_next_due(None)
             if not next_due.waiting:
                 return self._seen(0, next_due, tried=tried)
-        claimed = await self._ledger.claim(
-            slots - taken, all_held=not self._database.may_take_expired
+        all_held = not self._database.may_take_expired
+        claimed = await (
+            self._ledger.claim(slots - taken, all_held=all_held)
+            if allowance.probe is None
+            else self._ledger.claim_probe(allowance.probe, all_held=all_held)
         )
         self._tell_claimed(claimed)
+        self._schema.fits("claim")
         await self._start(claimed, probing=probing)
         taken += len(claimed.claims)
         self._full = taken >= slots
+        if not claimed.confirmed:
+            return DispatchResult(taken, blocked=True, again_in=random.uniform(*OUTAGE_PAUSE))
+        if claimed.locked is not None:
+            return DispatchResult(
+                taken, unfinished=True, blocked=True, again_in=random.uniform(*LOCKED_PAUSE)
+            )
         if claimed.refused:
             return DispatchResult(taken, unfinished=True, blocked=True)
         self._unseen_since = self._unseen_since or claimed.asked_at
@@ -227,18 +278,56 @@ class Dispatcher:
         self._leases_ended = next_due.ended
         self._database.found()
         self._unseen_since = None
+        self._tell_paused(next_due.paused)
         if next_due.moved:
             await self._settle_moved()
         return next_due
+
+    def _tell_paused(self, paused: frozenset[str]) -> None:
+        """Log which of our queues were paused or resumed since we last knew: each once."""
+        for queue in sorted(paused - self._paused):
+            self._events.tell(
+                "queue.paused", queue=queue, hint="recall-worker queues says since when and why"
+            )
+        for queue in sorted(self._paused - paused):
+            self._events.tell("queue.resumed", queue=queue)
+        self._paused = paused
 
     async def _settle_moved(self) -> None:
         """Put cron recalls that plain SQL inserted or moved on ticks of their cron expressions, so
         that the application's next skip adds the right distance."""
         moved = await self._ledger.moved()
+        left = await self._leave_to_others(moved)
+        moved = [claim for claim in moved if claim.id not in left]
         for id, reason in await self._ledger.settle_moved(
             [(claim, judging.planned(claim, random.random)) for claim in moved]
         ):
             self._events.tell("recall.stranded", recall=id, error=reason)
+
+    async def _leave_to_others(self, claims: list[Claim]) -> set[str]:
+        """Leave those of these recalls alone whose zone this worker's tzdata lacks and others know.
+        Returns their ids. A zone that nobody knows is the row's own fault, and ends it."""
+        zones = {
+            claim.id: zone for claim in claims if (zone := cadence.foreign_zone(claim)) is not None
+        }
+        if not zones:
+            return set()
+        try:
+            known = await self._ledger.known_elsewhere(set(zones.values()))
+        except (DatabaseUnavailable, StatementRejected):
+            known = set(zones.values())  # Not known to be nobody's: no row is ended for that.
+        left = {id for id, zone in zones.items() if zone in known}
+        self._ledger.leave_to_others(left)
+        for id in left:
+            self._events.tell(
+                "recall.stranded",
+                recall=id,
+                error=(
+                    f"its time zone {zones[id]!r} is not in tzdata {cadence.TZDATA}, which this "
+                    "worker has: left to other workers; upgrade the package tzdata"
+                ),
+            )
+        return left
 
     # --- taking up --------------------------------------------------------------------------------
 
@@ -275,12 +364,19 @@ class Dispatcher:
 
     def _tell_claimed(self, claimed: Claimed) -> None:
         self._database.found()
+        if claimed.locked is not None:
+            self._database.locked(claimed.locked)
+        elif not claimed.refused:
+            self._database.unlocked()
+        # While commits wait for a standby one turn of the loop takes several deadlines.
+        self.turned_at = time.monotonic()
         took = round((time.monotonic() - claimed.asked_at) * 1000, 1)
         self._events.tell("claim.answered", recalls=len(claimed.claims), took_ms=took)
         for id, reason in claimed.stranded:
             self._events.tell("recall.stranded", recall=id, error=reason)
 
     async def _start(self, claimed: Claimed, *, probing: bool) -> None:
+        left = await self._leave_to_others(claimed.claims)
         placements = [
             (claim, placement)
             for claim in claimed.claims
@@ -310,10 +406,14 @@ class Dispatcher:
                 )
             self._runs.add(run)
             unsent = (
-                "moved by the application"
+                "its time zone is not known to this worker"
+                if claim.id in left
+                else "moved by the application"
                 if claim.lease in to_place and claim.lease not in placed
                 else "stopping"
                 if self._stopped
+                else "no synchronous standby has confirmed its claim"
+                if not claimed.confirmed and claim.reference is None
                 else "its claim was answered too late"
                 if time.monotonic() > held_until - self._settings.lease * RENEW_AT
                 else None

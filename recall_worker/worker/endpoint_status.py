@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.connection import ClaimsHeld, DatabaseUnavailable, StatementRejected
 from ..database.ledger import Ledger
 from ..events import Events
 from ..protocols import Call
@@ -22,6 +23,20 @@ from .breaker import Breaker
 
 ASK_AGAIN = 1.0
 """Seconds until we ask PostgreSQL again for the fleet's probe, where it did not say when."""
+
+
+PROBE_AGAIN_LEAST = 0.05
+"""Seconds until the next look, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    slots: int
+    """How many rows may be claimed now."""
+    changes_in: float | None = None
+    """Seconds until that may change by itself; None: it does not."""
+    probe: str | None = None
+    """The row that is to be claimed, and no other: while the breaker is open."""
 
 
 class EndpointStatus:
@@ -46,41 +61,52 @@ class EndpointStatus:
     def is_open(self) -> bool:
         return self._breaker.is_open
 
-    async def allowance(self, free_slots: int) -> tuple[int, float | None]:
-        """How many rows may be claimed now, at most `free_slots`; and seconds until that may change
-        by itself (None: it does not)."""
-        self._changed(
-            self._breaker.be_patient(time.monotonic()), "the probe was taken and is being run"
-        )
-        allowed, changes_in = self._breaker.allowance(time.monotonic())
-        if allowed is None:
-            return free_slots, None
-        if free_slots <= 0:
-            # The end of a run wakes the dispatcher; a running probe closes the breaker by its
-            # silence.
-            return 0, changes_in if allowed == 0 else None
-        try:
-            return await self._shared(min(allowed, free_slots), changes_in, free_slots)
-        except (DatabaseUnavailable, StatementRejected):
-            return 0, ASK_AGAIN
-
-    async def _shared(
-        self, allowed: int, changes_in: float, free_slots: int
-    ) -> tuple[int, float | None]:
-        """The allowance after asking whether the endpoint answers other replicas, and whether the
-        next probe is ours."""
+    async def allowance(self, free_slots: int) -> Allowance:
+        """How much may be claimed now, in at most `free_slots`. Raises ClaimsHeld."""
         now = time.monotonic()
+        allowed, changes_in = self._breaker.allowance(now)
+        if allowed is None:
+            return Allowance(free_slots)
+        if free_slots <= 0:
+            # The end of a run wakes the dispatcher; silence of the probe lets the next one go.
+            return Allowance(0, changes_in if allowed == 0 else None)
+        try:
+            return await self._shared(allowed > 0, changes_in, free_slots)
+        except ClaimsHeld:
+            raise
+        except (DatabaseUnavailable, StatementRejected):
+            return Allowance(0, ASK_AGAIN)
+
+    async def _shared(self, may_probe: bool, changes_in: float, free_slots: int) -> Allowance:
+        """The allowance after asking whether the endpoint answers other replicas, which row is the
+        next probe, and whether it is ours."""
+        now = time.monotonic()
+        fresh = not may_probe and self._breaker.may_try_fresh(now)
         probe = await self._ledger.probe(
-            self._endpoint, self._breaker.open_for(now), wanted=allowed > 0
+            self._endpoint,
+            self._breaker.open_for(now),
+            wanted=may_probe or fresh,
+            fresh=fresh,
+            pause_most=self._breaker.fresh_pause(now) if fresh else self._breaker.pause_most,
         )
         if probe.answered:
             self._changed(self._breaker.close(), "another worker found the endpoint answering")
-            return free_slots, None
-        if allowed > 0 and not probe.mine:
-            wait = probe.next_in or ASK_AGAIN
-            self._breaker.postpone(now + wait)
-            return 0, wait
-        return allowed, changes_in
+            return Allowance(free_slots)
+        if probe.id is not None:
+            return Allowance(1, changes_in, probe.id)
+        if fresh:
+            self._breaker.no_fresh(now, probe.next_in)
+        if may_probe and probe.next_in is not None:
+            self._breaker.postpone(now + max(PROBE_AGAIN_LEAST, probe.next_in))
+            changes_in = max(PROBE_AGAIN_LEAST, probe.next_in)
+        elif may_probe:
+            # Nothing is due that could be a probe: what falls due next is asked for.
+            return Allowance(1)
+        return Allowance(0, min(changes_in, max(PROBE_AGAIN_LEAST, self._breaker.fresh_in(now))))
+
+    def others_answered(self, session: str) -> bool:
+        """Whether the application answers other sessions meanwhile."""
+        return self._breaker.others_answered(session, time.monotonic())
 
     def probing(self, call: Call) -> None:
         """This call is the probe that was allowed."""

@@ -23,7 +23,8 @@ from ..database.connection import DatabaseUnavailable, StatementRejected
 from ..database.ledger import Ledger
 from ..events import Events
 from ..judge import Policy
-from ..protocols import Protocol, redact
+from ..protocols import Protocol
+from ..protocols.credentials import Credentials
 from ..recall import (
     Accepted,
     Answered,
@@ -40,7 +41,8 @@ from ..settings import Settings
 from .database_status import DatabaseStatus
 from .endpoint_status import EndpointStatus
 from .run import ENDED, LET_GO, MARGIN, Run, Runs
-from .settler import LOCKED_FIRST, LOCKED_MOST, Settler
+from .schema_status import SchemaStatus
+from .settler import LOCKED_FIRST, LOCKED_MOST, REFUSED_PAUSE, Settler
 
 OUTAGE_PAUSE = (0.1, 0.5)
 """Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
@@ -63,11 +65,13 @@ class Executor:
         settings: Settings,
         policy: Policy,
         protocol: Protocol,
+        credentials: Credentials,
         ledger: Ledger,
         runs: Runs,
         settler: Settler,
         endpoint: EndpointStatus,
         database: DatabaseStatus,
+        schema: SchemaStatus,
         events: Events,
         progressed: Callable[[], None],
     ) -> None:
@@ -76,11 +80,13 @@ class Executor:
         self._settings = settings
         self._policy = policy
         self._protocol = protocol
+        self._credentials = credentials
         self._ledger = ledger
         self._runs = runs
         self._settler = settler
         self._endpoint = endpoint
         self._database = database
+        self._schema = schema
         self._events = events
         self._progressed = progressed
         self._long = asyncio.Semaphore(LONG_AT_ONCE)
@@ -89,7 +95,7 @@ class Executor:
         """Make the run, and hand its outcome to the settler."""
         outcome: Outcome
         try:
-            outcome = redact(await self._outcome(run), self._settings.run_token)
+            outcome = self._credentials.redact(await self._outcome(run))
         except asyncio.CancelledError:
             outcome = self._broken_off(run, run.aborted or "the worker broke")
             if run.aborted in ENDED:
@@ -112,19 +118,44 @@ class Executor:
     # --- the steps --------------------------------------------------------------------------------
 
     async def _outcome(self, run: Run) -> Outcome:
+        first_in: float | None = None
         if run.reference is None:
-            outcome = (
-                await self._checked(run) or await self._counted(run) or await self._called(run)
-            )
+            decided = await self._checked(run) or await self._counted(run)
+            if decided is None:
+                self._tell_started(run)
+            outcome = decided or await self._called(run)
             if not isinstance(outcome, Accepted):
                 return outcome
+            outcome = self._credentials.redact(outcome)
+            assert isinstance(outcome, Accepted)
+            first_in = outcome.retry_after
+            if outcome.note is not None:
+                self._events.tell("endpoint.noted", recall=run.claim.id, reason=outcome.note)
             if not await self._accepted(run, outcome):
                 await self._end_there(run)
                 return Unknown(
                     "the recall was taken from this worker while the API accepted the run",
                     outcome.http_status,
                 )
-        return await self._followed(run)
+        return await self._followed(run, first_in)
+
+    def _tell_started(self, run: Run) -> None:
+        """Say that a call begins: what goes on now is in the log, too, not only what has ended."""
+        claim = run.claim
+        since_claim = time.monotonic() - run.call.asked_at
+        self._events.tell(
+            "recall.started",
+            recall=claim.id,
+            session=claim.session_id,
+            occurrence=claim.occurrence,
+            attempt=claim.attempt,
+            key=claim.key,
+            scheduled_for=claim.scheduled_for.isoformat(),
+            missed=claim.missed,
+            lag_ms=round((claim.lag + since_claim) * 1000, 1),
+            lateness_ms=round((claim.lateness + since_claim) * 1000, 1),
+            traceparent=run.call.traceparent,
+        )
 
     async def _checked(self, run: Run) -> Outcome | None:
         """The outcome where it is decided without a call; None where the run is to be called."""
@@ -205,6 +236,9 @@ class Executor:
             except DatabaseUnavailable as outage:
                 return Capped(f"its message could not be read: {outage.reason}", READ_AGAIN)
             except StatementRejected as refusal:
+                if refusal.of_the_schema:
+                    self._schema.say("read a message", refusal)
+                    return Capped(f"its message could not be read: {refusal.reason}", READ_AGAIN)
                 return Malformed(f"its message can't be read: {refusal.reason}")
             if call.message is None:
                 return Unsent(
@@ -246,13 +280,18 @@ class Executor:
                     # The whole table is locked, as DDL does.
                     await asyncio.sleep(pause)
                     continue
+                if refusal.of_the_schema:
+                    self._schema.say("accept", refusal)
+                    await asyncio.sleep(random.uniform(*REFUSED_PAUSE))
+                    continue
                 self._events.tell(
                     "worker.error", doing="accept", recall=run.claim.id, reason=refusal.reason
                 )
                 return False
 
-    async def _followed(self, run: Run) -> Outcome:
-        """Poll the run that the API accepted, until RECALL_RUN_TIMEOUT after it was accepted."""
+    async def _followed(self, run: Run, first_in: float | None) -> Outcome:
+        """Poll the run that the API accepted, until RECALL_RUN_TIMEOUT after it was accepted; from
+        `first_in` seconds on, where the API says so."""
         assert run.reference is not None
         age = (
             run.claim.delivered_age or 0.0
@@ -260,7 +299,7 @@ class Executor:
             else time.monotonic() - run.delivered_at
         )
         outcome = await self._protocol.follow(
-            run.claim, run.reference, self._settings.run_timeout - age
+            run.claim, run.reference, self._settings.run_timeout - age, first_in
         )
         if isinstance(outcome, Unknown) and outcome.http_status is None:
             await self._protocol.abort(run.claim, run.reference)
@@ -297,6 +336,7 @@ class Executor:
             outcome = self._broken_off(run, outcome.reason)
         now, call = time.monotonic(), run.call
         breaker_closed = not self._endpoint.is_open
+        others_answered = self._endpoint.others_answered(run.claim.session_id)
         self._endpoint.note(call, outcome)
         if isinstance(outcome, Misconfigured):
             self._events.tell(
@@ -311,5 +351,14 @@ class Executor:
             claim = claim._replace(reference=run.reference)
         called_after = None if call.sent_at is None else call.sent_at - call.asked_at
         self._settler.put(
-            run, Ending(claim, outcome, called_after, now - call.asked_at, now, breaker_closed)
+            run,
+            Ending(
+                claim,
+                outcome,
+                called_after,
+                now - call.asked_at,
+                now,
+                breaker_closed,
+                others_answered,
+            ),
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..database.connection import DatabaseUnavailable, StatementRejected
 from ..database.ledger import Ledger
+from .database_status import DatabaseStatus
 
 HEARTBEAT_MOST, HEARTBEAT_LEAST = 60.0, 5.0
 """Seconds between two heartbeats: a lease, within these bounds."""
@@ -31,6 +32,7 @@ class Heartbeat:
         facts: Callable[[], Mapping[str, Any]],
         in_hand: Callable[[], Collection[str]],
         replicas_ahead: Callable[[int], None],
+        database: DatabaseStatus,
     ) -> None:
         """`facts()`: the columns of the worker's row. `in_hand()`: this worker's recalls whose
         leases may have ended. `replicas_ahead(n)` is called with the number of other replicas that
@@ -41,6 +43,7 @@ class Heartbeat:
         self._facts = facts
         self._in_hand = in_hand
         self._replicas_ahead = replicas_ahead
+        self._database = database
         self._now = asyncio.Event()
         self.check: Callable[[], Awaitable[None]] | None = None
         """A check before each heartbeat: whether the schema still fits this code."""
@@ -58,13 +61,22 @@ class Heartbeat:
             try:
                 if self.check is not None:
                     await self.check()
-                self._replicas_ahead(
-                    await self._ledger.heartbeat(self._facts(), self._settings, self._in_hand())
+                ahead = await self._ledger.heartbeat(
+                    self._facts(),
+                    self._settings,
+                    self._in_hand(),
+                    all_held=not self._database.may_take_expired,
                 )
+                self._database.unlocked()
+                self._replicas_ahead(ahead)
                 if time.monotonic() - began > SOON:
                     pause = self._every
-            except (DatabaseUnavailable, StatementRejected):
+            except DatabaseUnavailable:
                 pass
+            except StatementRejected as refusal:
+                if refusal.is_table_lock:
+                    # A worker with nothing in hand learns of a lock by this.
+                    self._database.locked(refusal.reason)
             try:
                 async with asyncio.timeout(pause):
                     await self._now.wait()

@@ -1,8 +1,9 @@
 """The daemon as a process: signals, systemd's notifications, limits of the operating system.
 
-SIGTERM and SIGINT drain; a second one releases at once. systemd gets READY when the loop turns,
-with or without PostgreSQL. Its watchdog gets no more notifications when the dispatch loop stands
-still.
+SIGTERM and SIGINT drain; a second one releases at once. SIGHUP has the secrets read again, and
+ends nothing; nor do SIGUSR1, SIGUSR2 and their like (`signals`). systemd gets READY when the loop
+turns, with or without PostgreSQL. Its watchdog gets no more notifications when the dispatch loop
+stands still.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from uuid import uuid4
 
+from .. import signals
 from ..database.connection import CONNECT_DEADLINE, STATEMENT_DEADLINE, DatabaseUnavailable
 from ..database.ledger import Ledger
 from ..events import Events
+from ..exposures import exposures
 from ..protocols import create
+from ..protocols.credentials import Credentials
+from ..secret_files import Secrets
 from ..settings import Settings
 from ..statements import generation
 from .worker import Worker
@@ -62,9 +67,11 @@ def name_worker() -> str:
 Beside = Callable[[Worker, Events], AbstractAsyncContextManager[None]]
 
 
-async def serve(settings: Settings, beside: Beside | None = None) -> None:
+async def serve(
+    settings: Settings, beside: Beside | None = None, secrets: Secrets | None = None
+) -> None:
     """Run a worker until a signal stops it. `beside(worker, events)` is entered before it works and
-    left when it has ended.
+    left when it has ended. `secrets`: those of the settings, as they stand now.
 
     Raises SchemaRefused where the schema does not fit this code: at once or, where a later
     migration excludes this code, after a drain. Raises ExceptionGroup where a defect ended a loop.
@@ -72,25 +79,39 @@ async def serve(settings: Settings, beside: Beside | None = None) -> None:
     name = name_worker()
     events = Events(worker=name)
     _raise_open_files()
-    protocol = create(settings)
-    signals = 0
+    received = 0
+    secrets = secrets or Secrets(settings)
+    credentials = Credentials(settings, secrets)
+    protocol = create(settings, credentials)
+    secrets.listen(lambda event, facts: events.tell(event, **facts))
+    for exposure in exposures(settings, secrets.files()):
+        events.tell(
+            "settings.exposed",
+            setting=exposure.setting,
+            reason=exposure.seen,
+            hint=exposure.todo,
+        )
+
+    def hung_up() -> None:
+        events.tell("secrets.read", settings=secrets.read_again())
 
     def stop() -> None:
-        nonlocal signals
-        signals += 1
+        nonlocal received
+        received += 1
         notify("STOPPING=1")
         # A first signal during a drain that the schema began must not cut that drain short.
-        if signals > 1 or not worker.status.is_draining:
+        if received > 1 or not worker.status.is_draining:
             worker.stop()
 
     async with AsyncExitStack() as around:
+        around.enter_context(signals.hangups(hung_up))
         try:
-            worker = Worker(settings, protocol, events, name)
+            worker = Worker(settings, protocol, events, name, secrets, credentials)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop)
             worker.before_heartbeat(functools.partial(_check_running, worker, events))
-            await _check_schema(settings, name)
+            await _check_schema(settings, name, secrets)
             if beside is not None:
                 await around.enter_async_context(beside(worker, events))
         except BaseException as error:
@@ -136,14 +157,16 @@ async def _feed(worker: Worker) -> None:
         await asyncio.sleep(every)
 
 
-async def _check_schema(settings: Settings, name: str) -> None:
+async def _check_schema(settings: Settings, name: str, secrets: Secrets) -> None:
     """Raise SchemaRefused for a schema that is too old or too new. Do not wait for a database that
     does not answer: the worker does that."""
-    assert settings.dsn is not None
-    ledger = Ledger(settings.dsn, name, settings.lease)
+    ledger = Ledger(secrets.dsn, name, settings.lease, schema=settings.schema)
     try:
         async with asyncio.timeout(SCHEMA_PATIENCE):
-            unfit = misfit(*await ledger.schema())
+            version, oldest_code = await ledger.schema()
+            unfit = misfit(version, oldest_code)
+            if version == 0 and (absent := await ledger.absence()) is not None:
+                unfit = SchemaRefused(absent.reason, absent.hint)
     except (DatabaseUnavailable, TimeoutError):
         return
     finally:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..database.connection import DatabaseUnavailable, StatementRejected
+from ..database.connection import ClaimsHeld, DatabaseUnavailable, StatementRejected
 from ..database.ledger import TURN, Ledger
 from ..events import Events
 from ..sweep import Sweep
@@ -40,6 +40,8 @@ TURN_RENEWED_AT = 1 / 4
 LOCKED_PAUSE = 1.0
 """Seconds until the next try while the whole table is locked."""
 LOCKED = "55P03"
+REFERRED_TO = ("23503", "23001")
+"""A row of another table refers to a recall."""
 
 
 class Pruner:
@@ -77,8 +79,9 @@ class Pruner:
             if next_in is None:
                 next_in = self._every if await self._sweep() else min(self._every, TURN)
             return min(max(next_in, ASK_AGAIN_LEAST), ASK_AGAIN)
-        except DatabaseUnavailable:
-            # The loops that need PostgreSQL for more than this report it.
+        except (DatabaseUnavailable, ClaimsHeld):
+            # The loops that need PostgreSQL for more than this report it. Of a copy nothing is
+            # deleted, as nothing is claimed.
             return min(self._every, TURN)
         except StatementRejected as refusal:
             if refusal.sqlstate != LOCKED:
@@ -86,7 +89,7 @@ class Pruner:
             return max(self._every, TURN)
 
     async def _sweep(self) -> bool:
-        """Walk through both tables. Returns whether the end was reached. Raises
+        """Walk through the tables. Returns whether the end was reached. Raises
         DatabaseUnavailable, StatementRejected."""
         sweep = Sweep(self._keep)
         began = asked = time.monotonic()
@@ -103,6 +106,9 @@ class Pruner:
                 try:
                     row = await self._ledger.prune(batch)
                 except StatementRejected as refusal:
+                    if refusal.sqlstate in REFERRED_TO:
+                        sweep.refused(batch)
+                        continue
                     if refusal.sqlstate != LOCKED:
                         raise
                     # The whole table is locked, as DDL does.

@@ -1,10 +1,10 @@
 """Endings become verdicts and are written.
 
 While one batch is on its way to PostgreSQL the next one gathers: batches form by themselves under
-load, and nothing waits when idle. A row that the application moved during its run is judged again
-with its new time. A row that the application holds locked is tried again, after pauses that grow
-and together with all others, so that no row waits for another's lock. One of them at a time also
-waits in the queue for its lock. In an outage endings wait here, with their runs' slots, until
+load, and nothing waits when idle. A row whose time or schedule was changed during its run is judged
+again as it stands then. A row that the application holds locked is tried again, after pauses that
+grow and together with all others, so that no row waits for another's lock. One of them at a time
+also waits in the queue for its lock. In an outage endings wait here, with their runs' slots, until
 PostgreSQL answers again.
 
 The application may cancel, move and delete a recall during its run. Only the lease's holder settles
@@ -15,7 +15,6 @@ scheduler works on the same table: `lease.violated` reports that.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 import time
 from collections import deque
@@ -23,11 +22,10 @@ from collections.abc import Callable
 from typing import assert_never
 from uuid import UUID
 
-from ..cadence import skipped
-from ..database.connection import DatabaseUnavailable
+from ..database.connection import DatabaseUnavailable, StatementRejected
 from ..database.ledger import Ledger
 from ..events import Events
-from ..judge import Dice, Policy, judge
+from ..judge import Dice, Policy, as_it_stands, changed_by_hand, judge
 from ..recall import (
     FINAL,
     Capped,
@@ -50,6 +48,7 @@ from ..recall import (
 )
 from .database_status import DatabaseStatus
 from .run import MARGIN, Run
+from .schema_status import SchemaStatus
 
 BATCH_MOST = 500
 """Endings that are settled in one statement, at most."""
@@ -60,6 +59,8 @@ LOCKED_MOST = 1.0
 of a lease at most, so that a row whose lock is gone is settled before its lease ends."""
 OUTAGE_PAUSE = (0.1, 0.5)
 """Seconds, drawn at random, until the next try while PostgreSQL does not answer."""
+REFUSED_PAUSE = (0.5, 2.0)
+"""The same while the schema lets nothing be settled."""
 REASON_TOLD = 300
 """Characters of a reason that go into the log."""
 VIOLATED = "does another scheduler run beside the workers? docs/migration.md"
@@ -72,6 +73,7 @@ class Settler:
         policy: Policy,
         events: Events,
         database: DatabaseStatus,
+        schema: SchemaStatus,
         free: Callable[[Run, bool], None],
         lease: float,
         dice: Dice = random.random,
@@ -82,6 +84,7 @@ class Settler:
         self._policy = policy
         self._events = events
         self._database = database
+        self._schema = schema
         self._free = free
         self._dice = dice
         self._waiting: list[tuple[Run, Ending, float]] = []
@@ -124,8 +127,17 @@ class Settler:
                         self._database.lost(outage.reason, outage.asked_at)
                     await asyncio.sleep(random.uniform(*OUTAGE_PAUSE))
                     continue
+                except StatementRejected as refusal:
+                    # The schema, not a row: the endings wait here until it is whole again.
+                    self._waiting = batch + self._waiting
+                    self._schema.refused("settle", refusal)
+                    await asyncio.sleep(random.uniform(*REFUSED_PAUSE))
+                    continue
                 self._together = min(BATCH_MOST, self._together * 2)
                 self._database.found()
+                self._schema.fits("settle")
+                if any(isinstance(answer, Settled) for answer in answers):
+                    self._database.unlocked()
                 self._events.tell(
                     "batch.settled",
                     endings=len(batch),
@@ -154,11 +166,11 @@ class Settler:
     ) -> None:
         is_over = False
         match answer:
-            case Moved(trigger, trigger_at, as_settled):
-                claim = ending.claim._replace(trigger=trigger, trigger_at=trigger_at)
-                if as_settled and not skipped(claim):
+            case Moved(now, as_settled):
+                ending = as_it_stands(ending, now)
+                if as_settled and not changed_by_hand(ending.claim):
                     self._tell("lease.violated", run, ending, status="pending", hint=VIOLATED)
-                self._again(run, dataclasses.replace(ending, claim=claim), pause)
+                self._again(run, ending, pause)
                 return
             case Locked():
                 self._alone(run, ending, verdict, pause)

@@ -18,29 +18,43 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from .. import judge as judging
+from ..cadence import TZDATA
+from ..database.budget import ConnectionBudget
 from ..database.connection import DatabaseUnavailable, Deadlines, StatementRejected
 from ..database.ledger import Backlog, Ledger
 from ..database.listener import Listener
+from ..database.outbox import Outbox
 from ..events import Events
 from ..protocols import Protocol, traceparent
+from ..protocols.credentials import Credentials
+from ..protocols.webhook import Webhook
+from ..secret_files import Secrets
 from ..settings import Settings
 from .database_status import DatabaseStatus
 from .dispatcher import Dispatcher
 from .endpoint_status import EndpointStatus
 from .executor import Executor
+from .failures import FailureSender
 from .heartbeat import Heartbeat
 from .leases import LeaseRenewer
 from .pruner import Pruner
 from .run import Run, Runs
+from .schema_status import TODO, SchemaStatus
 from .settler import Settler
 from .wake import Wake
+from .zones import ZoneUpdater
 
 SETTLE_PATIENCE = 10.0
 """Seconds that a stopping worker waits for its last settles; leases that are not settled by then
 end by themselves."""
 
-PRUNE_PATIENCE = 1.0
-"""Seconds that it then waits for a batch that is being pruned."""
+CHORES_PATIENCE = 1.0
+"""Seconds that it then waits for a batch that is being pruned, and for failures that are being
+told."""
+
+SUBSCRIBE_PATIENCE = 10.0
+"""Seconds, at most, that the first claim waits until PostgreSQL knows that failures are to be told:
+one that is settled before leaves no entry."""
 
 DEREGISTER_PATIENCE = 2.0
 """Seconds that it then waits for its row in recall_workers to be deleted."""
@@ -60,14 +74,27 @@ class WorkerStatus:
     """listening, lost or deaf"""
     database_is_lost: bool
     is_draining: bool
+    held: str | None = None
+    """Why nothing is claimed: copy, paused, or None."""
 
 
 class Worker:
     """One replica. `run()` works until `stop()` is called (drain); a second `stop()` releases the
     runs at once."""
 
-    def __init__(self, settings: Settings, protocol: Protocol, events: Events, name: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        protocol: Protocol,
+        events: Events,
+        name: str,
+        secrets: Secrets | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """`secrets`: those of the settings, as they stand now; None: as they stand there.
+        `credentials`: the protocol's."""
         assert settings.dsn is not None
+        secrets = secrets or Secrets(settings)
         self.name = name
         self._settings = settings
         self._protocol = protocol
@@ -81,41 +108,61 @@ class Worker:
             give_up=settings.give_up,
             message_limit=limit,
         )
+        self._database = DatabaseStatus(events, settings.lease)
+        budget = ConnectionBudget()
         self._ledger = Ledger(
-            settings.dsn,
+            secrets.dsn,
             name,
             settings.lease,
             fleet=settings.fleet_concurrency,
             message_limit=limit,
+            schema=settings.schema,
+            budget=budget,
+            committed=lambda confirmed: self._database.committed(confirmed=confirmed),
+            allow_copy=settings.allow_copy,
+            paused=settings.paused,
+            queues=settings.queues,
+            run_timeout=settings.run_timeout,
         )
         endpoint = hashlib.sha256((settings.run_url or "").encode()).hexdigest()[:16]
+        self._queues = frozenset(settings.queues)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._runs = Runs(settings.concurrency)
         self._wake = Wake(settings.poll_interval, time.monotonic())
-        self._database = DatabaseStatus(events, settings.lease)
+        self._schema = SchemaStatus(events)
         deadlines = Deadlines.within(settings.lease)
         self._listener = Listener(
-            settings.listen_dsn or settings.dsn,
+            secrets.listen_dsn,
             name,
             self._notified,
             self._self_test,
             events,
             deadlines,
+            settings.schema,
+            budget=budget,
         )
         self._settler = Settler(
-            self._ledger, self._policy, events, self._database, self._settled, settings.lease
+            self._ledger,
+            self._policy,
+            events,
+            self._database,
+            self._schema,
+            self._settled,
+            settings.lease,
         )
         self._endpoint = EndpointStatus(self._ledger, endpoint, events, self._endpoint_changed)
         executor = Executor(
             settings,
             self._policy,
             protocol,
+            credentials or Credentials(settings, secrets),
             self._ledger,
             self._runs,
             self._settler,
             self._endpoint,
             self._database,
+            self._schema,
             events,
             self._progressed,
         )
@@ -126,34 +173,80 @@ class Worker:
             executor,
             self._endpoint,
             self._database,
+            self._schema,
             events,
             self._wake,
             lambda: self.traceparent(),
         )
         self._leases = LeaseRenewer(
-            self._ledger, settings.lease, self._database, self._runs.by_id, self._let_go
+            self._ledger,
+            settings.lease,
+            self._database,
+            self._schema,
+            events,
+            self._runs.by_id,
+            self._let_go,
         )
         self._heartbeat = Heartbeat(
             self._ledger,
             settings.lease,
-            settings.shown(),
+            settings.shown() | {"tzdata": TZDATA},
             self._facts,
             lambda: self._runs.in_doubt(settings.lease),
             self._replicas_ahead,
+            self._database,
         )
+        self._zones = ZoneUpdater(self._ledger, events)
         self._drained_at: float | None = None
         self._refused: Exception | None = None
         self.traceparent: Callable[[], str] = traceparent
         """Makes the value of a call's `traceparent` header; tracing replaces it."""
-        keep = settings.keep
+        keep = settings.keep if not settings.paused else {}
         self._pruner = (
             Pruner(self._ledger, keep, self._database, events, self._stop) if keep else None
         )
+        self._failures = self._failure_sender(settings, secrets, budget)
         self._database.on_return(self._dispatcher.changed)
         self._database.on_return(self._listener.recheck)
         events.listen(
-            lambda event, _: self._heartbeat.beat_now() if event.startswith("listener.") else None
+            lambda event, _: (
+                self._heartbeat.beat_now() if event.startswith(("listener.", "claims.")) else None
+            )
         )
+
+    def _failure_sender(
+        self, settings: Settings, secrets: Secrets, budget: ConnectionBudget
+    ) -> FailureSender | None:
+        """What tells failures; None where nobody is to be told, or nothing is claimed."""
+        if settings.failure_url is None or settings.paused:
+            return None
+        outbox = Outbox(
+            secrets.dsn,
+            self.name,
+            schema=settings.schema,
+            budget=budget,
+            allow_copy=settings.allow_copy,
+            queues=settings.queues,
+        )
+        sender = FailureSender(
+            outbox,
+            self._ledger,
+            lambda: Webhook(
+                settings,
+                lambda: secrets.current("run_token"),
+                lambda: secrets.current("signing_secret"),
+            ),
+            self._database,
+            self._events,
+        )
+        self._events.listen(
+            lambda event, facts: (
+                sender.wake()
+                if event == "recall.settled" and facts["status"] in ("failed", "before")
+                else None
+            )
+        )
+        return sender
 
     # --- from outside -----------------------------------------------------------------------------
 
@@ -183,8 +276,8 @@ class Worker:
         return self._refused
 
     def before_heartbeat(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Have `check()` awaited before each heartbeat. It may raise DatabaseUnavailable,
-        StatementRejected."""
+        """Have `check()` awaited before a heartbeat, once a lease or a minute. It may raise
+        DatabaseUnavailable, StatementRejected."""
         self._heartbeat.check = check
 
     @property
@@ -206,6 +299,17 @@ class Worker:
             bell=self._listener.state,
             database_is_lost=self._database.is_lost,
             is_draining=self._stop.is_set(),
+            held=self._ledger.held,
+        )
+
+    @property
+    def schema_refuses(self) -> str | None:
+        """Why the schema does not let this worker work, with what to do; None where it does."""
+        reason = self._schema.reason
+        return (
+            None
+            if reason is None
+            else f"the schema is not as this code needs it: {reason}: " + TODO
         )
 
     async def schema(self) -> tuple[int, int]:
@@ -215,7 +319,7 @@ class Worker:
 
     async def backlog(self) -> Backlog:
         """What is due and unclaimed in the table. Raises DatabaseUnavailable, StatementRejected."""
-        return await self._noting_outages(self._ledger.backlog())
+        return await self._noting_outages(self._ledger.backlog(failures=self._failures is not None))
 
     async def _noting_outages(self, query: Awaitable[T]) -> T:
         """Await a query for a caller outside. An outage that shows here is noted; the end of an
@@ -244,6 +348,7 @@ class Worker:
                         ("lease checks", self._leases.check_leases()),
                         ("ends of leases", self._leases.let_go_in_time()),
                         ("heartbeat", self._heartbeat.run()),
+                        ("zones", self._zones.run()),
                     )
                 ]
                 pruning = (
@@ -251,12 +356,22 @@ class Worker:
                     if self._pruner is not None
                     else None
                 )
+                telling = (
+                    loops.create_task(self._failures.run(), name="failures")
+                    if self._failures is not None
+                    else None
+                )
+                await self._await_subscription()
                 await self._dispatcher.run()
                 await self._drain()
-                if pruning is not None:
-                    # The pruner knows of the stop, and ends by itself after its current batch.
-                    await asyncio.wait((pruning,), timeout=PRUNE_PATIENCE)
-                    helpers.append(pruning)
+                if self._failures is not None:
+                    # Runs that ended in the drain may have failed.
+                    self._failures.end()
+                # The pruner knows of the stop, and ends by itself after its current batch. What is
+                # cut off in being told is told again, by another worker.
+                if chores := [task for task in (pruning, telling) if task is not None]:
+                    await asyncio.wait(chores, timeout=CHORES_PATIENCE)
+                    helpers += chores
                 for helper in helpers:
                     helper.cancel()
         finally:
@@ -271,7 +386,11 @@ class Worker:
 
     # --- what the parts report to each other ------------------------------------------------------
 
-    def _notified(self) -> None:
+    def _notified(self, queue: str) -> None:
+        """A notification came. `queue`: the one that a new row is in; "": anything may have
+        changed."""
+        if queue and queue not in self._queues:
+            return
         if self._runs:
             self._leases.notified()
         self._dispatcher.notified()
@@ -319,6 +438,14 @@ class Worker:
             # Only writes show that PostgreSQL is back: a NOTIFY may also succeed on a standby.
             self._dispatcher.changed()
             raise
+
+    async def _await_subscription(self) -> None:
+        if self._failures is None:
+            return
+        waits = [asyncio.create_task(wait) for wait in (self._failures.ready(), self._stop.wait())]
+        await asyncio.wait(waits, timeout=SUBSCRIBE_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     # --- stopping ---------------------------------------------------------------------------------
 

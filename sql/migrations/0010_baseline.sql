@@ -1,4 +1,5 @@
 -- works with code from: 15
+-- then: statuses
 -- The baseline, part one: adopts the application's table where it stands, or creates it where it
 -- is missing, and creates the tables of recall-worker. 0011 to 0015 complete it. Together they are
 -- version 15, and stand for the migrations 0001 to 0015 from before the first release.
@@ -131,26 +132,7 @@ comment on column session_recalls.jitter_seconds is
     'each occurrence after the first is due a random part of this later than its time; '
     'null: none';
 
--- Two more statuses. The application's own check is dropped, whatever its name: it is the one
--- that reads `status` alone. The new one is validated by 0011.
-do $$
-declare
-    old record;
-begin
-    for old in
-        select c.conname
-        from pg_constraint c
-        join pg_attribute a on a.attrelid = c.conrelid and a.attname = 'status'
-        where c.conrelid = 'session_recalls'::regclass and c.contype = 'c'
-            and c.conkey = array[a.attnum]
-    loop
-        execute format('alter table session_recalls drop constraint %I', old.conname);
-    end loop;
-end
-$$;
-alter table session_recalls
-    add constraint session_recalls_status_known
-    check (status in ('pending', 'running', 'fired', 'cancelled', 'failed')) not valid;
+-- Two more statuses: by sql/statuses.sql, in the same transaction. Checks are validated by 0011.
 
 -- Autovacuum starts when a twentieth of a table is dead, not a fifth: each run leaves two dead
 -- rows, and the small indexes of the claim keep an entry for each until a vacuum. Measured with

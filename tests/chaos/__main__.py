@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,28 @@ from recall_worker.database.values import Dates
 
 from . import account as accounting
 from . import report as reporting
-from .account import Account, Records
+from .account import STOOD_STILL, Account, Records
 from .api import Api
 from .drawn import RUN_TIMEOUT, Drawn, draw
-from .faults import KINDS, Schedule
+from .faults import KINDS, Fault, Schedule
 from .hand import Hand
+from .journal import resolve
+from .people import People
 from .stage import FAKETIME, Stage, commit, install, scratch
 
 SLOW_MS = 150
 """Milliseconds of the usual lag in calm phases beyond which the account's bounds on time say
 little."""
+NOT_SHOWN = ("seed", "minutes", "commit", "kinds", "faults", "seconds to recover", "findings")
+"""Of a result, what is shown otherwise or not at all."""
+STOOD_MOST = 0.25
+"""The part of a lease for which the machine may stand still: a worker that is kept waiting for
+longer loses leases, as it would by a SIGSTOP that is on no record."""
+TIMED = ("lateness", "intervals", "moved", "hung up", "heard", "pages", "recovery", "drain", "stop")
+"""The rules with bounds in seconds, which say nothing where the machine stood still for one."""
+TIMED_STOOD_MOST = 1.0
+HUNG = ("spins", "recovery", "drain", "stop", "leases")
+"""The rules by which something did not come to its end."""
 HOPELESS_MOST = 30.0
 """Seconds in which what can still end has ended, where workers have stopped for good."""
 
@@ -52,27 +65,34 @@ async def audit(
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(Api(seed))
         stage = await stack.enter_async_context(Stage(api, site, folder, drawn))
-        api.agent = hand = await stack.enter_async_context(Hand(stage.dsn, seed, site))
+        api.agent = hand = await stack.enter_async_context(Hand(stage.dsn, seed, site, drawn))
         hand.rate = drawn.rate
-        schedule = Schedule(stage, hand, seed, kinds or list(KINDS))
+        people = await stack.enter_async_context(People(stage, hand, seed, drawn))
+        schedule = Schedule(stage, hand, people, seed, kinds or list(KINDS))
         await stage.up()
+        await hand.fill_stock()
         silence = asyncio.Event()
-        living = asyncio.create_task(hand.live(silence))
+        living = asyncio.gather(hand.live(silence), people.live(silence))
         await schedule.run(minutes * 60)
         silence.set()
         await living
         left = await _drained(hand, api, drawn, hopeless=bool(stage.spins or schedule.stuck))
-        rows, marks = await hand.until_done(_tables)
+        rows, marks, actions = await hand.until_done(_tables)
         statuses = await stage.end()
+        differs = resolve(hand.journal, actions)
+        everybody = frozenset(replica.slot for replica in stage.replicas)
+        stood = [Fault(STOOD_STILL, since, everybody, until) for since, until in stage.stands]
         records = Records(
             api,
             hand.journal,
             {row["id"]: row for row in rows},
             marks,
-            schedule.faults,
+            [*schedule.faults, *stood],
             schedule.calm,
             drawn,
             stage.spins,
+            differs,
+            people.answers,
         )
         account = accounting.settle_up(records)
         account.findings += [f"recovery: {said}" for said in schedule.stuck]
@@ -85,13 +105,26 @@ async def audit(
             f"stop: exit status {status} after SIGTERM" for status in statuses if status != 0
         ]
         account.findings += [
-            f"crash: {r.slot} ended with {status} unasked"
-            for r in stage.replicas
-            for status in r.statuses
+            f"crash: {name} ended with {status} unasked"
+            for name, all_of_them in (
+                *((r.slot, r.statuses) for r in stage.replicas),
+                *((s.name, s.statuses[:-1]) for s in stage.services),
+            )
+            for status in all_of_them
             if status not in (0, -9)
+        ]
+        account.findings += [
+            f"crash: {service.name} wrote {count} tracebacks"
+            for service in stage.services
+            if (count := service.tracebacks())
         ]
         (folder / "evidence").write_text(_evidence(account, records), encoding="utf-8")
         account.facts["workers started"] = sum(r.starts for r in stage.replicas)
+        account.facts["the machine stood still, s"] = round(
+            max((until - since for since, until in stage.stands), default=0.0), 2
+        )
+        account.facts["postgresql"] = stage.version
+        account.facts["live events of the console"] = people.events
         return account, schedule
 
 
@@ -112,12 +145,11 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     async def resume(conn: psycopg.AsyncConnection[Any]) -> None:
         await conn.execute(
             "update session_recalls set paused_at = null, updated_at = now() where paused_at is "
-            "not null"
+            "not null and (trigger_at < now() + interval '20 minutes' or call_type = 'recurring')"
         )
 
     async def end() -> None:
-        for (id,) in await hand.until_done(cancel):
-            hand.journal.promises[id].maybe_ended = True
+        hand.journal.swept |= {str(id) for (id,) in await hand.until_done(cancel)}
 
     await hand.until_done(resume)
     await end()
@@ -126,7 +158,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
         found = await (
             await conn.execute(
                 "select count(*) from session_recalls where status in ('pending', 'running') or "
-                "lease_until > now()"
+                "(lease is not null and lease_until > now())"
             )
         ).fetchone()
         return 0 if found is None else int(found[0])
@@ -148,12 +180,18 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
 
 async def _tables(
     conn: psycopg.AsyncConnection[Any],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """session_recalls (ids as text), recall_attempts, and recall_actions in their order."""
     conn.adapters.register_loader("timestamptz", Dates)
     async with conn.cursor(row_factory=dict_row) as cursor:
-        rows = await (await cursor.execute("select * from session_recalls")).fetchall()
+        rows = await (
+            await cursor.execute("select *, id::text as id from session_recalls")
+        ).fetchall()
         marks = await (await cursor.execute("select * from recall_attempts")).fetchall()
-    return rows, marks
+        actions = await (
+            await cursor.execute("select * from recall_actions order by id")
+        ).fetchall()
+    return rows, marks, actions
 
 
 def _evidence(account: Account, records: Records) -> str:
@@ -192,9 +230,24 @@ def told(
             kind: [round(seconds, 2) for seconds in found]
             for kind, found in sorted(recovered.items())
         },
+        "kinds": list(KINDS),
         "kinds not reached": schedule.missed,
+        "hung": sum(finding.startswith(HUNG) for finding in account.findings),
         "findings": account.findings,
     }
+
+
+def is_void(result: Mapping[str, Any]) -> bool:
+    """Whether its findings may be the machine's, which was slow in calm phases or stood still."""
+    lags, stood = (
+        result["lag in calm phases, ms (p50, p99, most)"],
+        result["the machine stood still, s"],
+    )
+    if stood > STOOD_MOST * result["settings"]["lease"]:
+        return bool(result["findings"])
+    slow = stood > TIMED_STOOD_MOST or (bool(lags) and lags[0] > SLOW_MS)
+    timed = [finding for finding in result["findings"] if finding.startswith(TIMED)]
+    return slow and timed != [] and len(timed) == len(result["findings"])
 
 
 def show(result: dict[str, Any]) -> None:
@@ -209,7 +262,7 @@ def show(result: dict[str, Any]) -> None:
         )
         print(f"  {kind:<24}{times:>6}   {median:>6}  {most:>6}")
     for name, value in result.items():
-        if name not in ("seed", "minutes", "commit", "faults", "seconds to recover", "findings"):
+        if name not in NOT_SHOWN:
             said = (
                 ", ".join(f"{k} {v}" for k, v in value.items())
                 if isinstance(value, dict)
@@ -218,11 +271,8 @@ def show(result: dict[str, Any]) -> None:
                 else value
             )
             print(f"  {name}: {said}")
-    lags = result["lag in calm phases, ms (p50, p99, most)"]
-    if lags and lags[0] > SLOW_MS:
-        print(
-            "  THE MACHINE IS TOO SLOW, or does too much else: what is found of times says little"
-        )
+    if is_void(result):
+        print("  VOID: the machine is too slow, or does too much else: what is found says little")
     for finding in result["findings"][:40]:
         print(f"  FOUND  {finding}")
     if len(result["findings"]) > 40:
@@ -250,7 +300,18 @@ def report(results: list[dict[str, Any]], document: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument(
-        "--seed", default="101", help="a number, or a range such as 101-103: one run each"
+        "--seed",
+        "--seeds",
+        default="101",
+        help="a number, or a range such as 101-103: one run each",
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="write each seed's result into this folder as soon as it is there, as SEED.json, and "
+        "all of them into all.json; seeds whose result is there already are not run again. What a "
+        "machine that stood still has found is void: SEED.void.json, and run again next time",
     )
     parser.add_argument(
         "--minutes", type=float, default=1.0, help="how long faults go on, each run"
@@ -304,17 +365,50 @@ def main() -> int:
         parser.error(f"--lease, --slots, --fleet and --session-limit take numbers: {error}")
     if FAKETIME is None:
         print("faketime is not installed: clocks will not jump", file=sys.stderr)
-    if given.jobs > 1 and len(seeds) > 1:
-        results = side_by_side(seeds, given.jobs, sys.argv[1:])
+    known = _known(given.into, seeds)
+    missing = [seed for seed in seeds if seed not in known]
+    if given.jobs > 1 and len(missing) > 1:
+        found = side_by_side(missing, given.jobs, sys.argv[1:])
     else:
-        results = [_one(seed, given, settings[seed], kinds) for seed in seeds]
+        found = []
+        for seed in missing:
+            found.append(_one(seed, given, settings[seed], kinds))
+            if given.into is not None:
+                void = ".void" if is_void(found[-1]) else ""
+                _write(given.into / f"{seed}{void}.json", found[-1:])
+    by_seed = known | {result["seed"]: result for result in found}
+    results = [by_seed[seed] for seed in seeds if seed in by_seed]
+    if given.into is not None:
+        results = [result for result in results if not is_void(result)]
+        _write(given.into / "all.json", results)
+        print(f"\n{reporting.summed_up(results)}", end="")
     if given.json is not None:
-        given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _write(given.json, results)
     if len(seeds) > 1 and kinds is None:
         missed = reporting.not_reached(results)
         print(f"\nkinds of faults that no seed reached: {', '.join(missed) or 'none'}")
     clean = len(results) == len(seeds) and not any(result["findings"] for result in results)
     return 0 if clean else 1
+
+
+def _known(folder: Path | None, seeds: list[int]) -> dict[int, dict[str, Any]]:
+    """The results that are there already, by seed."""
+    if folder is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    known: dict[int, dict[str, Any]] = {}
+    for seed in seeds:
+        file = folder / f"{seed}.json"
+        if file.exists():
+            (known[seed],) = json.loads(file.read_text(encoding="utf-8"))
+    return known
+
+
+def _write(file: Path, results: list[dict[str, Any]]) -> None:
+    """All of it or nothing: a run that is ended meanwhile leaves no half of a file."""
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    half.replace(file)
 
 
 def _settings(seed: int, given: argparse.Namespace) -> Drawn:

@@ -1,5 +1,5 @@
 """The account: what must be true at the end, from the API's record, the table of attempts, the
-recalls and the application's journal alone.
+recalls, the actions on record and the journal alone.
 
 Every rule answers with findings, in words; an empty list of them is a clean account. What excuses
 an oddity is written where it is excused, with the rule that it comes from. A replay is a second
@@ -18,11 +18,10 @@ from typing import Any
 from .api import DEFINITE, Api, Call
 from .drawn import RUN_TIMEOUT, Drawn
 from .faults import HEARD_WITHIN, Fault
-from .hand import NEVER, Act, Journal, Promise
+from .journal import NEVER, SLACK, Act, Journal, Promise
+from .people import PAGES, Answer
 
 MAX_ATTEMPTS = 3
-SLACK = 0.05
-"""Seconds by which two instants of one host may seem to be in the wrong order."""
 LAG_MOST = 1.5
 """Seconds that a recall may be late in a calm phase, on a machine that does much else; what is
 usual is told beside it."""
@@ -44,7 +43,16 @@ How long it may take on this machine is told by the lag in calm phases (p99), at
 seconds."""
 TROUBLED = 4.0
 """Seconds after a fault in which a worker may still be starting, or connecting."""
+CONSOLE_STARTS = 15.0
+"""Seconds after its end in which the console is there again."""
+CONNECTION_TRUSTED = 6.0
+"""Seconds for which the console takes a connection for whole: five, and some."""
+PAGE_MOST = 8.0
+"""Seconds that a page may take in a calm phase, on a machine that does much else."""
 
+STOOD_STILL = "machine stood still"
+"""Nobody got anything of the machine for a while: nothing that was injected, but as a SIGSTOP to
+all at once."""
 WORKER_DIED = ("kill", "stop long", "term")
 CUT_OFF = (
     "database silent",
@@ -54,17 +62,20 @@ CUT_OFF = (
     "database slow",
 )
 API_WAY = ("api cut", "api slow", "api silent")
-STOPPED = ("stop short", "stop long")
+STOPPED = ("stop short", "stop long", STOOD_STILL)
 OUTAGES = (
     "postgres kill short",
     "postgres kill long",
     "postgres restart",
+    "postgres frozen",
     "full house",
     "full disk",
     "api down slots full",
+    STOOD_STILL,
     *CUT_OFF,
 )
 BELLS = ("bells", "ledgers", "lone ring")
+PAGES_ASKED = {f"GET {page.partition('?')[0]}" for page in PAGES}
 RAN = ("ok", "huge", "dribbled", "accepted", "failed", "unknown", "broken off", "garbage", "reset")
 """Answers after which a run counts for the session limit."""
 
@@ -91,6 +102,10 @@ class Records:
     drawn: Drawn
     spins: Sequence[str] = ()
     """Workers that turned without a rest, in words."""
+    differs: Sequence[str] = ()
+    """In what the actions on record differ from what was asked and answered, in words."""
+    answers: Sequence[Answer] = ()
+    """The console's."""
 
     def __post_init__(self) -> None:
         self.by_key: dict[str, list[Call]] = defaultdict(list)
@@ -107,7 +122,7 @@ class Records:
         seen = Counter(promise.session for promise in self.journal.promises.values())
         self.chains = {session for session, times in seen.items() if times > 1}
         """Sessions with several recalls, which wait for each other."""
-        self.full = _full(self)
+        self.full = {queue: _full(self, queue) for queue in self.drawn.names}
 
     def struck(self, slot: str, start: float, end: float, kinds: Sequence[str]) -> bool:
         return any(f.kind in kinds and f.strikes(slot, start, end) for f in self.faults)
@@ -123,9 +138,16 @@ class Records:
         """The end of the calm phase that this instant lies in."""
         return next((end for start, end in self.calm if start <= instant < end), None)
 
-    def seconds_full(self, start: float, end: float) -> float:
-        """For how long of this time no worker had a slot free."""
-        return sum(max(0.0, min(end, until) - max(start, since)) for since, until in self.full)
+    def seconds_full(self, queue: str, start: float, end: float) -> float:
+        """For how long of this time no worker of the queue had a slot free, or it was paused."""
+        return sum(
+            max(0.0, min(end, until) - max(start, since)) for since, until in self.full[queue]
+        )
+
+    def queue_of(self, call: Call) -> str | None:
+        """None of a recall that nobody knows."""
+        promise = self.journal.promises.get(call.recall)
+        return None if promise is None else promise.queue
 
     def is_capped(self, session: str) -> bool:
         """Whether a session may have had all the runs that it may have."""
@@ -157,6 +179,7 @@ def settle_up(records: Records) -> Account:
     account = Account()
     account.take("contract", iter(records.journal.strange))
     account.take("spins", iter(records.spins))
+    account.take("recorded", iter(records.differs))
     for rule in (
         unknown_calls,
         replays,
@@ -176,6 +199,9 @@ def settle_up(records: Records) -> Account:
         intervals,
         counts,
         hung_up,
+        links,
+        queues_paused,
+        pages,
         moved,
         fleet_cap,
         session_limit,
@@ -190,6 +216,8 @@ def settle_up(records: Records) -> Account:
         "runs": len(records.api.runs),
         "replays under the same key": replayed,
         "keys after a failed run": len({c.key for c in records.api.calls if c.number[1] > 0}),
+        "operations": _operations(records),
+        "pages and clicks": len(records.answers),
         "lost": sum(said.startswith(("endings: lost", "numbers")) for said in account.findings),
         "doubled": sum(
             said.startswith(("replays", "second keys", "at once", "settled twice"))
@@ -208,6 +236,18 @@ def settle_up(records: Records) -> Account:
         "the application did": dict(records.journal.did.most_common()),
     }
     return account
+
+
+def _operations(records: Records) -> dict[str, str]:
+    """How many were asked for, by which way, and what was answered."""
+    found: dict[str, list[int]] = {}
+    for op in records.journal.operations:
+        counted = found.setdefault(op.via, [0, 0, 0])
+        counted[2 if op.done is None else 1 if op.refused or op.changed == set() else 0] += 1
+    return {
+        via: f"{done} done, {refused} not, {unknown} without an answer"
+        for via, (done, refused, unknown) in sorted(found.items())
+    }
 
 
 def unknown_calls(records: Records) -> Iterator[str]:
@@ -230,6 +270,13 @@ def replays(records: Records) -> Iterator[str]:
                 continue
             # Its worker died, or was stopped for longer than its lease, before it could settle.
             if records.struck(first.worker, first.at, second.at, ("kill", "stop long")):
+                continue
+            # Or the machine itself stood still, for about as long as a lease.
+            if any(
+                f.kind == STOOD_STILL and f.seconds > records.drawn.lease / 3
+                for f in records.faults
+                if f.strikes(first.worker, first.at, second.at)
+            ):
                 continue
             # The second had claimed first, was stopped before it called, and went on where it
             # stood.
@@ -275,6 +322,13 @@ def replays(records: Records) -> Iterator[str]:
             )
 
 
+def _key(mark: Mapping[str, Any]) -> str:
+    """The key of the calls that a mark stands for. A rekey below zero is an extra run's number."""
+    rekey = mark["rekey"]
+    behind = f".f{-rekey}" if rekey < 0 else f".{rekey}" if rekey else ""
+    return f"{mark['recall_id']}:{mark['occurrence']}{behind}"
+
+
 def second_keys(records: Records) -> Iterator[str]:
     """A new key for the same occurrence comes only after a run that the API said had failed, an
     edit of the message, or a retry by hand; and after such a retry the old one does not come
@@ -283,9 +337,13 @@ def second_keys(records: Records) -> Iterator[str]:
         promise = records.journal.promises.get(recall)
         retries = promise.did("retry") if promise else 0
         edits = promise.did("edit") if promise else 0
+        # One whose time a person names anew keeps its number, if it was called and did not run.
+        moves = promise.did("move") if promise else 0
         last: dict[int, Call] = {}
         seen: set[str] = set()
         for call in calls:
+            if call.is_extra:
+                continue
             occurrence, rekey = call.number
             before = last.get(occurrence)
             if call.key not in seen and (rekey if before is None else True):
@@ -296,6 +354,8 @@ def second_keys(records: Records) -> Iterator[str]:
                     # messages.
                     if retries + max(0, edits - 1) > 0:
                         retries, edits = (retries - 1, edits) if retries else (retries, edits - 1)
+                    elif moves > 0:
+                        moves -= 1
                     else:
                         yield (
                             f"{call.key} was called, though no run under the key before it had "
@@ -327,16 +387,13 @@ def endings(records: Records) -> Iterator[str]:
             continue
         status = row["status"]
         if promise.ended == "cancelled" and status != "cancelled":
-            yield (
-                f"overwritten: {promise.id} ({promise.kind}) was cancelled by its application, "
-                f"and is {status}"
-            )
+            yield (f"overwritten: {promise.id} ({promise.kind}) was cancelled, and is {status}")
         elif status in ("pending", "running"):
             yield f"lost: {promise.id} ({promise.kind}) is {status} still: {row['reason']}"
         elif (
             status == "fired"
             and not any(records.succeeded(c) for c in calls)
-            and not (row["last_outcome"] == "expired" and promise.moves)
+            and not (row["last_outcome"] == "expired" and (promise.moves or promise.did("rule")))
         ):
             # Skips and moves may take the last of its numbers; which were never called, `numbers`
             # counts.
@@ -345,7 +402,7 @@ def endings(records: Records) -> Iterator[str]:
                 f"answered so"
             )
         elif status == "cancelled" and not (
-            promise.ended or promise.maybe_ended or any(c.how == "gone" for c in calls)
+            promise.may_be_over or any(c.how == "gone" for c in calls)
         ):
             yield f"lost: {promise.id} ({promise.kind}) is cancelled, and nobody did that"
         elif status == "failed":
@@ -357,7 +414,7 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
         yield f"{promise.id} failed without a reason"
     if any(c.how == "refused" for c in records.by_recall[promise.id]):
         return
-    if promise.moves and any(
+    if (promise.moves or promise.did("rule")) and any(
         said in row["reason"] for said in ("it had all", "it had its one", "where it ends")
     ):
         # Skips and moves took the last of its numbers. It ends as its last call did.
@@ -372,7 +429,9 @@ def _failed(promise: Promise, row: Mapping[str, Any], records: Records) -> Itera
             sum(
                 m["calls"]
                 for m in marks
-                if m["occurrence"] == o and m["outcome"] in ("unknown", "failed")
+                if m["occurrence"] == o
+                and m["rekey"] >= 0
+                and m["outcome"] in ("unknown", "failed")
             )
             for o in {m["occurrence"] for m in marks}
         ),
@@ -389,11 +448,15 @@ def numbers(records: Records) -> Iterator[str]:
         row = records.rows.get(promise.id)
         if row is None:
             continue
-        called = {c.number[0] for c in records.by_recall[promise.id]}
+        called = {c.number[0] for c in records.by_recall[promise.id] if not c.is_extra}
         # A skip may lead to a number beyond the recall's end, which then ends it uncalled.
         was_called = row["status"] in ("fired", "failed") and row["last_outcome"] != "expired"
         last = row["occurrence"] if was_called else row["occurrence"] - 1
-        missing = [n for n in range(1, last + 1) if n not in called]
+        missing = [
+            n
+            for n in range(1, last + 1)
+            if n not in called and _lost_on_the_way(records, promise.id, n) < MAX_ATTEMPTS
+        ]
         if len(missing) > promise.moves:
             yield (
                 f"{promise.id} ({promise.kind}): {missing} were never called, and "
@@ -410,23 +473,39 @@ def numbers(records: Records) -> Iterator[str]:
             )
 
 
+def _lost_on_the_way(records: Records, id: str, occurrence: int) -> int:
+    """Requests for an occurrence that were sent, and whose connection broke off (an attempt each)
+    while the way to the API was bad: it may have read none of them."""
+    return sum(
+        mark["calls"]
+        for mark in records.marks_of[id]
+        if mark["occurrence"] == occurrence
+        and mark["outcome"] == "unknown"
+        and mark["called_at"] is not None
+        and records.on(mark["called_at"].timestamp(), mark["ended_at"].timestamp(), API_WAY)
+    )
+
+
 def settled_twice(records: Records) -> Iterator[str]:
     """One settle ends an occurrence. Whoever lost the lease leaves a mark that says so; and nothing
     is settled that was not answered."""
     ended: Counter[tuple[str, int]] = Counter()
     for mark in records.marks:
-        if mark["outcome"] in ("answered", "refused", "gone") and mark["settled"] not in (
-            "lost",
-            "taken",
-            "ended",
-            "deleted",
-            "cancelled",
+        if (
+            mark["outcome"] in ("answered", "refused", "gone")
+            and mark["settled"]
+            not in (
+                "lost",
+                "taken",
+                "ended",
+                "deleted",
+                "cancelled",
+            )
+            and mark["rekey"] >= 0
         ):
             ended[mark["recall_id"], mark["occurrence"]] += 1
         if mark["outcome"] == "answered":
-            key = f"{mark['recall_id']}:{mark['occurrence']}" + (
-                f".{mark['rekey']}" if mark["rekey"] else ""
-            )
+            key = _key(mark)
             if not any(records.succeeded(c) for c in records.by_key.get(key, [])):
                 yield f"{key} is on record as answered, which no call of it was"
     for (recall, occurrence), times in ended.items():
@@ -474,13 +553,13 @@ def at_once(records: Records) -> Iterator[str]:
 def after_the_end(records: Records) -> Iterator[str]:
     """A recall that its application ended is not called again, unless it was retried."""
     for promise in records.journal.promises.values():
-        for ended, revived in promise.ends:
+        for end in promise.ends:
             for call in records.by_recall[promise.id]:
-                late = call.at - ended
+                late = call.at - end.done
                 if (
                     late > CANCEL_TAKES
-                    and call.at < revived
-                    and not records.stood_or_slow(call, ended)
+                    and call.at < end.revived
+                    and not records.stood_or_slow(call, end.done)
                 ):
                     yield (
                         f"{call.key} was called {late:.1f} s after it was "
@@ -526,9 +605,10 @@ def one_body(records: Records) -> Iterator[str]:
 def edits(records: Records) -> Iterator[str]:
     """What is claimed after an edit carries the message as it was edited."""
     for promise in records.journal.promises.values():
+        # What an operator edits is on record without whether it was in a run.
         acts = [act for act in promise.acts if act.what == "edit"]
         for act, after in zip_longest(acts, acts[1:]):
-            if act.done is None or act.leased:
+            if act.done is None or act.leased or act.message is None:
                 continue
             for call in records.by_recall[promise.id]:
                 was = act.done + CANCEL_TAKES < call.at < (NEVER if after is None else after.asked)
@@ -621,9 +701,7 @@ def counts(records: Records) -> Iterator[str]:
     marks: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for mark in records.marks:
         if mark["outcome"] != "misfired":
-            key = f"{mark['recall_id']}:{mark['occurrence']}" + (
-                f".{mark['rekey']}" if mark["rekey"] else ""
-            )
+            key = _key(mark)
             marks[key, mark["attempt"]].append(mark)
     for key, attempt in {*asked, *marks}:
         promise = records.journal.promises.get(key.rpartition(":")[0])
@@ -640,7 +718,7 @@ def counts(records: Records) -> Iterator[str]:
             # the row is gone or was retried.
             # (A session that is deleted takes its other recalls along; `endings` holds that.)
             gone = key.rpartition(":")[0] not in records.rows
-            over = gone or promise is None or promise.ends or promise.maybe_ended
+            over = gone or promise is None or promise.may_be_over
             if not over and promise is not None:
                 over = promise.did("retry") > 0
             if over and any(
@@ -668,7 +746,8 @@ def hung_up(records: Records) -> Iterator[str]:
     slow = min(SLOW_MOST, lags[len(lags) * 99 // 100]) if lags else SLOW_MOST
     within = HUNG_UP_WITHIN + LOOKS_SPARED * slow
     for promise in records.journal.promises.values():
-        for ended, revived in promise.ends:
+        for end in promise.ends:
+            ended, revived = end.done, end.revived
             until = ended + within
             # The ring may be lost with its connection, and the renewal that would find out is a
             # third of a lease away; a worker that stands still, or is cut off, does not know.
@@ -704,6 +783,52 @@ def hung_up(records: Records) -> Iterator[str]:
                     )
 
 
+def links(records: Records) -> Iterator[str]:
+    """An agent can schedule the next link from inside its run."""
+    for session in records.journal.refused_inside:
+        # One that was moved in mid-run, or retried, or whose message was edited after a call whose
+        # end nobody knows (that is another key), runs again beside its own next link; where one was
+        # ended the session may be gone.
+        promises = [p for p in records.journal.promises.values() if p.session == session]
+        plain = not any(
+            p.may_be_over or p.moves or p.did("retry", "fire", "edit", "rule") for p in promises
+        )
+        if plain and session not in records.journal.crowded:
+            yield f"{session}: the next link was refused in mid-run"
+
+
+def queues_paused(records: Records) -> Iterator[str]:
+    """Nothing is called of a queue that is paused. (A run that is open ends as it ends.)"""
+    for pause in records.journal.pauses:
+        for call in records.api.calls:
+            late = call.at - pause.held
+            if (
+                late > CANCEL_TAKES
+                and call.at < pause.freed
+                and pause.queue in ("*", records.queue_of(call))
+                and not records.stood_or_slow(call, pause.held)
+            ):
+                yield f"{call.key} was called {late:.1f} s after queue {pause.queue} was paused"
+
+
+def pages(records: Records) -> Iterator[str]:
+    """The console never fails by a defect of its own, and answers in calm phases."""
+    for answer in records.answers:
+        said = f"{answer.what} was answered {answer.status or 'not at all'}"
+        calm = records.in_calm(answer.asked)
+        killed = records.on(answer.asked - CONSOLE_STARTS, answer.done, ("console kill",))
+        # An action is sent once, and on a connection that was used seconds ago without trying it:
+        # PostgreSQL may have broken that one.
+        killed |= records.on(answer.asked - CONNECTION_TRUSTED, answer.done, OUTAGES)
+        refused = 400 <= answer.status < 500 and answer.what in PAGES_ASKED
+        if answer.status in (400, 405, 500) or refused:
+            yield said
+        elif calm is None or answer.done > calm or killed:
+            continue
+        elif answer.status in (0, 503) or answer.done - answer.asked > PAGE_MOST:
+            yield f"{said} after {answer.done - answer.asked:.1f} s, in a calm phase"
+
+
 def moved(records: Records) -> Iterator[str]:
     """What was moved, skipped, fired, retried or resumed is called when it is due then: not before,
     and in calm phases not later."""
@@ -713,10 +838,10 @@ def moved(records: Records) -> Iterator[str]:
         for n, act in enumerate(promise.acts):
             # What was done to it afterwards changes that again.
             bounds = [a.asked for a in promise.acts[n + 1 :]] + [
-                end for end, _ in promise.ends if end > act.asked
+                end.asked for end in promise.ends if end.done > act.asked
             ]
             until = min(bounds, default=NEVER)
-            if act.what in ("pause", "edit") or act.done is None or act.due is None:
+            if act.what in ("pause", "edit", "rule") or act.done is None or act.due is None:
                 continue
             if act.leased:
                 yield from _moved_in_run(promise, act, until, records)
@@ -726,7 +851,7 @@ def moved(records: Records) -> Iterator[str]:
 
 def _moved_waiting(promise: Promise, act: Act, until: float, records: Records) -> Iterator[str]:
     assert act.done is not None and act.due is not None
-    calls = records.by_recall[promise.id]
+    calls = [c for c in records.by_recall[promise.id] if act.what == "fire" or not c.is_extra]
     for call in calls:
         if act.done + CANCEL_TAKES < call.at < min(
             act.due - SLACK, until
@@ -770,7 +895,7 @@ def _late(
     if records.on(when - RUN_TIMEOUT - 1, when, ("api silent",)):
         return
     called = min(call.at if call is not None else NEVER, calm, until)
-    late = called - when - records.seconds_full(when, called)
+    late = called - when - records.seconds_full(promise.queue, when, called)
     if late > LAG_MOST:
         said = "was not called" if call is None or call.at > called else f"was called as {call.key}"
         yield f"{promise.id}: {said} {late:.1f} s after it was due by a {act.what}, in a calm phase"
@@ -781,12 +906,15 @@ def fleet_cap(records: Records) -> Iterator[str]:
     cap = records.drawn.fleet
     if cap is None:
         return
-    ended = {p.id for p in records.journal.promises.values() if p.ends or p.maybe_ended}
+    ended = {p.id for p in records.journal.promises.values() if p.may_be_over}
     # One that was ended is no longer counted from then on, and is hung up on a moment later.
     calls = [call for call in records.api.calls if call.recall not in ended]
-    open_: list[Call] = []
+    all_open: list[Call] = []
     for call in calls:
-        open_ = [c for c in open_ if c.ended is None or c.ended > call.at + SLACK] + [call]
+        all_open = [c for c in all_open if c.ended is None or c.ended > call.at + SLACK] + [call]
+        # Each worker counts what runs in the queues that it serves. Which of two was claimed first
+        # is not known here: what all who claim from the call's own queue count, is that queue.
+        open_ = [c for c in all_open if records.queue_of(c) == records.queue_of(call)]
         if len(open_) <= cap:
             continue
         # Whoever stood still, or was cut off, keeps connections open whose leases have ended.
@@ -813,25 +941,29 @@ def session_limit(records: Records) -> Iterator[str]:
 
 def _put_down_late(call: Call, records: Records) -> bool:
     promise = records.journal.promises.get(call.recall)
-    ended = promise is None or promise.ends or promise.maybe_ended
+    ended = promise is None or promise.may_be_over
     away = (*WORKER_DIED, *STOPPED, *OUTAGES)
     return bool(ended) and records.struck(call.worker, call.at, call.ended or NEVER, away)
 
 
-def _full(records: Records) -> list[tuple[float, float]]:
-    """When no worker had a slot free, as far as the API can tell, in order.
+def _full(records: Records, queue: str) -> list[tuple[float, float]]:
+    """When no worker of a queue had a slot free, as far as the API can tell, or the queue was
+    paused, in order.
 
     A worker that is away takes no more, nor one that met trouble in two sessions in a row: its
     breaker is open until it meets an answer.
     """
     drawn = records.drawn
+    served = {f"w{n}": drawn.serves(n) for n in range(drawn.replicas)}
+    workers = {slot for slot, queues in served.items() if queue in queues}
     changes: list[tuple[float, str, int, int]] = []
-    """Instant, slot, by how many slots more or less of it are in use, and how many leases."""
+    """Instant, slot, by how many slots more or less of it are in use, and how many leases that it
+    counts."""
 
     def take(slot: str, start: float, end: float, slots: int, leases: int = 0) -> None:
-        changes.extend(((start, slot, slots, leases), (end, slot, -slots, -leases)))
+        if slot in workers:
+            changes.extend(((start, slot, slots, leases), (end, slot, -slots, -leases)))
 
-    workers = {f"w{n}" for n in range(drawn.replicas)}
     for call in records.api.calls:
         run, ended = records.api.runs.get(call.key), call.ended or NEVER
         if call.how == "accepted":
@@ -840,7 +972,9 @@ def _full(records: Records) -> list[tuple[float, float]]:
         if records.struck(call.worker, call.at, ended + 1, (*WORKER_DIED, *OUTAGES)):
             # Its lease counts until it is taken up.
             ended += drawn.taken_up_within
-        take(call.worker, call.at - 0.05, ended + 0.15, 0, 1)
+        for slot in workers:
+            if records.queue_of(call) in served[slot]:
+                take(slot, call.at - 0.05, ended + 0.15, 0, 1)
     for fault in records.faults:
         if fault.kind in (*WORKER_DIED, *STOPPED, *OUTAGES, *BELLS):
             for slot in fault.slots or workers:
@@ -848,15 +982,21 @@ def _full(records: Records) -> list[tuple[float, float]]:
     for slot in workers:
         for start, end in _breaker_open([c for c in records.api.calls if c.worker == slot]):
             take(slot, start, end, drawn.slots)
+    for pause in records.journal.pauses:
+        if pause.queue in (queue, "*"):
+            for slot in workers:
+                take(slot, pause.asked, pause.over + 0.15, drawn.slots)
     used: Counter[str] = Counter(dict.fromkeys(workers, 0))
+    held: Counter[str] = Counter(dict.fromkeys(workers, 0))
     found: list[tuple[float, float]] = []
-    held = 0
     since: float | None = None
     for instant, slot, more, leases in sorted(changes):
         used[slot] += more
-        held += leases
-        capped = drawn.fleet is not None and held >= drawn.fleet
-        full = capped or all(count >= drawn.slots for count in used.values())
+        held[slot] += leases
+        full = all(
+            used[slot] >= drawn.slots or (drawn.fleet is not None and held[slot] >= drawn.fleet)
+            for slot in workers
+        )
         if full and since is None:
             since = instant
         elif not full and since is not None:
@@ -903,7 +1043,7 @@ def _lagging(records: Records) -> Iterator[tuple[float, float, str]]:
             or promise.acts
             or not calls
             or not promise.certain
-            or promise.maybe_ended
+            or promise.may_be_over
         ):
             continue
         if calls[0].attempt > 1:
@@ -915,5 +1055,5 @@ def _lagging(records: Records) -> Iterator[tuple[float, float, str]]:
             # What happens after the calm phase is the next fault's doing.
             if start <= promise.due < end and promise.session not in records.chains:
                 called = min(calls[0].at, end)
-                waited = records.seconds_full(promise.due, called)
+                waited = records.seconds_full(promise.queue, promise.due, called)
                 yield called - promise.due - waited, waited, calls[0].key

@@ -52,9 +52,14 @@ class Call:
 
     @property
     def number(self) -> tuple[int, int]:
-        """Occurrence and rekey."""
+        """Occurrence and rekey; of an extra run, the occurrence that waits and 0."""
         occurrence, _, rekey = self.key.rpartition(":")[2].partition(".")
-        return int(occurrence), int(rekey or 0)
+        return int(occurrence), 0 if rekey.startswith("f") else int(rekey or 0)
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is an extra run's, which is no occurrence: `fire`."""
+        return self.key.rpartition(":")[2].partition(".")[2].startswith("f")
 
     @property
     def scheduled_for(self) -> str:

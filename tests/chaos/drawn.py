@@ -3,17 +3,29 @@
 An audit finds what its settings can reach: twenty slots never fill, so "all slots full" is never
 met. Any three consecutive seeds cover a short, a middle and a long lease, the fleet's cap on and
 off, and the session limit on and off; three from a multiple of three on cover few, some and many
-slots, too.
+slots, and each type of ids, too. Two from an even number on cover one and two queues, one and three
+pending recalls a session, and both versions of PostgreSQL.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 LEASES = ((2.0, 6.0), (6.0, 20.0), (20.0, 60.0))
 SLOTS = ((1, 3), (4, 15), (16, 50))
+IDS = ("text", "uuid", "bigint")
+PENDING_MOST = (1, 3)
+VERSIONS = (15, 18)
+SIDE = "side"
+"""The second queue."""
+QUEUES = {
+    1: (("default",),),
+    2: (("default",), ("default", SIDE), (SIDE,)),
+}
+"""Which queues the replicas serve, in turns."""
 RUN_TIMEOUT = 15.0
 RATE_MOST = 20.0
 """Actions of the application in a second, at most."""
@@ -29,14 +41,20 @@ not, as a run of ten minutes would hold little else. The account goes by how lon
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The settings of all workers of one run. `lease` in seconds; `fleet` and `session_limit` (runs
-    of a session in an hour) are None where they are off."""
+    """The settings of all workers of one run, and the table that they find. `lease` in seconds;
+    `fleet` and `session_limit` (runs of a session in an hour) are None where they are off. `ids`:
+    the type of id and session_id. `queues`: how many there are. `pending_most`: pending recalls a
+    session (`migrate --slots`). `postgres`: the major version, where its binaries are there."""
 
     slots: int = 20
     fleet: int | None = None
     lease: float = 6.0
     session_limit: int | None = None
     replicas: int = 3
+    ids: str = "text"
+    queues: int = 1
+    pending_most: int = 1
+    postgres: int = 18
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,6 +73,16 @@ class Drawn:
         if self.session_limit is not None:
             found["RECALL_SESSION_LIMIT"] = f"{self.session_limit}/h"
         return found
+
+    def serves(self, number: int) -> tuple[str, ...]:
+        """The queues of this replica, counted from 0."""
+        kinds = QUEUES[self.queues]
+        return kinds[number % len(kinds)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The queues that there are."""
+        return ("default", SIDE)[: self.queues]
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -104,6 +132,16 @@ class Drawn:
         return 330.0 + 3 * self.lease
 
 
+T = TypeVar("T")
+
+
+def _dealt(what: str, seed: int, cards: Sequence[T]) -> T:
+    """One of these cards: so many consecutive seeds, from a multiple of their number on, get all
+    of them, in an order of their own."""
+    turn, place = divmod(seed, len(cards))
+    return random.Random(f"{what} {turn}").sample(list(cards), k=len(cards))[place]
+
+
 def draw(seed: int, replicas: int = 3) -> Drawn:
     """The settings of a seed."""
     dice = random.Random(f"settings {seed}")
@@ -115,4 +153,8 @@ def draw(seed: int, replicas: int = 3) -> Drawn:
         lease=round(dice.uniform(*LEASES[seed % 3]), 1),
         session_limit=dice.choice((3, 6, 100)) if seed // 2 % 2 == 0 else None,
         replicas=replicas,
+        ids=_dealt("ids", seed, IDS),
+        queues=_dealt("queues", seed, tuple(QUEUES)),
+        pending_most=_dealt("pending", seed, PENDING_MOST),
+        postgres=_dealt("postgres", seed, VERSIONS),
     )

@@ -22,7 +22,9 @@ import psycopg
 
 from recall_worker.worker.breaker import PROBE_MOST
 
-from .hand import Hand, Promise
+from .hand import Hand
+from .journal import Promise
+from .people import People
 from .stage import FAKETIME, Replica, Stage
 
 
@@ -73,8 +75,11 @@ Strike = Callable[["Scene"], Awaitable[None]]
 class Scene:
     """One fault on the stage, with dice of its own."""
 
-    def __init__(self, stage: Stage, hand: Hand, dice: random.Random, fault: Fault) -> None:
-        self.stage, self.hand, self.dice, self.fault = stage, hand, dice, fault
+    def __init__(
+        self, stage: Stage, hand: Hand, people: People, dice: random.Random, fault: Fault
+    ) -> None:
+        self.stage, self.hand, self.people = stage, hand, people
+        self.dice, self.fault = dice, fault
         self.drawn = stage.drawn
 
     def victims(self, most: int = 1) -> list[Replica]:
@@ -150,6 +155,18 @@ async def stop_long(scene: Scene) -> None:
     await _stop(scene, scene.drawn.leases(1.3), scene.drawn.leases(2))
 
 
+async def console_kill(scene: Scene) -> None:
+    """The console is killed while a job of it acts on many."""
+    async with scene.people.many_at_work("console"):
+        scene.stage.service("console").signal(signal.SIGKILL)
+
+
+async def mcp_kill(scene: Scene) -> None:
+    """The MCP server is killed, whatever it is doing."""
+    scene.stage.service("mcp").signal(signal.SIGKILL)
+    await scene.lasts(0.5, 2)
+
+
 async def clock(scene: Scene) -> None:
     """The host's clock jumps by hours, or by a second; it stays so."""
     for replica in scene.victims(2):
@@ -179,6 +196,20 @@ async def postgres_kill_long(scene: Scene) -> None:
         await scene.stage.revive_postgres()
 
 
+async def postgres_frozen(scene: Scene) -> None:
+    """All of PostgreSQL stands still while a command, or a job of the console, acts on many: for
+    moments, or for longer than a lease. What was asked meanwhile is done afterwards, also for those
+    who have given it up."""
+    scene.everybody()
+    async with scene.people.many_at_work(scene.dice.choice(("cli", "console"))):
+        scene.fault.began = time.time()
+        processes = scene.stage.freeze_postgres()
+        try:
+            await scene.lasts(1, scene.drawn.leases(1.6))
+        finally:
+            scene.stage.thaw_postgres(processes)
+
+
 async def postgres_restart(scene: Scene) -> None:
     await asyncio.to_thread(scene.stage.server.shutdown)
     await scene.stage.revive_postgres()
@@ -204,6 +235,7 @@ async def lone_ring(scene: Scene) -> None:
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(scene.drawn.quiet_within), _asking(scene.stage.dsn) as conn:
+                await scene.people.rest()
                 while conn is not None and await _stirs(conn):  # noqa: ASYNC110 - a table
                     await asyncio.sleep(0.1)
                 await scene.terminate("recall-worker listener%")
@@ -260,6 +292,7 @@ async def locks(scene: Scene) -> None:
                     how.replace(
                         "SOME",
                         "(select id from session_recalls where status in ('pending', 'running') "
+                        "and trigger_at < now() + interval '10 minutes' "
                         "order by random() limit 8)",
                     ).encode()
                 )
@@ -389,12 +422,15 @@ KINDS: dict[str, Strike] = {
     for strike in (
         kill,
         term,
+        console_kill,
+        mcp_kill,
         stop_short,
         stop_long,
         clock,
         postgres_kill_short,
         postgres_kill_long,
         postgres_restart,
+        postgres_frozen,
         bells,
         ledgers,
         lone_ring,
@@ -423,6 +459,7 @@ THIRDS: tuple[tuple[str, ...], ...] = (
         "database half open",
         "database silent",
         "kill",
+        "postgres frozen",
         "api down slots full",
         "lone ring",
     ),
@@ -434,6 +471,7 @@ THIRDS: tuple[tuple[str, ...], ...] = (
         "full house",
         "database cut",
         "api silent",
+        "console kill",
         "api misconfigured",
     ),
     (
@@ -444,6 +482,7 @@ THIRDS: tuple[tuple[str, ...], ...] = (
         "database slow",
         "api cut",
         "api slow",
+        "mcp kill",
         "api down",
     ),
 )
@@ -454,6 +493,7 @@ WAITING = """
 select count(*) from session_recalls r
 where r.status in ('pending', 'running') and r.paused_at is null and coalesce(r.lease_until,
     r.trigger_at) < now() - interval '0.3 seconds'
+    and not exists (select from recall_queues q where q.queue in (r.queue, '*'))
     and (r.lease is not null or not exists (
         select from session_recalls o
         where o.session_id = r.session_id and o.id <> r.id and o.status in ('pending', 'running')
@@ -470,8 +510,11 @@ account knows of the others that they take nothing."""
 
 
 class Schedule:
-    def __init__(self, stage: Stage, hand: Hand, seed: int, kinds: list[str]) -> None:
+    def __init__(
+        self, stage: Stage, hand: Hand, people: People, seed: int, kinds: list[str]
+    ) -> None:
         self._stage, self._hand, self._drawn = stage, hand, stage.drawn
+        self._people = people
         self._dice = random.Random(f"faults {seed}")
         self._kinds = [
             kind
@@ -529,7 +572,8 @@ class Schedule:
         await asyncio.sleep(after)
         fault = Fault(kind, time.time(), frozenset(), alone=alone)
         self.faults.append(fault)
-        await KINDS[kind](Scene(self._stage, self._hand, random.Random(self._dice.random()), fault))
+        dice = random.Random(self._dice.random())
+        await KINDS[kind](Scene(self._stage, self._hand, self._people, dice, fault))
         fault.ended = time.time()
         return fault
 

@@ -1,7 +1,7 @@
-"""The application's hand: its own ten columns and plain SQL, past every proxy; and a journal of
-what it did, which is one side of the account. An operator's hand, too: pauses, resumes, retries,
-fires, skips and moves by the wheel's command line, as far as that can be afforded, and else by its
-statements (`sql/client.sql`).
+"""The application's hand: its own ten columns and plain SQL, past every proxy; and the journal of
+what it did. An operator's hand, too, who acts on one recall: pauses, resumes, retries, fires, skips
+and moves by the wheel's command line, as far as that can be afforded, and else by its statements
+(`sql/client.sql`). Whoever does more is in `people`.
 
 A statement whose answer was lost in an outage may have been done or not: the journal says so, and
 the account allows for both.
@@ -15,10 +15,9 @@ import os
 import random
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +27,9 @@ import psycopg
 from psycopg.rows import dict_row
 
 from recall_worker import statements
+
+from .drawn import SIDE, Drawn
+from .journal import Act, End, Journal, Operation, Promise, Row
 
 INSERT = """
 insert into session_recalls (id, session_id, call_type, trigger_at, interval_seconds,
@@ -63,11 +65,11 @@ update session_recalls set trigger_at = trigger_at + interval_seconds * interval
     updated_at = now()
 where session_id = (select session_id from session_recalls where id = %s)
     and status = 'pending' and call_type = 'recurring'
-returning trigger_at, lease
+returning id, trigger_at, lease
 """,
     "move": """
 update session_recalls set trigger_at = %s, updated_at = now() where id = %s and status = 'pending'
-returning trigger_at, lease
+returning id, trigger_at, lease
 """,
 }
 """What the application does itself."""
@@ -90,77 +92,27 @@ WHAT_IS_DONE = (
     "fire",
     "retry",
 )
-NEVER = float("inf")
-OPERATOR_EVERY = 4.0
+OPERATOR_EVERY = 8.0
 """Seconds between two commands of the operator's, as each takes half a second of a core."""
+COMMAND_WITHIN = 60.0
+"""Seconds that a command may take: it waits for a PostgreSQL that is away."""
 PAUSED_MOST = 8.0
-
-Row = dict[str, Any]
-
-
-@dataclass(slots=True, eq=False)
-class Act:
-    """What was done to one recall, and found it live (or over, for `retry`)."""
-
-    what: str
-    """move, skip, fire, retry, pause, resume or edit."""
-    asked: float
-    done: float | None
-    """When it was certain; None where nobody knows whether it was done."""
-    due: float | None = None
-    """When the row was due by then."""
-    leased: bool = False
-    """Whether it was in a run."""
-    message: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Promise:
-    """One recall as its application knows it. Instants are seconds of the epoch."""
-
-    id: str
-    session: str
-    kind: str
-    due: float
-    interval: int | None = None
-    times: int | None = None
-    cadence: str = "interval"
-    certain: bool = True
-    """Whether the insert's answer came."""
-    moves: int = 0
-    """Skips and reschedules that were done, or may have been."""
-    ended: str | None = None
-    """cancelled or deleted: by the application itself."""
-    maybe_ended: bool = False
-    ends: list[list[float]] = field(default_factory=list)
-    """From when to when it was certainly ended: each end, and the retry after it."""
-    acts: list[Act] = field(default_factory=list)
-
-    @property
-    def ended_at(self) -> float | None:
-        """When its last end was certain."""
-        return self.ends[-1][0] if self.ends else None
-
-    def did(self, *what: str) -> int:
-        """How often any of this was done to it, or may have been."""
-        return sum(act.what in what for act in self.acts)
-
-
-@dataclass(slots=True)
-class Journal:
-    promises: dict[str, Promise] = field(default_factory=dict)
-    refused: int = 0
-    """Inserts that met a session with a pending recall: expected, as the application's agents do
-    ask twice."""
-    strange: list[str] = field(default_factory=list)
-    did: Counter[str] = field(default_factory=Counter)
+STOCK = 300
+"""Recalls that only wait, for operators to act on many: three batches."""
+STOCK_AHEAD = 7200.0
+"""Seconds until they are due."""
+STOCK_OWNER = "stock"
+SIDE_SHARE, CROWDED_SHARE = 0.5, 0.3
+"""Which part of the recalls is in the second queue, and which is scheduled into a session that had
+one lately, where a session may have several."""
 
 
 class Hand:
-    def __init__(self, dsn: str, seed: int, site: Path) -> None:
+    def __init__(self, dsn: str, seed: int, site: Path, drawn: Drawn) -> None:
         """`site`: where the wheel is installed, for the operator's commands."""
         self._dsn = dsn
         self._site = site
+        self._drawn = drawn
         self._sql = statements.load("client")
         self._operator_next = 0.0
         self._edits = 0
@@ -168,9 +120,14 @@ class Hand:
         self.journal = Journal()
         self._pool: list[psycopg.AsyncConnection[Any]] = []
         self._chains: dict[str, int] = {}
-        self._by_session: dict[str, list[Promise]] = defaultdict(list)
+        self._recent: deque[str] = deque(maxlen=20)
+        """Sessions of which one recall was scheduled lately."""
+        self.schedules_within: Callable[[str], Awaitable[bool]] | None = None
+        """How an agent that has a tool for it schedules the next link; False where it was
+        refused."""
         self.rate = 25.0
-        """Things done in a second."""
+        """Things done in a second; 0 while nobody may do anything, operators and agents
+        included."""
         self._sessions = 0
         self._busy: set[asyncio.Task[None]] = set()
 
@@ -183,6 +140,52 @@ class Hand:
         await asyncio.gather(*self._busy, return_exceptions=True)
         for conn in self._pool:
             conn.pgconn.finish()
+
+    async def fill_stock(self) -> None:
+        """Schedule those that only wait."""
+        async with await psycopg.AsyncConnection.connect(self._dsn) as conn:
+            for _ in range(STOCK):
+                session, at = self.new_session(), datetime.now(UTC) + timedelta(seconds=STOCK_AHEAD)
+                promise = Promise(
+                    self._id(), session, "once", at.timestamp(), queue=self._queue(), stock=True
+                )
+                await conn.execute(
+                    "insert into sessions (id, user_id) values (%s, %s)", (session, STOCK_OWNER)
+                )
+                values = (promise.id, session, "once", at, None, "look again", promise.queue)
+                insert = INSERT.format(columns=", queue", values=", %s")
+                await conn.execute(insert.encode(), values)
+                self.journal.promises[promise.id] = promise
+
+    def new_session(self) -> str:
+        """The id of a session that there is not yet."""
+        self._sessions += 1
+        match self._drawn.ids:
+            case "bigint":
+                return str(self._sessions)
+            case "uuid":
+                return str(UUID(int=self._dice.getrandbits(128), version=4))
+            case _:
+                return f"s{self._sessions}"
+
+    def _id(self) -> str:
+        if self._drawn.ids == "bigint":
+            # Above those that the column gives itself.
+            return str(self._dice.randrange(1 << 40, 1 << 62))
+        return str(UUID(int=self._dice.getrandbits(128), version=4))
+
+    def _queue(self) -> str:
+        side = self._drawn.queues > 1 and self._dice.random() < SIDE_SHARE
+        return SIDE if side else "default"
+
+    def young(self) -> list[Promise]:
+        """Those of the last minute that nobody has ended, as far as is known."""
+        now = time.time()
+        return [
+            p
+            for p in list(self.journal.promises.values())[-600:]
+            if p.ended is None and not p.maybe_ended and not p.stock and p.due > now - 60
+        ]
 
     # --- its life ---------------------------------------------------------------------------------
 
@@ -206,10 +209,13 @@ class Hand:
 
     async def _act(self) -> None:
         dice = self._dice.random()
+        crowded: str | None = None
+        if self._drawn.pending_most > 1 and self._recent and self._dice.random() < CROWDED_SHARE:
+            crowded = self._dice.choice(self._recent)
         if dice < 0.42:
-            await self.promise("once", self._dice.uniform(0, 3))
+            await self.promise("once", self._dice.uniform(0, 3), session=crowded)
         elif dice < 0.60:
-            await self.promise("immediate", 0)
+            await self.promise("immediate", 0, session=crowded)
         elif dice < 0.68:
             await self.promise("immediate", 0, chain=self._dice.randint(1, 4))
         elif dice < 0.74:
@@ -218,6 +224,7 @@ class Hand:
                 self._dice.uniform(0, 2),
                 interval=self._dice.randint(1, 3),
                 times=self._dice.randint(2, 6),
+                session=crowded,
             )
         elif dice < 0.79:
             grid: dict[str, Any] = {"cadence": "grid"}
@@ -241,12 +248,7 @@ class Hand:
     async def _touch(self) -> None:
         """Do something to a recall of the last minute that nothing was done to yet, as people do:
         whatever it is doing just now."""
-        now = time.time()
-        young = [
-            p
-            for p in list(self.journal.promises.values())[-600:]
-            if p.ended is None and not p.maybe_ended and p.due > now - 60
-        ]
+        young = self.young()
         if not young:
             return
         promise = self._dice.choice(young)
@@ -274,17 +276,26 @@ class Hand:
         """Do it by the command line, by its statement, or (what the application has always done) by
         the application's own; returns whether it was done for certain. `after`: seconds, for a
         move."""
-        asked = time.time()
+        asked, name = time.time(), NAMED.get(what, what)
         if asked >= self._operator_next:
             self._operator_next = asked + OPERATOR_EVERY
-            found = await self._command(what, promise.id, after)
-        elif what in APPLICATION and self._dice.random() < 0.5:
+            return await self._command(name, promise.id, after)
+        if what in APPLICATION and self._dice.random() < 0.5:
             when = () if after is None else (datetime.now(UTC) + timedelta(seconds=after),)
             found = await self._ask(what, APPLICATION[what], (*when, promise.id))
-        else:
-            values = {"ids": [promise.id], "at": None, "after": after}
-            found = await self._ask(what, self._sql[NAMED.get(what, what)], values)
-        return self._note(what, promise, asked, found)
+            return self._note(what, promise, asked, found)
+        return await self._state(name, promise.id, {"at": None, "after": after})
+
+    async def _state(self, name: str, id: str, values: Mapping[str, Any]) -> bool:
+        """Act by a statement of sql/client.sql; whether it was done for certain."""
+        op = self.journal.operation("chaos", name)
+        given = {"ids": [id], **values, "actor": op.name, "via": "chaos"}
+        found = await self._ask(name, self._sql[name], given)
+        if isinstance(found, list):
+            answered(op, found)
+        elif found == -1:
+            op.refused, op.done = True, time.time()
+        return bool(op.told)
 
     def _note(
         self,
@@ -294,25 +305,32 @@ class Hand:
         found: list[Row] | int | None,
         message: str | None = None,
     ) -> bool:
+        """Note what the application did itself: to all recalls that its statement found."""
         if found is None:
-            promise.acts.append(Act(what, asked, None, message=message))
-            promise.moves += what in ("move", "skip")
+            # A skip is of all that the session has.
+            for each in self.journal.promises.values() if what == "skip" else (promise,):
+                if each.session == promise.session:
+                    each.acts.append(Act(what, asked, None, message=message))
+                    each.moves += what in ("move", "skip")
             return False
-        if not isinstance(found, list) or not found or found[0].get("resumed") is False:
-            return False
-        due = found[0].get("trigger_at")
-        promise.moves += what in ("move", "skip")
-        promise.acts.append(
-            Act(
-                what,
-                asked,
-                time.time(),
-                None if due is None else due.timestamp(),
-                found[0]["lease"] is not None,
-                message,
+        rows = found if isinstance(found, list) else []
+        for row in rows:
+            of = self.journal.promises.get(row["id"])
+            if of is None:
+                continue
+            due = row.get("trigger_at")
+            of.moves += what in ("move", "skip")
+            of.acts.append(
+                Act(
+                    what,
+                    asked,
+                    time.time(),
+                    None if due is None else due.timestamp(),
+                    row["lease"] is not None,
+                    message,
+                )
             )
-        )
-        return True
+        return bool(rows)
 
     async def _edit(self, promise: Promise, message: str) -> None:
         """The message changes, now and then that of a recall that waits between two calls."""
@@ -329,78 +347,78 @@ class Hand:
         found = await self._ask("edit", EDIT_BETWEEN, (message,))
         if found is None:
             # Any of them may have it now.
+            self.journal.maybe_edited.append(Act("edit", asked, None, message=message))
             for each in self.journal.promises.values():
                 if each.due > asked - 600:
                     each.acts.append(Act("edit", asked, None, message=message))
-        elif isinstance(found, list) and found and found[0]["id"] in self.journal.promises:
-            self._note("edit", self.journal.promises[found[0]["id"]], asked, found, message)
+        elif isinstance(found, list) and found:
+            of = self.journal.promises.get(found[0]["id"])
+            if of is not None:
+                self._note("edit", of, asked, found, message)
+            else:
+                self.journal.edited[found[0]["id"]].append(
+                    Act("edit", asked, time.time(), None, False, message)
+                )
 
     async def _retry(self) -> None:
         """Once more, what failed or was cancelled lately."""
         over = await self._ask("look", OVER, ())
-        ids = (
-            [row["id"] for row in over if row["id"] in self.journal.promises]
-            if isinstance(over, list)
-            else []
-        )
+        ids = [row["id"] for row in over] if isinstance(over, list) else []
         if not ids:
             return
-        promise = self.journal.promises[self._dice.choice(ids)]
-        asked = time.time()
+        id, asked = self._dice.choice(ids), time.time()
         if asked >= self._operator_next:
             self._operator_next = asked + OPERATOR_EVERY
-            found = await self._command("retry", promise.id, None)
+            done = await self._command("retry", id, None)
         else:
-            found = await self._ask("retry", self._sql["retry"], {"ids": [promise.id]})
-        if self._note("retry", promise, asked, found) or found is None:
-            # A cancel that was asked for meanwhile is in `ends` with its own time.
-            if promise.ends and promise.ends[-1][1] == NEVER:
-                promise.ends[-1][1] = asked
-            promise.ended = None
-            promise.maybe_ended |= found is None
+            done = await self._state("retry", id, {})
+        promise = self.journal.promises.get(id)
+        if done and promise is not None:
+            promise.ended = None  # What came of it is resolved at the end.
 
-    async def _command(self, what: str, id: str, after: float | None) -> list[Row] | int | None:
-        """An operator's command of the wheel: the row as it says; 0 where it refuses, None where
-        nobody knows."""
-        self.journal.did[f"{what} by command"] += 1
-        words = [NAMED.get(what, what), id, "--json"]
-        if after is not None:
-            words += ["--in", f"{after:.1f}s"]
+    async def _command(self, name: str, id: str, after: float | None) -> bool:
+        """An operator's command of the wheel, on one recall; whether it was done for certain."""
+        op = self.journal.operation("cli", name)
+        when = [] if after is None else ["--in", f"{after:.1f}s"]
+        await self.command(op, [name, id, "--json", *when])
+        return bool(op.told)
+
+    async def command(self, op: Operation, words: Sequence[str]) -> str:
+        """Run a command of the wheel as this operation, and note what it answers; returns what it
+        said to the person."""
         environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+        environ |= {"PYTHONPATH": str(self._site), "RECALL_DSN": self._dsn, "RECALL_ACTOR": op.name}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "recall_worker",
             *words,
             cwd="/",
-            env=environ | {"PYTHONPATH": str(self._site), "RECALL_DSN": self._dsn},
+            env=environ,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(COMMAND_WITHIN):
                 out, err = await process.communicate()
         except BaseException as error:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
             if isinstance(error, TimeoutError):
-                return None
+                return ""
             raise
-        if process.returncode == 0:
-            rows: list[Row] = json.loads(out)
-            for row in rows:
-                row["trigger_at"] = datetime.fromisoformat(row["trigger_at"])
-            return rows
-        if process.returncode == 1:
-            return 0
-        if process.returncode != 3:
-            said = err.decode(errors="replace").strip().splitlines()[-1:]
+        said = err.decode(errors="replace").strip()
+        if "Traceback" in said or process.returncode not in (0, 1, 3):
             self.journal.strange.append(
-                f"{' '.join(words)}: exit status {process.returncode}: {said}"
+                f"{' '.join(words)}: exit status {process.returncode}: {said.splitlines()[-1:]}"
             )
-        return None
+        elif process.returncode in (0, 1) and op.actions[0].endswith("_queue"):
+            op.done, op.refused = time.time(), process.returncode == 1
+        elif process.returncode in (0, 1):
+            answered(op, _rows(json.loads(out)) if out.strip() else [])
+        return said
 
     async def _cancel(self, promise: Promise) -> None:
         await self._end(
@@ -411,11 +429,11 @@ class Hand:
         )
 
     async def _end(self, promise: Promise, how: str, statement: str) -> None:
-        promise.maybe_ended = True
+        promise.maybe_ended, asked = True, time.time()
         done = await self._do(how, statement, promise.id)
         if done:
             promise.ended = how
-            promise.ends.append([time.time(), NEVER])
+            promise.ends.append(End(asked, time.time()))
         elif done == 0:
             promise.maybe_ended = False  # It was over already.
 
@@ -434,19 +452,25 @@ class Hand:
         pending."""
         fresh = session is None
         if session is None:
-            self._sessions += 1
-            session = f"s{self._sessions}"
+            session = self.new_session()
+            if not chain:
+                self._recent.append(session)
+        elif not chain and session not in self._chains:
+            self.journal.crowded.add(session)
         if chain:
             self._chains[session] = chain
         at = datetime.now(UTC) + timedelta(seconds=ahead)
+        if (queue := self._queue()) != "default":
+            more["queue"] = queue
         promise = Promise(
-            str(UUID(int=self._dice.getrandbits(128), version=4)),
+            self._id(),
             session,
             kind,
             at.timestamp(),
             interval,
             times,
             more.get("cadence", "interval"),
+            queue,
             certain=False,
         )
         extra = {k: v for k, v in {"times": times, **more}.items() if v is not None}
@@ -454,16 +478,7 @@ class Hand:
             columns="".join(f", {name}" for name in extra), values=", %s" * len(extra)
         )
         self.journal.promises[promise.id] = promise
-        self._by_session[session].append(promise)
-        if (
-            fresh
-            and await self._do(
-                "session",
-                "insert into sessions (id, user_id) values (%s, 'ann') on conflict do nothing",
-                session,
-            )
-            is None
-        ):
+        if fresh and not await self.create_session(session):
             del self.journal.promises[promise.id]  # The insert was never tried.
             return None
         done = await self._do(
@@ -476,24 +491,21 @@ class Hand:
         promise.certain = bool(done)
         return promise
 
+    async def create_session(self, session: str) -> bool:
+        """Whether it is there for certain."""
+        statement = "insert into sessions (id, user_id) values (%s, 'ann') on conflict do nothing"
+        return await self._do("session", statement, session) is not None
+
     async def inside(self, recall: str, session: str, *, long: bool) -> None:
         """What an agent does in its run: schedules the next link, where its chain goes on. And a
         person who sees that it takes long now and then cancels it, or deletes its session."""
         left = self._chains.get(session, 0)
         if left > 0:
             self._chains[session] = left - 1
-            # One that was moved in mid-run, or retried, or whose message was edited after a call
-            # whose end nobody knows (that is another key), runs again beside its own next link;
-            # where one was ended the session may be gone.
-            plain = all(
-                p.ended is None
-                and not p.maybe_ended
-                and not p.moves
-                and not p.did("retry", "fire", "edit")
-                for p in self._by_session[session]
-            )
-            if await self.promise("immediate", 0, session=session) is None and plain:
-                self.journal.strange.append(f"{session}: the next link was refused in mid-run")
+            if await self.promise("immediate", 0, session=session) is None:
+                self.journal.refused_inside.append(session)
+        elif session in self.journal.agents and self.schedules_within is not None:
+            await self.schedules_within(session)
         promise = self.journal.promises.get(recall)
         if long and promise is not None and promise.ended is None and not promise.maybe_ended:
             dice = self._dice.random()
@@ -541,6 +553,9 @@ class Hand:
                     rows: list[Row] = (
                         await cursor.fetchall() if cursor.description else [{}] * cursor.rowcount
                     )
+                    for row in rows:
+                        if "id" in row:
+                            row["id"] = str(row["id"])
         except (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation):
             # The latter: its session was deleted meanwhile.
             assert conn is not None
@@ -578,3 +593,24 @@ class Hand:
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(0.1)
+
+
+def answered(op: Operation, rows: Sequence[Row]) -> None:
+    """Note the rows that an operation answered: those that it changed, and as they are then."""
+    op.done = time.time()
+    op.told = {row["id"]: row for row in rows}
+    # A pause does not say which were paused already, and by whom.
+    if op.actions[0] != "pause":
+        unchanged = {"resume": ("resumed", False), "fire": ("already", True)}.get(op.actions[0])
+        op.changed = {
+            row["id"] for row in rows if unchanged is None or row[unchanged[0]] is not unchanged[1]
+        }
+
+
+def _rows(document: list[Row]) -> list[Row]:
+    """What a command wrote as JSON, with its times."""
+    for row in document:
+        for name in ("trigger_at", "lease_until", "paused_at"):
+            if row.get(name) is not None:
+                row[name] = datetime.fromisoformat(row[name])
+    return document

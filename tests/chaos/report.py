@@ -22,16 +22,20 @@ SUMS = (
     "keys after a failed run",
     "lost",
     "doubled",
+    "hung",
 )
 WHAT = {
     "kill": "SIGKILL of one or two workers",
     "term": "SIGTERM of a worker with runs open",
+    "console kill": "SIGKILL of the console while a job of it acts on many",
+    "mcp kill": "SIGKILL of the MCP server",
     "stop short": "SIGSTOP for less than a lease",
     "stop long": "SIGSTOP for up to two leases, then SIGCONT",
     "clock": "a host's clock jumps by a second, hours or weeks",
     "postgres kill short": "PostgreSQL killed (-9, all of it), back within a second",
     "postgres kill long": "PostgreSQL killed, back after three leases",
     "postgres restart": "PostgreSQL restarted in good order",
+    "postgres frozen": "PostgreSQL stands still while a command or a job acts on many",
     "bells": "pg_terminate_backend of every LISTEN connection",
     "ledgers": "pg_terminate_backend of every other connection of the workers",
     "lone ring": "all bells cut off, and one insert while nobody hears",
@@ -53,8 +57,16 @@ WHAT = {
 
 
 def not_reached(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The kinds of faults that none of these runs struck."""
-    return sorted(set(WHAT) - {kind for result in results for kind in result["faults"]})
+    """The kinds of faults that none of these runs struck, of those that the audit had then."""
+    struck = {kind for result in results for kind in result["faults"]}
+    known = {kind for result in results for kind in result.get("kinds", ())} or struck
+    return sorted(known - struck)
+
+
+def come_since(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The kinds of faults that the audit has, and had not when these runs were made."""
+    known = {kind for result in results for kind in result.get("kinds", result["faults"])}
+    return sorted(set(WHAT) - known)
 
 
 def audited(results: Sequence[Mapping[str, Any]]) -> str:
@@ -65,16 +77,43 @@ def audited(results: Sequence[Mapping[str, Any]]) -> str:
     return f"Audited commit: {', '.join(named)}."
 
 
+def summed_up(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each seed, and one for all: for a terminal."""
+    names = ("seed", "minutes", "occurrences", "faults", "lost", "doubled", "hung", "findings")
+    lines = ["".join(f"{name.upper():>12}" for name in (*names, "p99 ms"))]
+    sums = dict.fromkeys(names, 0.0)
+    for result in results:
+        lags = result["lag in calm phases, ms (p50, p99, most)"]
+        cells = {name: result[name] for name in names} | {
+            "faults": sum(result["faults"].values()),
+            "findings": len(result["findings"]),
+        }
+        for name in names:
+            sums[name] += cells[name]
+        words = [f"{cells[name]:>12g}" for name in names]
+        lines.append("".join([*words, f"{lags[1]:>12g}" if lags else ""]))
+    lines.append("".join([f"{'all':>12}", *(f"{sums[name]:>12,g}" for name in names[1:])]))
+    missed = ", ".join(not_reached(results)) or ("none" if results else "all of them")
+    lines.append(f"kinds of faults that were not reached: {missed}")
+    return "\n".join(lines) + "\n"
+
+
 def _settings(result: Mapping[str, Any]) -> str:
-    drawn = result.get("settings") or {
-        "slots": 20,
-        "fleet": None,
-        "lease": result.get("lease"),
-        "session_limit": None,
-    }
-    cells = [drawn["slots"], drawn["fleet"] or "off", f"{drawn['lease']:g} s"]
+    drawn = result["settings"]
     limit = drawn["session_limit"]
-    return " | ".join(map(str, [result["seed"], *cells, f"{limit}/h" if limit else "off"]))
+    cells = [
+        result["seed"],
+        drawn["slots"],
+        drawn["fleet"] or "off",
+        f"{drawn['lease']:g} s",
+        f"{limit}/h" if limit else "off",
+        # Before these were drawn they were always so.
+        drawn.get("ids", "text"),
+        drawn.get("queues", 1),
+        drawn.get("pending_most", 1),
+        result.get("postgresql", 18),
+    ]
+    return " | ".join(map(str, cells))
 
 
 def written(results: Sequence[Mapping[str, Any]]) -> str:
@@ -87,13 +126,17 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
         answers.update(result["answers"])
         for kind, seconds in result["seconds to recover"].items():
             recoveries[kind] += seconds
+    results = [{"hung": 0, **result} for result in results]
     sums = {name: sum(result[name] for result in results) for name in SUMS}
     lines = [audited(results), ""]
     missed = not_reached(results)
     lines += [f"Kinds of faults that were not reached: {', '.join(missed) or 'none'}.", ""]
+    if since := come_since(results):
+        lines += [f"Kinds that the audit has learned since: {', '.join(since)}.", ""]
     lines += [
-        "| seed | slots a worker | fleet's cap | lease | session limit |",
-        "| ---: | ---: | ---: | ---: | ---: |",
+        "| seed | slots a worker | fleet's cap | lease | session limit | ids | queues | pending a "
+        "session | PostgreSQL |",
+        "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     lines += [f"| {_settings(result)} |" for result in results]
     lines += [""]

@@ -1,5 +1,6 @@
-"""The stage: a PostgreSQL that may be killed and filled up, replicas from the wheel, and a proxy
-before everything they talk to.
+"""The stage: a PostgreSQL that may be killed, stopped and filled up, replicas from the wheel, and a
+proxy before everything they talk to; beside them the console and the MCP server, from the same
+wheel, with ways of their own.
 
 Each replica has its own way to the database (which can be cut for it alone) and its own clock
 (faketime, where it is installed); the way to the API is one for all. Whoever dies is started again
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,7 +30,7 @@ import psycopg
 from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
-from ..support.application import CREATE_TABLES
+from ..support.application import create_tables
 from ..support.planted import plant
 from ..support.proxy import Proxy
 from .api import Api
@@ -48,6 +50,27 @@ SPINS_SHARE, SPINS_FOR = 0.5, 8.0
 """A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does
 not work: it spins."""
 STARTED_RESTS = 20
+GAUGED_EVERY = 0.1
+STOOD = 0.25
+"""Seconds from which on it is noted that the machine stood still."""
+UP_WITHIN = 180.0
+"""Seconds in which everybody is at work, on a machine that does much else."""
+USER_HEADER = "X-Forwarded-User"
+"""Who asks the console, as a proxy before it says: each operation is a user of its own."""
+TOKEN_KEY = "of-the-audit-alone-0123456789abcdef"
+SERVICES = {
+    "console": {
+        "RECALL_CONSOLE_USER_HEADER": USER_HEADER,
+        "RECALL_CONSOLE_TRUSTED": "127.0.0.1/32",
+        "RECALL_CONSOLE_MESSAGES": "shown",
+    },
+    "mcp": {
+        "RECALL_TOKEN_KEY": TOKEN_KEY,
+        "RECALL_AGENT_INTERVAL": "1",
+        "RECALL_AGENT_LIMIT": "100000/h,100000/d",
+    },
+}
+DEBIAN = "/usr/lib/postgresql/{}/bin"
 AUDITED = ("recall_worker", "sql", "pyproject.toml", "README.md", "LICENSE")
 """What the wheel is built from."""
 
@@ -74,7 +97,8 @@ def install(folder: Path, defect: Path | None = None) -> Path:
     source = ROOT
     if defect is not None:
         source = folder / "source"
-        for name in AUDITED:
+        # Its bill of materials is part of the wheel.
+        for name in (*AUDITED, "release"):
             if (ROOT / name).is_dir():
                 shutil.copytree(
                     ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
@@ -114,6 +138,43 @@ def install(folder: Path, defect: Path | None = None) -> Path:
     )
     assert seen.stdout.startswith(str(site)), "not the wheel would run"
     return site
+
+
+def binaries(drawn: Drawn) -> str | None:
+    """The folder of PostgreSQL's binaries: what RECALL_TEST_PG_BINDIR says, else those of the
+    version that was drawn, where the system has it; None for the wheel's."""
+    if given := os.environ.get("RECALL_TEST_PG_BINDIR"):
+        return given
+    folder = Path(DEBIAN.format(drawn.postgres))
+    return str(folder) if (folder / "initdb").exists() else None
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    """The console, or the MCP server: a process, and the next one after it died."""
+
+    name: str
+    port: int
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+    statuses: list[int] = field(default_factory=list)
+    """Exit statuses of those that ended unasked."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def is_ready(self) -> bool:
+        event = f'"event": "{self.name}.listening"'
+        return self.log.exists() and event in self.log.read_text(errors="replace")
+
+    def tracebacks(self) -> int:
+        return self.log.read_text(errors="replace").count("Traceback")
 
 
 @dataclass(slots=True, eq=False)
@@ -161,8 +222,12 @@ class Stage:
         self.site = site
         self.drawn = drawn
         self.replicas: list[Replica] = []
+        self.services: list[Service] = []
         self.spins: list[str] = []
         """Workers that turned without a rest, in words."""
+        self.stands: list[tuple[float, float]] = []
+        """When this process got nothing of the machine: the workers, which have the same rights,
+        fare no better."""
         self._stack = AsyncExitStack()
         self._keeping: list[asyncio.Task[None]] = []
         self._is_over = False
@@ -178,14 +243,19 @@ class Stage:
             self._mounted, self.has_room = base, True
         # A directory that is given is kept, also where a start fails, as it does on a disk that is
         # full.
-        with socket.create_server(("127.0.0.1", 0)) as chosen:
-            port = chosen.getsockname()[1]
-        self.server = EmbeddedServer(base / "data", port=port, settings=POSTGRES)
+        self.server = EmbeddedServer(
+            base / "data", bindir=binaries(self.drawn), port=_port(), settings=POSTGRES
+        )
         await asyncio.to_thread(self.server.start)
         self.dsn = self.server.dsn("postgres", tcp=True)
         with psycopg.connect(self.dsn, autocommit=True) as conn:
-            conn.execute(CREATE_TABLES.encode())
-        await asyncio.to_thread(schema.migrate, self.dsn)
+            # The MCP server names no id: a column of another type than text has to give one itself.
+            given = " generated by default as identity" if self.drawn.ids == "bigint" else ""
+            conn.execute(create_tables(self.drawn.ids + given, self.drawn.ids).encode())
+            self.version = conn.info.server_version // 10000
+        await asyncio.to_thread(
+            lambda: schema.migrate(self.dsn, pending_most=self.drawn.pending_most)
+        )
         self.way = await self._stack.enter_async_context(
             Proxy(f"host=127.0.0.1 port={self.api.port}")
         )
@@ -196,7 +266,12 @@ class Stage:
             replica.clock.write_text("-5h" if n == 1 else "+0")
             self.replicas.append(replica)
             self._keeping.append(asyncio.create_task(self._keep(replica)))
+        for name in SERVICES:
+            service = Service(name, _port(), self.folder / f"{name}.log")
+            self.services.append(service)
+            self._keeping.append(asyncio.create_task(self._serve(service)))
         self._keeping.append(asyncio.create_task(self._watch()))
+        self._keeping.append(asyncio.create_task(self._gauge()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -209,6 +284,10 @@ class Stage:
             replica.signal(signal.SIGCONT)
             if replica.process is not None:
                 await replica.process.wait()
+        for service in self.services:
+            service.signal(signal.SIGKILL)
+            if service.process is not None:
+                await service.process.wait()
         await self._stack.aclose()
         await asyncio.to_thread(self.server.stop)
         if self._mounted is not None:
@@ -224,6 +303,7 @@ class Stage:
         environ |= {
             "PYTHONPATH": str(self.site),
             "RECALL_DSN": replica.proxy.dsn,
+            "RECALL_QUEUE": ",".join(self.drawn.serves(self.replicas.index(replica))),
             "RECALL_RUN_URL": f"http://127.0.0.1:{self.way.port}/{replica.slot}/sessions/{{session_id}}/run",
         }
         if FAKETIME:
@@ -251,6 +331,37 @@ class Stage:
             status = await replica.process.wait()
             replica.statuses.append(status)
             await asyncio.sleep(RESTART_AFTER)
+
+    async def _serve(self, service: Service) -> None:
+        """The service manager of the console, or of the MCP server."""
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
+        environ |= SERVICES[service.name] | {
+            "PYTHONPATH": str(self.site),
+            "RECALL_DSN": self.dsn,
+            "RECALL_LOG_FORMAT": "json",
+        }
+        words = ["mcp", "--http", f"127.0.0.1:{service.port}"]
+        if service.name == "console":
+            words = ["console"]
+            environ["RECALL_CONSOLE_LISTEN"] = f"127.0.0.1:{service.port}"
+        while not self._is_over:
+            with service.log.open("ab") as log:
+                service.process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "recall_worker",
+                    *words,
+                    cwd="/",
+                    env=environ,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            service.statuses.append(await service.process.wait())
+            await asyncio.sleep(RESTART_AFTER)
+
+    def service(self, name: str) -> Service:
+        return next(service for service in self.services if service.name == name)
 
     async def _watch(self) -> None:
         """Look each second what each worker does: one whose loop never rests is of no use, and says
@@ -283,16 +394,39 @@ class Stage:
                     self.spins.append(f"{replica.slot} did not rest for {now - since[pid]:.0f} s")
             await asyncio.sleep(1)
 
+    async def _gauge(self) -> None:
+        """Measure how long the machine keeps us waiting."""
+        while True:
+            since = time.monotonic()
+            await asyncio.sleep(GAUGED_EVERY)
+            late = time.monotonic() - since - GAUGED_EVERY
+            if late > STOOD:
+                self.stands.append((time.time() - late, time.time()))
+
     # --- PostgreSQL -------------------------------------------------------------------------------
 
     async def up(self) -> None:
-        """Wait until every replica is at work."""
-        async with asyncio.timeout(60):
-            while not all(replica.is_ready() for replica in self.replicas):  # noqa: ASYNC110 - a log
+        """Wait until everybody is at work."""
+        async with asyncio.timeout(UP_WITHIN):
+            everybody: list[Replica | Service] = [*self.replicas, *self.services]
+            while not all(one.is_ready() for one in everybody):  # noqa: ASYNC110 - a log
                 await asyncio.sleep(0.05)
 
     async def kill_postgres(self) -> None:
         await asyncio.to_thread(self.server.kill)
+
+    def freeze_postgres(self) -> list[int]:
+        """All of it stands still, as a host does whose disk hangs; the processes, for `thaw`."""
+        processes = self.server.processes()
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        return processes
+
+    def thaw_postgres(self, processes: list[int]) -> None:
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     async def revive_postgres(self) -> None:
         """Start it until it runs: a disk that was full a moment ago may need another try."""
@@ -318,16 +452,17 @@ class Stage:
     async def end(self, within: float = 30) -> list[int]:
         """SIGTERM to all; their exit statuses."""
         self._is_over = True
-        for replica in self.replicas:
-            replica.signal(signal.SIGCONT)
-            replica.signal(signal.SIGTERM)
+        everybody: list[Replica | Service] = [*self.replicas, *self.services]
+        for one in everybody:
+            one.signal(signal.SIGCONT)
+            one.signal(signal.SIGTERM)
         statuses = []
         until = asyncio.get_running_loop().time() + within
-        for replica in self.replicas:
-            assert replica.process is not None
+        for one in everybody:
+            assert one.process is not None
             try:
                 async with asyncio.timeout_at(until):
-                    statuses.append(await replica.process.wait())
+                    statuses.append(await one.process.wait())
             except TimeoutError:
                 statuses.append(-999)
         return statuses
@@ -353,6 +488,15 @@ def _mount(base: Path) -> bool:
         os.geteuid() == 0
         and subprocess.run(words, capture_output=True, check=False).returncode == 0
     )
+
+
+def _port() -> int:
+    """A port that nobody has, below those that the system gives to clients: one of them could get
+    connected to itself while the server is away."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def scratch() -> Path:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from .drawn import LEASES, SLOTS, draw
+from .__main__ import is_void
+from .drawn import IDS, LEASES, PENDING_MOST, QUEUES, SLOTS, VERSIONS, draw
 from .faults import KINDS, THIRDS, first_deck
-from .report import BEGIN, END, WHAT, not_reached, written
+from .report import BEGIN, END, WHAT, not_reached, summed_up, written
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULT = {
@@ -27,9 +28,12 @@ RESULT = {
     "keys after a failed run": 0,
     "lost": 0,
     "doubled": 0,
+    "hung": 0,
+    "postgresql": 18,
     "answers": {"ok": 1},
     "lag in calm phases, ms (p50, p99, most)": [1.0, 2.0, 3.0],
     "seconds to recover": {},
+    "kinds": list(KINDS),
     "faults": dict.fromkeys(KINDS, 1),
     "findings": [],
 }
@@ -66,6 +70,9 @@ def test_a_report_names_the_commit_the_settings_and_what_was_not_reached() -> No
     text = written([RESULT])
     assert f"Audited commit: `{RESULT['commit']}`." in text
     assert "Kinds of faults that were not reached: none." in text
+    assert "has learned since" not in text
+    old = RESULT | {"kinds": sorted(set(KINDS) - {"mcp kill"})}
+    assert "Kinds that the audit has learned since: mcp kill." in written([old])
     drawn = draw(7)
     assert f"| 7 | {drawn.slots} | {drawn.fleet or 'off'} | {drawn.lease:g} s | " in text
     some = {kind: 1 for kind in KINDS if kind not in ("kill", "term")}
@@ -87,6 +94,27 @@ def test_three_consecutive_seeds_draw_what_differs(first: int) -> None:
         assert all(any(low <= d.slots <= high for d in drawn) for low, high in SLOTS)
 
 
+@pytest.mark.parametrize("first", range(100, 112))
+def test_seeds_draw_every_kind_of_table(first: int) -> None:
+    """Ids by three from a multiple of three on, the rest by two from an even number on."""
+    if first % 3 == 0:
+        assert {draw(seed).ids for seed in range(first, first + 3)} == set(IDS)
+    if first % 2 == 0:
+        drawn = [draw(first), draw(first + 1)]
+        assert {d.queues for d in drawn} == set(QUEUES)
+        assert {d.pending_most for d in drawn} == set(PENDING_MOST)
+        assert {d.postgres for d in drawn} == set(VERSIONS)
+
+
+def test_results_are_summed_up() -> None:
+    """One line for each seed and one for all, with what was not reached."""
+    other = RESULT | {"seed": 8, "occurrences": 41, "hung": 1, "findings": ["drain: …"]}
+    lines = summed_up([RESULT, other]).splitlines()
+    faults = 2 * len(KINDS)
+    assert lines[3].split() == ["all", "20", "42", str(faults), "0", "0", "1", "1"]
+    assert lines[4] == "kinds of faults that were not reached: none"
+
+
 @pytest.mark.parametrize("first", range(100, 103))
 def test_three_consecutive_seeds_begin_with_all_kinds(first: int) -> None:
     """Each with a third of its own, so that a third of a deck from each reaches every kind."""
@@ -97,3 +125,23 @@ def test_three_consecutive_seeds_begin_with_all_kinds(first: int) -> None:
         assert sorted(deck) == sorted(KINDS)
         reached |= set(deck[-max(map(len, THIRDS)) :])
     assert reached == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("findings", "stood", "lag", "void"),
+    [
+        ([], 9.0, 900.0, False),
+        (["lateness: …"], 0.1, 5.0, False),
+        (["lateness: …"], 1.5, 5.0, True),
+        (["lateness: …"], 0.1, 200.0, True),
+        # What is lost is lost, also on a slow machine; unless it stood still as a SIGSTOP does.
+        (["lateness: …", "endings: lost: …"], 1.5, 200.0, False),
+        (["endings: lost: …"], 9.0, 5.0, True),
+    ],
+)
+def test_findings_of_a_slow_machine_are_void(
+    findings: list[str], stood: float, lag: float, void: bool
+) -> None:
+    lags = {"lag in calm phases, ms (p50, p99, most)": [lag, lag, lag]}
+    result = RESULT | lags | {"findings": findings, "the machine stood still, s": stood}
+    assert is_void(result) is void

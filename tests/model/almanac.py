@@ -17,27 +17,35 @@ from recall_worker.cadence import zone as zone_of
 
 FIRST, LAST = date(2027, 2, 1), date(2028, 6, 1)
 
-FIXED: dict[tuple[str, str], tuple[int, int, set[int]]] = {
-    ("30 2 * * *", "America/New_York"): (2, 30, set(range(7))),
-    ("30 1 * * *", "America/New_York"): (1, 30, set(range(7))),
-    ("0 9 * * mon-fri", "Europe/Berlin"): (9, 0, {0, 1, 2, 3, 4}),
-    ("45 1 * * *", "Australia/Lord_Howe"): (1, 45, set(range(7))),
+FIXED: dict[str, tuple[int, int, set[int]]] = {
+    "30 2 * * *": (2, 30, set(range(7))),
+    "30 1 * * *": (1, 30, set(range(7))),
+    "0 9 * * *": (9, 0, set(range(7))),
+    "0 9 * * mon-fri": (9, 0, {0, 1, 2, 3, 4}),
+    "45 1 * * *": (1, 45, set(range(7))),
 }
-"""Expression and zone → hour, minute, weekdays (Monday is 0)."""
-EVERY: dict[tuple[str, str], int] = {
-    ("*/30 * * * *", "America/New_York"): 30,
-    ("*/20 * * * *", "Australia/Lord_Howe"): 20,
-}
-"""Expression and zone → minutes."""
-KNOWN = [*FIXED, *EVERY]
+"""Expression → hour, minute, weekdays (Monday is 0)."""
+EVERY: dict[str, int] = {"*/30 * * * *": 30, "*/20 * * * *": 20}
+"""Expression → minutes."""
+EXPRESSIONS = [*FIXED, *EVERY]
+ZONES = ["America/New_York", "Europe/Berlin", "Australia/Lord_Howe", "UTC"]
+KNOWN = [
+    ("30 2 * * *", "America/New_York"),
+    ("30 1 * * *", "America/New_York"),
+    ("0 9 * * mon-fri", "Europe/Berlin"),
+    ("45 1 * * *", "Australia/Lord_Howe"),
+    ("*/30 * * * *", "America/New_York"),
+    ("*/20 * * * *", "Australia/Lord_Howe"),
+]
+"""Expressions in zones whose clocks change near a moment of theirs."""
 
 
 @cache
 def moments(expression: str, zone: str) -> list[datetime]:
     """All moments between FIRST and LAST, in UTC, each once."""
     where = zone_of(zone)
-    if (expression, zone) in EVERY:
-        step = EVERY[expression, zone]
+    if expression in EVERY:
+        step = EVERY[expression]
         instant = datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC)
         found = []
         while instant.date() < LAST:
@@ -45,7 +53,7 @@ def moments(expression: str, zone: str) -> list[datetime]:
                 found.append(instant)
             instant += timedelta(minutes=10)
         return found
-    hour, minute, weekdays = FIXED[expression, zone]
+    hour, minute, weekdays = FIXED[expression]
     days = [FIRST + timedelta(days=n) for n in range((LAST - FIRST).days)]
     return sorted({_first(day, hour, minute, where) for day in days if day.weekday() in weekdays})
 

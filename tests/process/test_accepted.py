@@ -68,6 +68,7 @@ async def test_an_accepted_run_that_fails_is_called_again_under_a_new_key(
     assert second == first + ".1"
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_is_succeeded_without_a_second_post(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -92,6 +93,7 @@ async def test_a_killed_worker_is_succeeded_without_a_second_post(
     assert marks == [{"outcome": "answered", "calls": 1}]
 
 
+@pytest.mark.slow
 async def test_a_stopping_worker_hands_an_accepted_run_over(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -113,6 +115,7 @@ async def test_a_stopping_worker_hands_an_accepted_run_over(
     assert len(endpoint.of("acc")) == 1
 
 
+@pytest.mark.slow
 async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -130,6 +133,7 @@ async def test_a_cancel_in_mid_run_ends_the_run_at_the_api(
     assert len(endpoint.of("acc")) == 1
 
 
+@pytest.mark.slow
 async def test_a_run_past_its_time_is_ended_at_the_api(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -144,22 +148,72 @@ async def test_a_run_past_its_time_is_ended_at_the_api(
     assert endpoint.of("r1", "DELETE")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ended", [DONE, reply(200, {"status": "failed"}), ON], ids=["well", "badly", "on"]
+)
+async def test_a_run_whose_time_went_by_while_nobody_asked(
+    ended: Raw, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """Its worker stands still for longer than the lease and RECALL_RUN_TIMEOUT: who takes it over
+    asks the API before it says anything of the run, and what the API says stands."""
+    await app.create_session("acc", "ann")
+    endpoint.script("acc", accepted("r1"))
+    gate = Gate(ON)
+    endpoint.scripts["GET r1"] = [gate, ended]
+    first = await daemons.start(lease=1.5, run_timeout=3, max_attempts=1)
+    await app.schedule("acc", "immediate", soon(0), "work")
+    await gate.entered.wait()
+    first.signal(signal.SIGSTOP)
+    await db.execute("select pg_sleep(4)")
+    asked = len(endpoint.of("r1", "GET"))
+    second = await daemons.start(lease=1.5, run_timeout=3, max_attempts=1)
+    [settled] = await second.hears("recall.settled")
+    if ended is DONE:
+        assert (settled["outcome"], settled["status"]) == ("answered", "fired")
+    elif ended is ON:
+        assert (settled["outcome"], settled["status"]) == ("unknown", "failed")
+        assert settled["reason"] == "the accepted run did not end in its time"
+        assert endpoint.of("r1", "DELETE")
+    else:
+        assert (settled["outcome"], settled["status"]) == ("failed", "failed")
+    assert len(endpoint.of("r1", "GET")) == asked + 1 and len(endpoint.of("acc")) == 1
+    first.signal(signal.SIGCONT)
+
+
+@pytest.mark.slow
+async def test_a_run_that_ends_in_a_long_pause_between_polls(
+    app: Application, endpoint: Endpoint, daemons: Daemons
+) -> None:
+    """The API wants the next poll after RECALL_RUN_TIMEOUT: at its end the run is asked for."""
+    await app.create_session("acc", "ann")
+    endpoint.script("acc", accepted("r1"))
+    endpoint.scripts["GET r1"] = [reply(200, {"status": "running"}, {"retry-after": "200"}), DONE]
+    daemon = await daemons.start(run_timeout=2, max_attempts=1)
+    await app.schedule("acc", "immediate", soon(0), "work")
+    await daemon.hears("recall.settled", outcome="answered", status="fired")
+    assert len(endpoint.of("r1", "GET")) == 2 and not endpoint.of("r1", "DELETE")
+
+
+@pytest.mark.slow
 async def test_a_reference_elsewhere_is_never_asked(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
-    """A Location on another origin is not followed, as the token would leak; the run may have been
-    made, so the outcome is unknown."""
+    """A Location on another host is not followed, as the token would leak; the run may have been
+    made, so the outcome is unknown, and it is not posted again."""
     await app.create_session("acc", "ann")
     async with Endpoint() as elsewhere:
         endpoint.script(
-            "acc", reply(202, {}, {"location": f"http://127.0.0.1:{elsewhere.port}/runs/r1"})
+            "acc", reply(202, {}, {"location": f"http://localhost:{elsewhere.port}/runs/r1"})
         )
-        daemon = await daemons.start(max_attempts=1)
+        daemon = await daemons.start()
         await app.schedule("acc", "immediate", soon(0), "work")
         await daemon.hears("recall.settled", outcome="unknown", status="failed")
         assert elsewhere.connections == 0
+    assert len(endpoint.requests) == 1
 
 
+@pytest.mark.slow
 async def test_a_skip_in_mid_run_of_an_accepted_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -178,6 +232,7 @@ async def test_a_skip_in_mid_run_of_an_accepted_run(
     assert (await row(db, "acc"))["occurrence"] == 3
 
 
+@pytest.mark.slow
 async def test_a_second_signal_hands_over_at_once(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

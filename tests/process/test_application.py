@@ -51,6 +51,7 @@ ENDINGS: dict[str, tuple[Act, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize(("act", "status"), ENDINGS.values(), ids=ENDINGS.keys())
 async def test_a_recall_that_is_ended_in_mid_run(
@@ -83,6 +84,7 @@ async def test_a_recall_that_is_ended_in_mid_run(
     assert [(c["outcome"], c["settled"]) for c in await calls(db, id)] == [("unknown", "ended")]
 
 
+@pytest.mark.slow
 async def test_a_session_that_is_deleted_in_mid_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -106,6 +108,7 @@ async def test_a_session_that_is_deleted_in_mid_run(
     assert [(c["outcome"], c["settled"]) for c in await calls(db, id)] == [("unknown", "deleted")]
 
 
+@pytest.mark.slow
 async def test_a_cancel_acts_on_the_newer_recall(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -128,6 +131,7 @@ async def test_a_cancel_acts_on_the_newer_recall(
 # --- moved in mid-run -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skips", [1, 2])
 async def test_a_skip_in_mid_run_is_one_occurrence_less(
     skips: int, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -155,6 +159,7 @@ async def test_a_skip_in_mid_run_is_one_occurrence_less(
     assert await app.cancel_session("s") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call_type", ["once", "recurring"])
 @pytest.mark.parametrize("later", [0.7, -3600.0], ids=["later", "into the past"])
 async def test_a_reschedule_in_mid_run_stands(
@@ -191,6 +196,7 @@ async def test_a_reschedule_in_mid_run_stands(
     )
 
 
+@pytest.mark.slow
 async def test_a_cancel_of_a_recall_that_is_deferred(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -211,6 +217,7 @@ async def test_a_cancel_of_a_recall_that_is_deferred(
 # --- scheduled from inside a run ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_an_agent_schedules_its_next_recall_in_a_transaction(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -233,6 +240,7 @@ async def test_an_agent_schedules_its_next_recall_in_a_transaction(
     assert [r.key for r in endpoint.requests] == [f"{first}:1", "next:1"]
 
 
+@pytest.mark.slow
 async def test_an_agent_commits_after_its_answer(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -305,6 +313,7 @@ async def test_a_deferred_recall_keeps_its_slot(
     assert "unique" in str(refused.value.__cause__)
 
 
+@pytest.mark.slow
 async def test_an_unknown_outcome_frees_the_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -322,6 +331,7 @@ async def test_an_unknown_outcome_frees_the_slot(
     )
 
 
+@pytest.mark.slow
 async def test_an_unknown_run_that_is_found_on_frees_the_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -339,6 +349,7 @@ async def test_an_unknown_run_that_is_found_on_frees_the_slot(
     )
 
 
+@pytest.mark.slow
 async def test_a_failed_run_that_waits_keeps_its_slot(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -355,6 +366,7 @@ async def test_a_failed_run_that_waits_keeps_its_slot(
 # --- replicas -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_two_replicas_on_one_table(
     db: Connection, endpoint: Endpoint, daemons: Daemons, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:
@@ -441,6 +453,7 @@ async def test_what_the_application_reads_is_still_right(
     await daemon.hears("recall.settled", recall=chatty, status="fired")
 
 
+@pytest.mark.slow
 async def test_a_run_is_due_and_pending_to_the_application(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -458,6 +471,7 @@ async def test_a_run_is_due_and_pending_to_the_application(
     assert await app.due(soon(0)) == [] and await app.next_trigger() is None
 
 
+@pytest.mark.slow
 async def test_the_application_restarts_beside_the_daemon(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -477,6 +491,7 @@ async def test_the_application_restarts_beside_the_daemon(
     await daemon.hears("recall.settled", recall=following, status="fired")
 
 
+@pytest.mark.slow
 async def test_the_application_changes_its_table_in_mid_run(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

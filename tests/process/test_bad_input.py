@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import string
+import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from ..support.endpoint import Answer, Endpoint, Gate, Raw, Request, reply
 from ..support.proxy import Proxy
 from .test_corridor import soon
 from .test_lease import eventually, promise, rows
+
+pytestmark = pytest.mark.full
 
 shared = pytest.mark.asyncio(loop_scope="module")
 """Tests in the one house share its event loop."""
@@ -995,6 +998,7 @@ async def test_any_row_at_all(house: House, row: dict[str, Any], outcome: str) -
     reason or waits, and the daemon goes on."""
     house.endpoint.default = ANSWERS[outcome]
     told, asked, called = len(house.daemon.events), house.proxy.asked, len(house.endpoint.requests)
+    began = time.monotonic()
     id = await house.insert(**row)
     left = await house.done(id)
     if left["status"] == "failed" and row["status"] != "failed":
@@ -1004,7 +1008,8 @@ async def test_any_row_at_all(house: House, row: dict[str, Any], outcome: str) -
     await house.db.execute("delete from session_recalls")
     house.endpoint.default = reply()
     await house.calls_another()
-    assert len(house.daemon.events) - told < 40 and house.proxy.asked - asked < 60, "a hot loop"
+    most = 60 + 20 * (time.monotonic() - began)  # A busy machine takes its time, and looks go on.
+    assert len(house.daemon.events) - told < 40 and house.proxy.asked - asked < most, "a hot loop"
     await house.db.execute("delete from sessions")
 
 

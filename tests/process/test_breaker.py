@@ -17,6 +17,7 @@ LATER = reply(503, {"error": "starting"}, {"retry-after": "0"})
 """Unavailable, and due again as soon as may be: what holds the call back is the breaker."""
 
 
+@pytest.mark.slow
 async def test_opens_and_closes(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -74,6 +75,7 @@ async def test_no_connection(
     assert sorted(r.session for r in endpoint.requests) == ["first", *sessions]
 
 
+@pytest.mark.slow
 async def test_one_sessions_trouble(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -96,6 +98,7 @@ async def test_one_sessions_trouble(
     assert mark["calls"] >= 4, "deferrals fold into one mark"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
@@ -166,6 +169,7 @@ async def test_nothing_is_given_up_while_it_is_open(
     assert "given up" in str((await row(db, "alone"))["reason"])
 
 
+@pytest.mark.slow
 async def test_a_probe_that_runs_closes_it(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:

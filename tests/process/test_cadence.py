@@ -51,6 +51,7 @@ def nominal(recall: dict[str, Any]) -> datetime:
 # --- grid -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """However long its runs take, occurrences fall on the first trigger and whole intervals from
     it, and end after so many."""
@@ -76,6 +77,7 @@ async def test_a_grid_does_not_drift(db: Connection, endpoint: Endpoint, daemons
     assert (last["status"], last["reason"]) == ("fired", "it had all of its 4 occurrences")
 
 
+@pytest.mark.slow
 async def test_what_falls_due_during_a_run_is_told_to_the_next(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -103,6 +105,7 @@ async def test_what_falls_due_during_a_run_is_told_to_the_next(
 # --- cron -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_late_cron_recall_says_how_many_it_missed(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -129,6 +132,7 @@ async def test_a_late_cron_recall_says_how_many_it_missed(
     assert (row["occurrence"], row["interval_seconds"], row["missed"]) == (2, 600, 0)
 
 
+@pytest.mark.slow
 async def test_plain_sql_leaves_the_first_moment_to_the_worker(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -145,6 +149,7 @@ async def test_plain_sql_leaves_the_first_moment_to_the_worker(
     assert (row["occurrence"], row["status"], endpoint.requests) == (1, "pending", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
@@ -231,6 +236,7 @@ async def test_after_downtime_thousands_start_oldest_first_and_once(
         assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_a_successor_says_the_same(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -256,6 +262,7 @@ async def test_a_successor_says_the_same(
     assert again.document["recall"]["missed"] in (5, 6)
 
 
+@pytest.mark.slow
 async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """What fell due while a recall was paused is coalesced when it goes on, or, past the grace,
     recorded and passed over."""
@@ -296,6 +303,7 @@ async def test_paused_and_resumed(db: Connection, endpoint: Endpoint, daemons: D
 # --- ends -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_failures_in_a_row_end_it(
     db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -310,6 +318,7 @@ async def test_failures_in_a_row_end_it(
     assert [r["occurrence"] for r in told(endpoint, "s")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 async def test_until(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """No occurrence after a date: the last before it runs, and then the recall has fired, saying
     why."""
@@ -322,6 +331,7 @@ async def test_until(db: Connection, endpoint: Endpoint, daemons: Daemons) -> No
     assert "where it ends" in row["reason"] and len(endpoint.requests) == 1
 
 
+@pytest.mark.slow
 async def test_jitter(db: Connection, endpoint: Endpoint, daemons: Daemons) -> None:
     """The next occurrence is due up to its jitter after its nominal time, which stays on the
     grid."""
@@ -361,6 +371,7 @@ async def test_skips_of_a_waiting_cron_recall(
     assert row["trigger_at"] == row["planned_at"] == row["scheduled_for"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cadence", ["grid", "cron"])
 async def test_a_skip_in_mid_run(
     cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -383,6 +394,7 @@ async def test_a_skip_in_mid_run(
     assert (row["occurrence"], row["trigger_at"]) == (3, first + timedelta(hours=2 + missed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cadence", ["grid", "cron"])
 async def test_rescheduled_in_mid_run(
     cadence: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -409,6 +421,7 @@ async def test_rescheduled_in_mid_run(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["skip", "reschedule"])
 @pytest.mark.parametrize("cadence", ["grid", "cron"])
 async def test_moved_between_two_calls(

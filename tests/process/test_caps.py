@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from recall_worker.database.ledger import Ledger
 
 from ..conftest import Connection
@@ -15,6 +17,7 @@ from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_corridor import row, soon
 
 
+@pytest.mark.slow
 async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -53,6 +56,7 @@ async def test_a_session_that_calls_itself_in_a_loop_is_held_back(
     assert len(endpoint.of("loop")) == 5
 
 
+@pytest.mark.slow
 async def test_the_fleet_never_runs_more_than_it_may(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

@@ -25,15 +25,21 @@ import psycopg
 import pytest
 from typer.main import get_command
 
+from recall_worker import schema
 from recall_worker.cli.app import app
 from recall_worker.settings import ignored, read
 
+from .. import schema as expected
 from ..support import postgres
 from ..support.postgres import free_port
 from ..test_docs import DOCUMENTS
+from ..test_dumps import program, psql
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
+PROGRAMS = Path(expected.pg_dump() or "/usr/bin/pg_dump").parent
+"""pg_dump, pg_restore and psql, of the server's version."""
+PATH = f"{BIN}:{PROGRAMS}:{os.environ['PATH']}"
 TOKEN = "t0ken"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z][A-Z_]+=\S+")
@@ -68,20 +74,71 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
         "-m tests.chaos --seed",
         "takes minutes, and a small file system of its own",
     ),
-    r"pip install fastapi .*|DATABASE_URL=.* uvicorn .*|RECALL_RUN_URL=.* recall-worker run &": (
+    (
+        r"pip install fastapi .*|DATABASE_URL=.* uvicorn .*|RECALL_RUN_URL=.* recall-worker run|"
+        r"cd examples/fastapi_agent|python chat\.py .*"
+    ): (
         "tests/process/test_example.py",
-        '"uvicorn", "app:app"',
+        "shlex.split(command)",
         "that test plays the person, too",
+    ),
+    r"cd examples/chat|pip install '\.\./\.\.\[endpoint\]' .*": (
+        "tests/process/test_chat_example.py",
+        '"-m", "uvicorn", "app:app"',
+        "that test plays the person, too, in a browser",
+    ),
+    (
+        r"cd examples|pip install .*'(langchain|agno|pydantic-ai-slim|openai-agents|google-adk).*|"
+        r"python -m tools\..*|uvicorn endpoints\..*|curl -H .* \$CHAT .*"
+    ): (
+        "tests/process/test_framework_examples.py",
+        'examples("tools"), examples("endpoints")',
+        "installs five agent frameworks",
     ),
     r"python3 -m venv /opt/.*|/opt/.*/bin/pip install \.": (
         "tests/process/test_machine.py",
         'machine.install(root, "/opt/recall-worker-1"',
         "into a machine that systemd boots",
     ),
+    r"/opt/.*/bin/pip install '\.\[mcp\]'|pip install 'recall-worker\[mcp\]'": (
+        "tests/process/test_mcp.py",
+        "pip install 'recall-worker[mcp]'",
+        "the extra is here; that test takes it away",
+    ),
     r"systemctl .*": (
         "tests/process/test_machine.py",
         'box.systemctl, "enable", "--now"',
         "on a machine that systemd boots",
+    ),
+    r"python3 -m venv \.venv-docs|\.venv-docs/bin/.*": (
+        ".ci/run",
+        ".venv-docs/bin/sphinx-build -q -W --keep-going -n -c docs -b html . site",
+        "CI builds the pages like that",
+    ),
+    r"\.venv/bin/python -m tests\.recording": (
+        "tests/test_recording.py",
+        "recording.render(lines)",
+        "takes half a minute, on an idle machine; the picture is tested",
+    ),
+    r"\.venv/bin/python -m tests\.process\.test_tutorial": (
+        "tests/process/test_tutorial.py",
+        "def test_the_tutorial",
+        "plays the page once more than that test does",
+    ),
+    r"\.venv/bin/python -m release\.lock": (
+        "tests/test_release.py",
+        "assert lock.problems() == []",
+        "asks PyPI; what it has written is tested",
+    ),
+    r"\.venv/bin/python -m release --into .*": (
+        ".ci/run",
+        "-m release",
+        "needs the repository's history, which the sandbox's copy has not",
+    ),
+    r"pip install -q cosmic-ray|(CI=1 )?cosmic-ray .*|cr-.*": (
+        "tests/mutation.toml",
+        "test-command = ",
+        "takes hours, a quiet machine and a clone of the repository: no test runs it",
     ),
     r"docker build .*": (
         "tests/process/test_docker.py",
@@ -96,7 +153,20 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-UNTIL = {"recall-worker run": "worker.ready"}
+UNTIL = dict.fromkeys(
+    (
+        "recall-worker run",
+        "recall-worker run --paused",
+        "recall-worker run --queue mail",
+        "recall-worker run --queue night",
+    ),
+    "worker.ready",
+) | {
+    "recall-worker mcp": "mcp.started",
+    "recall-worker mcp --http 127.0.0.1:9466": "mcp.listening",
+    "recall-worker events --follow": "Following what happens",
+    "recall-worker console": "console.listening",
+}
 """What does not end by itself: what it says when it is there. SIGTERM ends it then, well."""
 
 
@@ -132,7 +202,14 @@ def commands_of(document: Path) -> Iterator[Command]:
                 yield Command(document, first + n, command, exports)
 
 
-COMMANDS = [command for document in DOCUMENTS for command in commands_of(document)]
+PLAYED = {"first-recall.md", "your-own-agent.md"}
+"""Documents whose commands stand in an order, and are executed in it: test_tutorial.py."""
+COMMANDS = [
+    command
+    for document in DOCUMENTS
+    if document.name not in PLAYED
+    for command in commands_of(document)
+]
 HERE = [command for command in COMMANDS if command.elsewhere is None]
 
 
@@ -144,6 +221,8 @@ class Sandbox:
     folder: Path
     dsn: str
     url: str
+    server: str
+    stack: ExitStack
     numbers: count[int] = field(default_factory=count)
 
     def recall(self, status: str) -> str:
@@ -170,10 +249,17 @@ class Sandbox:
                 conn.execute(
                     b"insert into sessions values ('SESSION', 'ann') on conflict do nothing"
                 )
+                # What an earlier command scheduled there holds its slot.
+                conn.execute(
+                    b"update session_recalls set status = 'cancelled' "
+                    b"where session_id = 'SESSION' and status = 'pending'"
+                )
         if re.search(r"\bID\b", text):
             text = re.sub(
                 r"\bID\b", self.recall("failed" if " retry " in text else "pending"), text
             )
+        if "recall@staging" in text:
+            text = text.replace("postgresql://recall@staging/app", f"'{self.staging(text)}'")
         for word, instead in {
             "postgresql://recall@db/app": f"'{self.dsn}'",
             "https://agent.example/sessions/{session_id}/run": self.url,
@@ -186,6 +272,16 @@ class Sandbox:
             text = text.replace(word, instead)
         return text
 
+    def staging(self, text: str) -> str:
+        """The database that a command restores into: empty, or with what the commands before it
+        have made of it."""
+        dsn = self.stack.enter_context(postgres.database(self.server))
+        if "schema.sql" not in text and "app.dump" not in text:
+            psql(dsn, "-f", self.folder / "checkout" / "schema.sql")
+        if "data.sql" in text:
+            schema.migrate(dsn)
+        return dsn
+
     @property
     def environ(self) -> dict[str, str]:
         kept = {
@@ -194,7 +290,7 @@ class Sandbox:
             if not k.startswith("RECALL_") or k.startswith("RECALL_TEST_")
         }
         return kept | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": PATH,
             "RECALL_DSN": self.dsn,
             "RECALL_RUN_URL": self.url,
             "RECALL_RUN_TOKEN": TOKEN,
@@ -235,7 +331,7 @@ def sandbox(
 ) -> Iterator[Sandbox]:
     folder = tmp_path_factory.mktemp("sandbox")
     left_out = shutil.ignore_patterns(
-        ".git", ".venv", ".mirror", ".*_cache", "__pycache__", "dist", "node_modules"
+        ".git", ".venv*", ".mirror", ".*_cache", "__pycache__", "dist", "node_modules", "site"
     )
     shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
     # Each command stands alone, whatever was executed before it.
@@ -243,13 +339,21 @@ def sandbox(
         "etc/systemd/system",
         "etc/recall-worker/credentials",
         "etc/recall-worker/owner-credentials",
+        "etc/recall-worker/mcp-credentials",
         "opt",
     ):
         (folder / name).mkdir(parents=True)
     with postgres.database(server, template) as dsn, ExitStack() as stack:
         port = free_port()
-        sandbox = Sandbox(folder, dsn, f"http://127.0.0.1:{port}/sessions/{{session_id}}/run")
-        for name, secret in {"worker.dsn": dsn, "owner.dsn": dsn, "run.token": TOKEN}.items():
+        url = f"http://127.0.0.1:{port}/sessions/{{session_id}}/run"
+        sandbox = Sandbox(folder, dsn, url, server, stack)
+        sandbox.recall("pending")
+        for name, how in {"app.dump": "-Fc", "schema.sql": "-s", "data.sql": "-a"}.items():
+            program("pg_dump", how, "-f", folder / "checkout" / name, dsn)
+        for name, secret in {
+            **dict.fromkeys(("worker.dsn", "owner.dsn", "agent.dsn"), dsn),
+            **dict.fromkeys(("run.token", "token.key"), TOKEN),
+        }.items():
             (folder / "checkout" / name).write_text(secret, encoding="utf-8")
         (folder / "etc/recall-worker/token").write_text(TOKEN, encoding="utf-8")
         api = sandbox.start(f"exec recall-worker reference-api --port {port} --run-seconds 0.3")
@@ -261,15 +365,14 @@ def sandbox(
         yield sandbox
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(PATIENCE + 20)
 @pytest.mark.parametrize("command", HERE, ids=str)
 def test_a_command(command: Command, sandbox: Sandbox) -> None:
     """It ends well (or, where it is to go on for ever, begins well, and ends well at SIGTERM)."""
-    program = command.text.split()[0]
-    known = shutil.which(
-        program.replace(".venv/bin/", f"{BIN}/"), path=f"{BIN}:{os.environ['PATH']}"
-    )
-    assert known or "=" in program, "a command that nobody knows: neither executed nor listed"
+    name = command.text.split()[0]
+    known = shutil.which(name.replace(".venv/bin/", f"{BIN}/"), path=PATH)
+    assert known or "=" in name, "a command that nobody knows: neither executed nor listed"
     if missing := [
         word
         for word in ("jq",)

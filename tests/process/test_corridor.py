@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
+import pytest
+
 from ..conftest import Connection
 from ..support.application import Application
 from ..support.daemon import Daemons
@@ -48,6 +50,7 @@ async def test_one_of_each_type(
     assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_a_chain_scheduled_from_inside_its_runs(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

@@ -240,6 +240,7 @@ LIVE = (
 )
 
 
+@pytest.mark.slow
 async def test_what_the_daemon_leaves(
     app: Application,
     db: Connection,
@@ -345,6 +346,7 @@ async def test_what_the_daemon_leaves(
     assert agents.met == [] and again.told("lease.violated") == []
 
 
+@pytest.mark.slow
 async def test_keys_that_were_used_are_not_used_again(
     app: Application,
     db: Connection,
@@ -372,6 +374,7 @@ async def test_keys_that_were_used_are_not_used_again(
     assert one != two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accepted", [False, True], ids=["answered", "accepted"])
 async def test_a_worker_that_was_killed_before_the_way_back(
     accepted: bool,
@@ -416,6 +419,7 @@ async def test_a_worker_that_was_killed_before_the_way_back(
     assert len({request.key for request in endpoint.requests if request.method == "POST"}) == 1
 
 
+@pytest.mark.slow
 async def test_a_recall_that_is_made_plain(
     app: Application, db: Connection, database: str, pool: asyncpg.Pool[asyncpg.Record]
 ) -> None:

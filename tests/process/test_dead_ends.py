@@ -29,6 +29,8 @@ from .test_corridor import soon
 from .test_lease import eventually, promise, rows
 from .test_outage import own_server, replicas  # noqa: F401 fixtures
 
+pytestmark = pytest.mark.full
+
 LATER = reply(503, {"error": "starting"}, {"retry-after": "3600"})
 """Trouble, and not due again while the test runs: no other probe comes between."""
 

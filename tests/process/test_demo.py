@@ -183,6 +183,7 @@ async def test_says_when_a_promise_was_broken(demo: Demo) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name
 )
@@ -202,6 +203,7 @@ async def test_interrupted(demo: Demo, number: signal.Signals) -> None:
     assert await demo.left(processes) == ([], [])
 
 
+@pytest.mark.slow
 async def test_says_when_its_daemon_dies(demo: Demo) -> None:
     """A daemon that ends before its time ends the demo with an error and a hint, and leaves nothing
     behind."""
@@ -220,6 +222,7 @@ async def test_says_when_its_daemon_dies(demo: Demo) -> None:
     assert await demo.left(processes) == ([], [])
 
 
+@pytest.mark.slow
 async def test_keep(demo: Demo) -> None:
     """With --keep the data and the daemon's log stay, and the demo says where, however it ends."""
     await demo.start("-m", "recall_worker", "demo", "--keep")
@@ -235,6 +238,7 @@ async def test_keep(demo: Demo) -> None:
     assert [pid for pid in processes if alive(pid)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--keep",)], ids=["", "keep"])
 async def test_without_the_wheel(demo: Demo, options: tuple[str, ...]) -> None:
     """Where no PostgreSQL is installed the demo says which extra brings it, ends with status 1 and

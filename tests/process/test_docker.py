@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
+
+from release import lock
 
 from ..conftest import connected
 from ..support import machine, postgres
@@ -236,6 +239,22 @@ def test_what_is_in_it(engine: Engine, image: str) -> None:
         )
         == ""
     )
+    # What it is, by the names that registries know, and what is in it.
+    labels = found["Config"]["Labels"]
+    assert labels["org.opencontainers.image.base.name"] == BASE
+    assert labels["org.opencontainers.image.title"] == "recall-worker"
+    bill = json.loads(
+        engine.docker(
+            "run", "--rm", "--entrypoint", "cat", image, "/usr/share/sbom/recall-worker.cdx.json"
+        )
+    )
+    named = {component["name"]: component["version"] for component in bill["components"]}
+    assert {"libc6", "python3", "ca-certificates", "recall-worker"} <= set(named)
+    assert {n: v for n, v in named.items() if n in lock.read("image")} == {
+        one.name: one.version
+        for one in lock.read("image").values()
+        if one.marker is None or one.marker.evaluate()
+    }
     # Nobody can change what it runs.
     owned = "find /opt/recall-worker ! -user root -o -perm /o+w ! -type l | head -3"
     assert engine.docker("run", "--rm", "--entrypoint", "sh", image, "-c", owned) == ""
@@ -281,11 +300,26 @@ def _log(engine: Engine, name: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_compose(engine: Engine, image: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def postgres_image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What goes under the name of PostgreSQL's image."""
+    folder = tmp_path_factory.mktemp("postgres")
+    (folder / "Dockerfile").write_text(POSTGRES, encoding="utf-8")
+    engine.docker("build", "-q", "--network", "host", "-t", "postgres:18", str(folder))
+
+
+PAGE = """
+from urllib.request import Request, urlopen
+asked = Request("http://127.0.0.1:9465/recalls", headers={"Authorization": "Bearer TOKEN"})
+with urlopen(asked) as page:
+    print(page.status, page.read().decode())
+""".replace("TOKEN", "to-try-it-out-only")
+
+
+@pytest.mark.usefixtures("postgres_image")
+def test_compose(engine: Engine, image: str) -> None:
     """`docker compose up`, as the file's head says: the schema is there, three workers are, and a
     recall that is scheduled by hand fires."""
-    (tmp_path / "Dockerfile").write_text(POSTGRES, encoding="utf-8")
-    engine.docker("build", "-q", "--network", "host", "-t", "postgres:18", str(tmp_path))
     project = ["-p", f"r{uuid4().hex[:8]}", "-f", str(machine.HERE / "compose.yaml")]
 
     def compose(*words: str, check: bool = True) -> str:
@@ -312,7 +346,57 @@ def test_compose(engine: Engine, image: str, tmp_path: Path) -> None:
         engine.until(lambda: json.loads(compose(*shown))["recall"]["status"] == "fired")
         listed = json.loads(compose("exec", "-T", "worker", "recall-worker", "workers", "--json"))
         assert len(listed) == 3
-        compose("stop", "worker")
+        # The console, as a browser on the host reaches it, with the token of the file's head.
+        console = compose("ps", "-q", "console").strip()
+        engine.until(lambda: "console.listening" in _log(engine, console))
+        said = compose("exec", "-T", "console", "python3", "-c", PAGE)
+        assert said.startswith("200") and id in said
+        compose("stop", "console", "worker")
+        assert engine.inspect(console)["State"]["ExitCode"] == 0
         assert {engine.inspect(worker)["State"]["ExitCode"] for worker in workers} == {0}
+    finally:
+        compose("down", "--volumes", "--timeout", "1", check=False)
+
+
+@pytest.mark.usefixtures("image", "postgres_image")
+def test_the_chat_of_the_examples(engine: Engine) -> None:
+    """examples/chat, as its README says: its image is built of this checkout, all is healthy, and a
+    reminder that is asked for on the page's way comes back into the chat."""
+    folder = machine.HERE / "examples" / "chat"
+    dockerfile = str(folder / "Dockerfile")
+    engine.docker("build", "-q", "--network", "host", "-t", "recall-chat", "-f", dockerfile, ".")
+    port = str(postgres.free_port())
+    project = ["-p", f"r{uuid4().hex[:8]}"]
+
+    def compose(*words: str, check: bool = True) -> str:
+        return engine.docker(
+            *project, *words, tool="docker-compose", check=check, cwd=folder, CHAT_PORT=port
+        )
+
+    try:
+        compose("up", "--detach", "--no-build")
+        chat = httpx.get(f"http://127.0.0.1:{port}/").headers["location"]
+        address = f"http://127.0.0.1:{port}{chat}"
+        sent = httpx.post(
+            f"{address}/messages", json={"text": "remind me in 1 second to stretch"}, timeout=60
+        )
+        assert sent.status_code == 200, sent.text
+        with httpx.stream("GET", f"{address}/events", timeout=60) as page:
+            said = (line for line in page.iter_lines() if "It is time: stretch" in line)
+            assert '"role": "agent"' in next(said)
+        listed = ("exec", "-T", "worker", "recall-worker", "list", "--json")
+        engine.until(lambda: [r["status"] for r in json.loads(compose(*listed))] == ["fired"])
+        containers = compose("ps", "-q", "chat", "worker").split()
+        engine.until(
+            lambda: (
+                {engine.inspect(one)["State"]["Health"]["Status"] for one in containers}
+                == {"healthy"}
+            )
+        )
+        compose("stop", "chat", "worker")
+        assert {engine.inspect(one)["State"]["ExitCode"] for one in containers} == {0}
+    except BaseException:
+        print(compose("logs", "--no-color", check=False))
+        raise
     finally:
         compose("down", "--volumes", "--timeout", "1", check=False)

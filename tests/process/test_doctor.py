@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from ..conftest import Connection
 from ..support.application import Application
 from ..support.daemon import Daemons
@@ -30,6 +32,7 @@ async def by_method(request: Request) -> Raw:
     return reply(405 if request.method == "GET" else 200)
 
 
+@pytest.mark.slow
 async def test_beside_a_daemon_at_work(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -54,6 +57,7 @@ async def test_beside_a_daemon_at_work(
     assert daemon.told("worker.error") == daemon.told("listener.lost") == []
 
 
+@pytest.mark.slow
 async def test_beside_a_daemon_that_is_not_rung(
     database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -74,6 +78,7 @@ async def test_beside_a_daemon_that_is_not_rung(
     ]
 
 
+@pytest.mark.slow
 async def test_beside_a_daemon_whose_endpoint_is_down(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

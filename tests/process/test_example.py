@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shlex
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from recall_worker import schema
 
 from ..support.daemon import Daemons
 from ..support.postgres import free_port
+from ..test_reference_api import document
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fastapi_agent"
 
@@ -53,70 +56,52 @@ async def application(empty_database: str) -> AsyncIterator[str]:
         await process.wait()
 
 
-async def _messages(base: str, session: str) -> list[tuple[str, str]]:
-    async with httpx.AsyncClient() as http:
-        return [
-            (m["role"], m["text"])
-            for m in (await http.get(f"{base}/sessions/{session}/messages")).json()
-        ]
-
-
+@pytest.mark.slow
 async def test_a_recall_waits_for_the_person_to_leave(
     application: str, empty_database: str
 ) -> None:
-    """The agent is asked for a reminder; it falls due while the person still chats (409, deferred);
-    they leave; it fires, once."""
+    """As its README says it: the agent is asked for a reminder; it falls due while the person still
+    chats (409, deferred); they leave; it fires, once."""
     schema.migrate(empty_database)
-    run_url = application + "/sessions/{session_id}/run"
+    readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"^python (chat\.py .*)$", readme, re.MULTILINE)
+    [shown] = re.findall(r"^```text\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     settings = {
         "RECALL_DSN": empty_database,
-        "RECALL_RUN_URL": run_url,
+        "RECALL_RUN_URL": application + "/sessions/{session_id}/run",
         "RECALL_RUN_TOKEN": "s3cret",
     }
     async with Daemons(settings) as daemons:
         daemon = await daemons.start()
-        async with (
-            aiohttp.ClientSession() as http,
-            http.ws_connect(f"{application}/sessions/one/chat") as person,
-        ):
-            await person.send_str("remind me in 1s: look at the build")
-            assert await person.receive_str() == "I will come back in 1 s."
-            await daemon.hears("recall.settled", outcome="busy", times=2)
-            await person.send_str("are you still there?")
-            assert await person.receive_str() == "I have read: are you still there?"
-            assert not [m for m in await _messages(application, "one") if m[0] == "system"]
+        person = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *shlex.split(command),
+            cwd=EXAMPLE,
+            env=os.environ | {"CHAT_URL": application},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        await daemon.hears("recall.settled", outcome="busy", times=2)
         await daemon.hears("recall.settled", outcome="answered", status="fired")
-    assert await _messages(application, "one") == [
-        ("user", "remind me in 1s: look at the build"),
-        ("agent", "I will come back in 1 s."),
-        ("user", "are you still there?"),
-        ("agent", "I have read: are you still there?"),
-        ("system", "[Scheduled recall] look at the build"),
-        ("agent", "I have read: look at the build"),
-    ]
+        said, _ = await person.communicate()
+    assert person.returncode == 0 and said.decode() == shown
 
 
 async def test_the_endpoint_keeps_the_contract(application: str, empty_database: str) -> None:
     """Two calls at once: one runs, the other is told 409; the same key is replayed; another body
     under it refused; a stranger unknown."""
+    schema.migrate(empty_database)
     async with (
         aiohttp.ClientSession() as web,
         web.ws_connect(f"{application}/sessions/two/chat") as person,
     ):
         await person.send_str("hello")
         await person.receive_str()
-    body = {
-        "session_id": "two",
-        "user_message": "work",
-        "system_message": "[Scheduled recall] work",
-        "recall": {},
-    }
     async with httpx.AsyncClient(headers={"Authorization": "Bearer s3cret"}) as http:
 
         async def call(key: str, session: str = "two", **more: str) -> httpx.Response:
             return await http.post(
                 f"{application}/sessions/{session}/run",
-                json=body | more,
+                json=document(session, "work") | more,
                 headers={"Idempotency-Key": key},
             )
 

@@ -23,6 +23,7 @@ ADMIT = "delete from recall_schema where version = 9999"
 EXCLUDED = 4
 
 
+@pytest.mark.slow
 async def test_a_running_worker_drains_and_ends(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -58,6 +59,7 @@ async def test_a_running_worker_drains_and_ends(
     assert await rows(db, "select 1 from recall_workers") == []
 
 
+@pytest.mark.slow
 async def test_the_drain_has_its_time(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -76,6 +78,7 @@ async def test_the_drain_has_its_time(
     )
 
 
+@pytest.mark.slow
 async def test_a_signal_in_that_drain_does_not_cut_it_short(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -96,6 +99,7 @@ async def test_a_signal_in_that_drain_does_not_cut_it_short(
     assert await daemon.exit() == EXCLUDED
 
 
+@pytest.mark.slow
 async def test_a_worker_that_starts(db: Connection, daemons: Daemons) -> None:
     """The same status at the start, before anything is claimed; and the units don't start it
     again."""
@@ -109,6 +113,7 @@ async def test_a_worker_that_starts(db: Connection, daemons: Daemons) -> None:
     assert str(EXCLUDED) in listed.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("away", "back"),
     [
@@ -138,6 +143,7 @@ async def test_a_schema_that_is_being_restored(
     assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_what_an_outage_hid_is_seen_at_its_end(
     db: Connection, database: str, daemons: Daemons
 ) -> None:

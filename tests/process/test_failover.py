@@ -212,6 +212,7 @@ async def test_a_synchronous_replica_under_load(
     assert twice == {}
     for daemon in daemons:
         assert daemon.told("lease.lost") == daemon.told("worker.error") == []
+        assert daemon.told("claims.held") == [], "a standby is no copy"
         assert [len(daemon.told(f"database.{how}")) for how in ("lost", "found")] == [1, 1]
         assert same_process(daemon)
         assert await daemon.stop() == 0

@@ -35,6 +35,7 @@ async def _outage(
     return [r.at for r in endpoint.requests if r.at > began]
 
 
+@pytest.mark.slow
 async def test_replicas_share_their_probes_and_what_they_find(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

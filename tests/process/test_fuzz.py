@@ -823,6 +823,7 @@ async def account(protocol: str, liar: Liar, daemon: Daemon, db: Connection) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", seeds(1))
 async def test_hostile_answers(seed: int, database: str, db: Connection) -> None:
     """A hundred and twenty answers, drawn from all that can be wrong with one: the daemon goes on,
@@ -871,6 +872,7 @@ ENDLESS = {
 BODIES = {"a body", "a body of a terabyte", "chunks", "tiny chunks"}
 
 
+@pytest.mark.slow
 async def test_answers_without_end(database: str, db: Connection) -> None:
     """Whatever goes on without end, in all slots at once: none is read for ever or kept in memory,
     each ends, and others are called on time."""

@@ -17,12 +17,11 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import psycopg
 import pytest
 
 from recall_worker import schema
-from recall_worker.protocols import http
+from recall_worker.protocols import connection, http
 from recall_worker.settings import Settings
 
 from ..conftest import Connection, connected
@@ -188,6 +187,13 @@ async def part(hosts: Hosts, cut_off: str, how: str) -> None:
     others = await hosts.held({"kept once": "once", "kept recurring": "recurring"})
     assert [len(daemon.told("recall.claimed")) for daemon in (lost, kept)] == [2, 2]
 
+    # Its connection for renewals is open: a new one takes longer to be given up.
+    await eventually(
+        hosts.db,
+        "select 1 from session_recalls where leased_by = %s having count(*) = 2 "
+        "and bool_and(lease_until > leased_at + %s * interval '1 second')",
+        [lost.name, LEASE],
+    )
     parted_at = time.monotonic()
     if how == "silent":
         hosts.net.cut(cut_off, "db")
@@ -339,9 +345,9 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
         api = Endpoint()
         await api.start(on=stack.enter_context(closing(net["api"].socket())))
         stack.push_async_callback(api.stop)
-        made = http._socket
+        made = connection._socket
 
-        def there(address: aiohttp.AddrInfoType) -> socket.socket:
+        def there(address: connection.Address) -> socket.socket:
             with net["one"].entered():
                 return made(address)
 
@@ -351,7 +357,7 @@ async def test_an_api_that_vanishes_in_mid_run(monkeypatch: pytest.MonkeyPatch) 
             ("PROBE_EVERY", 1),
             ("PROBES", 2),
         ):
-            monkeypatch.setattr(http, name, value)
+            monkeypatch.setattr(connection, name, value)
         caller = http.HttpClient(Settings())
         stack.push_async_callback(caller.close)
         gate = Gate()

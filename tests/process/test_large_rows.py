@@ -21,6 +21,8 @@ from ..support.endpoint import Endpoint, Gate
 from .test_corridor import row, soon
 from .test_lease import calls, eventually, promise, rows
 
+pytestmark = pytest.mark.full
+
 KIB, MIB = 1024, 1024 * 1024
 FIRED = "select 1 from session_recalls having count(*) filter (where status = 'fired') = %s"
 EMOJI = "\N{GRINNING FACE}"

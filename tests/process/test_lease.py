@@ -67,6 +67,7 @@ EXPIRED = "select 1 from session_recalls where session_id = %s and lease_until <
 HELD = "select 1 from session_recalls where session_id = %s and lease_until > now()"
 
 
+@pytest.mark.slow
 async def test_a_dead_workers_run_is_taken_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -102,6 +103,7 @@ async def test_a_dead_workers_run_is_taken_up(
     )
 
 
+@pytest.mark.slow
 async def test_a_long_run_is_renewed(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -123,6 +125,7 @@ async def test_a_long_run_is_renewed(
     assert [call["attempt"] for call in await calls(db, recall)] == [1]
 
 
+@pytest.mark.slow
 async def test_a_stopped_worker_settles_nothing(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -150,6 +153,7 @@ async def test_a_stopped_worker_settles_nothing(
     assert stopped.told("recall.settled") == []
 
 
+@pytest.mark.slow
 async def test_a_stalled_worker_does_not_take_its_own_run_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -220,6 +224,7 @@ async def test_a_recall_that_kills_its_worker_is_buried(
         assert second[:2] == (2, "unknown") and second[2] in ("taken", "failed", "pending")
 
 
+@pytest.mark.slow
 async def test_a_row_that_the_application_holds_locked(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -249,6 +254,7 @@ async def test_a_row_that_the_application_holds_locked(
     assert await owner.stop() == 0
 
 
+@pytest.mark.slow
 async def test_a_run_whose_row_is_held_locked(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

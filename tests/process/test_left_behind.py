@@ -24,6 +24,8 @@ from .test_accepted import DONE, ON, accepted
 from .test_corridor import row, soon
 from .test_lease import eventually, promise, rows
 
+pytestmark = pytest.mark.full
+
 
 async def command(database: str, *words: str) -> float:
     """`recall-worker <words>` ends well; the monotonic instant at which it had ended."""

@@ -65,6 +65,7 @@ async def test_an_insert_wakes_a_sleeping_worker(
     assert sorted(seconds)[5] < 1, f"insert to request, in seconds: {seconds}"
 
 
+@pytest.mark.slow
 async def test_an_insert_while_the_listener_is_away(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -120,6 +121,7 @@ async def test_a_silent_host_before_the_right_one(
         await daemon.stop(within=60)
 
 
+@pytest.mark.slow
 async def test_an_idle_listener_is_not_ended(
     server: str,
     app: Application,
@@ -141,6 +143,7 @@ async def test_an_idle_listener_is_not_ended(
     assert len(daemon.told("listener.listening")) == 1
 
 
+@pytest.mark.slow
 async def test_an_insert_that_is_committed_late(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -159,6 +162,7 @@ async def test_an_insert_that_is_committed_late(
     assert request.at - committed < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [50, 3600], ids=["within the horizon", "far beyond it"])
 async def test_rescheduled_to_earlier(
     seconds: float, app: Application, endpoint: Endpoint, daemons: Daemons
@@ -172,6 +176,7 @@ async def test_rescheduled_to_earlier(
     assert request.at - moved < 5
 
 
+@pytest.mark.slow
 async def test_rescheduled_to_later(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -209,6 +214,7 @@ async def test_what_notifies(app: Application, database: str, db: Connection) ->
         assert await notifies.until_now() == 0
 
 
+@pytest.mark.slow
 async def test_the_workers_own_writing_is_silent(
     app: Application, database: str, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -239,6 +245,7 @@ async def test_beyond_the_horizon(
     assert 0 <= late < 5, f"{recall} was late by {late} s"
 
 
+@pytest.mark.slow
 async def test_due_and_locked_is_no_busy_loop(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -260,6 +267,7 @@ async def test_due_and_locked_is_no_busy_loop(
     assert len(endpoint.requests) == 1
 
 
+@pytest.mark.slow
 async def test_due_behind_a_run_is_no_busy_loop(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

@@ -16,10 +16,11 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from recall_worker import statements
@@ -29,6 +30,7 @@ from ..support import machine, postgres
 from ..support.application import CREATE_TABLES, Application
 from ..support.endpoint import Endpoint, Gate, Request
 from ..support.machine import Machine
+from ..support.postgres import free_port
 from .test_lease import eventually, promise, rows
 
 lacking = machine.missing()
@@ -59,7 +61,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
     shutil.copytree(
         machine.HERE,
         source,
-        ignore=shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__"),
+        ignore=shutil.ignore_patterns(".git", ".venv*", "site", "tests", "docs", "__pycache__"),
     )
     project = source / "pyproject.toml"
     project.write_text(
@@ -322,3 +324,40 @@ async def test_a_setting_that_is_wrong(box: Machine) -> None:
     await until(box, REPLICAS[0], "ActiveState", "failed")
     assert await asyncio.to_thread(box.show, REPLICAS[0], "NRestarts") == "0"
     assert "RECALL_RUN_URL is no address" in await asyncio.to_thread(box.log, "-u", REPLICAS[0])
+
+
+async def test_the_console(box: Machine, load: Load) -> None:
+    """Under its unit, with secrets of its own: pages for who has the token, and a clean stop."""
+    unit, port = "recall-worker-console.service", free_port()
+    console = "/etc/recall-worker/console"
+    for path, text in {
+        f"{console}.env": f"RECALL_CONSOLE_LISTEN=127.0.0.1:{port}\n",
+        f"{console}-credentials/DSN": load.dsn,
+        f"{console}-credentials/CONSOLE_TOKEN": "tok-0f-the-console",
+    }.items():
+        await asyncio.to_thread(box.write, path, text, 0o600)
+    for name in ("recall-worker-migrate.service", unit):
+        await asyncio.to_thread(box.systemctl, "start", name)
+    root = f"http://127.0.0.1:{port}"
+    async with aiohttp.ClientSession() as session:
+
+        async def page(path: str, **headers: str) -> tuple[int, str]:
+            async with session.get(root + path, headers=headers) as answer:
+                return answer.status, await answer.text()
+
+        async with asyncio.timeout(30):
+            while True:
+                with suppress(aiohttp.ClientConnectionError):
+                    assert (await page("/healthz"))[0] == 200
+                    break
+                await asyncio.sleep(0.1)
+        status, text = await page("/")
+        assert status == 401 and "live workers" not in text
+        for path, says in {"/": "live workers", "/settings": "RECALL_CONSOLE_LISTEN"}.items():
+            status, text = await page(path, Authorization="Bearer tok-0f-the-console")
+            assert status == 200 and says in text, text
+    await asyncio.to_thread(box.systemctl, "stop", unit)
+    assert await asyncio.to_thread(box.show, unit, "Result") == "success"
+    assert await asyncio.to_thread(box.show, unit, "NRestarts") == "0"
+    said = await asyncio.to_thread(box.log, "-u", unit)
+    assert "console.listening" in said and "tok-0f-the-console" not in said

@@ -35,6 +35,8 @@ RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))
 ]
 PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
 SHOWN = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
+UNHEARD = "http://127.0.0.1:1/"
+"""A RECALL_FAILURE_URL, as some metrics are there only with one."""
 NAME = re.compile(r"\b(?:recall_worker|process)_\w+")
 
 promtool = pytest.mark.skipif(
@@ -57,10 +59,11 @@ def query(expression: str) -> str:
     return expression.replace("$job", ".*").replace("$__rate_interval", "1m")
 
 
+@pytest.mark.slow
 async def test_whatever_is_named_is_exported(app: Application, daemons: Daemons) -> None:
     """Each metric, and each label with its value, that alerts and dashboard name is on a real
     daemon's page."""
-    daemon = await daemons.start(ops_listen=0)
+    daemon = await daemons.start(ops_listen=0, failure_url=UNHEARD)
     await promise(app, "s")
     await daemon.hears("recall.settled")
     found = await scrape(daemon)
@@ -86,6 +89,7 @@ async def test_whatever_is_named_is_exported(app: Application, daemons: Daemons)
     assert families - shown == set()
 
 
+@pytest.mark.slow
 @promtool
 async def test_prometheus_likes_the_page(app: Application, daemons: Daemons) -> None:
     """`promtool check metrics` has nothing to say on names, units, types and help texts."""
@@ -96,6 +100,7 @@ async def test_prometheus_likes_the_page(app: Application, daemons: Daemons) -> 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 @promtool
 def test_the_alerts_are_alerts() -> None:
     """`promtool check rules` finds each of them, and `promtool test rules` sees it fire, and a
@@ -176,11 +181,12 @@ def configuration(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.slow
 @prometheus
 async def test_a_real_prometheus(configuration: Path, app: Application, daemons: Daemons) -> None:
     """Prometheus scrapes two workers, evaluates each alert without an error, and every panel of the
     dashboard shows something."""
-    workers = [await daemons.start(ops_listen=0) for _ in range(2)]
+    workers = [await daemons.start(ops_listen=0, failure_url=UNHEARD) for _ in range(2)]
     targets = [(await address(worker)).removeprefix("http://") for worker in workers]
     (configuration / "targets.json").write_text(
         json.dumps([{"targets": targets}]), encoding="utf-8"

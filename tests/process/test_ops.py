@@ -87,6 +87,7 @@ async def until(daemon: Daemon, path: str, status: int, within: float = 30.0) ->
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.slow
 async def test_the_counts_are_the_endpoints_own(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -141,6 +142,7 @@ async def test_the_counts_are_the_endpoints_own(
     )
 
 
+@pytest.mark.slow
 async def test_a_fleets_counts_add_up(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -230,6 +232,7 @@ async def test_the_breaker_and_what_it_meets(
     assert misconfigured is not None and 2 <= misconfigured <= len(endpoint.requests)
 
 
+@pytest.mark.slow
 async def test_taken_and_lost_leases(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -308,6 +311,7 @@ async def test_a_daemon_that_says_nothing_it_was_not_asked(
     ]
 
 
+@pytest.mark.slow
 async def test_an_address_that_is_taken(daemons: Daemons) -> None:
     """Refused in a sentence with what to do, before anything is claimed; so is one that isn't this
     host's."""
@@ -334,6 +338,7 @@ async def test_a_host_that_has_no_name(daemons: Daemons) -> None:
     assert len(daemon.talk) == 2 and daemon.talk[0].startswith("Error: RECALL_OPS_LISTEN")
 
 
+@pytest.mark.slow
 async def test_a_worker_that_stands_still_is_not_alive(daemons: Daemons) -> None:
     """SIGSTOP: /livez does not answer; SIGCONT: it does."""
     daemon = await daemons.start(ops_listen=0)
@@ -345,6 +350,7 @@ async def test_a_worker_that_stands_still_is_not_alive(daemons: Daemons) -> None
     assert (await until(daemon, "/livez", 200)).text == "alive\n"
 
 
+@pytest.mark.slow
 async def test_without_postgresql_alive_but_not_ready(
     own_server: EmbeddedServer, replicas: Daemons
 ) -> None:
@@ -363,7 +369,9 @@ async def test_without_postgresql_alive_but_not_ready(
             if value(found, "recalls_overdue") is None:
                 break
             await asyncio.sleep(0.2)
-    assert value(found, "database_up") == 0 and value(found, "database_lost_total") == 1
+    # On a busy machine PostgreSQL may have been too slow once before.
+    assert value(found, "database_up") == 0
+    assert value(found, "database_lost_total") == len(daemon.told("database.lost")) >= 1
     own_server.start()
     assert (await until(daemon, "/readyz", 200)).text == "ready\n"
     await daemon.hears("database.found")
@@ -384,6 +392,7 @@ async def test_silence_keeps_no_page_waiting(database: str, daemons: Daemons) ->
         await until(daemon, "/readyz", 200)
 
 
+@pytest.mark.slow
 async def test_a_schema_that_asks_for_newer_code(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -442,6 +451,7 @@ async def test_readers_that_hang_on_hold_up_no_stop(daemons: Daemons) -> None:
             await writer.wait_closed()
 
 
+@pytest.mark.slow
 async def test_scrapes_cost_one_question(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:

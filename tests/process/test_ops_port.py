@@ -83,6 +83,7 @@ async def ends(stream: Stream, within: float) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.slow
 async def test_half_open_connections_stop_nothing(
     app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -105,6 +106,7 @@ async def test_half_open_connections_stop_nothing(
         assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", [b"", b"x"], ids=["silent", "drips"])
 async def test_a_head_has_a_deadline(drip: bytes, daemons: Daemons) -> None:
     """A connection that sends nothing, and one that sends a byte at a time, are closed when a
@@ -144,6 +146,7 @@ async def test_an_answer_that_nobody_reads(daemons: Daemons) -> None:
     stream[1].close()
 
 
+@pytest.mark.slow
 async def test_no_descriptors_left(app: Application, daemons: Daemons) -> None:
     """Where accept itself has no descriptor left that is told once, and the port answers when there
     are some again."""
@@ -166,6 +169,7 @@ async def test_no_descriptors_left(app: Application, daemons: Daemons) -> None:
         writer.close()
 
 
+@pytest.mark.slow
 async def test_garbage_is_not_logged(daemons: Daemons) -> None:
     """What is no HTTP is answered with 400, and fills no log."""
     daemon = await daemons.start(ops_listen=0)

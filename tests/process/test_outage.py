@@ -162,6 +162,7 @@ async def test_killed_for_three_leases_under_load(
         assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_started_while_it_is_away(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:
@@ -182,6 +183,7 @@ async def test_started_while_it_is_away(
     assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recall-worker listener", "recall-worker ledger"])
 async def test_connections_terminated(
     name: str, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -229,6 +231,7 @@ async def test_every_connection_is_named(database: str, db: Connection, daemons:
     assert sum(names.values()) <= 4
 
 
+@pytest.mark.slow
 async def test_cut_in_mid_run(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -362,6 +365,7 @@ async def test_no_connection_to_be_had(own_server: EmbeddedServer, endpoint: End
             assert all(map(same_process, (up, late)))
 
 
+@pytest.mark.slow
 async def test_restarted_read_only(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:

@@ -86,6 +86,7 @@ async def left_behind(pooled: str) -> list[dict[str, object]]:
     return list(await asyncio.gather(*(ask() for _ in range(4))))
 
 
+@pytest.mark.slow
 async def test_the_daemon_through_it(
     pooled: str,
     database: str,
@@ -147,6 +148,7 @@ async def test_the_daemon_through_it(
     assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"ignore_startup_parameters": "options,extra_float_digits"}],
@@ -191,6 +193,7 @@ async def test_without_a_direct_connection(
         assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_session_pooling_notifies(
     database: str, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -226,6 +229,7 @@ async def test_a_listener_that_hears_again(
             assert len(daemon.told("listener.deaf")) == 1
 
 
+@pytest.mark.slow
 async def test_a_listener_in_another_database(
     server: str,
     template: str,
@@ -244,6 +248,7 @@ async def test_a_listener_in_another_database(
         await daemon.hears("recall.settled", recall=recall)
 
 
+@pytest.mark.slow
 async def test_the_listener_wakes_nobody_by_its_self_test(database: str, daemons: Daemons) -> None:
     """The self-test has a channel of its own: on the one that wakes workers nothing
     is heard of it."""
@@ -293,6 +298,7 @@ async def test_the_pooler_is_restarted(
 # --- commands and the application's side ----------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_commands_through_it(pooled: str, app: Application, database: str) -> None:
     """Every command that asks the database, again and again on the pool's connections: all are
     done."""
@@ -378,6 +384,7 @@ async def test_recalls_through_it(pooled: str, app: Application) -> None:
             assert await recalls.cancel("s") == 1
 
 
+@pytest.mark.slow
 async def test_the_pages_through_a_pooler(
     pooled: str, database: str, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:

@@ -34,6 +34,7 @@ GONE = "select 1 where not exists (select from session_recalls where id like 'ol
 PRUNED = ("fired", "cancelled", "failed")
 
 
+@pytest.mark.slow
 async def test_it_deletes_what_is_over_and_nothing_else(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -78,6 +79,7 @@ async def test_off_unless_it_is_switched_on(
     assert len(await rows(db, "select from session_recalls")) == 4
 
 
+@pytest.mark.slow
 async def test_a_draining_worker_does_not_prune(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -107,6 +109,7 @@ async def test_a_draining_worker_does_not_prune(
     assert await daemon.exit() == 0
 
 
+@pytest.mark.slow
 async def test_it_survives_an_outage(
     own_server: EmbeddedServer, replicas: Daemons, endpoint: Endpoint
 ) -> None:

@@ -31,12 +31,12 @@ from ..support import postgres
 from ..support.application import Application
 from ..support.daemon import Daemon, Daemons
 from ..support.endpoint import Endpoint, reply
+from ..support.peer import CERTIFICATE, KEY
 from ..test_cli import operate, process
-from ..test_http import CERTIFICATE, KEY
 from .test_bad_setting import heard
 from .test_lease import eventually, promise, rows
 
-HUSH = "xylophone-4711"
+HUSH = "xylophone-zymurgy"  # no five letters of it are found in a uuid or a number
 """The password. Any five of its characters in a row are too many."""
 TOKEN, SIGNING = f"{HUSH}-token", f"{HUSH}-signing"
 SECRETS = {"RECALL_RUN_TOKEN": TOKEN, "RECALL_SIGNING_SECRET": SIGNING}
@@ -161,6 +161,7 @@ async def failing(
     }[way]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_commands_that_fail(
     way: str, locked: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +230,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(shape=st.sampled_from(SHAPES), before=MARKS, between=MARKS, after=MARKS)
 @example(shape=SHAPES[0], before="", between="@", after="")
@@ -245,6 +247,7 @@ def test_a_dsn_in_any_shape(shape: str, before: str, between: str, after: str) -
 # --- an API that fails ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_server_that_repeats_what_it_was_sent(
     app: Application, database: str, db: Connection, endpoint: Endpoint
 ) -> None:
@@ -402,6 +405,7 @@ def open_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow
 async def test_the_process_list(
     database: str, db: Connection, endpoint: Endpoint, open_folder: Path
 ) -> None:

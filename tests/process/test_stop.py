@@ -62,6 +62,7 @@ async def test_with_nothing_to_do(number: signal.Signals, db: Connection, daemon
     assert await (await db.execute("select worker from recall_workers")).fetchall() == []
 
 
+@pytest.mark.slow
 @BOTH
 async def test_a_run_is_drained(
     number: signal.Signals, app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -92,6 +93,7 @@ async def test_a_run_is_drained(
     assert daemon.told("worker.released") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "second", [False, True], ids=["past the drain timeout", "by a second signal"]
 )
@@ -195,6 +197,7 @@ async def test_what_is_put_back_is_taken_at_once(
     assert request.headers["recall-attempt"] == "1"
 
 
+@pytest.mark.slow
 async def test_an_unknown_run_waits_for_its_backoff_elsewhere(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -249,6 +252,7 @@ async def test_with_a_run_while_postgresql_is_away(
     await other.hears("recall.settled", recall=recall, attempt=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "silent"])
 async def test_by_a_second_signal_while_postgresql_is_away(
     how: str, app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
@@ -277,6 +281,7 @@ async def test_by_a_second_signal_while_postgresql_is_away(
     await other.hears("recall.settled", recall=recall, attempt=2)
 
 
+@pytest.mark.slow
 async def test_at_startup(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:

@@ -77,6 +77,7 @@ async def at_path(tmp_path: Path) -> AsyncIterator[Manager]:
     await receiver.close()
 
 
+@pytest.mark.slow
 async def test_ready_and_stopping(manager: Manager, daemons: Daemons) -> None:
     """READY=1 once, at the start; STOPPING=1 at the signal; and, where no watchdog was asked for,
     nothing else."""
@@ -101,6 +102,7 @@ async def test_ready_without_postgresql(at_path: Manager, database: str, daemons
         assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_a_refused_schema_is_a_stop(
     at_path: Manager, db: Connection, daemons: Daemons
 ) -> None:
@@ -116,6 +118,7 @@ async def test_a_refused_schema_is_a_stop(
     assert at_path.times("WATCHDOG=1") and len(at_path.times("STOPPING=1")) == 1
 
 
+@pytest.mark.slow
 async def test_a_draining_worker_is_fed(
     at_path: Manager, app: Application, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -134,6 +137,7 @@ async def test_a_draining_worker_is_fed(
     assert len(at_path.times("STOPPING=1")) == 1
 
 
+@pytest.mark.slow
 async def test_the_watchdog_is_fed(at_path: Manager, daemons: Daemons) -> None:
     """WATCHDOG=1 comes three times in the time that systemd allows; a worker that stands still
     sends none."""
@@ -151,6 +155,7 @@ async def test_the_watchdog_is_fed(at_path: Manager, daemons: Daemons) -> None:
     await at_path.hears("WATCHDOG=1", times=len(fed) + 2)
 
 
+@pytest.mark.slow
 async def test_a_watchdog_for_somebody_else(
     at_path: Manager, db: Connection, daemons: Daemons
 ) -> None:
@@ -166,6 +171,7 @@ async def test_a_watchdog_for_somebody_else(
     assert at_path.times("WATCHDOG=1") == []
 
 
+@pytest.mark.slow
 async def test_a_manager_that_is_gone(tmp_path: Path, app: Application, daemons: Daemons) -> None:
     """A NOTIFY_SOCKET that leads nowhere stops no work."""
     daemons.environ |= {"NOTIFY_SOCKET": str(tmp_path / "nobody"), "WATCHDOG_USEC": "90000"}

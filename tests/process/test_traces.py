@@ -108,6 +108,7 @@ async def collector(daemons: Daemons) -> AsyncIterator[Collector]:
         yield collecting
 
 
+@pytest.mark.slow
 async def test_one_trace_a_run(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
@@ -149,6 +150,7 @@ async def test_one_trace_a_run(
     assert "come back" not in str(collector.spans)
 
 
+@pytest.mark.slow
 async def test_runs_that_go_wrong(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
@@ -184,6 +186,7 @@ async def test_runs_that_go_wrong(
     ]
 
 
+@pytest.mark.slow
 async def test_what_the_operator_sets(
     app: Application, endpoint: Endpoint, daemons: Daemons, collector: Collector
 ) -> None:
@@ -210,6 +213,7 @@ async def test_what_the_operator_sets(
     assert endpoint.of("unseen")[0].headers["traceparent"].endswith("-00")
 
 
+@pytest.mark.slow
 async def test_the_last_spans_are_sent(
     app: Application, daemons: Daemons, collector: Collector
 ) -> None:
@@ -223,6 +227,7 @@ async def test_the_last_spans_are_sent(
     assert len(collector.spans) == 4
 
 
+@pytest.mark.slow
 async def test_a_collector_that_is_away(app: Application, daemons: Daemons) -> None:
     """Recalls are kept as ever, and the end is not held up."""
     daemons.environ |= {
@@ -238,18 +243,19 @@ async def test_a_collector_that_is_away(app: Application, daemons: Daemons) -> N
 
 
 async def test_what_is_off_is_not_there(app: Application, daemons: Daemons) -> None:
-    """Where neither is switched on, the running daemon has imported neither OpenTelemetry nor
-    prometheus-client."""
+    """Where nothing is switched on, the running daemon has imported neither OpenTelemetry nor
+    prometheus-client nor aiohttp."""
     daemons.environ["PYTHONPROFILEIMPORTTIME"] = "1"
     daemon = await daemons.start()
     await promise(app, "s")
     await daemon.hears("recall.settled")
     assert await daemon.stop() == 0
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in daemon.talk}
-    assert {"aiohttp", "psycopg"} <= imported
-    assert not imported & {"opentelemetry", "prometheus_client", "requests"}
+    assert {"httptools", "psycopg"} <= imported
+    assert not imported & {"opentelemetry", "prometheus_client", "requests", "aiohttp", "yarl"}
 
 
+@pytest.mark.slow
 async def test_the_extra_is_not_installed(tmp_path: Path, daemons: Daemons) -> None:
     """An endpoint for traces without the extra: a note that names it, and the work goes on."""
     (tmp_path / "opentelemetry").mkdir()

@@ -53,6 +53,7 @@ async def asked_at(database: str, endpoint: Endpoint) -> dict[str, datetime]:
     return asked
 
 
+@pytest.mark.slow
 async def test_distinct_instants_are_kept(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -68,6 +69,7 @@ async def test_distinct_instants_are_kept(
     assert len(endpoint.requests) == 20
 
 
+@pytest.mark.slow
 async def test_many_at_one_instant(
     app: Application, database: str, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -98,6 +100,7 @@ def faketime() -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hours", ["+7h", pytest.param("-7h", marks=pytest.mark.full), "jumps"])
 async def test_a_wrong_clock_of_the_host(
     hours: str,
@@ -137,6 +140,7 @@ async def test_a_wrong_clock_of_the_host(
     assert await daemon.stop() == 0
 
 
+@pytest.mark.slow
 async def test_those_who_come_first_may_be_gone(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -158,6 +162,7 @@ async def test_those_who_come_first_may_be_gone(
     )
 
 
+@pytest.mark.slow
 async def test_what_is_over_costs_no_look(
     app: Application, db: Connection, endpoint: Endpoint, daemons: Daemons
 ) -> None:
@@ -216,6 +221,7 @@ def answering_at_once() -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 async def test_what_is_over_at_once_costs_no_look(
     app: Application, db: Connection, daemons: Daemons
 ) -> None:

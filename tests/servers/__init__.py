@@ -26,10 +26,12 @@ import pytest
 PATIENCE = 60.0
 """Seconds that a server gets to start or to stop, on a machine that has other things to do."""
 
+QUIETLY = ("--quiet", "--disable-pip-version-check")
 
-def environment(name: str, *requirements: str) -> Path:
+
+def environment(name: str, *requirements: str, by_uv: bool = False) -> Path:
     """The folder of programs of an environment with these packages. Skips the test where pip can't
-    install them."""
+    install them. `by_uv`: by uv where that can be had, which takes a fifth of pip's time."""
     wanted = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     cache = Path(
         os.environ.get("RECALL_TEST_CACHE")
@@ -44,15 +46,13 @@ def environment(name: str, *requirements: str) -> Path:
         if not complete.exists():
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            pip = [
-                str(home / "bin" / "python"),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-            ]
-            installed = subprocess.run([*pip, *requirements], capture_output=True, text=True)
+            pip = [str(home / "bin" / "python"), "-m", "pip", "install", *QUIETLY]
+            installed = None
+            if by_uv and subprocess.run([*pip, "uv"], capture_output=True).returncode == 0:
+                uv = [str(home / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(home)]
+                installed = subprocess.run([*uv, *requirements], capture_output=True, text=True)
+            if installed is None or installed.returncode != 0:
+                installed = subprocess.run([*pip, *requirements], capture_output=True, text=True)
             if installed.returncode != 0:
                 shutil.rmtree(home, ignore_errors=True)
                 said = (installed.stderr.strip().splitlines() or ["no word"])[-1]
@@ -72,13 +72,19 @@ class Server:
     was."""
 
     def __init__(
-        self, command: Sequence[str | Path], folder: Path, environ: Mapping[str, str], ready: str
+        self,
+        command: Sequence[str | Path],
+        folder: Path,
+        environ: Mapping[str, str],
+        ready: str,
+        *,
+        any_answer: bool = False,
     ) -> None:
         """`folder`: where it runs, and where its log goes. `ready`: the address that answers 2xx
-        once it is up."""
+        once it is up; with `any_answer`, anything."""
         self._command = command
         self._folder = folder
-        self._ready = ready
+        self._ready, self._any_answer = ready, any_answer
         # Nothing of ours goes in, and nothing goes out: whatever it may want from the network, it
         # finds a closed port.
         nowhere = "http://127.0.0.1:9"
@@ -108,7 +114,7 @@ class Server:
         with httpx.Client(trust_env=False) as client:
             while True:
                 try:
-                    if client.get(self._ready).is_success:
+                    if client.get(self._ready).is_success or self._any_answer:
                         return
                 except httpx.TransportError:
                     pass

@@ -7,6 +7,9 @@ statements name its own ten columns, and it knows two refusals only, "this sessi
 
 Never here: an import of recall_worker, or anything that the application could not have known. If a
 test needs a change in this file, recall-worker has broken its promise.
+
+Its ids are text. Applications whose ids have other types are the same but for these types:
+`create_tables`, `Application(…, id_type, session_type)`.
 """
 
 from __future__ import annotations
@@ -21,15 +24,18 @@ import asyncpg
 Row = dict[str, Any]
 """One recall, by column; the dates aware, in UTC."""
 
-CREATE_TABLES = """
+
+def create_tables(id_type: str = "text", session_type: str = "text") -> str:
+    """The application's tables, with ids of these types."""
+    return f"""
 create table if not exists sessions (
-    id text primary key,
+    id {session_type} primary key,
     user_id text not null
 );
 
 create table if not exists session_recalls (
-    id text primary key,
-    session_id text not null references sessions(id) on delete cascade,
+    id {id_type} primary key,
+    session_id {session_type} not null references sessions(id) on delete cascade,
     call_type text not null check (call_type in ('once', 'recurring', 'immediate')),
     trigger_at timestamptz not null,
     interval_seconds integer,
@@ -45,6 +51,9 @@ create index if not exists idx_recalls_session_status on session_recalls (sessio
 create unique index if not exists idx_recalls_active_pending on session_recalls (session_id)
     where status = 'pending';
 """
+
+
+CREATE_TABLES = create_tables()
 
 COLUMNS = """
 id, session_id, call_type, trigger_at, interval_seconds, internal_comment,
@@ -96,9 +105,13 @@ order by trigger_at
 NEXT_TRIGGER = "select min(trigger_at) from session_recalls where status = 'pending'"
 
 SESSIONS_WITH_PENDING = """
-select distinct session_id from session_recalls where session_id = any($1::text[])
+select distinct session_id from session_recalls where session_id = any($1::{session_type}[])
     and status = 'pending'
 """
+
+
+NUMBERS = ("bigint", "integer")
+"""Types whose ids are numbers."""
 
 
 class AlreadyScheduled(Exception):
@@ -109,13 +122,22 @@ class Application:
     """The agent application's recalls, on one asyncpg connection (or a pool's: it asks for execute
     and fetch only)."""
 
-    def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    def __init__(
+        self,
+        connection: asyncpg.Connection[asyncpg.Record],
+        id_type: str = "text",
+        session_type: str = "text",
+    ) -> None:
         self.connection = connection
+        self._id_type, self._session_type = id_type, session_type
+        # asyncpg takes a number for an integer, and text for everything else.
+        self._id = int if id_type in NUMBERS else str
+        self._session = int if session_type in NUMBERS else str
 
     @classmethod
-    async def connect(cls, dsn: str) -> Self:
+    async def connect(cls, dsn: str, id_type: str = "text", session_type: str = "text") -> Self:
         """On a connection of its own; `close` ends it."""
-        return cls(await asyncpg.connect(dsn))
+        return cls(await asyncpg.connect(dsn), id_type, session_type)
 
     async def close(self) -> None:
         await self.connection.close()
@@ -128,18 +150,20 @@ class Application:
 
     async def create_tables(self) -> None:
         """What the application runs at every start."""
-        await self.connection.execute(CREATE_TABLES)
+        await self.connection.execute(create_tables(self._id_type, self._session_type))
 
     # Sessions
 
     async def create_session(self, id: str, user_id: str) -> None:
         await self.connection.execute(
-            "insert into sessions (id, user_id) values ($1, $2)", id, user_id
+            "insert into sessions (id, user_id) values ($1, $2)", self._session(id), user_id
         )
 
     async def delete_session(self, id: str) -> int:
         """Deletes the session, and with it its recalls; also while one of them runs."""
-        return _rows(await self.connection.execute("delete from sessions where id = $1", id))
+        return _rows(
+            await self.connection.execute("delete from sessions where id = $1", self._session(id))
+        )
 
     # What the agent asks for
 
@@ -157,7 +181,14 @@ class Application:
         id = id or str(uuid.uuid4())
         try:
             await self.connection.execute(
-                INSERT, id, session_id, call_type, trigger_at, interval_seconds, comment, message
+                INSERT,
+                self._id(id),
+                self._session(session_id),
+                call_type,
+                trigger_at,
+                interval_seconds,
+                comment,
+                message,
             )
         except Exception as error:
             text = str(error).lower()
@@ -168,29 +199,31 @@ class Application:
 
     async def cancel_session(self, session_id: str) -> int:
         """Cancels what the session has pending; how many rows that were."""
-        return _rows(await self.connection.execute(CANCEL_SESSION, session_id))
+        return _rows(await self.connection.execute(CANCEL_SESSION, self._session(session_id)))
 
     async def skip_next(self, session_id: str) -> bool:
         """Leaves out the next occurrence of the session's recurring recall; False where it has
         none."""
-        return _rows(await self.connection.execute(SKIP_NEXT, session_id)) > 0
+        return _rows(await self.connection.execute(SKIP_NEXT, self._session(session_id))) > 0
 
     async def reschedule(self, id: str, trigger_at: datetime) -> bool:
-        return _rows(await self.connection.execute(RESCHEDULE, id, trigger_at)) > 0
+        return _rows(await self.connection.execute(RESCHEDULE, self._id(id), trigger_at)) > 0
 
     # What its old scheduler did, and its operators still do
 
     async def mark_fired(self, id: str) -> bool:
-        return _rows(await self.connection.execute(MARK_FIRED, id)) > 0
+        return _rows(await self.connection.execute(MARK_FIRED, self._id(id))) > 0
 
     async def mark_cancelled(self, id: str) -> bool:
-        return _rows(await self.connection.execute(MARK_CANCELLED, id)) > 0
+        return _rows(await self.connection.execute(MARK_CANCELLED, self._id(id))) > 0
 
     # What it shows
 
     async def list_by_session(self, session_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
         """The session's recalls in every state, newest trigger first."""
-        return _dicts(await self.connection.fetch(LIST_BY_SESSION, session_id, limit, offset))
+        return _dicts(
+            await self.connection.fetch(LIST_BY_SESSION, self._session(session_id), limit, offset)
+        )
 
     async def list_by_user(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
         """The recalls of all the owner's sessions in every state, newest trigger first."""
@@ -207,10 +240,9 @@ class Application:
 
     async def sessions_with_pending(self, ids: Iterable[str]) -> set[str]:
         """Which of these sessions have a pending recall."""
-        return {
-            row["session_id"]
-            for row in await self.connection.fetch(SESSIONS_WITH_PENDING, list(ids))
-        }
+        statement = SESSIONS_WITH_PENDING.format(session_type=self._session_type)
+        rows = await self.connection.fetch(statement, [self._session(id) for id in ids])
+        return {row["session_id"] for row in rows}
 
 
 def _rows(tag: str) -> int:

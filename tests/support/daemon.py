@@ -11,7 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
+from jsonschema import Draft202012Validator
+
+from recall_worker.events import json_schema
+
 Event = dict[str, Any]
+DESCRIBED = {name: Draft202012Validator(schema) for name, schema in json_schema()["$defs"].items()}
+
+
+def check_events(events: Sequence[Event]) -> None:
+    """Raise AssertionError where a line is not as `schema events` says: one line of each kind, as
+    there are thousands. A line of another program's logger is none of ours."""
+    kinds = {
+        (event["event"], *sorted((name, type(value).__name__) for name, value in event.items())): (
+            event
+        )
+        for event in events
+        if "event" in event and "logger" not in event
+    }
+    for event in kinds.values():
+        errors = [error.message for error in DESCRIBED[event["event"]].iter_errors(event)]
+        assert not errors, (event, errors)
 
 
 class Daemon:
@@ -27,16 +47,21 @@ class Daemon:
 
     @classmethod
     async def start(
-        cls, environ: Mapping[str, str], *options: str, before: Sequence[str] = ()
+        cls,
+        environ: Mapping[str, str],
+        *options: str,
+        before: Sequence[str] = (),
+        command: str = "run",
     ) -> Self:
-        """`before`: words of a command that becomes the daemon, such as `ip netns exec NAME`."""
+        """`before`: words of a command that becomes the daemon, such as `ip netns exec NAME`.
+        `command`: what runs, if not the worker."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RECALL_")}
         process = await asyncio.create_subprocess_exec(
             *before,
             sys.executable,
             "-m",
             "recall_worker",
-            "run",
+            command,
             *options,
             env=kept | {"RECALL_LOG_FORMAT": "json", "RECALL_LOG_LEVEL": "debug"} | dict(environ),
             stderr=asyncio.subprocess.PIPE,
@@ -125,6 +150,11 @@ class Daemons:
         self._before = before
         self._all: list[Daemon] = []
 
+    @property
+    def started(self) -> list[Daemon]:
+        """All that were started, in order."""
+        return list(self._all)
+
     async def start(self, *options: str, ready: bool = True, **settings: Any) -> Daemon:
         """`settings`: `lease=3` becomes RECALL_LEASE=3. Waits until the daemon listens, unless told
         not to."""
@@ -141,3 +171,5 @@ class Daemons:
     async def __aexit__(self, *_: object) -> None:
         for daemon in self._all:
             await daemon.kill()
+        for daemon in self._all:
+            check_events(daemon.events)

@@ -91,8 +91,8 @@ def build_wheel(folder: Path, source: Path = HERE) -> Path:
 
 
 def fetch_wheels(folder: Path, wheel: Path) -> None:
-    """What the wheel needs, for the machine's Python, so that the machine installs without a
-    network."""
+    """What the wheel needs, with the console, for the machine's Python, so that the machine
+    installs without a network."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     subprocess.run(
         [
@@ -115,7 +115,7 @@ def fetch_wheels(folder: Path, wheel: Path) -> None:
             "--abi",
             "none",
             *platforms,
-            str(wheel),
+            f"{wheel}[console]",
         ],
         check=True,
         capture_output=True,
@@ -265,7 +265,7 @@ def install(root: Path, venv: str, wheel: Path, wheels: Path) -> None:
         "--no-index",
         "--find-links",
         "/var/tmp/wheels",
-        f"/var/tmp/wheels/{wheel.name}",
+        f"/var/tmp/wheels/{wheel.name}[console]",
     )
     shutil.rmtree(inside)
 

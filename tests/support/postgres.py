@@ -34,6 +34,20 @@ IMAGE = "postgres:18"
 ENGINE_PATIENCE = 2.0
 SETTINGS = {"max_connections": "300", "max_wal_size": "256MB"}
 
+RECORD = """
+do $$
+begin
+    if to_regclass('recall_identity') is not null then
+        truncate recall_identity;
+        insert into recall_identity
+        select c.system_identifier, d.oid::bigint from pg_control_system() c, pg_database d
+        where d.datname = current_database();
+    end if;
+end
+$$
+"""
+"""What `migrate --here` does."""
+
 _numbers = count(1)
 
 
@@ -69,18 +83,20 @@ def embedded(*, tcp: bool = False, settings: Mapping[str, str] | None = None) ->
 
 
 @contextmanager
-def database(maintenance: str, template: str | None = None) -> Iterator[str]:
+def database(
+    maintenance: str, template: str | None = None, *, recorded: bool = True
+) -> Iterator[str]:
     """A database for as long as the block runs."""
-    dsn = create_database(maintenance, template)
+    dsn = create_database(maintenance, template, recorded=recorded)
     try:
         yield dsn
     finally:
         drop_database(maintenance, dsn)
 
 
-def create_database(maintenance: str, template: str | None = None) -> str:
+def create_database(maintenance: str, template: str | None = None, *, recorded: bool = True) -> str:
     """A new database, empty or a copy of `template` (a name or a DSN; nobody may be connected to
-    it), as a URL."""
+    it), as a URL. `recorded`: it is not to be taken for a copy, in which workers claim nothing."""
     source = "template0" if template is None else _name(template)
     with psycopg.connect(maintenance, autocommit=True) as connection:
         # A copy of the files takes half the time of one by the log, but begins and ends with a
@@ -101,7 +117,12 @@ def create_database(maintenance: str, template: str | None = None) -> str:
                 errors.DuplicateDatabase
             ):  # of a process with our number that died before it could tidy up
                 continue
-            return address(maintenance, name)
+            break
+    made = address(maintenance, name)
+    if template is not None and recorded:
+        with psycopg.connect(made, autocommit=True) as connection:
+            connection.execute(RECORD)
+    return made
 
 
 def drop_database(maintenance: str, database: str) -> None:

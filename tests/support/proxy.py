@@ -24,6 +24,8 @@ class _Line:
     server: asyncio.StreamWriter | None = None
     dead: bool = False
     """Half-open: swallows what it is given, in both directions, for ever."""
+    answered: bool = True
+    """Whether the next piece from the client begins a question: none is open."""
 
 
 class Proxy:
@@ -43,8 +45,8 @@ class Proxy:
         self.connections = 0
         """Connections that were asked for so far."""
         self.asked = 0
-        """Pieces that came from clients so far: one a statement, and two or three for each
-        connection."""
+        """Questions of clients so far, each in as many pieces as it likes: one a round trip, and
+        two or three for each connection."""
         self.port = 0
 
     @property
@@ -165,8 +167,9 @@ class Proxy:
             while data := await reader.read(1 << 16):
                 if asking:
                     async with self._changed:
-                        self.asked += 1
+                        self.asked += line.answered
                         self._changed.notify_all()
+                line.answered = not asking
                 if self.seconds:
                     await asyncio.sleep(self.seconds)
                 if not line.dead:

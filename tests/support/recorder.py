@@ -7,6 +7,7 @@ function of ours was called with.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
 from typing import Self
 
@@ -22,6 +23,8 @@ class Recorder:
         self._tasks: set[asyncio.Task[None]] = set()
         self.statements: set[str] = set()
         """The texts of all statements that clients sent (Query and Parse messages)."""
+        self.counts: Counter[str] = Counter()
+        """How often each was sent."""
 
     @property
     def dsn(self) -> str:
@@ -63,9 +66,9 @@ class Recorder:
                 body = await reader.readexactly(int.from_bytes(head[-4:], "big") - 4)
                 match head[:-4]:
                     case b"Q":
-                        self.statements.add(body.removesuffix(b"\0").decode())
+                        self._note(body.removesuffix(b"\0"))
                     case b"P":
-                        self.statements.add(body.split(b"\0")[1].decode())
+                        self._note(body.split(b"\0")[1])
                 server.write(head + body)
                 await server.drain()
                 kind = b"-"
@@ -76,6 +79,10 @@ class Recorder:
             await asyncio.gather(back, return_exceptions=True)
             for end in (server, writer):
                 end.transport.abort()
+
+    def _note(self, text: bytes) -> None:
+        self.statements.add(text.decode())
+        self.counts[text.decode()] += 1
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
