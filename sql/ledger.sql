@@ -68,11 +68,12 @@ where g.gone is not true;
 -- candidate: two claimers then compete for one row, which `skip locked` decides
 -- (idx_recalls_one_run guards the rest: a row inserted in between).
 -- A queue at a time, each by idx_recalls_queue_due and to the limit, so that what is due in queues
--- of others, or waits in one of our own, costs nothing; then the oldest of all. Queue and time are
--- compared as one, here and in what follows: by two conditions the planner may read all queues in
--- idx_recalls_due, where its statistics know of no rows in ours. Nothing of a queue
--- that is paused. A row of another queue is no reason to pass over one of the same session that is
--- younger: perhaps nobody serves that queue.
+-- of others, or waits in one of our own, costs nothing; then the oldest of all. `any (array[...])`,
+-- here and in what follows: with `=` the planner may read all queues in idx_recalls_due, where its
+-- statistics know of no rows in ours; and where queue and time are compared as one, PostgreSQL
+-- before 18 does not stop at now(), and reads all that waits. Nothing of a queue that is paused. A
+-- row of another queue is no reason to pass over one of the same session that is younger: perhaps
+-- nobody serves that queue.
 -- The fleet's cap counts leases in the queues of this worker: one that expired longer than
 -- `held_for` ago is no longer anybody's run. Not while PostgreSQL has just started, as living
 -- owners then renew first. A long message is not loaded here: a batch of them would not fit into a
@@ -99,8 +100,7 @@ candidate as materialized (
         select r.id, coalesce(r.lease_until, r.trigger_at) as due_at,
             r.lease_until is not null as waited
         from session_recalls r
-        where (r.queue, coalesce(r.lease_until, r.trigger_at)) >= (s.queue, '-infinity')
-            and (r.queue, coalesce(r.lease_until, r.trigger_at)) <= (s.queue, now())
+        where r.queue = any (array[s.queue]) and coalesce(r.lease_until, r.trigger_at) <= now()
             and r.status in ('pending', 'running') and r.paused_at is null
             and r.lease is null
             -- Rows that PostgreSQL refuses to have claimed are tried alone.
@@ -514,8 +514,7 @@ passed as materialized (
                     - greatest(coalesce(r.lease_until, r.trigger_at), '0001-01-02'::timestamptz)
             )::float8 as due_for
         from session_recalls r
-        where (r.queue, coalesce(r.lease_until, r.trigger_at)) >= (s.queue, '-infinity')
-            and (r.queue, coalesce(r.lease_until, r.trigger_at)) <= (s.queue, now())
+        where r.queue = any (array[s.queue]) and coalesce(r.lease_until, r.trigger_at) <= now()
             and r.status in ('pending', 'running') and r.paused_at is null
             and r.id <> all (%(aside)s::recall_id_type[])
         order by r.queue, coalesce(r.lease_until, r.trigger_at)
@@ -591,8 +590,7 @@ from served s
 cross join lateral (
     select r.id::text as id, coalesce(r.lease_until, r.trigger_at) as due_at
     from session_recalls r
-    where (r.queue, coalesce(r.lease_until, r.trigger_at)) >= (s.queue, '-infinity')
-        and (r.queue, coalesce(r.lease_until, r.trigger_at)) <= (s.queue, now())
+    where r.queue = any (array[s.queue]) and coalesce(r.lease_until, r.trigger_at) <= now()
         and r.status in ('pending', 'running') and r.paused_at is null
         and r.lease is null and r.id <> all (%(aside)s::recall_id_type[])
     order by r.queue, coalesce(r.lease_until, r.trigger_at)

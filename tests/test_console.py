@@ -980,6 +980,7 @@ async def test_a_recalls_page_hears_of_its_change(
             return "r1" in site.console.live._known
 
         await until(watched)
+        assert (await news(page))[0] == "watched"
         await db.execute("update session_recalls set paused_at = now() where id = 'r2'")
         assert (await site.post("/recalls/r1/pause"))[0] == 303
         assert (await news(page))[0] == "changed"

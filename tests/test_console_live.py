@@ -261,8 +261,30 @@ async def test_what_is_done_here_is_shown_at_once(
     await put(app, db, "r1")
     async with opened(site, "part=recall&id=r1", "part=now") as [page, now]:
         await news(now)
+        assert (await news(page))[0] == "watched"
         assert (await site.post("/recalls/r1/pause"))[0] == 303
         assert (await news(page))[0] == "changed"
+
+
+async def test_a_page_learns_from_when_on_it_is_told(
+    rarely: None, site: Site, app: Application, db: Connection
+) -> None:
+    """A page that was cut off asks for its recall, and may be answered with a state that is over
+    before the first look: back in the one in which the page was opened, it has not changed, as far
+    as the server knows. So the page is told when the server watches, and asks again."""
+    await put(app, db, "r1")
+    query = stream_of(await site.page("/recalls/r1"))
+    async with opened(site, query, "part=now") as [page, now]:
+        await news(now)
+        assert await news(page) == ("watched", "")
+        await db.execute("update session_recalls set paused_at = now() where id = 'r1'")
+
+    async def nobody() -> bool:
+        return site.console.live.picture is None
+
+    await until(nobody)
+    async with opened(site, query) as [page]:
+        assert [(await news(page))[0] for _ in range(2)] == ["watched", "changed"]
 
 
 # --- lists that are read --------------------------------------------------------------------------

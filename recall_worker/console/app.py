@@ -66,6 +66,8 @@ READS = ("GET", "HEAD")
 FORM = "application/x-www-form-urlencoded"
 STOP_PATIENCE = 5.0
 """Seconds that batches, and answers, get to end when the console stops."""
+NICE = 10
+"""How far the process gives way to others on its machine (`man nice`)."""
 SEND_PATIENCE = 20.0
 """Seconds in which a reader of a stream must take what is sent."""
 NOTE_FOR, NOTES_MOST = 120.0, 1000
@@ -315,7 +317,11 @@ class Console:
                 f"come by the proxy that sends {self._settings.console_user_header}",
             )
         if given or request.method != "GET" or "text/html" not in request.headers.get("Accept", ""):
-            raise Refused(401, "The console asks who you are.", "log in, or send a bearer token")
+            raise Refused(
+                401,
+                "The console asks who you are.",
+                f"log in at {self._templates.url('/login')}, or send a bearer token",
+            )
         back = request.path_qs.removeprefix(self.base)
         query = [("to", back)] if back not in ("", "/") else []
         place = self._templates.url("/login", query)
@@ -1135,6 +1141,9 @@ async def serve(chosen: Settings, secrets_: Secrets, log: Events) -> None:
         # Each open page is a socket, and mostly 1,024 are allowed at first.
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    with contextlib.suppress(OSError):
+        # Who looks at the workers must not hold them up, where they share a machine.
+        os.nice(max(0, NICE - os.nice(0)))
     host, port = chosen.console_address
     runner = web.AppRunner(
         console.application(),

@@ -409,7 +409,10 @@ class Live:
             if reader.recall in self._known:
                 now = self._known[reader.recall]
                 if not reader._told:
+                    # A page that was cut off, and has asked for the recall since, may show another
+                    # state than the one in which it was opened; from here on each change is told.
                     reader._told = next(iter(reader.seen), now)
+                    reader.push("watched", "")
                 if now != reader._told:
                     reader.show("changed", "", now or "gone")
 

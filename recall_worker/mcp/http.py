@@ -39,6 +39,8 @@ from .server import Context, serve_tools
 PATH, HEALTH = "/mcp", "/healthz"
 BODY_LEAST = 256 << 10
 """Octets of the largest request, at least; more where a message may be longer."""
+READ_PAST = 8
+"""How many times that is read of a body that is too large, so that its client is answered."""
 BODY_WITHIN = 15.0
 """Seconds in which a body has to arrive."""
 SESSION_AT_ONCE = 4
@@ -141,8 +143,11 @@ class Gate:
         large = Refusal(
             413, "too_large", f"a request has at most {self._body_most} octets: shorten the message"
         )
+        # A client that is still sending when it is answered may lose the answer with the
+        # connection: what is somewhat too large is read to its end, and thrown away.
+        most = self._body_most * (1 if _headers(scope, b"expect") else READ_PAST)
         for length in _headers(scope, b"content-length"):
-            if not re.fullmatch("[0-9]{1,18}", length) or int(length) > self._body_most:
+            if not re.fullmatch("[0-9]{1,18}", length) or int(length) > most:
                 return large
         parts, size = [], 0
         try:
@@ -152,10 +157,13 @@ class Gate:
                     if message["type"] != "http.request":
                         return Refusal(400, "incomplete", "the request was not sent to its end")
                     parts.append(message.get("body", b""))
-                    if (size := size + len(parts[-1])) > self._body_most:
+                    size += len(parts[-1])
+                    if size > self._body_most:
+                        parts.clear()
+                    if size > most:
                         return large
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return large if size > self._body_most else b"".join(parts)
         except TimeoutError:
             return Refusal(408, "too_slow", f"the body did not arrive within {BODY_WITHIN:g} s")
 

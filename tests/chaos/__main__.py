@@ -60,8 +60,10 @@ async def audit(
     site: Path,
     folder: Path,
     kinds: list[str] | None = None,
+    alone: bool = False,
 ) -> tuple[Account, Schedule]:
-    """One run of the audit: the account, and the faults."""
+    """One run of the audit: the account, and the faults. `alone`: the application is, without
+    operators and agents beside it."""
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(Api(seed))
         stage = await stack.enter_async_context(Stage(api, site, folder, drawn))
@@ -72,7 +74,8 @@ async def audit(
         await stage.up()
         await hand.fill_stock()
         silence = asyncio.Event()
-        living = asyncio.gather(hand.live(silence), people.live(silence))
+        beside = () if alone else (people.live(silence),)
+        living = asyncio.gather(hand.live(silence), *beside)
         await schedule.run(minutes * 60)
         silence.set()
         await living
@@ -329,6 +332,11 @@ def main() -> int:
         parser.add_argument(f"--{name}", help=f"{what}; drawn by the seed where not given")
     parser.add_argument("--only", help="kinds of faults, with commas between: " + ", ".join(KINDS))
     parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="no operators or agents beside the application: what hangs, a person may free",
+    )
+    parser.add_argument(
         "--patch", type=Path, help="a defect of tests/planted, for the code that is audited"
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -440,7 +448,15 @@ def _one(
             audited += f" with {given.patch.name}"
         site = install(folder, given.patch and given.patch.resolve())
         account, schedule = asyncio.run(
-            audit(seed, given.minutes, drawn, site=site, folder=folder, kinds=kinds)
+            audit(
+                seed,
+                given.minutes,
+                drawn,
+                site=site,
+                folder=folder,
+                kinds=kinds,
+                alone=given.alone,
+            )
         )
         result = told(seed, given.minutes, drawn, audited, account, schedule)
         show(result)

@@ -17,7 +17,9 @@ from ..support.planted import ROOT, plant, planted
 
 DEFECTS = planted("model")
 LIVES, FIXED = "1800", "700"
-"""Lives that a defect may take to be found, twice; most take a tenth of that."""
+TRIES = 5
+"""Lives that a defect may take to be found, so many times: they are drawn anew each time. Most take
+a tenth of the first ones; an edit by which an old moment still counts took more than 3,600 once."""
 
 
 @pytest.fixture
@@ -74,15 +76,15 @@ def live(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("defect", DEFECTS, ids=[defect.stem for defect in DEFECTS])
 def test_a_planted_defect_is_found(defect: Path, copy: Path) -> None:
     """With the defect the model's test is red, by a life that went otherwise than DESIGN says."""
     plant(defect, copy)
     begun = time.monotonic()
-    found = live(copy, test=lives_of(defect))
-    if not found.returncode:  # Lives are drawn anew each time, and some defects need many.
-        found = live(copy, test=lives_of(defect))
+    for _ in range(TRIES):
+        if (found := live(copy, test=lives_of(defect))).returncode:
+            break
     took = time.monotonic() - begun
     assert found.returncode == 1, found.stdout[-3000:]
     assert "AssertionError" in found.stdout and "state.begin(" in found.stdout, found.stdout[-3000:]

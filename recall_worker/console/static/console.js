@@ -120,10 +120,15 @@
     };
     document.addEventListener("htmx:sseOpen", (event) => {
       const source = event.detail.source;
-      for (const name of ["alive", "page", "link", "changed"]) source.addEventListener(name, hear);
+      for (const name of ["alive", "page", "link", "changed", "watched"]) source.addEventListener(name, hear);
       hear();
-      // What has changed meanwhile was told to nobody.
-      if (opened) setTimeout(() => source.dispatchEvent(new MessageEvent("changed")));
+      // What has changed meanwhile was told to nobody: it is asked for now, and again when the server watches the recall, as
+      // it tells only what changes from then on.
+      const catchUp = () => source.dispatchEvent(new MessageEvent("changed"));
+      if (opened) {
+        setTimeout(catchUp);
+        source.addEventListener("watched", catchUp);
+      }
       opened = true;
     });
     document.addEventListener("htmx:sseError", miss);
