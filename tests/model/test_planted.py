@@ -98,8 +98,7 @@ def test_a_planted_defect_is_found(defect: Path, copy: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(240)
 def test_without_it_the_copy_is_green(copy: Path) -> None:
-    """Nothing but the defect makes it red: in the same lives each time, as in one of some two
-    thousand others the model and the code still disagree."""
+    """Nothing but the defect makes it red: in the same lives each time."""
     found = live(copy, lives=FIXED, RECALL_MODEL_FIXED="1")
     assert found.returncode == 0, found.stdout[-3000:]
 
