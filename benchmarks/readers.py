@@ -3,6 +3,9 @@ their own.
 
     python -m benchmarks.readers http://127.0.0.1:9465 200
 
+They stand for browsers on other machines: this process gives way to all others on its own, which
+pay for what they send to it, and not for what a browser does with it.
+
 Says `{"open": 200}` when each has had its first news, and at the end of its standard input how many
 octets and how many events came to all of them together.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 
 PARTS = ("now", "now", "queues", "workers")
@@ -59,4 +63,5 @@ async def main(root: str, number: int) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(19)
     asyncio.run(main(sys.argv[1], int(sys.argv[2])))

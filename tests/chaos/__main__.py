@@ -154,6 +154,7 @@ async def _drained(hand: Hand, api: Api, drawn: Drawn, *, hopeless: bool) -> int
     async def end() -> None:
         hand.journal.swept |= {str(id) for (id,) in await hand.until_done(cancel)}
 
+    hand.journal.resumed = time.time()
     await hand.until_done(resume)
     await end()
 

@@ -631,7 +631,7 @@ def paused(records: Records) -> Iterator[str]:
                 continue
             until = min(
                 (a.asked for a in promise.acts[n + 1 :] if a.what in ("resume", "retry")),
-                default=NEVER,
+                default=records.journal.resumed,
             )
             for call in records.by_recall[promise.id]:
                 late = call.at - act.done

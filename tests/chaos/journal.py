@@ -163,6 +163,8 @@ class Journal:
     """Edits of which nobody knows whether they were done, and to which recall."""
     swept: set[str] = field(default_factory=set)
     """What was cancelled at the end, as it would go on for ever."""
+    resumed: float = NEVER
+    """When whatever was still paused was resumed, at the end: what resumed it had met a fault."""
     pauses: list[Pause] = field(default_factory=list)
 
     def operation(self, via: str, *actions: str, session: str | None = None) -> Operation:

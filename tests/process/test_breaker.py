@@ -210,7 +210,7 @@ async def test_accepted_runs_of_a_dead_worker_take_no_probe(
     for n in range(8):
         await promise(app, f"bad{n}")
     await second.hears("breaker.opened")
-    await second.hears("lease.taken")
+    await second.hears("lease.taken", 12)
     endpoint.default = reply()
     await promise(app, "good")
     # Twelve probes' pauses, 1 s doubling to 30 s, would be minutes; one or two are half of one.
