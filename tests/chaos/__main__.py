@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 
 from recall_worker.database.values import Dates
 
+from ..support.daemon import FAKETIME
 from . import account as accounting
 from . import report as reporting
 from .account import STOOD_STILL, Account, Records
@@ -33,7 +34,7 @@ from .faults import KINDS, Fault, Schedule
 from .hand import Hand
 from .journal import resolve
 from .people import People
-from .stage import FAKETIME, Stage, commit, install, scratch
+from .stage import Stage, commit, install, scratch
 
 SLOW_MS = 150
 """Milliseconds of the usual lag in calm phases beyond which the account's bounds on time say

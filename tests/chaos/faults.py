@@ -22,10 +22,11 @@ import psycopg
 
 from recall_worker.worker.breaker import PROBE_MOST
 
+from ..support.daemon import FAKETIME
 from .hand import Hand
 from .journal import Promise
 from .people import People
-from .stage import FAKETIME, Replica, Stage
+from .stage import Replica, Stage
 
 
 @dataclass(slots=True, eq=False)

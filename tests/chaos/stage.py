@@ -31,6 +31,7 @@ from recall_worker import schema
 from recall_worker.embedded import EmbeddedServer
 
 from ..support.application import create_tables
+from ..support.daemon import FAKETIME
 from ..support.planted import plant
 from ..support.proxy import Proxy
 from .api import Api
@@ -44,7 +45,6 @@ POSTGRES = {
     "wal_recycle": "off",
 }
 ROOM_MB = 700
-FAKETIME = next((str(p) for p in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 RESTART_AFTER = 0.5
 SPINS_SHARE, SPINS_FOR = 0.5, 8.0
 """A worker that takes more of a core than this, or never sleeps, for so many seconds on end, does

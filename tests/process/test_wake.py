@@ -6,10 +6,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +18,7 @@ import pytest
 
 from ..conftest import Connection, connected
 from ..support.application import Application
-from ..support.daemon import Daemons
+from ..support.daemon import FAKETIME, Daemons
 from ..support.endpoint import Endpoint, Gate, Raw, Request, reply
 from .test_lease import eventually, rows
 
@@ -91,13 +89,9 @@ async def test_many_at_one_instant(
 
 @pytest.fixture
 def faketime() -> str:
-    """What to preload, so that a process takes its clock from a file of ours."""
-    command = shutil.which("faketime")
-    if command is None:
+    if FAKETIME is None:
         pytest.skip("faketime is not installed")
-    return subprocess.run(
-        [command, "-f", "+1h", "printenv", "LD_PRELOAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return FAKETIME
 
 
 @pytest.mark.slow
